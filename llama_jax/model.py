@@ -1,0 +1,325 @@
+"""LLaMA in Flax NNX: the only forward pass, for training, prefill and decoding.
+
+In: token ids [B, T], and for decoding a :class:`KVCache`. Out: logits [B, T, V]. RMSNorm before each sub-layer, SwiGLU,
+rotary attention with grouped queries; layers stacked along L. Source: arXiv 2302.13971, section 2.2.
+
+    llama = Llama(MODELS["tiny"], Execution(jnp.float32), nnx.Rngs(0))
+    logits_BTV = llama(tokens_BT)
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import reshard
+
+from llama_jax.config import ModelConfig
+from llama_jax.sharding import PRESETS, Rules
+from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model is computed, as opposed to what it computes."""
+
+    dtype: jnp.dtype
+    """of activations and matrix products; weights are cast to it where they are used"""
+    rules: Rules = PRESETS["fsdp"]
+    """sharding, when a mesh is set"""
+    remat: Literal["none", "matmuls", "full"] = "none"
+    """what the backward pass recomputes, see TrainConfig.remat"""
+    unroll: bool = False
+    """layers one after the other instead of a scan"""
+    attention: str | None = None
+    """implementation of the attention; None: the best for the platform"""
+
+
+class KVCache(NamedTuple):
+    """Rotated keys and values of the positions seen so far; dead slots hold anything."""
+
+    k_LBKSH: jax.Array
+    v_LBKSH: jax.Array
+    lengths_B: jax.Array
+    """int32, live positions of each row"""
+
+    @classmethod
+    def empty(cls, cfg: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
+        """A cache for ``slots`` positions a row."""
+        L, K, H = cfg.shape("LKH")
+        zeros = jnp.zeros((L, batch, K, slots, H), dtype)
+        return cls(zeros, zeros, jnp.zeros(batch, jnp.int32))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with the rotary embedding: x_BTD -> [B, T, D]."""
+
+    def __init__(self, cfg: ModelConfig, how: Execution, init_std: float, rngs: nnx.Rngs):
+        w = functools.partial(_weight, cfg, how.rules, rngs)
+        self.q = w("DNH", init_std)
+        self.k = w("DKH", init_std)
+        self.v = w("DKH", init_std)
+        self.o = w("NHD", init_std / math.sqrt(2 * cfg.num_layers))
+        self.how = how
+
+    def __call__(self, x_BTD, where: "Where", layer_cache=None):
+        q_BTNH = _project(self.how, x_BTD, self.q, "DNH", "BTNH")
+        k_BTKH = _project(self.how, x_BTD, self.k, "DKH", "BTKH")
+        v_BTKH = _project(self.how, x_BTD, self.v, "DKH", "BTKH")
+        if layer_cache is None:
+            out_BTNH = _attend(self.how, q_BTNH, k_BTKH, v_BTKH, where)
+        else:
+            out_BTNH, *layer_cache = rotary_decode_attention(
+                q_BTNH, k_BTKH, v_BTKH, *layer_cache, where.lengths_B, where.rope
+            )
+        return _project(self.how, out_BTNH, self.o, "NHD", "BTD"), layer_cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)); arXiv 2002.05202."""
+
+    def __init__(self, cfg: ModelConfig, how: Execution, init_std: float, rngs: nnx.Rngs):
+        w = functools.partial(_weight, cfg, how.rules, rngs)
+        self.gate = w("DF", init_std)
+        self.up = w("DF", init_std)
+        self.down = w("FD", init_std / math.sqrt(2 * cfg.num_layers))
+        self.how = how
+
+    def __call__(self, x_BTD):
+        gate_BTF = _project(self.how, x_BTD, self.gate, "DF", "BTF")
+        up_BTF = _project(self.how, x_BTD, self.up, "DF", "BTF")
+        return _project(self.how, jax.nn.silu(gate_BTF) * up_BTF, self.down, "FD", "BTD")
+
+
+class Block(nnx.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, cfg: ModelConfig, how: Execution, init_std: float, rngs: nnx.Rngs):
+        self.attention_norm = _weight(cfg, how.rules, rngs, "D", None)
+        self.attention = Attention(cfg, how, init_std, rngs)
+        self.mlp_norm = _weight(cfg, how.rules, rngs, "D", None)
+        self.mlp = MLP(cfg, how, init_std, rngs)
+        self.eps = cfg.norm_eps
+
+    def __call__(self, x_BTD, where: "Where", layer_cache=None):
+        out, layer_cache = self.attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), where, layer_cache)
+        x_BTD = x_BTD + out
+        return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps)), layer_cache
+
+
+class Where(NamedTuple):
+    """What attention needs to know of the positions, the same for every layer."""
+
+    rope: Rope
+    positions_BT: jax.Array | None
+    segment_ids_BT: jax.Array | None
+    lengths_B: jax.Array | None
+
+
+class Llama(nnx.Module):
+    """Embedding, L blocks, a final norm, and the output matrix (the embedding again when tied)."""
+
+    def __init__(self, cfg: ModelConfig, how: Execution, rngs: nnx.Rngs, init_std: float = 0.02):
+        self.embed = _weight(cfg, how.rules, rngs, "VD", init_std)
+
+        @nnx.split_rngs(splits=cfg.num_layers)
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
+        def stack(rngs):
+            return Block(cfg, how, init_std, rngs)
+
+        self.blocks = stack(rngs)
+        self.norm = _weight(cfg, how.rules, rngs, "D", None)
+        if not cfg.tie_embeddings:
+            self.unembed = _weight(cfg, how.rules, rngs, "DV", init_std)
+        self.cfg = cfg
+        self.how = how
+
+    def __call__(self, tokens_BT, **kwargs):
+        """Logits [B, T, V] float32; with a cache, (logits, cache). Arguments as :meth:`hidden`."""
+        hidden = self.hidden(tokens_BT, **kwargs)
+        if isinstance(hidden, tuple):
+            return self.logits(hidden[0]), hidden[1]
+        return self.logits(hidden)
+
+    def hidden(self, tokens_BT, *, positions_BT=None, segment_ids_BT=None, cache: KVCache | None = None):
+        """Normed output of the last layer, [B, T, D] in the compute dtype.
+
+        Args:
+          tokens_BT: int32 ids.
+          positions_BT: int32 rotary positions; default: 0 to T - 1, or from the cache's lengths on.
+          segment_ids_BT: int32; attention stays inside runs of one id.
+          cache: keys and values of earlier positions. The new ones are appended, and (hidden, cache) is returned;
+            ``positions_BT`` and ``segment_ids_BT`` do not go with it.
+        """
+        if cache is not None and (positions_BT is not None or segment_ids_BT is not None):
+            raise ValueError("with a cache, positions follow from its lengths: give no positions_BT or segment_ids_BT")
+        B, T = tokens_BT.shape
+        if positions_BT is None:
+            start = 0 if cache is None else cache.lengths_B[:, None]
+            positions_BT = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (B, T))
+        last = jnp.max(positions_BT) if self.cfg.rope.type == "dynamic" else None
+        where = Where(
+            rope_of(self.cfg, last), positions_BT, segment_ids_BT, None if cache is None else cache.lengths_B
+        )
+        x_BTD = _embed(self.how, self.embed[...], tokens_BT)
+        x_BTD, cache = self._layers(x_BTD, where, cache)
+        x_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
+        return x_BTD if cache is None else (x_BTD, cache)
+
+    def logits(self, x_BTD):
+        """Output matrix product: [B, T, D] -> [B, T, V] float32."""
+        w = jnp.swapaxes(self.embed[...], 0, 1) if self.cfg.tie_embeddings else self.unembed[...]
+        # float32: the softmax over V that follows loses small probabilities in bfloat16.
+        return _project(self.how, x_BTD, w, "DV", "BTV", jnp.float32)
+
+    def _layers(self, x_BTD, where: Where, cache: KVCache | None):
+        def body(carry, block_and_index):
+            x, cache = carry
+            block, i = block_and_index
+            layer_cache = None if cache is None else (cache.k_LBKSH[i], cache.v_LBKSH[i])
+            x, layer_cache = block(x, where, layer_cache)
+            if cache is not None:
+                k, v = (
+                    jax.lax.dynamic_update_index_in_dim(whole, layer, i, 0)
+                    for whole, layer in zip(cache[:2], layer_cache, strict=True)
+                )
+                cache = cache._replace(k_LBKSH=k, v_LBKSH=v)
+            return (x, cache), None
+
+        body = _remat(body, self.how.remat)
+        L = self.cfg.num_layers
+        if self.how.unroll:
+            carry = (x_BTD, cache)
+            for i, block in enumerate(_unstack(self.blocks, L)):
+                carry, _ = body(carry, (block, i))
+        else:
+            carry, _ = jax.lax.scan(body, (x_BTD, cache), (self.blocks, jnp.arange(L)))
+        x_BTD, cache = carry
+        if cache is not None:
+            cache = cache._replace(lengths_B=cache.lengths_B + x_BTD.shape[1])
+        return x_BTD, cache
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over D; arXiv 1910.07467. Statistics and product in float32, as Meta's."""
+    x = x_BTD.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    # Rounded before the scale, as the published models were trained.
+    return (x.astype(x_BTD.dtype) * scale_D).astype(x_BTD.dtype)
+
+
+def rope_of(cfg: ModelConfig, last_position: jax.Array | None = None) -> Rope:
+    """Rotary frequencies of a model, [H // 2] float32 radians a position, and the factor on cos and sin.
+
+    The types are those of Hugging Face's ``rope_parameters``, with its formulas: linear (arXiv 2306.15595), dynamic
+    (NTK by the current length; needs ``last_position``, a scalar), llama3 (Llama 3.1), yarn (arXiv 2309.00071).
+    """
+    rope, H = cfg.rope, cfg.head_dim
+    exponent = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
+    inv_freq = (1.0 / np.power(np.float32(rope.theta), exponent)).astype(np.float32)
+    scale = 1.0
+    original = rope.original_context or cfg.context
+    if rope.type == "linear":
+        inv_freq = inv_freq / np.float32(rope.factor)
+    elif rope.type == "llama3":
+        inv_freq = _llama3_frequencies(inv_freq, rope, original)
+    elif rope.type == "yarn":
+        inv_freq, scale = _yarn_frequencies(inv_freq, rope, H, original)
+    elif rope.type == "dynamic":
+        length = jnp.maximum(last_position + 1, original).astype(jnp.float32)
+        stretch = rope.factor * length / original - (rope.factor - 1)
+        theta = rope.theta * stretch ** (H / (H - 2))
+        inv_freq = 1.0 / theta**exponent
+    return Rope(jnp.asarray(inv_freq, jnp.float32), scale)
+
+
+def _llama3_frequencies(inv_freq, rope, original):
+    wavelength = 2 * math.pi / inv_freq
+    smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    between = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+    stretched = np.where(wavelength > original / rope.low_freq_factor, inv_freq / rope.factor, between)
+    return np.where(wavelength < original / rope.high_freq_factor, inv_freq, stretched)
+
+
+def _yarn_frequencies(inv_freq, rope, H, original):
+    beta_fast = 32.0 if rope.beta_fast is None else rope.beta_fast
+    beta_slow = 1.0 if rope.beta_slow is None else rope.beta_slow
+
+    def dim_of(rotations):  # the pair that turns this many times over the original context
+        return H * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dim_of(beta_fast), dim_of(beta_slow)
+    if rope.truncate is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, H - 1)
+    high = high + 0.001 if low == high else high  # as the reference, against a division by zero
+    ramp = np.clip((np.arange(H // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    mixed = inv_freq / rope.factor * ramp + inv_freq * (1 - ramp)
+    magnitude = lambda m: 0.1 * m * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+    if rope.attention_factor is not None:
+        scale = rope.attention_factor
+    elif rope.mscale and rope.mscale_all_dim:
+        scale = magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
+    else:
+        scale = magnitude(1.0)
+    return mixed, scale
+
+
+def _weight(cfg: ModelConfig, rules: Rules, rngs: nnx.Rngs, letters: str, std: float | None) -> nnx.Param:
+    """A float32 weight: normal with standard deviation ``std``, or ones where std is None (a norm's scale)."""
+    shape = cfg.shape(letters)
+    value = jnp.ones(shape) if std is None else std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    if jax.sharding.get_abstract_mesh().empty:
+        return nnx.Param(value)
+    return nnx.Param(value, out_sharding=rules.weight(letters))
+
+
+def _embed(how: Execution, embed_VD, tokens_BT):
+    if jax.sharding.get_abstract_mesh().empty:
+        return embed_VD.astype(how.dtype)[tokens_BT]
+    return embed_VD.astype(how.dtype).at[tokens_BT].get(out_sharding=how.rules.act("BTD"))
+
+
+def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=None):
+    """Matrix product of activations (B, T, in) with a weight (in, out); letters say which axes meet."""
+    w = w[...].astype(how.dtype)
+    x_letters = "BT" + "".join(x for x in w_letters if x not in out_letters)
+    equation = f"{x_letters},{w_letters}->{out_letters}"
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.einsum(equation, x, w, preferred_element_type=out_dtype or how.dtype)
+    w = reshard(w, how.rules.gathered(w_letters))
+    return jnp.einsum(
+        equation, x, w, preferred_element_type=out_dtype or how.dtype, out_sharding=how.rules.act(out_letters)
+    )
+
+
+def _attend(how: Execution, q, k, v, where: Where):
+    def local(q, k, v, positions, segments):
+        return rotary_attention(
+            q, k, v, positions, where.rope, segment_ids_BT=segments, implementation=how.attention
+        )
+
+    return local(q, k, v, where.positions_BT, where.segment_ids_BT)
+
+
+def _remat(body, policy: str):
+    if policy == "none":
+        return body
+    policies = {
+        "full": None,
+        # Products with weights have no batch axes; attention's own are recomputed, as in the paper's section 2.4.
+        "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
+
+
+def _unstack(blocks: Block, L: int) -> list[Block]:
+    """The layers one by one. `split` and not indexing: its gradient is one concatenation, not L sums of padded zeros."""
+    graphdef, state = nnx.split(blocks)
+    pieces = jax.tree.map(lambda w: [x.squeeze(0) for x in jax.lax.split(w, [1] * L)], state)
+    is_list = lambda x: isinstance(x, list)
+    return [nnx.merge(graphdef, jax.tree.map(lambda p: p[i], pieces, is_leaf=is_list)) for i in range(L)]

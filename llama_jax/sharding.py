@@ -1,0 +1,131 @@
+"""Where arrays live: the mesh, and the one table from letters to mesh axes.
+
+A *sharding rule* maps a letter of a shape (D, N, F, ...) to mesh axes. A weight's sharding is ``rules.weight("DNH")``,
+an activation's ``rules.act("BTNH")``; nothing else in the project names a mesh axis. The axes:
+
+  data     whole copies of the model; only gradients cross it
+  fsdp     weights and optimizer sharded, each layer gathered when it is used
+  tensor   heads, feed-forward width and vocabulary split
+  context  sequence positions split
+
+The mesh has explicit axis types: a sharding is part of an array's type, and an ambiguous product is an error.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config import ConfigError, MeshConfig, ModelConfig, Recipe
+
+AXES = ("data", "fsdp", "tensor", "context")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Letters to mesh axes, for weights and for activations."""
+
+    weights: tuple[tuple[str, tuple[str, ...]], ...]
+    acts: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def weight(self, letters: str) -> P:
+        """Sharding of a stored weight. A vector (a norm's scale) is small: every device has it whole."""
+        return _spec(letters, dict(self.weights)) if len(letters.lstrip("L")) > 1 else P()
+
+    def gathered(self, letters: str) -> P:
+        """Sharding of a weight while it is used: whole over ``fsdp``.
+
+        ``reduced`` says that its gradient arrives as one partial sum a device and is summed once, straight into the
+        stored shards: a reduce-scatter, not an all-reduce of the whole matrix.
+        """
+        rules = {k: tuple(a for a in axes if a != "fsdp") for k, axes in self.weights}
+        return _spec(letters, rules, reduced=frozenset({"data", "fsdp", "context"}))
+
+    def act(self, letters: str) -> P:
+        """Sharding of an activation. An axis serves one letter: widths take ``tensor`` before positions do."""
+        return _spec(letters, dict(self.acts))
+
+
+# Letters of an activation in the order in which they claim a mesh axis.
+_PRIORITY = "NKFVBT"
+
+
+def _spec(letters: str, rules: dict[str, tuple[str, ...]], **kwargs) -> P:
+    taken: set[str] = set()
+    axes: dict[str, tuple[str, ...]] = {}
+    for letter in sorted(letters, key=lambda x: (_PRIORITY + letters).index(x)):
+        axes[letter] = tuple(a for a in rules.get(letter, ()) if a not in taken)
+        taken.update(axes[letter])
+    return P(*(axes[x] if len(axes[x]) > 1 else (*axes[x], None)[0] for x in letters), **kwargs)
+
+
+def _rules(tensor: bool, sequence: bool) -> Rules:
+    wide = {letter: ("tensor",) for letter in "NKFV"} if tensor else {}
+    return Rules(
+        weights=tuple({"D": ("fsdp",), **wide}.items()),
+        acts=tuple({"B": ("data", "fsdp"), "T": ("context", "tensor") if sequence else ("context",), **wide}.items()),
+    )
+
+
+PRESETS = {
+    "fsdp": _rules(tensor=False, sequence=False),
+    "fsdp_tensor": _rules(tensor=True, sequence=False),
+    "tensor_sequence": _rules(tensor=True, sequence=True),
+}
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of ``cfg`` over ``devices`` (default: all of this job's), axes :data:`AXES`, explicit types.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(cfg, axis) for axis in AXES}
+    asked = ", ".join(f"mesh.{a}={n}" for a, n in sizes.items())
+    if any(n == 0 or n < -1 for n in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise ConfigError(f"{asked}: sizes are positive, and at most one may be -1 (all that is left)")
+    fixed = math.prod(n for n in sizes.values() if n > 0)
+    sizes = {a: len(devices) // fixed if n == -1 else n for a, n in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(
+            f"{asked} does not fit {len(devices)} device{'s' * (len(devices) > 1)}: the product must be {len(devices)}"
+        )
+    if cfg.preset == "fsdp" and sizes["tensor"] > 1:
+        raise ConfigError(
+            f'mesh.tensor={sizes["tensor"]} has no use under mesh.preset="fsdp"; take "fsdp_tensor" or "tensor_sequence"'
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices)
+
+
+def check_fits(recipe: Recipe, mesh: Mesh) -> None:
+    """Raise a :class:`ConfigError` that lists every size of the recipe that the mesh does not divide."""
+    rules, model, train = PRESETS[recipe.mesh.preset], recipe.model, recipe.train
+    micro = train.batch_size // train.accumulate
+    sizes = {
+        "B": (micro, "train.batch_size / train.accumulate"),
+        "T": (recipe.data.seq_len, "data.seq_len"),
+        **{x: (model.size(x), name) for x, name in _MODEL_SETTINGS.items()},
+    }
+    problems = []
+    for rule, letters in ((rules.act, "B T N K F V"), (rules.weight, "DF")):
+        for word in letters.split():
+            for letter, axes in zip(word, rule(word), strict=True):
+                ways = math.prod(mesh.shape[a] for a in _axes(axes))
+                size, name = sizes[letter]
+                if size % ways:
+                    problems.append(f"{name}={size} is not a multiple of {ways} ({' x '.join(_axes(axes))} of the mesh)")
+    if problems:
+        raise ConfigError("the mesh does not divide the run:\n  " + "\n  ".join(problems))
+
+
+_MODEL_SETTINGS = dict(
+    D="model.dim", N="model.num_heads", K="model.num_kv_heads", F="model.ffn_dim", V="model.vocab_size"
+)
+
+
+def _axes(entry) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()

@@ -1,0 +1,45 @@
+"""Which implementation runs: the platform that is being compiled for, an ordered choice, and its errors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def platform() -> str:
+    """The platform being compiled for: the mesh's where one is set, else this process's default.
+
+    A step compiled on a laptop for a TPU has a TPU mesh, while `jax.default_backend()` says cpu.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def call(
+    op: str,
+    table: dict[str, tuple[tuple[str, ...], Callable[..., Any]]],
+    implementation: str | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run the implementation asked for by name, or the first of the table that can do it on this platform.
+
+    The table maps a name to (platforms, function), best first. A function that cannot do what is asked raises
+    NotImplementedError: the next one is tried, but never in place of one asked for by name.
+
+    Raises:
+      ValueError: no implementation of that name.
+      NotImplementedError: the named one cannot do this; the message says why.
+    """
+    if implementation is not None:
+        if implementation not in table:
+            raise ValueError(f"{op}: no implementation {implementation!r}; there are {', '.join(table)}")
+        return table[implementation][1](*args, **kwargs)
+    reasons = []
+    for name, (platforms, function) in table.items():
+        if platform() in platforms:
+            try:
+                return function(*args, **kwargs)
+            except NotImplementedError as e:
+                reasons.append(f"{name}: {e}")
+    raise NotImplementedError(f"{op}: nothing for platform {platform()!r} can do this; {'; '.join(reasons)}")

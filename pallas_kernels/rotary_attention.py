@@ -1,0 +1,139 @@
+"""Attention with the rotary embedding inside: signature, reference and choice of implementation.
+
+Letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N // K, H head dimension.
+
+Source: RoFormer (arXiv 2104.09864) for the rotation, in the half-split pairing (i, i + H/2) of GPT-NeoX and Hugging
+Face; grouped queries as in arXiv 2305.13245.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+
+
+class Rope(NamedTuple):
+    """A rotary embedding: pair i of a head turns by position * inv_freq_H2[i], and is multiplied by scale.
+
+    inv_freq_H2: [H // 2] float32, radians a position. scale: a number, 1 for all but yarn, applied to q and to k.
+    """
+
+    inv_freq_H2: jax.Array
+    scale: jax.Array | float
+
+
+def rotary_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    positions_BT: jax.Array,
+    rope: Rope,
+    *,
+    kv_positions_BS: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    kv_segment_ids_BS: jax.Array | None = None,
+    q_offset: jax.Array | int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Softmax attention of rotated queries over rotated keys; differentiable in q, k and v.
+
+    Args:
+      q_BTNH: queries before rotation, float32 or bfloat16.
+      k_BSKH: keys before rotation; K divides N, query head n reads key head n // G.
+      v_BSKH: values.
+      positions_BT: int32, what each query is rotated by.
+      rope: frequencies, see :class:`Rope`.
+      kv_positions_BS: int32, what each key is rotated by; default: ``positions_BT`` (S = T).
+      segment_ids_BT: int32; a query sees keys of its own id only (packed documents). Default: one document.
+      kv_segment_ids_BS: ids of the keys; default: ``segment_ids_BT``.
+      q_offset: index of query 0 among the keys, for a shard of a longer sequence.
+      causal: query t sees key s only if s <= t + q_offset. Order is that of the array, not of the positions.
+      scale: factor on the scores; default: H ** -0.5.
+      implementation: a name in the table below; default: the best one for the platform that can do it.
+
+    Returns:
+      [B, T, N, H] in q's dtype. Scores, softmax and sums are float32. A query that sees no key gives zeros.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
+      NotImplementedError: the implementation named cannot do this.
+    """
+    _check(q_BTNH, k_BSKH, v_BSKH, positions_BT, rope)
+    if kv_positions_BS is None:
+        if k_BSKH.shape[1] != q_BTNH.shape[1]:
+            raise ValueError(
+                f"{k_BSKH.shape[1]} keys for {q_BTNH.shape[1]} queries: give kv_positions_BS when S and T differ"
+            )
+        kv_positions_BS = positions_BT
+    if kv_segment_ids_BS is None:
+        kv_segment_ids_BS = segment_ids_BT
+    return dispatch.call(
+        "rotary_attention", _IMPLEMENTATIONS, implementation,
+        q_BTNH, k_BSKH, v_BSKH, positions_BT, kv_positions_BS, rope, segment_ids_BT, kv_segment_ids_BS,
+        q_offset, causal, scale if scale is not None else q_BTNH.shape[-1] ** -0.5,
+    )  # fmt: skip
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
+    """Turn each pair (i, i + H/2) of ``x_BTNH`` by position * inv_freq[i]; float32 inside, x's dtype out."""
+    # float32: a bfloat16 angle is off by a whole turn beyond position 256.
+    angle_BT1h = (positions_BT.astype(jnp.float32)[..., None] * rope.inv_freq_H2)[:, :, None]
+    cos, sin = jnp.cos(angle_BT1h) * rope.scale, jnp.sin(angle_BT1h) * rope.scale
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def masked_attention(
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1TS: jax.Array | None, scale: float
+) -> jax.Array:
+    """Grouped-query softmax attention with a boolean mask (broadcast over B and heads); float32 scores."""
+    B, T, N, H = q_BTNH.shape
+    K, S = k_BKSH.shape[1:3]
+    q_BKGTH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    if mask_B1TS is not None:
+        mask = mask_B1TS[:, :, None]
+        scores = jnp.where(mask, scores, -jnp.inf)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
+    else:
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = (weights / jnp.where(total == 0, 1, total)).astype(v_BKSH.dtype)
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH, preferred_element_type=jnp.float32)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _xla(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset, causal, scale):
+    """The reference: every score exists. Exact, readable, memory in T * S."""
+    q, k = rotate(q, positions, rope), rotate(k, kv_positions, rope)
+    mask = None
+    if causal:
+        t, s = jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
+        mask = (s[None, :] <= t[:, None] + q_offset)[None, None]
+    if segments is not None:
+        same = segments[:, None, :, None] == kv_segments[:, None, None, :]
+        mask = same if mask is None else mask & same
+    return masked_attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask, scale)
+
+
+def _check(q, k, v, positions, rope) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(f"want q [B,T,N,H] and k, v [B,S,K,H] of one shape; got q {q.shape}, k {k.shape}, v {v.shape}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {q.shape} and k {k.shape} must agree in B (axis 0) and H (axis 3)")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if positions.shape != q.shape[:2] or not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"positions must be integers [B,T] = {q.shape[:2]}; got {positions.dtype} {positions.shape}")
+    if rope.inv_freq_H2.shape != (q.shape[3] // 2,):
+        raise ValueError(f"rope.inv_freq_H2 must have shape ({q.shape[3] // 2},); got {rope.inv_freq_H2.shape}")
+
+
+_IMPLEMENTATIONS = {"xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla)}
