@@ -1,0 +1,421 @@
+"""Token shards to batches: weighted mixture, shuffle, packing, a host's share, prefetch (Grain).
+
+In comes the folder that :mod:`llama_jax.prepare` wrote; out come batches of numpy arrays. Sequence ``i`` of a source is
+tokens ``[i T, i T + T]`` of its documents back to back; the order of sequences is a function of the seed and of the
+position alone, so a run continues exactly on any number of hosts.
+"""
+
+import bisect
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from llama_jax.config import DataConfig
+from llama_jax.tokenizer import Tokenizer
+
+FORMAT = 1
+"""version of the shards this file reads, that llama_jax.prepare writes"""
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A prepared source: shards in a folder, described by its manifest."""
+
+    name: str
+    folder: Path
+    weight: float
+    manifest: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Prepared sources with one tokenizer."""
+
+    tokenizer: Path
+    vocab_size: int
+    """ids of the tokenizer"""
+    sources: dict[str, Source]
+
+
+def open_mixture(folder: str | Path) -> Mixture:
+    """Read what ``prepare_mixture`` wrote.
+
+    Raises:
+      ValueError: missing, of another version, or a shard that is missing or has the wrong size (names it).
+    """
+    folder = Path(folder)
+    top = _read_manifest(folder)
+    sources = {}
+    for name, entry in top["sources"].items():
+        path = folder / entry["folder"]
+        manifest = _read_manifest(path)
+        if manifest["tokenizer_sha256"] != top["tokenizer"]["sha256"]:
+            raise ValueError(
+                f"{path} was made with another tokenizer than {folder}; prepare it again"
+            )
+        sources[name] = Source(name, path, entry["weight"], manifest)
+        for split in ("train", "holdout"):
+            TokenStream(path, manifest, split)
+    return Mixture(
+        folder / top["tokenizer"]["file"],
+        max(s.manifest["vocab_size"] for s in sources.values()),
+        sources,
+    )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} has no manifest.json; make it with `python -m llama_jax.prepare`"
+        ) from None
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e}); prepare {folder} again") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; prepare {folder} again"
+        )
+    return manifest
+
+
+# Tokens and windows ------------------------------------------------------------------------------------------------------
+
+
+class TokenStream:
+    """All tokens of one split of a source, with random access; shards stay on disk (memory-mapped)."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], split: str):
+        self.folder, self._vocab_size = folder, manifest["vocab_size"]
+        dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        shards = manifest["splits"][split]["shards"]
+        self._tokens = [_mapped(folder / f"{s['name']}.tokens", dtype, s["tokens"]) for s in shards]
+        self._starts = [
+            _mapped(folder / f"{s['name']}.starts", np.dtype("<u8"), s["documents"]) for s in shards
+        ]
+        self._offsets = np.cumsum([0] + [s["tokens"] for s in shards]).tolist()
+
+    def __len__(self) -> int:
+        return self._offsets[-1]
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens ``[start, stop)``, int32, and which of them start a document, bool."""
+        ids, is_start = np.empty(stop - start, np.int32), np.zeros(stop - start, bool)
+        shard = bisect.bisect_right(self._offsets, start) - 1
+        at = start
+        while at < stop:
+            offset = self._offsets[shard]
+            end = min(stop, self._offsets[shard + 1])
+            ids[at - start : end - start] = self._tokens[shard][at - offset : end - offset]
+            first, last = np.searchsorted(self._starts[shard], [at - offset, end - offset])
+            is_start[self._starts[shard][first:last].astype(np.int64) + (offset - start)] = True
+            at, shard = end, shard + 1
+        if ids.size and ids.max() >= self._vocab_size:
+            raise ValueError(
+                f"{self.folder}: token id {ids.max()} is outside the vocabulary of {self._vocab_size}; "
+                "the shards are damaged, prepare them again"
+            )
+        return ids, is_start
+
+
+def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+    size = path.stat().st_size if path.is_file() else -1
+    if size != length * dtype.itemsize:
+        found = "is missing" if size < 0 else f"has {size} bytes"
+        raise ValueError(
+            f"shard {path} {found}, its manifest says {length * dtype.itemsize}; prepare the source again"
+        )
+    return np.memmap(path, dtype, mode="r", shape=(length,))
+
+
+class Windows:
+    """Sequences of T tokens of one split, in the order of the text: a Grain data source."""
+
+    def __init__(self, source: Source, cfg: DataConfig, split: str):
+        self._stream = TokenStream(source.folder, source.manifest, split)
+        self._seq_len, self._segments = cfg.seq_len, cfg.packing == "segments"
+        if len(self._stream) <= cfg.seq_len:
+            raise ValueError(
+                f"source {source.name}: the {split} split has {len(self._stream)} tokens, too few for one sequence of "
+                f"data.seq_len={cfg.seq_len} and the token after it; give more text, a smaller data.seq_len, "
+                "or another data.holdout"
+            )
+
+    def __len__(self) -> int:
+        """Whole sequences; the last tokens that do not fill one are left out."""
+        return (len(self._stream) - 1) // self._seq_len
+
+    @property
+    def padded_len(self) -> int:
+        """Sequences when the last may be padded."""
+        return math.ceil((len(self._stream) - 1) / self._seq_len)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Sequence ``index``, arrays (T,) under the names they have in a batch."""
+        item = self.padded(int(index))
+        if not self._segments:
+            del item["mask_BT"]
+        return item
+
+    def padded(self, index: int) -> Batch:
+        """Sequence ``index`` with ``mask_BT`` always there, 0 where the target is padding (id 0)."""
+        start = index * self._seq_len
+        ids, is_start = self._stream.read(start, min(start + self._seq_len + 1, len(self._stream)))
+        missing = self._seq_len + 1 - len(ids)
+        ids, is_start = np.pad(ids, (0, missing)), np.pad(is_start, (0, missing))
+        mask = np.ones(self._seq_len, np.float32)
+        mask[self._seq_len - missing :] = 0
+        item = {"inputs_BT": ids[:-1], "targets_BT": ids[1:], "mask_BT": mask}
+        return item | _segments(is_start, mask) if self._segments else item
+
+
+def _segments(is_start: np.ndarray, mask: np.ndarray) -> Batch:
+    """Segment ids from 1, positions from 0 in each document, and the mask without targets of another document."""
+    where = np.arange(len(mask), dtype=np.int32)
+    first = is_start[:-1].copy()
+    first[0] = True  # a document cut by the window starts again with it
+    return {
+        "segment_ids_BT": np.cumsum(first, dtype=np.int32),
+        "positions_BT": where - np.maximum.accumulate(np.where(first, where, 0)),
+        "mask_BT": np.where(is_start[1:], np.float32(0), mask),
+    }
+
+
+# Training ----------------------------------------------------------------------------------------------------------------
+
+
+class Mixing(grain.transforms.DatasetSelectionMap):
+    """Which source, and which of its sequences, stands at each place of the mixture, as this host sees it.
+
+    Exact: among the first n sequences of the mixture a source has its share of n to within one for each source, for
+    any n. (Grain's own ``mix`` rounds the weights to hundredths of the smallest.) The mixture is the same for any
+    number of hosts: batch i is sequences ``[i B, i B + B)``, of which a host has a contiguous part.
+    """
+
+    def __init__(
+        self, weights: list[float], batch_size: int, process_index: int, process_count: int
+    ):
+        # Weights as the decimal fractions people write: 0.1 is 1/10.
+        exact = [Fraction(str(w)) for w in weights]
+        scale = math.lcm(*(w.denominator for w in exact))
+        self._shares = [int(w * scale) for w in exact]
+        self._batch_size, self._local = batch_size, batch_size // process_count
+        self._first = process_index * self._local
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        batch, row = divmod(index, self._local)
+        place = batch * self._batch_size + self._first + row
+        before, after = self.counts(place), self.counts(place + 1)
+        source = next(i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
+        return source, before[source]
+
+    def counts(self, places: int) -> list[int]:
+        """Sequences of each source among the first ``places`` of the mixture."""
+        counts, rest = [], sum(self._shares)
+        for share in self._shares:
+            left = places * (rest - share) // rest
+            counts.append(places - left)
+            places, rest = left, rest - share
+        return counts
+
+
+class Progress(NamedTuple):
+    """How far a source is."""
+
+    share: float
+    """of the sequences seen so far"""
+    epochs: float
+    """passes over the source"""
+
+
+class TrainData:
+    """Endless training batches of this host, prefetched in threads.
+
+    A batch has ``inputs_BT`` and ``targets_BT`` (int32, the targets are the next tokens); with packing="segments" also
+    ``segment_ids_BT`` (int32, from 1), ``positions_BT`` (int32, from 0 in each document) and ``mask_BT`` (float32, 0
+    where the target belongs to another document). B is ``batch_size / process_count`` here.
+
+    Args:
+      batch_size: sequences of a batch over all hosts.
+
+    Raises:
+      ValueError: a batch that does not divide over the hosts, or a source too small for one sequence.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        cfg: DataConfig,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+    ):
+        _check_hosts(batch_size, process_count)
+        sources = mixture.sources.values()
+        windows = [Windows(s, cfg, "train") for s in sources]
+        self._names, self._lengths = list(mixture.sources), [len(w) for w in windows]
+        self._batch_size = batch_size
+        self._identity = _identity(mixture, cfg, batch_size)
+        self._mixing = Mixing([s.weight for s in sources], batch_size, process_index, process_count)
+        parts = [
+            grain.MapDataset.source(w).shuffle(seed=_seed(cfg.seed, name)).repeat()
+            for w, name in zip(windows, self._names, strict=True)
+        ]
+        batches = grain.MapDataset.select_from_datasets(parts, self._mixing).batch(
+            batch_size // process_count
+        )
+        self._iterator = iter(
+            batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+        )
+        self._returned = 0
+
+    def __iter__(self) -> "TrainData":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        self._returned += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Position after the batches returned so far, for :meth:`restore`; plain JSON, the same on every host."""
+        return {"batches": self._returned, "data": self._identity}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue after the batch where ``state`` was taken, on any number of hosts, bit for bit.
+
+        Raises:
+          ValueError: the state is of other data: shards, weights, seed, seq_len, packing or batch size differ.
+        """
+        if differs := [k for k, v in self._identity.items() if state["data"].get(k) != v]:
+            raise ValueError(
+                f"the checkpoint's position is in other data: {', '.join(differs)} changed; "
+                "restore the data it was made with, or start a new run"
+            )
+        self._iterator.set_state({"next_index": state["batches"]})
+        self._returned = state["batches"]
+
+    def progress(self) -> dict[str, Progress]:
+        """Realised share and epochs of each source, exact, over all hosts."""
+        places = self._returned * self._batch_size
+        counts = self._mixing.counts(places)
+        return {
+            name: Progress(count / max(1, places), count / length)
+            for name, count, length in zip(self._names, counts, self._lengths, strict=True)
+        }
+
+    def close(self) -> None:
+        """Stop the threads; the object can be used no more."""
+        self._iterator.close()
+
+
+def _seed(seed: int, name: str) -> int:
+    """A seed for each source (Grain adds the epoch to it), 32 bits."""
+    digest = hashlib.blake2b(json.dumps([seed, name]).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _identity(mixture: Mixture, cfg: DataConfig, batch_size: int) -> dict[str, Any]:
+    """What the order and content of the batches depend on."""
+    return {
+        "batch_size": batch_size,
+        "seq_len": cfg.seq_len,
+        "packing": cfg.packing,
+        "seed": cfg.seed,
+        "sources": {
+            name: {
+                "weight": s.weight,
+                "shards": hashlib.sha256(
+                    json.dumps(s.manifest["splits"]["train"]["shards"]).encode()
+                ).hexdigest(),
+            }
+            for name, s in mixture.sources.items()
+        },
+    }
+
+
+def _check_hosts(batch_size: int, process_count: int) -> None:
+    if batch_size % process_count:
+        raise ValueError(
+            f"train.batch_size={batch_size} must be a multiple of the number of processes, {process_count}"
+        )
+
+
+# Evaluation --------------------------------------------------------------------------------------------------------------
+
+
+class HeldOut(NamedTuple):
+    """The targets of some evaluation batches, over all hosts."""
+
+    tokens: int
+    """targets that count (mask 1)"""
+    text_bytes: int
+    """bytes of text they stand for: bits a byte = nats a token * tokens / text_bytes / ln 2"""
+    unigram_entropy: float
+    """nats a token of their own frequencies: the loss of the best model without context"""
+
+
+def eval_batches(
+    mixture: Mixture,
+    cfg: DataConfig,
+    batch_size: int,
+    max_batches: int,
+    source: str,
+    process_index: int,
+    process_count: int,
+) -> Iterator[Batch]:
+    """Held-out batches of a source, this host's part: the whole split, or ``max_batches`` spread evenly over it.
+
+    As training batches, all of one shape, in the order of the text and always with ``mask_BT``: 0 where the target is
+    padding (or, with packing="segments", belongs to another document).
+    """
+    _check_hosts(batch_size, process_count)
+    windows = Windows(mixture.sources[source], cfg, "holdout")
+    total = windows.padded_len
+    batches = min(max_batches, math.ceil(total / batch_size))
+    wanted = min(total, batches * batch_size)
+    picked = [i * total // wanted for i in range(wanted)]
+    local = batch_size // process_count
+    for batch in range(batches):
+        first = batch * batch_size + process_index * local
+        rows = [windows.padded(i) for i in picked[first : first + local]]
+        filler = {k: np.zeros_like(v) for k, v in windows.padded(0).items()}
+        rows += [filler] * (local - len(rows))
+        yield {key: np.stack([row[key] for row in rows]) for key in filler}
+
+
+def held_out(
+    mixture: Mixture, cfg: DataConfig, batch_size: int, max_batches: int, source: str
+) -> HeldOut:
+    """The figures that go with the loss over :func:`eval_batches` of the same arguments."""
+    tokenizer = _tokenizer(mixture.tokenizer)
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    documents = 0
+    for batch in eval_batches(mixture, cfg, batch_size, max_batches, source, 0, 1):
+        used = batch["mask_BT"] > 0
+        counts += np.bincount(batch["targets_BT"][used], minlength=len(counts))
+        documents += int((batch["inputs_BT"][used] == tokenizer.bos_id).sum())
+    # The first token of a document stands for the space that the tokenizer puts before a text as well.
+    text_bytes = int(counts @ tokenizer.bytes_of_id_V) - documents * tokenizer.prefix_bytes
+    p = counts[counts > 0] / counts.sum()
+    return HeldOut(int(counts.sum()), text_bytes, float(-(p * np.log(p)).sum()))
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer.load(path)
