@@ -1,8 +1,8 @@
 """Token shards to batches: weighted mixture, shuffle, packing, a host's share, prefetch (Grain).
 
-In comes the folder that :mod:`llama_jax.prepare` wrote; out come batches of numpy arrays. Sequence ``i`` of a source is
-tokens ``[i T, i T + T]`` of its documents back to back; the order of sequences is a function of the seed and of the
-position alone, so a run continues exactly on any number of hosts.
+In comes the folder that :mod:`llama_jax.prepare` wrote; out come batches of numpy arrays. Sequence
+``i`` of a source is tokens ``[i T, i T + T]`` of its documents back to back. Which sequences make a
+batch follows from the seed and the position alone: a run continues exactly on any number of hosts.
 """
 
 import bisect
@@ -52,7 +52,7 @@ def open_mixture(folder: str | Path) -> Mixture:
     """Read what ``prepare_mixture`` wrote.
 
     Raises:
-      ValueError: missing, of another version, or a shard that is missing or has the wrong size (names it).
+      ValueError: not there, of another version, or a shard is missing or of the wrong size.
     """
     folder = Path(folder)
     top = _read_manifest(folder)
@@ -80,22 +80,23 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} has no manifest.json; make it with `python -m llama_jax.prepare`"
+            f"{folder} has no manifest.json; make it with python -m llama_jax.prepare"
         ) from None
     except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}); prepare {folder} again") from None
     if manifest.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; prepare {folder} again"
+            f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; "
+            f"prepare {folder} again"
         )
     return manifest
 
 
-# Tokens and windows ------------------------------------------------------------------------------------------------------
+# Tokens and windows ------------------------------------------------------------------------------
 
 
 class TokenStream:
-    """All tokens of one split of a source, with random access; shards stay on disk (memory-mapped)."""
+    """All tokens of one split of a source, with random access; shards stay on disk, mapped."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], split: str):
         self.folder, self._vocab_size = folder, manifest["vocab_size"]
@@ -110,22 +111,26 @@ class TokenStream:
     def __len__(self) -> int:
         return self._offsets[-1]
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens ``[start, stop)``, int32, and which of them start a document, bool."""
-        ids, is_start = np.empty(stop - start, np.int32), np.zeros(stop - start, bool)
+    def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens from ``start``, int32, and which of them start a document, bool.
+
+        Both have the ``length`` asked for; beyond the end are zeros.
+        """
+        ids, is_start = np.zeros(length, np.int32), np.zeros(length, bool)
+        at, stop = start, min(start + length, len(self))
         shard = bisect.bisect_right(self._offsets, start) - 1
-        at = start
         while at < stop:
             offset = self._offsets[shard]
             end = min(stop, self._offsets[shard + 1])
             ids[at - start : end - start] = self._tokens[shard][at - offset : end - offset]
-            first, last = np.searchsorted(self._starts[shard], [at - offset, end - offset])
-            is_start[self._starts[shard][first:last].astype(np.int64) + (offset - start)] = True
+            starts = self._starts[shard]
+            first, last = np.searchsorted(starts, np.array([at - offset, end - offset], "<u8"))
+            is_start[starts[first:last].astype(np.int64) + (offset - start)] = True
             at, shard = end, shard + 1
-        if ids.size and ids.max() >= self._vocab_size:
+        if ids.max() >= self._vocab_size:
             raise ValueError(
-                f"{self.folder}: token id {ids.max()} is outside the vocabulary of {self._vocab_size}; "
-                "the shards are damaged, prepare them again"
+                f"{self.folder}: token id {ids.max()} is outside the vocabulary of "
+                f"{self._vocab_size}; the shards are damaged, prepare them again"
             )
         return ids, is_start
 
@@ -135,9 +140,11 @@ def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
     if size != length * dtype.itemsize:
         found = "is missing" if size < 0 else f"has {size} bytes"
         raise ValueError(
-            f"shard {path} {found}, its manifest says {length * dtype.itemsize}; prepare the source again"
+            f"shard {path} {found}, its manifest says {length * dtype.itemsize} bytes; "
+            "prepare the source again"
         )
-    return np.memmap(path, dtype, mode="r", shape=(length,))
+    # As a plain array: slices of np.memmap cost several times as much.
+    return np.asarray(np.memmap(path, dtype, mode="r", shape=(length,)))
 
 
 class Windows:
@@ -148,9 +155,9 @@ class Windows:
         self._seq_len, self._segments = cfg.seq_len, cfg.packing == "segments"
         if len(self._stream) <= cfg.seq_len:
             raise ValueError(
-                f"source {source.name}: the {split} split has {len(self._stream)} tokens, too few for one sequence of "
-                f"data.seq_len={cfg.seq_len} and the token after it; give more text, a smaller data.seq_len, "
-                "or another data.holdout"
+                f"source {source.name}: the {split} split has {len(self._stream)} tokens, too few "
+                f"for one sequence of data.seq_len={cfg.seq_len} and the token after it; give more "
+                "text, a smaller data.seq_len, or another data.holdout"
             )
 
     def __len__(self) -> int:
@@ -170,19 +177,17 @@ class Windows:
         return item
 
     def padded(self, index: int) -> Batch:
-        """Sequence ``index`` with ``mask_BT`` always there, 0 where the target is padding (id 0)."""
+        """As ``[index]``, with ``mask_BT`` always there: 0 where the target is padding (id 0)."""
         start = index * self._seq_len
-        ids, is_start = self._stream.read(start, min(start + self._seq_len + 1, len(self._stream)))
-        missing = self._seq_len + 1 - len(ids)
-        ids, is_start = np.pad(ids, (0, missing)), np.pad(is_start, (0, missing))
+        ids, is_start = self._stream.read(start, self._seq_len + 1)
         mask = np.ones(self._seq_len, np.float32)
-        mask[self._seq_len - missing :] = 0
+        mask[len(self._stream) - start - 1 :] = 0
         item = {"inputs_BT": ids[:-1], "targets_BT": ids[1:], "mask_BT": mask}
         return item | _segments(is_start, mask) if self._segments else item
 
 
 def _segments(is_start: np.ndarray, mask: np.ndarray) -> Batch:
-    """Segment ids from 1, positions from 0 in each document, and the mask without targets of another document."""
+    """Segment ids, positions in each document, and the mask without targets of another document."""
     where = np.arange(len(mask), dtype=np.int32)
     first = is_start[:-1].copy()
     first[0] = True  # a document cut by the window starts again with it
@@ -193,15 +198,15 @@ def _segments(is_start: np.ndarray, mask: np.ndarray) -> Batch:
     }
 
 
-# Training ----------------------------------------------------------------------------------------------------------------
+# Training ----------------------------------------------------------------------------------------
 
 
 class Mixing(grain.transforms.DatasetSelectionMap):
-    """Which source, and which of its sequences, stands at each place of the mixture, as this host sees it.
+    """Source and sequence at each place of the mixture, as one host sees it.
 
-    Exact: among the first n sequences of the mixture a source has its share of n to within one for each source, for
-    any n. (Grain's own ``mix`` rounds the weights to hundredths of the smallest.) The mixture is the same for any
-    number of hosts: batch i is sequences ``[i B, i B + B)``, of which a host has a contiguous part.
+    Exact: of the first n places each source has its share to within the number of sources, for any
+    n (Grain's own ``mix`` rounds weights to hundredths of the smallest). The mixture is the same
+    for any number of hosts: batch i is places ``[i B, i B + B)``, a host has a contiguous part.
     """
 
     def __init__(
@@ -246,15 +251,16 @@ class Progress(NamedTuple):
 class TrainData:
     """Endless training batches of this host, prefetched in threads.
 
-    A batch has ``inputs_BT`` and ``targets_BT`` (int32, the targets are the next tokens); with packing="segments" also
-    ``segment_ids_BT`` (int32, from 1), ``positions_BT`` (int32, from 0 in each document) and ``mask_BT`` (float32, 0
-    where the target belongs to another document). B is ``batch_size / process_count`` here.
+    A batch has ``inputs_BT`` and ``targets_BT`` (int32, the targets are the next tokens); with
+    packing="segments" also ``segment_ids_BT`` (int32, from 1), ``positions_BT`` (int32, from 0 in
+    each document) and ``mask_BT`` (float32, 0 where the target belongs to another document).
+    B is ``batch_size / process_count`` here.
 
     Args:
       batch_size: sequences of a batch over all hosts.
 
     Raises:
-      ValueError: a batch that does not divide over the hosts, or a source too small for one sequence.
+      ValueError: a batch that does not divide over the hosts, a source too small for a sequence.
     """
 
     def __init__(
@@ -293,14 +299,15 @@ class TrainData:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Position after the batches returned so far, for :meth:`restore`; plain JSON, the same on every host."""
+        """Position after the batches returned so far; plain JSON, the same on every host."""
         return {"batches": self._returned, "data": self._identity}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue after the batch where ``state`` was taken, on any number of hosts, bit for bit.
+        """Continue bit for bit where ``state`` was taken, on any number of hosts.
 
         Raises:
-          ValueError: the state is of other data: shards, weights, seed, seq_len, packing or batch size differ.
+          ValueError: the state is of other data; names what differs of shards, weights, seed,
+            seq_len, packing and batch size.
         """
         if differs := [k for k, v in self._identity.items() if state["data"].get(k) != v]:
             raise ValueError(
@@ -352,11 +359,12 @@ def _identity(mixture: Mixture, cfg: DataConfig, batch_size: int) -> dict[str, A
 def _check_hosts(batch_size: int, process_count: int) -> None:
     if batch_size % process_count:
         raise ValueError(
-            f"train.batch_size={batch_size} must be a multiple of the number of processes, {process_count}"
+            f"train.batch_size={batch_size} must be a multiple of the number of processes, "
+            f"{process_count}"
         )
 
 
-# Evaluation --------------------------------------------------------------------------------------------------------------
+# Evaluation --------------------------------------------------------------------------------------
 
 
 class HeldOut(NamedTuple):
@@ -379,9 +387,10 @@ def eval_batches(
     process_index: int,
     process_count: int,
 ) -> Iterator[Batch]:
-    """Held-out batches of a source, this host's part: the whole split, or ``max_batches`` spread evenly over it.
+    """Held-out batches of a source, this host's part of each.
 
-    As training batches, all of one shape, in the order of the text and always with ``mask_BT``: 0 where the target is
+    They cover the whole split, or ``max_batches`` spread evenly over it, in the order of the text.
+    As training batches, all of one shape, and always with ``mask_BT``: 0 where the target is
     padding (or, with packing="segments", belongs to another document).
     """
     _check_hosts(batch_size, process_count)
@@ -410,7 +419,7 @@ def held_out(
         used = batch["mask_BT"] > 0
         counts += np.bincount(batch["targets_BT"][used], minlength=len(counts))
         documents += int((batch["inputs_BT"][used] == tokenizer.bos_id).sum())
-    # The first token of a document stands for the space that the tokenizer puts before a text as well.
+    # The first token of a document stands for the space that the tokenizer puts before it as well.
     text_bytes = int(counts @ tokenizer.bytes_of_id_V) - documents * tokenizer.prefix_bytes
     p = counts[counts > 0] / counts.sum()
     return HeldOut(int(counts.sum()), text_bytes, float(-(p * np.log(p)).sum()))

@@ -1,18 +1,21 @@
 """Text to a tokenizer and token shards.
 
-In come sources (a folder of text, .txt, .jsonl[.gz|.zst], .parquet, or the standard library of the running Python);
-out comes a folder that :mod:`llama_jax.data` reads::
+In come sources (a folder of text, .txt, .jsonl[.gz|.zst], .parquet, or the standard library of
+the running Python); out comes a folder that :mod:`llama_jax.data` reads::
 
-    OUT/manifest.json             the mixture: tokenizer, and folder and weight of each source
+    OUT/manifest.json            the mixture: the tokenizer, folder and weight of each source
     OUT/tokenizer.model
-    OUT/NAME/manifest.json        counts, sha256 of each shard, the settings it was made with
-    OUT/NAME/train-00000.tokens   little-endian uint16 (uint32 from 65,537 ids on): [BOS] text [EOS], document by document
-    OUT/NAME/train-00000.starts   little-endian uint64: where in the shard each document starts
-    OUT/NAME/holdout-00000.*      the documents kept out of training
+    OUT/NAME/manifest.json       counts, sha256 of each shard, what it was made from
+    OUT/NAME/tokenizer.model
+    OUT/NAME/train-00000.tokens  little-endian uint16 (uint32 from 65,537 ids on): documents back
+                                 to back, each as [BOS] text [EOS]
+    OUT/NAME/train-00000.starts  little-endian uint64: where in the shard each document starts
+    OUT/NAME/holdout-00000.*     the documents kept out of training
 
-    python -m llama_jax.prepare OUT --source web=web.jsonl.zst:0.8 --source code=src/:0.2 --vocab-size 32000
+    python -m llama_jax.prepare OUT --source web=web.jsonl.zst:0.8 --source code=src/:0.2 \
+        --vocab-size 32000
 
-What is there already and was made from the same input is left alone. A folder gets its name only when it is whole.
+What was made before from the same input is left alone. A folder takes its name when it is whole.
 """
 
 import argparse
@@ -27,14 +30,14 @@ import inspect
 import io
 import json
 import logging
-import math
 import os
 import re
 import shutil
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,19 +55,23 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 2**27
 CHUNK_BYTES = 2**18  # text a thread encodes at a time
-SAMPLE_BYTES = 10_000_000  # text a tokenizer is trained on; more changes few pieces
+SAMPLE_BYTES = 10_000_000  # text a tokenizer is trained on
 
-TEXT = tuple(
-    ".txt .text .md .rst .tex .org .html .xml .py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .swift .js .ts "
-    ".jsx .tsx .rb .php .pl .lua .jl .r .m .hs .ml .lisp .el .sh .sql .toml .yaml .yml .ini .cfg".split()
+# fmt: off
+TEXT = (
+    ".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".xml", ".py", ".pyi", ".c", ".h",
+    ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".scala", ".swift", ".js", ".ts",
+    ".rb", ".php", ".pl", ".lua", ".jl", ".hs", ".ml", ".el", ".sh", ".sql", ".toml", ".yaml",
 )
-JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-KNOWN = f"{', '.join(JSONL)}, .parquet, or text ({' '.join(TEXT[:8])} ...)"
-# Folders of the standard library that are tests, other people's packages, or tables (encodings: near-copies of one
-# another, which would put held-out text in training).
+# Folders of the standard library that are tests, other people's packages, or tables (encodings:
+# near-copies of one another, which would put held-out text into training).
 NOT_LIBRARY = {
-    "test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__",
-}  # fmt: skip
+    "test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "encodings",
+    "pydoc_data",
+}
+# fmt: on
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+KNOWN = f"{', '.join(JSONL)}, .parquet, or text ({' '.join(TEXT[:10])} ...)"
 
 
 class Document(NamedTuple):
@@ -72,7 +79,7 @@ class Document(NamedTuple):
 
     text: str
     key: int
-    """64-bit hash, of the text (a Python module's docstrings: of the module); held out when under a threshold"""
+    """64-bit hash of the text (docstrings: of their module); held out when under a threshold"""
     size: int
     """bytes of UTF-8"""
 
@@ -93,63 +100,61 @@ class RawSource:
 
     @functools.cached_property
     def block_bytes(self) -> int:
-        """Text files longer than this are cut into documents, so that few long files still make many documents."""
+        """Longer text files are cut, so that a few long files still make some hundred documents."""
         total = sum(f.stat().st_size for f in self.files)
         return 2**20 if len(self.files) >= 100 else min(2**16, max(2**10, total // 100))
 
     @functools.cached_property
     def inputs(self) -> str:
         """Hash of names, sizes and times of the files: it changes when the input does."""
-        stats = [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in self.files]
-        return hashlib.sha256(
-            json.dumps([stats, sys.version if self.is_python else ""]).encode()
-        ).hexdigest()
+        root = os.path.commonpath(self.files) if len(self.files) > 1 else self.files[0].parent
+        stats = [(f, f.stat()) for f in self.files]
+        files = [(str(f.relative_to(root)), s.st_size, s.st_mtime_ns) for f, s in stats]
+        return _digest([files, [self.path, sys.version] if self.is_python else []])
 
 
-def prepare_mixture(
-    data: DataConfig, vocab_size: int, out_dir: str | Path, progress: bool = True
-) -> Path:
-    """Make (or find made) tokenizer and shards of every source; returns ``out_dir``, for `llama_jax.data.open_mixture`.
+def prepare_mixture(data: DataConfig, vocab_size: int, out_dir: str | Path) -> Path:
+    """Make tokenizer and shards of every source, or find them made.
 
-    Call it in one process of a run. Needs no JAX; encodes in threads (SentencePiece releases the GIL), so it is safe
-    beside a live JAX backend.
+    Call it in one process of a run. It encodes in threads (SentencePiece releases the GIL), so it
+    starts no process beside a live JAX backend.
 
     Args:
-      data: sources, tokenizer ("" trains one of ``vocab_size`` pieces on the training documents), holdout, workers.
+      data: sources, tokenizer ("": train one of ``vocab_size`` pieces on the training documents),
+        holdout, workers.
       vocab_size: V of the model; the tokenizer has at most as many ids.
+      out_dir: folder to write.
+
+    Returns:
+      ``out_dir``, to open with :func:`llama_jax.data.open_mixture`.
 
     Raises:
       ValueError: input that cannot be used; names the file and line, and says what to do.
       OSError: reading or writing failed; what was half-written has been removed.
     """
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    old = read_json(out / MANIFEST) or {}
-    made = {n: m for n, s in data.sources.items() if (m := _prepared_manifest(s.path))}
+    made = {n: m for n, s in data.sources.items() if (m := _prepared(n, s.path))}
     raw = {n: find_files(n, s.path) for n, s in data.sources.items() if n not in made}
     thresholds = {n: split_threshold(s, data.holdout) for n, s in raw.items()}
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
 
-    tokenizer, trained_on = _tokenizer(data, vocab_size, out, old, raw, thresholds, made)
+    tokenizer, trained_on = _tokenizer(data, vocab_size, out, raw, thresholds, bool(made))
     sha256 = _sha256(tokenizer.path)
     _check_tokenizer(data, tokenizer, sha256, vocab_size, made)
     for name, source in raw.items():
-        _prepare_source(source, data, thresholds[name], tokenizer, sha256, out / name, progress)
+        _prepare_source(source, data, thresholds[name], tokenizer, sha256, out / name)
 
     folders = {n: str(Path(s.path).resolve()) if n in made else n for n, s in data.sources.items()}
-    _write_json(
-        out / MANIFEST,
-        {
-            "format": FORMAT,
-            "tokenizer": {"file": TOKENIZER, "sha256": sha256, "trained_on": trained_on},
-            "sources": {
-                n: {"folder": folders[n], "weight": s.weight} for n, s in data.sources.items()
-            },
-        },
-    )
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": {"file": TOKENIZER, "sha256": sha256, "trained_on": trained_on},
+        "sources": {n: {"folder": folders[n], "weight": s.weight} for n, s in data.sources.items()},
+    }
+    _write(out / MANIFEST, json.dumps(manifest, indent=1).encode())
     return out
 
 
-# Where text is ---------------------------------------------------------------------------------------------------------
+# Where text is -----------------------------------------------------------------------------------
 
 
 def find_files(name: str, path: str) -> RawSource:
@@ -158,52 +163,51 @@ def find_files(name: str, path: str) -> RawSource:
     Raises:
       ValueError: nothing there, or nothing that is text.
     """
-    if path.startswith("python:"):
-        if path not in ("python:code", "python:prose"):
-            raise ValueError(
-                f"source {name}: {path} is unknown; the embedded ones are python:code and python:prose"
-            )
+    where = f"source {name}: {path!r}"
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(
+            f"source name {name!r} must be of letters, digits, - and _ (it is a folder)"
+        )
+    if path in ("python:code", "python:prose"):
         root = Path(sysconfig.get_path("stdlib"))
         files = [f for f in _walk(root, NOT_LIBRARY) if f.suffix == ".py"]
         files = [f for f in files if not f.name.startswith("_sysconfigdata")]
         if not files:
-            raise ValueError(
-                f"source {name}: the standard library in {root} has no .py files; give a path to text"
-            )
+            raise ValueError(f"{where}: {root} has no .py files; give a path to text")
         return RawSource(name, path, tuple(files), {})
+    if path.startswith("python:"):
+        raise ValueError(f"{where} is unknown; the embedded ones are python:code and python:prose")
     root = Path(path)
-    if root.is_file():
+    if path and root.is_file():
         if _reader(root) is None:
-            raise ValueError(f"source {name}: {path} has an unknown extension; known are {KNOWN}")
+            raise ValueError(f"{where} has an unknown extension; known are {KNOWN}")
         return RawSource(name, path, (root,), {})
-    if not root.is_dir():
-        raise ValueError(
-            f"source {name}: {path} does not exist (relative to {Path.cwd()}); give a file or folder of text"
-        )
-    found = _walk(root, {"__pycache__"})
+    if not path or not root.is_dir():
+        raise ValueError(f"{where} does not exist (looked in {Path.cwd()}); give a file or folder")
+    found = [f for f in _walk(root, set()) if f.stat().st_size]
     files = [f for f in found if _reader(f) and not _is_binary(f)]
     skipped = collections.Counter(f.suffix or f.name for f in set(found) - set(files))
     if not files:
-        raise ValueError(
-            f"source {name}: folder {path} has no text ({len(found)} other files); known are {KNOWN}"
-        )
+        raise ValueError(f"{where} has no text in {len(found)} files; known are {KNOWN}")
     if skipped:
-        log.warning(
-            f"source {name}: skipped {skipped.total()} files that are not text: "
-            + ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(8))
-        )
+        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(8))
+        log.warning(f"{where}: skipped {skipped.total()} files that are not text: {kinds}")
     return RawSource(name, path, tuple(files), dict(sorted(skipped.items())))
 
 
 def _walk(root: Path, leave_out: set[str]) -> list[Path]:
+    def fail(e: OSError) -> None:
+        raise e
+
+    leave_out = leave_out | {"__pycache__"}
     found: list[Path] = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = sorted(f for f in folders if f not in leave_out and not f.startswith("."))
         found += [Path(folder, n) for n in sorted(names) if not n.startswith(".")]
     return found
 
 
-def _reader(file: Path) -> Any:
+def _reader(file: Path) -> Callable[[Path, int], Iterator[str]] | None:
     name = file.name.lower()
     if name.endswith(JSONL):
         return _read_jsonl
@@ -219,48 +223,51 @@ def _is_binary(file: Path) -> bool:
         return b"\0" in f.read(8192)
 
 
-# Text to documents -----------------------------------------------------------------------------------------------------
+# Text to documents -------------------------------------------------------------------------------
 
 
-def read_documents(source: RawSource, files: Iterable[Path] | None = None) -> Iterator[Document]:
-    """Documents of a source (of some of its files), empty ones left out.
+def read_documents(source: RawSource, files: Iterable[Path]) -> Iterator[Document]:
+    """Documents of some files of a source; blank ones are left out.
 
     Raises:
-      ValueError: text that is not UTF-8 text, broken JSON, no text field; names the file and line.
+      ValueError: not UTF-8 text, broken JSON, no text field; names the file and line.
     """
-    for file in source.files if files is None else files:
+    for file in files:
         if source.is_python:
-            texts = _read_module(file, prose=source.path == "python:prose")
+            documents: Iterable[Document] = _read_module(file, source.path == "python:prose")
         else:
-            texts = ((text, text) for text in _reader(file)(file, source.block_bytes))
-        for text, of_key in texts:
-            if not text.strip():
-                continue
-            size = len(text.encode())
-            digest = hashlib.blake2b(of_key.encode(), digest_size=8).digest()
-            yield Document(text, int.from_bytes(digest, "little"), size)
+            reader = _reader(file)
+            assert reader is not None
+            documents = (_document(text, text) for text in reader(file, source.block_bytes))
+        yield from (d for d in documents if d.size and not d.text.isspace())
+
+
+def _document(text: str, of_key: str) -> Document:
+    digest = hashlib.blake2b(of_key.encode(), digest_size=8).digest()
+    return Document(text, int.from_bytes(digest, "little"), len(text.encode()))
 
 
 def _read_text(file: Path, block_bytes: int) -> Iterator[str]:
     content = file.read_bytes()
     if not content:
-        raise ValueError(f"{file} is empty; give a file with text, or remove it")
+        raise ValueError(f"{file} is empty; give a file with text")
     if b"\0" in content[:8192]:
         raise ValueError(f"{file} is binary (it has zero bytes), not text")
-    start = 3 if content.startswith(b"\xef\xbb\xbf") else 0
+    start = 3 if content.startswith(b"\xef\xbb\xbf") else 0  # a byte order mark
     while start < len(content):
         end = _cut(content, start, block_bytes)
         try:
             yield content[start:end].decode()
         except UnicodeDecodeError as e:
             raise ValueError(
-                f"{file} is not UTF-8 text (byte {start + e.start}: {e.reason}); convert it, for example with iconv"
+                f"{file} is not UTF-8 text (byte {start + e.start}: {e.reason}); "
+                "convert it, for example with iconv"
             ) from None
         start = end
 
 
 def _cut(content: bytes, start: int, block_bytes: int) -> int:
-    """End of the block that begins at ``start``: after a blank line if there is one, else a line, else a character."""
+    """End of the block that begins at ``start``: at a blank line, else a line, else a space."""
     limit = start + block_bytes
     if limit >= len(content):
         return len(content)
@@ -278,52 +285,57 @@ def _read_jsonl(file: Path, _: int) -> Iterator[str]:
     try:
         with _open_lines(file) as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
+                if not line.isspace():
                     yield _json_text(line, f"{file} line {number}")
-    except (EOFError, gzip.BadGzipFile, OSError) as e:
-        raise ValueError(f"{file} cannot be read after line {number}: {e}") from None
+    except (OSError, EOFError, zlib.error) as e:
+        raise ValueError(f"{file} is damaged after line {number}: {e}") from None
     if not number:
-        raise ValueError(f"{file} is empty; give a file with text, or remove it")
+        raise ValueError(f"{file} is empty; give a file with text")
 
 
-@contextlib.contextmanager
-def _open_lines(file: Path) -> Iterator[Iterable[bytes]]:
-    if file.suffix == ".gz":
-        with gzip.open(file) as lines:
-            yield lines
-    elif file.suffix == ".zst":
-        import zstandard
+def _open_lines(file: Path) -> contextlib.AbstractContextManager[Iterable[bytes]]:
+    if file.suffix.lower() == ".gz":
+        return gzip.open(file)
+    if file.suffix.lower() == ".zst":
+        import pyarrow
 
-        try:
-            with (
-                open(file, "rb") as f,
-                zstandard.ZstdDecompressor().stream_reader(f, read_across_frames=True) as stream,
-            ):
-                yield io.BufferedReader(stream)
-        except zstandard.ZstdError as e:
-            raise EOFError(str(e)) from None
-    else:
-        with open(file, "rb") as lines:
-            yield lines
+        # The package zstandard ends a truncated file without an error; pyarrow raises.
+        return io.BufferedReader(pyarrow.CompressedInputStream(str(file), "zstd"), 2**16)
+    return open(file, "rb")
 
 
 def _json_text(line: bytes, where: str) -> str:
     try:
         record = json.loads(line)
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{where} is not UTF-8 text: {e.reason}") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{where} is not JSON: {e}") from None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        has = (
-            f"its fields are {', '.join(record)}" if isinstance(record, dict) else "it is no object"
-        )
-        raise ValueError(f'{where} has no "text" field that is a string; {has}')
-    return _checked_unicode(text, where)
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        fields = f"fields {', '.join(record)}" if isinstance(record, dict) else f"{record!r:.40}"
+        raise ValueError(f'{where} has no "text" field that is a string, only {fields}')
+    return _unicode(record["text"], where)
 
 
-def _checked_unicode(text: str, where: str) -> str:
+def _read_parquet(file: Path, _: int) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    row = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if "text" not in names:
+                raise ValueError(f'{file} has no "text" column, only {", ".join(names)}')
+            for batch in table.iter_batches(batch_size=256, columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    if not isinstance(text, str):
+                        raise ValueError(f'{file} row {row}: "text" is {text!r:.40}, no string')
+                    yield text
+    except (pyarrow.ArrowException, OSError) as e:
+        raise ValueError(f"{file} is no parquet file, or damaged after row {row}: {e}") from None
+
+
+def _unicode(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -331,116 +343,83 @@ def _checked_unicode(text: str, where: str) -> str:
     return text
 
 
-def _read_parquet(file: Path, _: int) -> Iterator[str]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(file)
-    except (pyarrow.ArrowInvalid, OSError) as e:
-        raise ValueError(f"{file} is not a parquet file: {e}") from None
-    with table:
-        names = table.schema_arrow.names
-        if "text" not in names:
-            raise ValueError(f'{file} has no "text" column; its columns are {", ".join(names)}')
-        row = 0
-        for batch in table.iter_batches(batch_size=256, columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str):
-                    raise ValueError(f'{file} row {row}: "text" is {text!r:.40}, not a string')
-                yield _checked_unicode(text, f"{file} row {row}")
-                row += 1
-
-
 @functools.lru_cache(maxsize=4096)
-def _read_module(file: Path, prose: bool) -> tuple[tuple[str, str], ...]:
-    """((document, code),): the code or the docstrings of a module; the code decides the side of the split for both."""
+def _read_module(file: Path, prose: bool) -> tuple[Document, ...]:
+    """The code or the docstrings of a module. The code decides on which side both are."""
     try:
         with tokenize.open(file) as f:
             code = f.read()
-        if not prose:
-            return ((code, code),)
-        return (("\n\n".join(_docstrings(ast.parse(code))), code),)
-    except (
-        SyntaxError,
-        UnicodeDecodeError,
-    ):  # deliberately broken files exist in some installations
+        text = "\n\n".join(_docstrings(ast.parse(code))) if prose else code
+    except (SyntaxError, UnicodeDecodeError):  # some installations have broken files, as examples
         return ()
+    return (_document(text, of_key=code),)
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        text = ast.get_docstring(node, clean=False)
-        if text and (text := inspect.cleandoc(text)):
+        text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+        if text:
             yield text
-    for child in getattr(
-        node, "body", ()
-    ):  # definitions are statements: no need to visit expressions
-        if isinstance(child, ast.stmt):
-            yield from _docstrings(child)
-    for field in ("orelse", "finalbody", "handlers"):
-        for child in getattr(node, field, ()):
+    for field in ("body", "orelse", "handlers", "finalbody"):  # definitions are statements
+        children = getattr(node, field, None)
+        for child in children if isinstance(children, list) else ():
             yield from _docstrings(child)
 
 
-# Which documents are held out -------------------------------------------------------------------------------------------
+# Which documents are held out --------------------------------------------------------------------
 
 
 def split_threshold(source: RawSource, holdout: float) -> int:
-    """Documents whose key is below this are held out: a share ``holdout``, and at least one document on each side.
+    """Documents whose key is below this are held out: a share ``holdout``, at least one a side.
 
-    Equal texts have equal keys, so a duplicate never stands on both sides.
+    Equal texts have equal keys, so copies of a document are never on both sides.
     """
     threshold, count, lowest, highest = int(holdout * 2**64), 0, 2**64, -1
-    for document in read_documents(source):
-        count, lowest, highest = (
-            count + 1,
-            min(lowest, document.key),
-            max(highest, document.key),
-        )
+    for document in read_documents(source, source.files):
+        count += 1
+        lowest, highest = min(lowest, document.key), max(highest, document.key)
         if lowest < threshold <= highest:
             return threshold
+    where = f"source {source.name}: {source.path!r}"
     if not count:
-        raise ValueError(f"source {source.name}: {source.path} has no text that is not blank")
+        raise ValueError(f"{where} has no text that is not blank")
     if lowest == highest:
         raise ValueError(
-            f"source {source.name}: {source.path} has one document (or copies of one), and one must be kept out of training; give more text"
+            f"{where} has one document (or copies of one), and one must be kept out of training; "
+            "give more text"
         )
     if source.is_python:  # code and prose must split alike
         raise ValueError(
-            f"data.holdout={holdout} keeps none of the {count} modules of {source.path}; "
-            f"set it above {lowest / 2**64:.4f}"
+            f"{where}: data.holdout={holdout} keeps none of {count} modules out of training; "
+            f"set it to at least {lowest / 2**64:.1g}"
         )
     return lowest + 1 if lowest >= threshold else highest
 
 
-# The tokenizer -----------------------------------------------------------------------------------------------------------
+# The tokenizer -----------------------------------------------------------------------------------
 
 
 def _tokenizer(
     data: DataConfig,
     vocab_size: int,
     out: Path,
-    old: dict[str, Any],
     raw: dict[str, RawSource],
     thresholds: dict[str, int],
-    made: dict[str, Any],
+    any_made: bool,
 ) -> tuple[Tokenizer, str]:
-    """The tokenizer of the mixture, in ``out``, and what it was trained on ("" if it was given)."""
+    """The tokenizer of the mixture, in ``out``, and what it was trained on ("" if given)."""
     target = out / TOKENIZER
-    given = data.tokenizer or next((data.sources[n].path for n in made), "")
-    if given:
-        path = Tokenizer.load(given).path
-        if not target.exists() or _sha256(target) != _sha256(path):
-            _copy(path, target)
-        return Tokenizer.load(target), ""
-    trained_on = _digest(
-        {n: [s.path, s.inputs, data.sources[n].weight, thresholds[n]] for n, s in raw.items()}
-        | {"vocab_size": vocab_size, "sample": SAMPLE_BYTES}
-    )
-    known = old.get("tokenizer", {})
-    whole = target.exists() and _sha256(target) == known.get("sha256")
-    if whole and known.get("trained_on") == trained_on:
+    if data.tokenizer or any_made:
+        first_made = next((s.path for n, s in data.sources.items() if n not in raw), "")
+        given = Tokenizer.load(data.tokenizer or first_made)
+        if given.vocab_size <= vocab_size:
+            _write(target, given.path.read_bytes())
+            return Tokenizer.load(target), ""
+        return given, ""  # an error follows: leave what is there
+    inputs = {n: [s.inputs, data.sources[n].weight, thresholds[n]] for n, s in raw.items()}
+    trained_on = _digest([inputs, vocab_size, SAMPLE_BYTES])
+    known = (_read_manifest(out) or {}).get("tokenizer", {})
+    if known.get("trained_on") == trained_on and _sha256(target) == known["sha256"]:
         return Tokenizer.load(target), trained_on
     log.info(f"training a tokenizer of {vocab_size} pieces")
     return train_tokenizer(_sample(data, raw, thresholds), vocab_size, target), trained_on
@@ -449,11 +428,11 @@ def _tokenizer(
 def _sample(
     data: DataConfig, raw: dict[str, RawSource], thresholds: dict[str, int]
 ) -> Iterator[str]:
-    """Training documents, from each source as many bytes as its weight says (or all it has)."""
+    """Training documents: of each source as many bytes as its weight says, or all it has."""
     weights = {n: data.sources[n].weight for n in raw}
     for name, source in raw.items():
         left = SAMPLE_BYTES * weights[name] / sum(weights.values())
-        # Files in an order that has nothing to do with their names: a sample of all of a big folder.
+        # An order that has nothing to do with the names: some of every part of a big folder.
         files = sorted(source.files, key=lambda f: hashlib.sha256(f.name.encode()).digest())
         for document in read_documents(source, files):
             if left <= 0:
@@ -468,7 +447,7 @@ def _check_tokenizer(
 ) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"tokenizer {data.tokenizer or tokenizer.path} has {tokenizer.vocab_size} ids, more than "
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, more than "
             f"model.vocab_size={vocab_size}; set model.vocab_size={tokenizer.vocab_size}"
         )
     for name, manifest in made.items():
@@ -476,11 +455,11 @@ def _check_tokenizer(
             raise ValueError(
                 f"source {name}: {data.sources[name].path} was prepared with another tokenizer "
                 f"(sha256 {manifest['tokenizer_sha256'][:12]}, the mixture's is {sha256[:12]}); "
-                "prepare all sources with one tokenizer"
+                "prepare all sources with one tokenizer, and set data.tokenizer to it or to nothing"
             )
 
 
-# Documents to shards -----------------------------------------------------------------------------------------------------
+# Documents to shards -----------------------------------------------------------------------------
 
 
 def _prepare_source(
@@ -490,96 +469,88 @@ def _prepare_source(
     tokenizer: Tokenizer,
     sha256: str,
     folder: Path,
-    progress: bool,
 ) -> None:
-    settings = {
-        "source": source.path,
-        "inputs": source.inputs,
+    made_from = {
+        "input": source.inputs,
         "holdout": data.holdout,
         "tokenizer": sha256,
         "block_bytes": source.block_bytes,
         "shard_tokens": SHARD_TOKENS,
     }
-    old = read_json(folder / MANIFEST)
-    if old is not None and old.get("format") == FORMAT:
-        changed = [k for k in settings if old["settings"].get(k) != settings[k]]
-        if not changed and _is_whole(folder, old):
-            return
-        log.info(f"source {source.name}: {', '.join(changed) or 'a shard'} changed, made again")
-    if folder.exists() and old is None:
+    old = _read_manifest(folder)
+    if old is None and folder.exists():
         raise ValueError(
-            f"{folder} exists and is no folder of shards; move it away or choose another folder"
+            f"{folder} is in the way: no folder of shards; move it, or write elsewhere"
         )
+    if old is not None:
+        known = old.get("made_from", {})
+        changed = [k for k, v in made_from.items() if known.get(k) != v]
+        if not changed and old["format"] == FORMAT and _is_whole(folder, old):
+            return
+        log.info(f"source {source.name}: {' and '.join(changed) or 'a shard'} changed, made again")
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "name": source.name,
+        "path": source.path,
+        "made_from": made_from,
+        "files": len(source.files),
+        "skipped": source.skipped,
+        "tokenizer_sha256": sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype,
+    }
     with _new_folder(folder) as partial:
-        dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        splits = _write_shards(source, threshold, tokenizer, dtype, partial, data.workers, progress)
-        _copy(tokenizer.path, partial / TOKENIZER)
-        manifest = {
-            "format": FORMAT,
-            "name": source.name,
-            "settings": settings,
-            "tokenizer_sha256": sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": dtype,
-            "files": len(source.files),
-            "skipped": source.skipped,
-            "splits": splits,
-        }
-        _write_json(partial / MANIFEST, manifest)
+        encode = functools.partial(_encode, tokenizer, dtype, threshold)
+        manifest["splits"] = _write_shards(source, encode, partial, data.workers or _cores())
+        shutil.copyfile(tokenizer.path, partial / TOKENIZER)
+        _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+    documents = sum(s["documents"] for s in manifest["splits"].values())
+    if documents > len(source.files) and source.files[0].name.endswith(TEXT):
+        log.info(
+            f"source {source.name}: {len(source.files)} text files cut into {documents} documents "
+            f"of up to {source.block_bytes / 1024:.0f} KiB, at blank lines where there are any"
+        )
 
 
 def _write_shards(
-    source: RawSource,
-    threshold: int,
-    tokenizer: Tokenizer,
-    dtype: str,
-    folder: Path,
-    workers: int,
-    progress: bool,
+    source: RawSource, encode: Callable[[list[Document]], Any], folder: Path, workers: int
 ) -> dict[str, Any]:
-    plain = not source.is_python and all(_reader(f) is _read_text for f in source.files)
-    bar = tqdm(
-        desc=f"tokenise {source.name}",
-        total=sum(f.stat().st_size for f in source.files) if plain else None,
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,  # None: only in a terminal
-    )
-    encode = functools.partial(_encode, tokenizer, np.dtype(dtype).newbyteorder("<"), threshold)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(bar)
-        splits = {
-            s: stack.enter_context(contextlib.closing(_Shards(folder, s)))
-            for s in ("train", "holdout")
-        }
-        for parts in _in_order(encode, _chunks(read_documents(source)), workers):
-            for split, (ids, lengths, size) in parts.items():
-                splits[split].add(ids, lengths, size)
-                bar.update(size)
+    plain = not source.is_python and all(f.name.lower().endswith(TEXT) for f in source.files)
+    with (
+        contextlib.closing(_Shards(folder, "train")) as train,
+        contextlib.closing(_Shards(folder, "holdout")) as holdout,
+        tqdm(
+            desc=f"tokenise {source.name}",
+            total=sum(f.stat().st_size for f in source.files) if plain else None,
+            unit="B",
+            unit_scale=True,
+            disable=None,  # shown in a terminal only
+        ) as bar,
+    ):
+        splits = {"train": train, "holdout": holdout}
+        chunks = _chunks(read_documents(source, source.files))
+        for encoded in _in_order(encode, chunks, workers):
+            for split, (ids, lengths, text_bytes) in encoded.items():
+                splits[split].add(ids, lengths, text_bytes)
+                bar.update(text_bytes)
         return {name: split.finish() for name, split in splits.items()}
 
 
-Part = tuple[np.ndarray, list[int], int]
-
-
 def _encode(
-    tokenizer: Tokenizer, dtype: np.dtype, threshold: int, documents: list[Document]
-) -> dict[str, Part]:
-    """Ids of some documents back to back, their lengths, and their bytes of text, by split."""
+    tokenizer: Tokenizer, dtype: str, threshold: int, documents: list[Document]
+) -> dict[str, tuple[np.ndarray, list[int], int]]:
+    """By split: ids of the documents back to back, the length of each, bytes of text."""
     bos, eos = tokenizer.bos_id is not None, tokenizer.eos_id is not None
-    parts = {}
-    for split, of_split in (
-        ("train", [d for d in documents if d.key >= threshold]),
-        ("holdout", [d for d in documents if d.key < threshold]),
-    ):
-        if of_split:
-            ids = [tokenizer.encode_array(d.text, bos, eos).astype(dtype) for d in of_split]
-            parts[split] = (
-                np.concatenate(ids),
-                [len(i) for i in ids],
-                sum(d.size for d in of_split),
-            )
-    return parts
+    train = [d for d in documents if d.key >= threshold]
+    holdout = [d for d in documents if d.key < threshold]
+    encoded = {}
+    for split, docs in (("train", train), ("holdout", holdout)):
+        if docs:
+            ids = [tokenizer.encode_array(d.text, bos, eos) for d in docs]
+            flat = np.concatenate(ids).astype(np.dtype(dtype).newbyteorder("<"))
+            encoded[split] = flat, [len(i) for i in ids], sum(d.size for d in docs)
+    return encoded
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -595,9 +566,8 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-def _in_order(function: Any, items: Iterable[Any], workers: int) -> Iterator[Any]:
-    """``map`` over threads, results in the order of the items, only a few items ahead."""
-    workers = workers or _cores()
+def _in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """``map`` over threads: results in the order of the items, a few items ahead."""
     waiting: collections.deque[Future[Any]] = collections.deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
     try:
@@ -620,30 +590,25 @@ class _Shards:
 
     def __init__(self, folder: Path, split: str):
         self._folder, self._split = folder, split
-        self._file: Any = None
-        self._documents = self._tokens = self._text_bytes = 0
+        self._file: io.BufferedWriter | None = None
+        self._total = {"documents": 0, "tokens": 0, "text_bytes": 0}
         self._shards: list[dict[str, Any]] = []
 
     def add(self, ids: np.ndarray, lengths: list[int], text_bytes: int) -> None:
         if self._file is None:
-            self._open()
-        ends = self._in_shard + np.cumsum(lengths)
-        self._starts.append(np.concatenate([[self._in_shard], ends[:-1]]).astype("<u8"))
+            self._name = f"{self._split}-{len(self._shards):05d}"
+            self._file = open(self._folder / f"{self._name}.tokens", "wb")  # noqa: SIM115
+            self._sha256 = hashlib.sha256()
+            self._starts, self._tokens = [np.zeros(0, "<u8")], 0
+        starts = self._tokens + np.cumsum([0, *lengths[:-1]])
+        self._starts.append(starts.astype("<u8"))
         self._file.write(ids.data)
         self._sha256.update(ids.data)
-        self._in_shard += len(ids)
         self._tokens += len(ids)
-        self._documents += len(lengths)
-        self._text_bytes += text_bytes
-        if self._in_shard >= SHARD_TOKENS:
+        for key, value in zip(self._total, (len(lengths), len(ids), text_bytes), strict=True):
+            self._total[key] += value
+        if self._tokens >= SHARD_TOKENS:
             self._finish_shard()
-
-    def _open(self) -> None:
-        self._name = f"{self._split}-{len(self._shards):05d}"
-        self._file = open(self._folder / f"{self._name}.tokens", "wb")  # noqa: SIM115 - closed in close()
-        self._sha256 = hashlib.sha256()
-        self._starts: list[np.ndarray] = []
-        self._in_shard = 0
 
     def _finish_shard(self) -> None:
         self.close()
@@ -653,7 +618,7 @@ class _Shards:
         self._shards.append(
             {
                 "name": self._name,
-                "tokens": self._in_shard,
+                "tokens": self._tokens,
                 "documents": len(starts),
                 "tokens_sha256": self._sha256.hexdigest(),
                 "starts_sha256": hashlib.sha256(starts.data).hexdigest(),
@@ -664,28 +629,20 @@ class _Shards:
         """Complete the last shard; returns the split's part of the manifest."""
         if self._file is not None:
             self._finish_shard()
-        return {
-            "documents": self._documents,
-            "tokens": self._tokens,
-            "text_bytes": self._text_bytes,
-            "shards": self._shards,
-        }
+        return {**self._total, "shards": self._shards}
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
 
 
-# Files that are whole or absent --------------------------------------------------------------------------------------------
+# Files that are whole or absent ------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when the block ends well and disappears when it does not."""
-    partial, old = (
-        folder.with_name(folder.name + ".partial"),
-        folder.with_name(folder.name + ".old"),
-    )
+    """A folder to fill: takes its name when the block ends well, disappears when it does not."""
+    partial, old = (folder.with_name(folder.name + end) for end in (".partial", ".old"))
     try:
         for left_over in (partial, old):
             if left_over.exists():
@@ -702,119 +659,88 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     except BaseException as e:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(e, OSError):
-            raise OSError(
-                e.errno, f"preparing {folder} failed, nothing half-written is left: {e}"
-            ) from e
+            raise OSError(f"preparing {folder} failed, nothing half-written is left: {e}") from e
         raise
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A manifest, None if there is none (or it is none)."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) and "format" in content else None
-
-
-def _prepared_manifest(path: str) -> dict[str, Any] | None:
-    """Manifest of a folder that is prepared already, None for raw text."""
-    manifest = read_json(Path(path) / MANIFEST)
-    if manifest is None:
-        return None
-    if "sources" in manifest:
-        names = ", ".join(str(Path(path) / n) for n in manifest["sources"])
-        raise ValueError(f"{path} is a prepared mixture; name one of its sources: {names}")
-    if manifest["format"] != FORMAT:
-        raise ValueError(
-            f"{path} has format {manifest['format']}, this version reads {FORMAT}; prepare it again"
-        )
-    return manifest
-
-
-def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
-    width = np.dtype(manifest["dtype"]).itemsize
-    sizes = {TOKENIZER: None}
-    for split in manifest["splits"].values():
-        for shard in split["shards"]:
-            sizes[f"{shard['name']}.tokens"] = shard["tokens"] * width
-            sizes[f"{shard['name']}.starts"] = shard["documents"] * 8
-    return all(
-        (folder / n).is_file() and size in (None, (folder / n).stat().st_size)
-        for n, size in sizes.items()
-    )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.write_bytes(content)
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
 
 
-def _copy(source: Path, target: Path) -> None:
-    partial = target.with_name(target.name + ".partial")
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
-        shutil.copyfile(source, partial)
-        os.replace(partial, target)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and "format" in content else None
+
+
+def _prepared(name: str, path: str) -> dict[str, Any] | None:
+    """Manifest of a source that is a prepared folder, None for raw text."""
+    manifest = _read_manifest(Path(path))
+    if manifest is None:
+        return None
+    if "sources" in manifest:
+        inside = ", ".join(str(Path(path) / n) for n in manifest["sources"])
+        raise ValueError(f"source {name}: {path} is a prepared mixture; name a source: {inside}")
+    if manifest["format"] != FORMAT:
+        raise ValueError(
+            f"source {name}: {path} has format {manifest['format']}, this version reads {FORMAT}; "
+            "prepare it again"
+        )
+    return manifest
+
+
+def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
+    width = np.dtype(manifest["dtype"]).itemsize
+    shards = [s for split in manifest["splits"].values() for s in split["shards"]]
+    sizes = {f"{s['name']}.tokens": s["tokens"] * width for s in shards}
+    sizes |= {f"{s['name']}.starts": s["documents"] * 8 for s in shards}
+    found = {f.name: f.stat().st_size for f in folder.iterdir()}
+    return TOKENIZER in found and all(found.get(n) == size for n, size in sizes.items())
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-# Command -----------------------------------------------------------------------------------------------------------------
+# Command -----------------------------------------------------------------------------------------
 
 
 def parse_source(argument: str) -> tuple[str, SourceConfig]:
-    """``NAME=PATH[:WEIGHT]``; a path may contain colons, a last part that is a number is the weight."""
-    name, equals, path = argument.partition("=")
-    if not equals or not re.fullmatch(r"[\w-]+", name) or not path:
-        raise ValueError(
-            f"--source {argument} is not of the form NAME=PATH or NAME=PATH:WEIGHT (NAME: letters, digits, - and _)"
-        )
-    before, _, last = path.rpartition(":")
-    try:
-        weight = float(last) if before else math.nan
-    except ValueError:
-        weight = math.nan
-    if math.isnan(weight):
-        return name, SourceConfig(path=path)
-    return name, SourceConfig(path=before, weight=weight)
+    """``NAME=PATH[:WEIGHT]``; only a number after the last colon is a weight."""
+    found = re.fullmatch(r"([^=]+)=(.+?)(?::(\d*\.?\d+))?", argument)
+    if not found:
+        raise ValueError(f"--source {argument} is not of the form NAME=PATH or NAME=PATH:WEIGHT")
+    return found[1], SourceConfig(path=found[2], weight=float(found[3] or 1))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
         prog="python -m llama_jax.prepare",
-        description=(__doc__ or "").split("\n")[0],
-        epilog="A source in OUT goes into a recipe as [data.sources.NAME] with path = OUT/NAME.",
+        description="Text to a tokenizer and token shards.",
+        epilog="In a recipe: [data.sources.NAME] with path = OUT/NAME.",
     )
-    parser.add_argument("out", help="folder to write")
-    parser.add_argument(
-        "--source",
-        action="append",
-        required=True,
-        metavar="NAME=PATH[:WEIGHT]",
-        help=f"repeatable; PATH is a folder, {KNOWN}, python:code or python:prose",
-    )
+    add = parser.add_argument
+    add("out", help="folder to write")
+    source_help = f"repeatable; PATH: a folder, {KNOWN}, python:code or python:prose"
+    add("--source", action="append", required=True, metavar="NAME=PATH[:WEIGHT]", help=source_help)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", default="", help="SentencePiece .model to use")
     which.add_argument("--vocab-size", type=int, help="train a tokenizer of that many pieces")
-    parser.add_argument(
-        "--holdout", type=float, default=0.02, help="share of documents kept out (default 0.02)"
-    )
-    parser.add_argument("--workers", type=int, default=0, help="threads (default: one a core)")
+    add("--holdout", type=float, default=0.02, help="share of documents kept out (default 0.02)")
+    add("--workers", type=int, default=0, help="threads (default: one a core)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -830,10 +756,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     for name in data.sources:
-        for split, counts in (read_json(out / name / MANIFEST) or {"splits": {}})["splits"].items():
+        manifest = _read_manifest(out / name)
+        for split, n in (manifest or {"splits": {}})["splits"].items():
             print(
-                f"{name:16} {split:8} {counts['documents']:>12,} documents {counts['tokens']:>16,} tokens "
-                f"{counts['text_bytes'] / max(1, counts['tokens']):.2f} bytes a token"
+                f"{name:16} {split:8} {n['documents']:>12,} documents {n['tokens']:>16,} tokens "
+                f"{n['text_bytes'] / n['tokens']:.2f} bytes a token"
             )
 
 

@@ -1,6 +1,7 @@
 """Text to token ids and back, with SentencePiece; and how LLaMA's tokenizer was trained.
 
-In comes a ``tokenizer.model`` (or text to train one on); out come ids, text, and how many bytes each id stands for.
+In comes a ``tokenizer.model`` (or text to train one on); out come ids, text, and how many bytes
+each id stands for.
 
     from llama_jax.tokenizer import Tokenizer
     Tokenizer.load("tokenizer.model").encode("Hello", bos=True)
@@ -18,7 +19,7 @@ import numpy as np
 
 FILE_NAME = "tokenizer.model"
 
-# The trainer and normaliser settings stored in LLaMA's own tokenizer.model. 256 of the pieces are bytes, 3 control.
+# The trainer and normaliser settings stored in LLaMA's own tokenizer.model.
 TRAINER = dict(
     model_type="bpe",
     character_coverage=0.99995,
@@ -40,7 +41,7 @@ LONGEST_LINE = 1000
 
 
 class Tokenizer:
-    """A SentencePiece model. Encoding is safe to call from several threads at once, and runs in parallel."""
+    """A SentencePiece model. Several threads may encode at once, and do so in parallel."""
 
     def __init__(self, processor: Any, path: Path):
         self._processor = processor
@@ -48,10 +49,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a SentencePiece model from a file, or from a folder that holds a ``tokenizer.model``.
+        """Read a SentencePiece model: a file, or the ``tokenizer.model`` in a folder.
 
         Raises:
-          ValueError: missing, or by its content not a SentencePiece model; says what it is and what to do.
+          ValueError: missing, or by its content something else; says what it is and what to do.
         """
         path = Path(path)
         if path.is_dir():
@@ -70,7 +71,7 @@ class Tokenizer:
             processor = None
         if processor is None or processor.vocab_size() == 0:
             raise ValueError(
-                f"tokenizer {path} is not a SentencePiece model (unknown binary content, or damaged); "
+                f"tokenizer {path} is not a SentencePiece model (other binary data, or damaged); "
                 "give a SentencePiece .model file, or none to train one on the data"
             )
         return cls(processor, path)
@@ -95,7 +96,7 @@ class Tokenizer:
         return self.encode_array(text, bos, eos).tolist()
 
     def encode_array(self, text: str, bos: bool = False, eos: bool = False) -> np.ndarray:
-        """As :meth:`encode`, as an int32 array: no Python object a token, so threads do not wait for each other."""
+        """As :meth:`encode`, in int32: no Python object a token, so threads need not wait."""
         for wanted, name, token in ((bos, "bos", self.bos_id), (eos, "eos", self.eos_id)):
             if wanted and token is None:
                 raise ValueError(f"{name}=True, but tokenizer {self.path} has no {name} id")
@@ -131,18 +132,18 @@ class Tokenizer:
 
     @functools.cached_property
     def prefix_bytes(self) -> int:
-        """Bytes that the ids of a text stand for beyond the text: 1 if a space is put before it (LLaMA), else 0."""
+        """Bytes that ids stand for beyond their text: 1 if a space goes before it (LLaMA), or 0."""
         return int(self.bytes_of_id_V[self.encode_array("a")].sum()) - 1
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
     """Train a tokenizer of ``vocab_size`` pieces as LLaMA's was, and write it to ``path``.
 
-    BPE over lines, numbers split into digits, bytes for rare characters. The same texts give the same file, bit for
-    bit. Nothing is written when it fails.
+    BPE over lines, numbers split into digits, bytes for rare characters. The same texts give the
+    same file, bit for bit. Nothing is written when it fails.
 
     Raises:
-      ValueError: no text, or a vocabulary the text is too small (or has too many characters) for; names the limit.
+      ValueError: no text, or too little or too varied for so many pieces; names the limit.
     """
     path, out = Path(path), io.BytesIO()
     try:
@@ -175,13 +176,13 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 def _training_problem(message: str, vocab_size: int) -> str:
     if largest := re.search(r"value <= (\d+)", message):
         return (
-            f"vocab_size={vocab_size} is more than the text supports: the largest possible is {largest[1]}; "
-            "set model.vocab_size (--vocab-size) to at most that, or give more text"
+            f"vocab_size={vocab_size} is more than the text supports, the largest possible is "
+            f"{largest[1]}; set model.vocab_size (--vocab-size) to at most that, or give more text"
         )
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return (
-            f"vocab_size={vocab_size} is too small for the characters of the text: it needs at least {smallest[1]} "
-            "(256 bytes, 3 control ids, one a character)"
+            f"vocab_size={vocab_size} is too small for the characters of the text, it takes at "
+            f"least {smallest[1]}: 256 bytes, 3 control ids, one a character"
         )
     if "sentences_.empty()" in message:
         return "there is no text to train a tokenizer on"
@@ -189,7 +190,7 @@ def _training_problem(message: str, vocab_size: int) -> str:
 
 
 def _not_sentencepiece(content: bytes) -> str | None:
-    """What a file is, judged by its content, if it is one of the things people give instead of a .model."""
+    """What a file is, by its content, if it is something people give instead of a .model."""
     if not content:
         return "is empty; copy it again"
     if content.startswith(b"version https://git-lfs"):
@@ -201,8 +202,8 @@ def _not_sentencepiece(content: bytes) -> str | None:
         )
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content):
         return (
-            "is a list of base64 pieces with ranks (tiktoken, as published with Llama 3), not a SentencePiece model; "
-            "give a SentencePiece .model file"
+            "is a list of base64 pieces with ranks (tiktoken, as published with Llama 3), "
+            "not a SentencePiece model; give a SentencePiece .model file"
         )
     return None
 
