@@ -241,7 +241,7 @@ class DataConfig:
     prepared: str = ""
     """where token shards of raw sources are kept; empty: `data` inside the run folder"""
     workers: NonNegative = 0
-    """processes that tokenise; 0: one a core"""
+    """threads that tokenise; 0: one a core"""
 
 
 @_checked

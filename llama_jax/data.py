@@ -102,9 +102,9 @@ class TokenStream:
         self.folder, self._vocab_size = folder, manifest["vocab_size"]
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         shards = manifest["splits"][split]["shards"]
-        self._tokens = [_mapped(folder / f"{s['name']}.tokens", dtype, s["tokens"]) for s in shards]
+        self._tokens = [_file(folder / f"{s['name']}.tokens", dtype, s["tokens"]) for s in shards]
         self._starts = [
-            _mapped(folder / f"{s['name']}.starts", np.dtype("<u8"), s["documents"]) for s in shards
+            _file(folder / f"{s['name']}.starts", np.dtype("<u8"), s["documents"]) for s in shards
         ]
         self._offsets = np.cumsum([0] + [s["tokens"] for s in shards]).tolist()
 
@@ -122,8 +122,8 @@ class TokenStream:
         while at < stop:
             offset = self._offsets[shard]
             end = min(stop, self._offsets[shard + 1])
-            ids[at - start : end - start] = self._tokens[shard][at - offset : end - offset]
-            starts = self._starts[shard]
+            ids[at - start : end - start] = _mapped(self._tokens[shard])[at - offset : end - offset]
+            starts = _mapped(self._starts[shard])
             first, last = np.searchsorted(starts, np.array([at - offset, end - offset], "<u8"))
             is_start[starts[first:last].astype(np.int64) + (offset - start)] = True
             at, shard = end, shard + 1
@@ -135,16 +135,32 @@ class TokenStream:
         return ids, is_start
 
 
-def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
-    size = path.stat().st_size if path.is_file() else -1
-    if size != length * dtype.itemsize:
-        found = "is missing" if size < 0 else f"has {size} bytes"
+class _File(NamedTuple):
+    path: Path
+    dtype: np.dtype
+    length: int
+    inode: int
+    mtime_ns: int
+    """with the inode: tells a file from another that took its name"""
+
+
+def _file(path: Path, dtype: np.dtype, length: int) -> _File:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        raise ValueError(f"shard {path} is missing; prepare the source again") from None
+    if stat.st_size != length * dtype.itemsize:
         raise ValueError(
-            f"shard {path} {found}, its manifest says {length * dtype.itemsize} bytes; "
+            f"shard {path} has {stat.st_size} bytes, its manifest says {length * dtype.itemsize}; "
             "prepare the source again"
         )
+    return _File(path, dtype, length, stat.st_ino, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)  # each map holds a file descriptor, and often 1024 are allowed
+def _mapped(file: _File) -> np.ndarray:
     # As a plain array: slices of np.memmap cost several times as much.
-    return np.asarray(np.memmap(path, dtype, mode="r", shape=(length,)))
+    return np.asarray(np.memmap(file.path, file.dtype, mode="r", shape=(file.length,)))
 
 
 class Windows:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import threading
 from collections import Counter
 from fractions import Fraction
@@ -162,6 +163,24 @@ def test_read_across_shards(mixture):
         expected[: len(flat) - start] = flat[start : start + length]
         assert ids.tolist() == expected.tolist()
         assert is_start.tolist() == (expected == BOS).tolist()
+
+
+def test_more_shards_than_a_process_may_open(tmp_path):
+    """Descriptors stay few; a file that took another's place is not mistaken for it."""
+    docs = [[BOS, i % 250 + 3, EOS] for i in range(300)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for offset in (0, 1):
+        made = [[BOS, d[1] + offset, EOS] for d in docs]
+        write_source(tmp_path, "a", {"train": made, "holdout": made}, "sha", 320, 1)
+        manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (400, limits[1]))
+        try:
+            stream = TokenStream(tmp_path / "a", manifest, "train")
+            ids, is_start = stream.read(0, 900)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert ids.tolist() == [t for d in made for t in d]
+        assert is_start.tolist() == [True, False, False] * 300
 
 
 def test_arrays_of_a_batch(mixture):
@@ -474,6 +493,10 @@ def test_ids_outside_the_vocabulary(copy):
     windows = Windows(open_mixture(copy).sources["c"], config(), "train")
     with pytest.raises(ValueError, match=r"copy/c: token id 5000 is outside the vocabulary of 320"):
         windows[0]
+    data = TrainData(open_mixture(copy), config(), 4, 0, 1)
+    with pytest.raises(ValueError, match="token id 5000 is outside the vocabulary of 320"):
+        take(data, 400)
+    data.close()
     assert windows[1]["inputs_BT"].max() < 320
 
 
