@@ -1,0 +1,479 @@
+"""Other people's settings: Meta's ``params.json``, Hugging Face's ``config.json`` (v4 and v5), tokenizer files.
+
+In comes a parsed file; out comes our :class:`~llama_jax.config.ModelConfig` with remarks for the user, or the other way.
+What we cannot reproduce exactly is refused by name; nothing is ignored in silence.
+
+    python -m llama_jax.convert --inspect PATH
+"""
+
+import base64
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama_jax import config as cf
+from llama_jax.config import MODELS, ModelConfig
+
+
+class SettingsError(ValueError):
+    """Settings that we cannot reproduce; the message lists every reason."""
+
+
+def _read(tree: dict[str, Any], problems: list[str], where: str) -> ModelConfig:
+    """A checked config, with what pydantic finds added to what the caller found."""
+    cfg = None
+    try:
+        cfg = cf.check_model(tree, where)
+    except cf.ConfigError as e:
+        problems += str(e).splitlines()
+    if cfg is None or problems:
+        raise SettingsError("\n".join(problems))
+    return cfg
+
+
+# --- Hugging Face ----------------------------------------------------------------------------------------------------
+
+# ours -> theirs, inside rope_parameters (v5) and rope_scaling (v4)
+_ROPE = {
+    "factor": "factor",
+    "original_context": "original_max_position_embeddings",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "truncate": "truncate",
+}
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "ffn_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}
+# Keys that say nothing about the weights or the forward pass.
+_SILENT = set(
+    "architectures model_type torch_dtype dtype bos_token_id eos_token_id pad_token_id unk_token_id use_cache "
+    "initializer_range transformers_version _name_or_path attention_dropout pretraining_tp output_attentions "
+    "output_hidden_states return_dict hidden_act attention_bias mlp_bias num_key_value_heads head_dim "
+    "max_position_embeddings tie_word_embeddings rope_theta rope_scaling rope_parameters quantization_config "
+    "sliding_window partial_rotary_factor original_max_position_embeddings max_sequence_length auto_map".split()
+)
+
+
+def model_from_hf(config: dict[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
+    """Our config and remarks; raises :class:`SettingsError` with every unsupported feature of ``config.json``."""
+    problems, remarks = [], []
+    if (kind := config.get("model_type")) != "llama":
+        problems.append(f"{where}: model_type={kind!r} is not supported, only 'llama'")
+    if config.get("architectures") not in (None, ["LlamaForCausalLM"]):
+        problems.append(
+            f"{where}: architectures={config['architectures']} is not ['LlamaForCausalLM']"
+        )
+    for key, plain in [
+        ("attention_bias", (None, False)),
+        ("mlp_bias", (None, False)),
+        ("hidden_act", (None, "silu", "swish")),
+        ("quantization_config", (None,)),
+        ("sliding_window", (None,)),
+        ("partial_rotary_factor", (None, 1, 1.0)),
+    ]:
+        if (value := config.get(key)) not in plain:
+            problems.append(f"{where}: {key}={value!r} is not supported")
+    if unknown := set(config) - _SILENT - set(_SIZES.values()):
+        remarks.append(f"{where}: ignored {', '.join(sorted(unknown))}")
+    tree = {ours: config.get(theirs) for ours, theirs in _SIZES.items()}
+    problems += [f"{where}: {_SIZES[k]} is missing" for k, v in tree.items() if v is None]
+    if problems:
+        raise SettingsError("\n".join(problems))
+    heads = tree["num_heads"]
+    context = config.get("max_position_embeddings")
+    if context is None:
+        context = 2048  # what transformers' LlamaConfig assumes
+        remarks.append(
+            f"{where}: max_position_embeddings is missing; took 2048, as transformers does"
+        )
+    tree |= dict(
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or tree["dim"] // heads,
+        context=context,
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        rope=_rope_from_hf(config, context, where, problems, remarks),
+    )
+    return _read(tree, problems, where), remarks
+
+
+def _rope_from_hf(
+    config: dict[str, Any], context: int, where: str, problems: list[str], remarks: list[str]
+) -> dict[str, Any]:
+    """`rope` of our config from either schema; both may be present if they agree."""
+    top = config.get("rope_theta")
+    read = []
+    for key in ("rope_parameters", "rope_scaling"):  # v5, v4
+        if given := config.get(key):
+            if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
+                problems.append(
+                    f"{where}: {key}={given!r} is not supported: one flat table expected"
+                )
+                return {}
+            theta = given.get("rope_theta", top)
+            read.append(
+                _rope_fields(given, theta, config, context, f"{where}: {key}", problems, remarks)
+            )
+    if not read:
+        read = [{"type": "default", "theta": top}]
+    if "rope_scaling" in config and config["rope_scaling"] is None and top is not None:
+        read.append({"type": "default", "theta": top})  # v4 says in full: no scaling
+    if any(fields != read[0] for fields in read):
+        problems.append(
+            f"{where}: rope_parameters (read by transformers 5) and rope_theta with rope_scaling (read by 4) disagree: "
+            f"{config.get('rope_parameters')} against rope_theta={top}, {config.get('rope_scaling')}"
+        )
+    if read[0]["theta"] is None:
+        read[0]["theta"] = 10000.0  # the default of transformers' LlamaConfig
+        remarks.append(f"{where}: rope_theta is missing; took 10000, as transformers does")
+    read[0]["theta"] = float(read[0]["theta"])
+    return read[0]
+
+
+def _rope_fields(
+    given: dict[str, Any], theta: Any, config: dict[str, Any], context: int, where: str,
+    problems: list[str], remarks: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    kind = given.get("rope_type", given.get("type", "default"))
+    fields = {
+        ours: given[theirs] for ours, theirs in _ROPE.items() if given.get(theirs) is not None
+    }
+    if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
+        problems.append(f"{where}: rope type {kind!r} is not supported")
+        return {"type": kind, "theta": theta}
+    plain = {"rope_type", "type", "rope_theta", "finetuned", *_ROPE.values()}
+    if given.get("partial_rotary_factor", 1.0) == 1.0:
+        plain.add("partial_rotary_factor")
+    if unknown := set(given) - plain:
+        problems.append(f"{where}: {', '.join(sorted(unknown))} is not supported")
+    if kind in ("llama3", "yarn"):
+        # transformers 5: the key beside the table wins, then the one inside, then max_position_embeddings.
+        beside = config.get("original_max_position_embeddings")
+        fields["original_context"] = beside or fields.get("original_context") or context
+    elif fields.pop("original_context", None):
+        remarks.append(
+            f"{where}: {kind} does not use original_max_position_embeddings, as in transformers"
+        )
+    if kind == "yarn":
+        original = fields["original_context"]
+        fields.setdefault("factor", context / original)
+        if fields["factor"] != context / original:
+            remarks.append(
+                f"{where}: factor={fields['factor']} is not max_position_embeddings / original, {context / original}; "
+                "took the factor, as transformers 5 (some releases of 4 take the ratio)"
+            )
+        for key in ("beta_fast", "beta_slow"):  # transformers takes 0 for unset
+            if not fields.get(key, 1):
+                del fields[key]
+        if not (
+            fields.get("mscale") and fields.get("mscale_all_dim")
+        ):  # used together or not at all
+            fields.pop("mscale", None), fields.pop("mscale_all_dim", None)
+    whole = ("original_context", "truncate")
+    fields = {k: v if k in whole or type(v) is not int else float(v) for k, v in fields.items()}
+    return {"type": kind, "theta": theta, **fields}
+
+
+def hf_from_model(cfg: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
+    """``config.json`` that transformers 4 and 5 both read; raises :class:`SettingsError` for what neither can say."""
+    rope = cfg.rope
+    if rope.type == "dynamic" and rope.original_context not in (None, cfg.context):
+        raise SettingsError(
+            f"rope.original_context={rope.original_context} with type 'dynamic' has no counterpart in transformers, "
+            f"which scales from max_position_embeddings (model.context={cfg.context})"
+        )
+    fields = {theirs: getattr(rope, ours) for ours, theirs in _ROPE.items()}
+    if rope.type == "dynamic":
+        fields["original_max_position_embeddings"] = None
+    elif rope.type in ("llama3", "yarn"):
+        fields["original_max_position_embeddings"] = rope.original_context or cfg.context
+    scaling = {"rope_type": rope.type} | {k: v for k, v in fields.items() if v is not None}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{theirs: getattr(cfg, ours) for ours, theirs in _SIZES.items()},
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": cfg.context,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "rope_theta": rope.theta,
+        "rope_scaling": None if rope.type == "default" else scaling,
+        "rope_parameters": {"rope_theta": rope.theta, **scaling},
+        "bos_token_id": ids.get("bos"),
+        "eos_token_id": ids.get("eos"),
+        "pad_token_id": ids.get("pad"),
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
+
+
+# --- Meta ------------------------------------------------------------------------------------------------------------
+
+_PARAMS = set(
+    "dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta use_scaled_rope "
+    "rope_scaling_factor rope_high_freq_factor".split()
+)
+_PARAMS_SILENT = {"max_seq_len", "max_batch_size", "model_parallel_size"}
+_LLAMA_32 = [MODELS["llama3.2-1b"], MODELS["llama3.2-3b"]]
+
+
+def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """Meta's feed-forward width: 2/3 of 4 D, times the multiplier, rounded up to `multiple_of`."""
+    width = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        width = int(multiplier * width)
+    return multiple_of * ((width + multiple_of - 1) // multiple_of)
+
+
+def model_from_meta(
+    params: dict[str, Any], rows: int, tied: bool, half: bool, where: str
+) -> tuple[ModelConfig, list[str]]:
+    """Our config and remarks from ``params.json``, the embedding's rows V, whether there is no output matrix, and
+    whether the weights are float16; raises :class:`SettingsError`.
+    """
+    problems, remarks = [], []
+    for key in ("quantization_args", "lora_args"):
+        if params.get(key) is not None:
+            problems.append(
+                f"{where}: {key} is not supported: the weights are quantised or incomplete"
+            )
+    problems += [f"{where}: {k} is not supported" for k in params if k.startswith("vision_")]
+    if unknown := [
+        k for k in params if k not in _PARAMS | _PARAMS_SILENT and f"{k}" not in str(problems)
+    ]:
+        remarks.append(f"{where}: ignored {', '.join(sorted(unknown))}")
+    needs = ("dim", "n_layers", "n_heads", "norm_eps", "multiple_of")
+    problems += [
+        f"{where}: {k} is missing or not a number" for k in needs if not _number(params.get(k))
+    ]
+    if problems:
+        raise SettingsError("\n".join(problems))
+    dim, heads = params["dim"], params["n_heads"]
+    if heads <= 0 or dim % heads:
+        raise SettingsError(f"{where}: dim={dim} is not a multiple of n_heads={heads}")
+    vocab = params.get("vocab_size", -1)
+    if vocab not in (-1, rows):
+        problems.append(f"{where}: vocab_size={vocab}, but the embedding has {rows} rows")
+    tree = dict(
+        vocab_size=rows,
+        dim=dim,
+        num_layers=params["n_layers"],
+        num_heads=heads,
+        num_kv_heads=params.get("n_kv_heads") or heads,
+        head_dim=dim // heads,
+        ffn_dim=ffn_width(dim, params["multiple_of"], params.get("ffn_dim_multiplier")),
+        norm_eps=float(params["norm_eps"]),
+        tie_embeddings=tied,
+        rope={"type": "default", "theta": float(params.get("rope_theta", 10000.0))},
+    )
+    small = any(
+        all(getattr(m, k) == tree[k] for k in ("dim", "num_layers", "num_heads")) for m in _LLAMA_32
+    )
+    if params.get("use_scaled_rope"):
+        factor = params.get("rope_scaling_factor") or (32.0 if small else 8.0)
+        if "rope_scaling_factor" not in params:
+            why = "the size is that of Llama 3.2" if small else "as Llama 3.1 and 3.3"
+            remarks.append(f"rope scaling factor {factor:g}: {why}; {where} does not say")
+        tree["rope"] |= dict(
+            type="llama3", factor=float(factor), low_freq_factor=1.0, original_context=8192,
+            high_freq_factor=float(params.get("rope_high_freq_factor") or 4.0),
+        )  # fmt: skip
+    family, context = _family(tree, bool(params.get("use_scaled_rope")), half)
+    remarks.append(
+        f"context {context}: taken for {family}; {where} does not say (--context overrides)"
+    )
+    if family == "Llama 2" and tree["norm_eps"] == 1e-6:
+        remarks.append(
+            f"{where}: norm_eps=1e-6 in a Llama 2; early Llama-2-7B-chat shipped it by mistake (later 1e-5); kept"
+        )
+    return _read(tree | {"context": context}, problems, where), remarks
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _family(tree: dict[str, Any], scaled: bool, half: bool) -> tuple[str, int]:
+    """Whose weights these probably are and the context they were trained with; params.json does not say."""
+    theta = tree["rope"]["theta"]
+    if scaled:
+        return "Llama 3.1 or later", 131072
+    if theta == 5e5:
+        return "Llama 3", 8192
+    if theta == 1e6:
+        return "Code Llama", 16384
+    # float16 is LLaMA 1's, bfloat16 came with Llama 2; 33B and 65B were LLaMA 1 only, 70B Llama 2 only.
+    first = {(4096, 32), (5120, 40), (6656, 60), (8192, 80)}
+    shape = (tree["dim"], tree["num_layers"])
+    if tree["num_kv_heads"] != tree["num_heads"] or (shape in first and not half):
+        return "Llama 2", 4096
+    if shape in first and (shape[0] > 5120 or tree["norm_eps"] < 1e-5):
+        return "LLaMA 1", 2048
+    return ("Llama 2", 4096) if shape in first else ("an unknown family, as LLaMA 1", 2048)
+
+
+def meta_from_model(cfg: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    """``params.json`` and remarks; raises :class:`SettingsError` for what Meta's code cannot say."""
+    problems, remarks = [], []
+    rope = cfg.rope
+    if rope.type not in ("default", "llama3"):
+        problems.append(f"rope type {rope.type!r} has no counterpart in params.json")
+    if rope.type == "llama3" and (rope.low_freq_factor != 1.0 or rope.original_context != 8192):
+        problems.append(
+            f"params.json cannot say low_freq_factor={rope.low_freq_factor}, original_context={rope.original_context} "
+            "(Meta's code has 1 and 8192)"
+        )
+    if cfg.head_dim * cfg.num_heads != cfg.dim:
+        problems.append(
+            f"Meta's code needs head_dim * num_heads = dim: {cfg.head_dim} * {cfg.num_heads} is not {cfg.dim}"
+        )
+    if problems:
+        raise SettingsError("\n".join(f"cannot write Meta's layout: {p}" for p in problems))
+    multiple, multiplier = _ffn_settings(cfg.dim, cfg.ffn_dim)
+    params: dict[str, Any] = {"dim": cfg.dim, "n_layers": cfg.num_layers, "n_heads": cfg.num_heads}
+    if cfg.num_kv_heads != cfg.num_heads:
+        params["n_kv_heads"] = cfg.num_kv_heads
+    params |= {"vocab_size": cfg.vocab_size, "multiple_of": multiple}
+    if multiplier is not None:
+        params["ffn_dim_multiplier"] = multiplier
+    params |= {"norm_eps": cfg.norm_eps, "rope_theta": rope.theta}
+    if rope.type == "llama3":
+        params["use_scaled_rope"] = True
+        small = any(m.dim == cfg.dim and m.num_layers == cfg.num_layers for m in _LLAMA_32)
+        if rope.factor != (32.0 if small else 8.0):
+            params["rope_scaling_factor"] = rope.factor
+        if rope.high_freq_factor != 4.0:
+            params["rope_high_freq_factor"] = rope.high_freq_factor
+    remarks.append(f"params.json cannot say the context ({cfg.context}); manifest.json does")
+    return params, remarks
+
+
+def _ffn_settings(dim: int, ffn_dim: int) -> tuple[int, float | None]:
+    """`multiple_of` and `ffn_dim_multiplier` that make this width: the published ones, else an exact multiplier."""
+    # 1.3 and 4096 (70B) before the exact fallback; a multiple of 1 with a multiplier always works.
+    for multiple in (256, 1024, 4096, 64, 32, 16, 8, 4, 2, 1):
+        for multiplier in (None, 1.3, 1.5, 1.0, 1.2):
+            if ffn_width(dim, multiple, multiplier) == ffn_dim:
+                return multiple, multiplier
+    base = int(2 * (4 * dim) / 3)
+    multiplier = (ffn_dim + 0.5) / base
+    assert ffn_width(dim, 1, multiplier) == ffn_dim
+    return 1, multiplier
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+class Tokenizer(NamedTuple):
+    """A tokenizer file, known by its content."""
+
+    path: Path
+    kind: str
+    """sentencepiece, tiktoken or tokenizer.json"""
+    size: int
+    """tokens, special ones included"""
+    ids: dict[str, Any]
+    """bos, eos (an id or a list of stop ids), pad"""
+
+
+_EXTRAS = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def find_tokenizers(folder: Path) -> list[Tokenizer]:
+    """Tokenizers of a folder (or, as in Meta's LLaMA 1 download, beside it), recognised by content."""
+    for place in (folder, folder.resolve().parent):
+        paths = [place / name for name in ("tokenizer.model", "tokenizer.json")]
+        found = [t for p in paths if p.is_file() and (t := recognise_tokenizer(p))]
+        if found:
+            return found
+    return []
+
+
+def tokenizer_extras(folder: Path) -> list[Path]:
+    """Files that Hugging Face keeps beside a tokenizer."""
+    return [folder / name for name in _EXTRAS if (folder / name).is_file()]
+
+
+def recognise_tokenizer(path: Path) -> Tokenizer | None:
+    """What a file holds, whatever it is called; None when it is no tokenizer that we know."""
+    data = path.read_bytes()
+    if data.lstrip()[:1] == b"{":
+        try:
+            tree = json.loads(data)
+            vocab = tree["model"]["vocab"]
+            size = 1 + max(
+                [*_ids(vocab), *(t["id"] for t in tree.get("added_tokens", []))], default=-1
+            )
+            return Tokenizer(path, "tokenizer.json", size, {})
+        except (ValueError, KeyError, TypeError):
+            pass
+    try:
+        lines = data.decode("ascii").split("\n")
+        ranks = [
+            (base64.b64decode(a, validate=True), int(b)) for a, b in (x.split() for x in lines if x)
+        ]
+        if ranks and len(ranks) == max(rank for _, rank in ranks) + 1:
+            n = len(
+                ranks
+            )  # then Meta's 256 special tokens: 0 begins a text, 1 ends it, 8 and 9 end a message
+            return Tokenizer(path, "tiktoken", n + 256, {"bos": n, "eos": [n + 1, n + 8, n + 9]})
+    except ValueError:
+        pass
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except (
+        Exception
+    ):  # sentencepiece raises RuntimeError on what it cannot parse, older releases others
+        return None
+    ids = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
+    return Tokenizer(path, "sentencepiece", len(model), {k: v for k, v in ids.items() if v >= 0})
+
+
+def _ids(vocab: Any) -> list[int]:
+    return list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+
+
+def hf_tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any] | None:
+    """``tokenizer_config.json`` for a SentencePiece tokenizer as LLaMA's; None where transformers needs more."""
+    if tokenizer.kind != "sentencepiece":
+        return None
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "legacy": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+        "sp_model_kwargs": {},
+    }
+
+
+def human(count: float) -> str:
+    """Bytes for people: 13.5 GB."""
+    power = max(0, min(4, int(math.log10(max(count, 1)) // 3)))
+    return (
+        f"{count / 1000**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    )

@@ -1,0 +1,599 @@
+"""Folders of weights in the three layouts: Meta, Hugging Face, and our Orbax checkpoints.
+
+In comes a folder, recognised by its content; out comes what it holds (:class:`Found`), with every problem listed at
+once. Or in comes a model, and out comes an empty folder of a layout, ready for pieces (:class:`Target`).
+
+    python -m llama_jax.convert --inspect PATH
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from llama_jax import config as cf
+from llama_jax import foreign, formats, weights
+from llama_jax.config import ModelConfig
+from llama_jax.foreign import Tokenizer
+from llama_jax.formats import Region
+from llama_jax.weights import OrbaxWeights, Part, TorchWeights, Unit, Weights, units
+
+Kind = Literal["meta", "hf", "orbax"]
+NAMES = {"meta": "Meta", "hf": "Hugging Face", "orbax": "Orbax"}
+FLOATS = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)]
+
+
+class LayoutError(ValueError):
+    """A folder that cannot be used; the message lists every reason."""
+
+
+@dataclasses.dataclass
+class Found:
+    """What a folder holds."""
+
+    kind: Kind
+    path: Path
+    cfg: ModelConfig
+    weights: Weights
+    files: list[Path]
+    """weight files (an Orbax checkpoint: its array folders)"""
+    ids: dict[str, Any]
+    """bos, eos (an id or a list of stop ids), pad"""
+    tokenizers: list[Tokenizer]
+    extras: list[Path]
+    """small files that go along: tokenizer settings, chat template, generation settings"""
+    remarks: list[str]
+
+    def dtypes(self) -> dict[str, np.dtype]:
+        """dtype of each row of the table."""
+        return {u.row.path: self.weights.dtype(u) for u in units(self.cfg)}
+
+
+def open_folder(path: Path, context: int | None = None) -> Found:
+    """Recognise a folder by its content and check it; raises :class:`LayoutError` or OSError.
+
+    Args:
+      path: a Meta or Hugging Face folder, one of our checkpoints, or one step of it.
+      context: replaces the context length that a Meta folder does not state.
+    """
+    if not path.exists():
+        raise LayoutError(f"{path} does not exist")
+    if not path.is_dir():
+        raise LayoutError(
+            f"{path} is a file; give the folder that holds the weights and their settings"
+        )
+    names = sorted(p.name for p in path.iterdir())
+    meta = [n for n in names if n.startswith("consolidated.") and n.endswith(".pth")]
+    hf = [n for n in names if n.endswith((".safetensors", ".safetensors.index.json"))] or [
+        n
+        for n in names
+        if n.startswith("pytorch_model") and n.endswith((".bin", ".bin.index.json"))
+    ]
+    inside = [path, *path.resolve().parents]  # a step, or the model in it, will do as well
+    root = next(
+        (p for p, at in zip(inside[2:4], inside[1:], strict=False) if at.name == "steps"), path
+    )
+    if meta and hf and "config.json" in names:
+        raise LayoutError(
+            f"{path} holds both {meta[0]} and {hf[0]}; move one of the two layouts elsewhere"
+        )
+    if meta or "params.json" in names:
+        found = _open_meta(path, [path / n for n in meta], context)
+    elif hf or "config.json" in names:
+        found = _open_hf(path, names)
+    elif (root / "model.json").is_file():
+        found = _open_orbax(root, path)
+    else:
+        raise LayoutError(
+            f"{path} is no folder of weights: expected consolidated.*.pth with params.json, config.json with "
+            f"model*.safetensors or pytorch_model*.bin, or model.json with steps/; found {', '.join(names[:12]) or 'nothing'}"
+        )
+    if context is not None and found.kind != "meta":
+        raise LayoutError(f"--context is for Meta folders, which do not say it; {path} does")
+    _check_tokenizers(found)
+    return found
+
+
+def _check_tokenizers(found: Found) -> None:
+    rows = found.cfg.vocab_size
+    for tokenizer in found.tokenizers:
+        for key, value in tokenizer.ids.items():
+            found.ids.setdefault(key, value)
+        if tokenizer.size > rows:
+            raise LayoutError(
+                f"{tokenizer.path} has {tokenizer.size} tokens, the embedding {rows} rows only"
+            )
+        if tokenizer.size < rows:
+            found.remarks.append(
+                f"the embedding has {rows} rows, {tokenizer.path.name} {tokenizer.size} tokens"
+            )
+    if not found.tokenizers:
+        found.remarks.append(f"no tokenizer (tokenizer.model or tokenizer.json) in {found.path}")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise LayoutError(f"{path} is missing")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise LayoutError(f"{path} is not JSON: {e}") from None
+    if not isinstance(tree, dict):
+        raise LayoutError(f"{path} holds a {type(tree).__name__}, expected a table")
+    return tree
+
+
+def _stop_at(problems: list[str]) -> None:
+    if problems:
+        raise LayoutError("\n".join(problems))
+
+
+def _check_names(have: set[str], need: set[str], where: Path) -> list[str]:
+    drop = ("rope.freqs", "rotary_emb.inv_freq")
+    return [f"{where}: {n} is missing" for n in sorted(need - have)] + [
+        f"{where}: {n} is not a tensor of this model"
+        for n in sorted(have - need)
+        if not n.endswith(drop)
+    ]
+
+
+def _check_dtypes(cfg: ModelConfig, parts: dict[str, list[Part]]) -> list[str]:
+    seen: dict[str, dict[np.dtype, str]] = {}
+    for unit in units(cfg):
+        for part in parts[unit.name]:
+            seen.setdefault(unit.row.path, {}).setdefault(part.region.dtype, unit.name)
+    bad = [
+        f"{name} is {dtype}: only float16, bfloat16 and float32 weights are supported"
+        for kinds in seen.values()
+        for dtype, name in kinds.items()
+        if dtype not in FLOATS
+    ]
+    mixed = [kinds for kinds in seen.values() if len(kinds) > 1]
+    return bad + [
+        "layers or shards differ in dtype: "
+        + ", ".join(f"{name} is {d}" for d, name in kinds.items())
+        for kinds in mixed
+    ]
+
+
+# --- Meta ------------------------------------------------------------------------------------------------------------
+
+
+def _open_meta(path: Path, files: list[Path], context: int | None) -> Found:
+    params = _json(path / "params.json")
+    numbers = [f.name.removeprefix("consolidated.").removesuffix(".pth") for f in files]
+    expected = [
+        f"{i:02d}" for i in range(max([int(n) for n in numbers if n.isdigit()], default=0) + 1)
+    ]
+    _stop_at([f"{path}/consolidated.{n}.pth is missing" for n in expected if n not in numbers])
+    _stop_at([f"{path}/consolidated.{n}.pth is not a shard" for n in numbers if n not in expected])
+    shards = [formats.read_torch(f) for f in files]
+    embeds = [s.get("tok_embeddings.weight") for s in shards]
+    if None in embeds or any(len(e.shape) != 2 for e in embeds):
+        raise LayoutError(f"{files[embeds.index(None)]}: tok_embeddings.weight is missing")
+    by_rows = embeds[0].shape[1] == params.get("dim")  # Llama 3; LLaMA 1 and 2 cut the width
+    rows = embeds[0].shape[0] * (len(files) if by_rows else 1)
+    half = embeds[0].dtype == np.float16
+    has_output = "output.weight" in shards[0]
+    cfg, remarks = foreign.model_from_meta(
+        params, rows, not has_output, half, str(path / "params.json")
+    )
+    hint = _hint(path, cfg)
+    if hint is not None:
+        cfg = hint
+        remarks = [r for r in remarks if not r.startswith("context")]
+        remarks.append(f"context {cfg.context}: from {path}/manifest.json, which fits params.json")
+    if context is not None:
+        cfg = dataclasses.replace(cfg, context=context)
+        remarks = [r for r in remarks if not r.startswith("context")]
+    untied = dataclasses.replace(cfg, tie_embeddings=not has_output)
+    parts = _meta_parts(untied, shards, by_rows, path)
+    if has_output and (hint.tie_embeddings if hint else _is_llama_32(cfg)):
+        if _same_matrix(untied, parts["embed"], parts["unembed"]):
+            cfg = dataclasses.replace(cfg, tie_embeddings=True)
+            del parts["unembed"]
+            remarks.append("output.weight equals tok_embeddings.weight: tied")
+        else:
+            cfg = untied
+            remarks.append("output.weight differs from tok_embeddings.weight: not tied")
+    return Found(
+        "meta", path, cfg, TorchWeights(cfg, parts, interleaved=True), files, {},
+        foreign.find_tokenizers(path), _extras(path), remarks,
+    )  # fmt: skip
+
+
+def _hint(path: Path, cfg: ModelConfig) -> ModelConfig | None:
+    """The model of a manifest.json of ours, if it says nothing else than params.json does."""
+    try:
+        given = cf.check_model(_json(path / "manifest.json")["model"], "manifest.json")
+    except (ValueError, KeyError, TypeError):
+        return None
+    same = dict(context=cfg.context, tie_embeddings=cfg.tie_embeddings)
+    return given if dataclasses.replace(given, **same) == cfg else None
+
+
+def _is_llama_32(cfg: ModelConfig) -> bool:
+    return any(m.dim == cfg.dim and m.num_layers == cfg.num_layers and m.vocab_size == cfg.vocab_size
+               for m in (cf.MODELS["llama3.2-1b"], cf.MODELS["llama3.2-3b"]))  # fmt: skip
+
+
+def _meta_parts(
+    cfg: ModelConfig, shards: list[dict[str, Region]], by_rows: bool, path: Path
+) -> dict[str, list[Part]]:
+    need = {u.torch_name(meta=True): u for u in units(cfg)}
+    problems, parts = [], {}
+    for i, shard in enumerate(shards):
+        problems += _check_names(set(shard), set(need), path / f"consolidated.{i:02d}.pth")
+    _stop_at(problems)
+    for name, unit in need.items():
+        whole = unit.torch_shape(cfg)
+        axis = _meta_axis(unit, by_rows)
+        shape = _shard_shape(whole, axis, len(shards))
+        placed = []
+        for i, shard in enumerate(shards):
+            region = shard[name]
+            if region.shape != shape:
+                problems.append(
+                    f"{region.path}: {name} has shape {list(region.shape)}, expected "
+                    f"{list(shape) if shape else 'a part of ' + str(list(whole))}: a shard of {len(shards)} of the model "
+                    "in params.json (is a shard missing?)"
+                )
+                continue
+            start = [0, 0]
+            if axis >= 0:
+                start[axis] = i * region.shape[axis]
+            placed.append(Part(region, *start))
+        parts[unit.name] = placed
+    _stop_at(problems)
+    for unit in need.values():
+        if unit.row.concat < 0:
+            first, *others = [_bytes(p.region) for p in parts[unit.name]]
+            problems += [
+                f"{path}: {unit.torch_name(True)} differs between shards 00 and {i:02d}; the files are not of one model"
+                for i, other in enumerate(others, 1)
+                if other != first
+            ]
+    _stop_at(problems + _check_dtypes(cfg, parts))
+    return parts
+
+
+def _meta_axis(unit: Unit, by_rows: bool) -> int:
+    return 0 if unit.row.path == "embed" and by_rows else unit.row.concat
+
+
+def _shard_shape(whole: tuple[int, ...], axis: int, shards: int) -> tuple[int, ...] | None:
+    if axis < 0:
+        return whole
+    if whole[axis] % shards:
+        return None
+    return tuple(n // shards if i == axis else n for i, n in enumerate(whole))
+
+
+def _bytes(region: Region) -> bytes:
+    mapped = formats.map_file(region.path)
+    data = formats.view(region, mapped).tobytes()
+    return data
+
+
+def _same_matrix(cfg: ModelConfig, embed: list[Part], output: list[Part]) -> bool:
+    """Whether two [V, D] matrices have the same bits."""
+    unit = units(cfg)[0]
+    one, other = (TorchWeights(cfg, {"embed": parts}, False) for parts in (embed, output))
+    rows = weights.rows_per_chunk(unit, cfg, one.dtype(unit))
+    pieces = [(i, min(i + rows, cfg.vocab_size)) for i in range(0, cfg.vocab_size, rows)]
+    return one.dtype(unit) == other.dtype(unit) and all(
+        one.read(unit, *p).tobytes() == other.read(unit, *p).tobytes() for p in pieces
+    )
+
+
+# --- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+def _open_hf(path: Path, names: list[str]) -> Found:
+    config = _json(path / "config.json")
+    cfg, remarks = foreign.model_from_hf(config, str(path / "config.json"))
+    regions, files = _hf_regions(path, names, remarks)
+    untied = dataclasses.replace(
+        cfg, tie_embeddings=cfg.tie_embeddings and "lm_head.weight" not in regions
+    )
+    problems = _check_names(set(regions), {u.torch_name(False) for u in units(untied)}, path)
+    parts = {}
+    for unit in units(untied):
+        name, shape = unit.torch_name(False), unit.torch_shape(cfg)
+        region = regions.get(name)
+        if region is not None and region.shape != shape:
+            problems.append(
+                f"{region.path}: {name} has shape {list(region.shape)}, config.json makes it {list(shape)}"
+            )
+        elif region is not None:
+            parts[unit.name] = [Part(region, 0, 0)]
+    _stop_at(problems)
+    _stop_at(_check_dtypes(untied, parts))
+    if cfg != untied:
+        if not _same_matrix(untied, parts["embed"], parts["unembed"]):
+            raise LayoutError(
+                f"{path}: config.json ties the embeddings, but lm_head.weight differs from model.embed_tokens.weight; "
+                "set tie_word_embeddings to false if both are meant"
+            )
+        del parts["unembed"]
+        remarks.append("lm_head.weight equals the embedding: tied")
+    ids = {k: config.get(f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    if (path / "generation_config.json").is_file():
+        stops = _json(path / "generation_config.json").get("eos_token_id")
+        ids["eos"] = ids["eos"] if stops is None else stops
+    return Found(
+        "hf", path, cfg, TorchWeights(cfg, parts, interleaved=False), files,
+        {k: v for k, v in ids.items() if v is not None}, foreign.find_tokenizers(path), _extras(path), remarks,
+    )  # fmt: skip
+
+
+def _hf_regions(
+    path: Path, names: list[str], remarks: list[str]
+) -> tuple[dict[str, Region], list[Path]]:
+    """Tensors of a folder by name; every file of an index must be there, with exactly the tensors it lists."""
+    sets = [
+        ("model.safetensors", formats.read_safetensors),
+        ("pytorch_model.bin", formats.read_torch),
+    ]
+    present = [(s, read) for s, read in sets if s in names or f"{s}.index.json" in names]
+    if not present:
+        raise LayoutError(
+            f"{path} holds no model.safetensors, pytorch_model.bin, or index of one; found {', '.join(names[:12])}"
+        )
+    stem, read = present[0]
+    if len(present) > 1:
+        remarks.append(f"took {stem}; {present[1][0]} is there as well")
+    if stem in names:
+        return read(path / stem), [path / stem]
+    index = _json(path / f"{stem}.index.json").get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
+        raise LayoutError(f"{path}/{stem}.index.json has no weight_map")
+    files = sorted(set(index.values()))
+    _stop_at([
+        f"{path}/{stem}.index.json names {f!r}, which is outside the folder" for f in files
+        if f in ("", ".", "..") or Path(f).name != f or "\\" in f
+    ])  # fmt: skip
+    _stop_at(
+        [f"{path}/{f} is missing, named by {stem}.index.json" for f in files if f not in names]
+    )
+    regions, problems = {}, []
+    for file in files:
+        inside = read(path / file)
+        listed = {n for n, f in index.items() if f == file}
+        problems += [
+            f"{path}/{file}: {n} is missing, listed by the index"
+            for n in sorted(listed - set(inside))
+        ]
+        problems += [
+            f"{path}/{file}: {n} is not listed by the index" for n in sorted(set(inside) - listed)
+        ]
+        regions |= inside
+    _stop_at(problems)
+    return regions, [path / f for f in files]
+
+
+def _extras(path: Path) -> list[Path]:
+    generation = path / "generation_config.json"
+    return foreign.tokenizer_extras(path) + [generation] * generation.is_file()
+
+
+# --- Orbax -----------------------------------------------------------------------------------------------------------
+
+
+def _open_orbax(root: Path, path: Path) -> Found:
+    settings = _json(root / "model.json")
+    if settings.get("format") != 1 or settings.get("rotary_layout") != "half":
+        raise LayoutError(
+            f"{root}/model.json: format={settings.get('format')!r}, rotary_layout={settings.get('rotary_layout')!r}; "
+            "this program reads format 1 with 'half'"
+        )
+    cfg = cf.check_model(settings.get("model", {}), f"{root}/model.json")
+    steps = root / "steps"
+    there = (
+        sorted(int(p.name) for p in steps.iterdir() if p.name.isdigit()) if steps.is_dir() else []
+    )
+    given = next(iter(path.resolve().relative_to(root.resolve()).parts[1:]), None)
+    if given is not None and (not given.isdigit() or int(given) not in there):
+        raise LayoutError(f"{path} is not a finished step of {root}")
+    if not there:
+        raise LayoutError(f"{steps} holds no finished step")
+    step = int(given) if given is not None else there[-1]
+    folder = steps / str(step) / "model"
+    metadata = _json(folder / "_METADATA").get("tree_metadata", {})
+    have = {"/".join(str(k["key"]) for k in v["key_metadata"]) for v in metadata.values()}
+    shapes = {
+        u.row.path: (cfg.num_layers,) * u.row.stacked + cfg.shape(u.row.letters) for u in units(cfg)
+    }
+    _stop_at(_check_names(have, set(shapes), folder))
+    opened = OrbaxWeights(folder, cfg)
+    problems = [
+        f"{folder}: {name} has shape {list(opened.arrays[name].shape)}, model.json makes it {list(shape)}"
+        for name, shape in shapes.items()
+        if opened.arrays[name].shape != shape
+    ]
+    problems += [
+        f"{folder}: {name} is {a.dtype.name}: only float16, bfloat16 and float32 weights are supported"
+        for name, a in opened.arrays.items()
+        if a.dtype.numpy_dtype not in FLOATS
+    ]
+    _stop_at(problems)
+    remarks = [f"step {step} of {', '.join(map(str, there))}"] if len(there) > 1 else []
+    return Found(
+        "orbax", path, cfg, opened, [folder], dict(settings.get("token_ids", {})),
+        foreign.find_tokenizers(root), _extras(root), remarks,
+    )  # fmt: skip
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def cuts_rows(found: Found) -> bool:
+    """Whether Meta's own files of this family cut the embedding along the vocabulary (Llama 3), not the width."""
+    return found.cfg.vocab_size >= 100_000 or any(t.kind == "tiktoken" for t in found.tokenizers)
+
+
+def check_shards(kind: Kind, cfg: ModelConfig, shards: int | None, by_rows: bool) -> None:
+    """Raise LayoutError when a model cannot be written as so many files; says which numbers fit."""
+    if shards is None:
+        return
+    if kind == "orbax":
+        raise LayoutError("--shards is for Meta and Hugging Face; Orbax fits any number of devices")
+    if shards < 1:
+        raise LayoutError(f"--shards {shards} must be at least 1")
+    if kind == "hf":
+        if shards > (count := len(units(cfg))):
+            raise LayoutError(f"--shards {shards}: the model has {count} tensors only")
+        return
+    sizes = dict(
+        n_heads=cfg.num_heads,
+        n_kv_heads=cfg.num_kv_heads,
+        ffn_dim=cfg.ffn_dim,
+        vocab_size=cfg.vocab_size,
+    )
+    sizes |= {} if by_rows else {"dim": cfg.dim}
+    if bad := [f"{k}={v}" for k, v in sizes.items() if v % shards]:
+        fits = [
+            n for n in range(1, cfg.num_kv_heads + 1) if all(v % n == 0 for v in sizes.values())
+        ]
+        raise LayoutError(
+            f"--shards {shards} does not divide {', '.join(bad)}; this model can be cut into {', '.join(map(str, fits))}"
+        )
+
+
+@dataclasses.dataclass
+class Target:
+    """An empty folder of a layout, to be filled by pieces."""
+
+    weights: Weights
+    done: Callable[[Unit], None]
+    """to be called when a unit is whole"""
+    finish: Callable[[], None]
+    """writes the heads, without which no file is readable"""
+
+
+def create(
+    kind: Kind,
+    folder: Path,
+    cfg: ModelConfig,
+    dtypes: dict[str, np.dtype],
+    shards: int | None,
+    by_rows: bool,
+) -> Target:
+    """Lay a folder out; every file gets its final size and place before the first byte.
+
+    Args:
+      shards: files; None: one Meta shard, Hugging Face files of 5 GB at most.
+      by_rows: Meta's embedding is cut along the vocabulary (Llama 3), not along the width.
+    """
+    if kind == "meta":
+        return _create_meta(folder, cfg, dtypes, shards or 1, by_rows)
+    if kind == "hf":
+        return _create_hf(folder, cfg, dtypes, shards)
+    model = folder / "steps" / "0" / "model"
+    if (model / "_METADATA").exists():
+        return Target(OrbaxWeights(model, cfg), lambda unit: None, lambda: None)
+    return Target(
+        weights.create_orbax(folder / "steps", cfg, dtypes), lambda unit: None, lambda: None
+    )
+
+
+def _create_meta(
+    folder: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype], shards: int, by_rows: bool
+) -> Target:
+    # Meta's loader does not insist on output.weight: without it a tied model would run with random weights.
+    whole = {u.torch_name(True): u for u in units(cfg)}
+    if cfg.tie_embeddings:
+        whole["output.weight"] = Unit(weights.TABLE[-1], None)
+    plans, parts = [], {u.name: [] for u in units(cfg)}
+    for i in range(shards):
+        tensors = {}
+        for name, unit in whole.items():
+            axis = _meta_axis(unit, by_rows)
+            shape = _shard_shape(unit.torch_shape(cfg), axis, shards)
+            assert shape is not None
+            tensors[name] = (shape, dtypes.get(unit.row.path, dtypes["embed"]))
+        plan = formats.plan_torch(folder / f"consolidated.{i:02d}.pth", tensors)
+        plans.append(plan)
+        for name, unit in whole.items():
+            start, axis = [0, 0], _meta_axis(unit, by_rows)
+            if axis >= 0:
+                start[axis] = i * tensors[name][0][axis]
+            parts.get(unit.name, parts["embed"]).append(Part(plan.regions[name], *start))
+    out = TorchWeights(cfg, parts, interleaved=True)
+    for plan in plans:
+        out.allocate(next(iter(plan.regions.values())).path, plan.end)
+    return _meta_target(out, plans)
+
+
+def _meta_target(out: TorchWeights, plans: list[formats.TorchPlan]) -> Target:
+    import zlib
+
+    crc: dict[Region, int] = {}
+
+    def done(unit: Unit) -> None:
+        crc.update({part.region: out.checksum(part.region) for part in out.parts[unit.name]})
+
+    def finish() -> None:
+        for plan in plans:
+            path = next(iter(plan.regions.values())).path
+            sums = {record: zlib.crc32(data) for record, data in plan.small.items()}
+            sums |= {plan.records[name]: crc[region] for name, region in plan.regions.items()}
+            for offset, data in formats.torch_headers(plan, sums):
+                out.put(path, offset, data)
+        out.close()
+
+    return Target(out, done, finish)
+
+
+def _create_hf(
+    folder: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype], shards: int | None
+) -> Target:
+    tensors = {u.torch_name(False): (u.torch_shape(cfg), dtypes[u.row.path]) for u in units(cfg)}
+    sizes = {n: math.prod(s) * d.itemsize for n, (s, d) in tensors.items()}
+    total = sum(sizes.values())
+    shards = shards or math.ceil(total / 5e9)
+    groups: list[list[str]] = [[] for _ in range(shards)]
+    before, k = 0, 0
+    for i, (name, size) in enumerate(sizes.items()):
+        ideal = int((before + size / 2) * shards / total)
+        if groups[k] and k < max(
+            ideal, shards - (len(sizes) - i)
+        ):  # the latter: no file may stay empty
+            k += 1
+        groups[k].append(name)
+        before += size
+    files = [
+        "model.safetensors" if shards == 1 else f"model-{i:05d}-of-{shards:05d}.safetensors"
+        for i in range(1, shards + 1)
+    ]
+    heads, parts = {}, {}
+    for file, group in zip(files, groups, strict=True):
+        heads[file], regions = formats.plan_safetensors(
+            folder / file, {n: tensors[n] for n in group}
+        )
+        parts |= {n: [Part(r, 0, 0)] for n, r in regions.items()}
+    out = TorchWeights(
+        cfg, {u.name: parts[u.torch_name(False)] for u in units(cfg)}, interleaved=False
+    )
+    for file, group in zip(files, groups, strict=True):
+        out.allocate(folder / file, len(heads[file]) + sum(sizes[n] for n in group))
+
+    def finish() -> None:
+        for file, head in heads.items():
+            out.put(folder / file, 0, head)
+        out.close()
+        if shards > 1:
+            index = {
+                "metadata": {"total_size": total, "total_parameters": cfg.num_params},
+                "weight_map": {
+                    n: file for file, group in zip(files, groups, strict=True) for n in group
+                },
+            }
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    return Target(out, lambda unit: None, finish)
