@@ -1,16 +1,13 @@
-"""Other people's settings: Meta's ``params.json``, Hugging Face's ``config.json`` (v4 and v5), tokenizer files.
+"""Other people's settings: Meta's ``params.json``, Hugging Face's ``config.json`` (v4 and v5).
 
-In comes a parsed file; out comes our :class:`~llama_jax.config.ModelConfig` with remarks for the user, or the other way.
-What we cannot reproduce exactly is refused by name; nothing is ignored in silence.
+In comes a parsed file; out comes our :class:`~llama_jax.config.ModelConfig` with remarks for the
+user, or the other way. What we cannot reproduce exactly is refused by name; nothing is ignored in
+silence.
 
     python -m llama_jax.convert --inspect PATH
 """
 
-import base64
-import json
-import math
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from llama_jax import config as cf
 from llama_jax.config import MODELS, ModelConfig
@@ -32,7 +29,7 @@ def _read(tree: dict[str, Any], problems: list[str], where: str) -> ModelConfig:
     return cfg
 
 
-# --- Hugging Face ----------------------------------------------------------------------------------------------------
+# --- Hugging Face ---
 
 # ours -> theirs, inside rope_parameters (v5) and rope_scaling (v4)
 _ROPE = {
@@ -66,7 +63,8 @@ _SILENT = set(
 
 
 def model_from_hf(config: dict[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
-    """Our config and remarks; raises :class:`SettingsError` with every unsupported feature of ``config.json``."""
+    """Our config and remarks; raises :class:`SettingsError` with every unsupported feature of
+    ``config.json``."""
     problems, remarks = [], []
     if (kind := config.get("model_type")) != "llama":
         problems.append(f"{where}: model_type={kind!r} is not supported, only 'llama'")
@@ -185,7 +183,8 @@ def _rope_fields(
 
 
 def hf_from_model(cfg: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
-    """``config.json`` that transformers 4 and 5 both read; raises :class:`SettingsError` for what neither can say."""
+    """``config.json`` that transformers 4 and 5 both read; raises :class:`SettingsError` for
+    what neither can say."""
     rope = cfg.rope
     if rope.type == "dynamic" and rope.original_context not in (None, cfg.context):
         raise SettingsError(
@@ -223,7 +222,7 @@ def hf_from_model(cfg: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[str
     }
 
 
-# --- Meta ------------------------------------------------------------------------------------------------------------
+# --- Meta ---
 
 _PARAMS = set(
     "dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta use_scaled_rope "
@@ -244,9 +243,8 @@ def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
 def model_from_meta(
     params: dict[str, Any], rows: int, tied: bool, half: bool, where: str
 ) -> tuple[ModelConfig, list[str]]:
-    """Our config and remarks from ``params.json``, the embedding's rows V, whether there is no output matrix, and
-    whether the weights are float16; raises :class:`SettingsError`.
-    """
+    """Our config and remarks from ``params.json``, the embedding's rows V, whether there is no
+    output matrix, and whether the weights are float16; raises :class:`SettingsError`."""
     problems, remarks = [], []
     for key in ("quantization_args", "lora_args"):
         if params.get(key) is not None:
@@ -310,7 +308,8 @@ def _number(value: Any) -> bool:
 
 
 def _family(tree: dict[str, Any], scaled: bool, half: bool) -> tuple[str, int]:
-    """Whose weights these probably are and the context they were trained with; params.json does not say."""
+    """Whose weights these probably are and the context they were trained with; params.json does
+    not say."""
     theta = tree["rope"]["theta"]
     if scaled:
         return "Llama 3.1 or later", 131072
@@ -329,7 +328,8 @@ def _family(tree: dict[str, Any], scaled: bool, half: bool) -> tuple[str, int]:
 
 
 def meta_from_model(cfg: ModelConfig) -> tuple[dict[str, Any], list[str]]:
-    """``params.json`` and remarks; raises :class:`SettingsError` for what Meta's code cannot say."""
+    """``params.json`` and remarks; raises :class:`SettingsError` for what Meta's code cannot
+    say."""
     problems, remarks = [], []
     rope = cfg.rope
     if rope.type not in ("default", "llama3"):
@@ -365,7 +365,8 @@ def meta_from_model(cfg: ModelConfig) -> tuple[dict[str, Any], list[str]]:
 
 
 def _ffn_settings(dim: int, ffn_dim: int) -> tuple[int, float | None]:
-    """`multiple_of` and `ffn_dim_multiplier` that make this width: the published ones, else an exact multiplier."""
+    """`multiple_of` and `ffn_dim_multiplier` that make this width: the published ones, else an
+    exact multiplier."""
     # 1.3 and 4096 (70B) before the exact fallback; a multiple of 1 with a multiplier always works.
     for multiple in (256, 1024, 4096, 64, 32, 16, 8, 4, 2, 1):
         for multiplier in (None, 1.3, 1.5, 1.0, 1.2):
@@ -375,105 +376,3 @@ def _ffn_settings(dim: int, ffn_dim: int) -> tuple[int, float | None]:
     multiplier = (ffn_dim + 0.5) / base
     assert ffn_width(dim, 1, multiplier) == ffn_dim
     return 1, multiplier
-
-
-# --- tokenizers ------------------------------------------------------------------------------------------------------
-
-
-class Tokenizer(NamedTuple):
-    """A tokenizer file, known by its content."""
-
-    path: Path
-    kind: str
-    """sentencepiece, tiktoken or tokenizer.json"""
-    size: int
-    """tokens, special ones included"""
-    ids: dict[str, Any]
-    """bos, eos (an id or a list of stop ids), pad"""
-
-
-_EXTRAS = (
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-
-
-def find_tokenizers(folder: Path) -> list[Tokenizer]:
-    """Tokenizers of a folder (or, as in Meta's LLaMA 1 download, beside it), recognised by content."""
-    for place in (folder, folder.resolve().parent):
-        paths = [place / name for name in ("tokenizer.model", "tokenizer.json")]
-        found = [t for p in paths if p.is_file() and (t := recognise_tokenizer(p))]
-        if found:
-            return found
-    return []
-
-
-def tokenizer_extras(folder: Path) -> list[Path]:
-    """Files that Hugging Face keeps beside a tokenizer."""
-    return [folder / name for name in _EXTRAS if (folder / name).is_file()]
-
-
-def recognise_tokenizer(path: Path) -> Tokenizer | None:
-    """What a file holds, whatever it is called; None when it is no tokenizer that we know."""
-    data = path.read_bytes()
-    if data.lstrip()[:1] == b"{":
-        try:
-            tree = json.loads(data)
-            vocab = tree["model"]["vocab"]
-            size = 1 + max(
-                [*_ids(vocab), *(t["id"] for t in tree.get("added_tokens", []))], default=-1
-            )
-            return Tokenizer(path, "tokenizer.json", size, {})
-        except (ValueError, KeyError, TypeError):
-            pass
-    try:
-        lines = data.decode("ascii").split("\n")
-        ranks = [
-            (base64.b64decode(a, validate=True), int(b)) for a, b in (x.split() for x in lines if x)
-        ]
-        if ranks and len(ranks) == max(rank for _, rank in ranks) + 1:
-            n = len(
-                ranks
-            )  # then Meta's 256 special tokens: 0 begins a text, 1 ends it, 8 and 9 end a message
-            return Tokenizer(path, "tiktoken", n + 256, {"bos": n, "eos": [n + 1, n + 8, n + 9]})
-    except ValueError:
-        pass
-    import sentencepiece
-
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=data)
-    except (
-        Exception
-    ):  # sentencepiece raises RuntimeError on what it cannot parse, older releases others
-        return None
-    ids = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
-    return Tokenizer(path, "sentencepiece", len(model), {k: v for k, v in ids.items() if v >= 0})
-
-
-def _ids(vocab: Any) -> list[int]:
-    return list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-
-
-def hf_tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any] | None:
-    """``tokenizer_config.json`` for a SentencePiece tokenizer as LLaMA's; None where transformers needs more."""
-    if tokenizer.kind != "sentencepiece":
-        return None
-    return {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "legacy": True,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": context,
-        "sp_model_kwargs": {},
-    }
-
-
-def human(count: float) -> str:
-    """Bytes for people: 13.5 GB."""
-    power = max(0, min(4, int(math.log10(max(count, 1)) // 3)))
-    return (
-        f"{count / 1000**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-    )

@@ -1,15 +1,14 @@
 """Folders of weights in the three layouts: Meta, Hugging Face, and our Orbax checkpoints.
 
-In comes a folder, recognised by its content; out comes what it holds (:class:`Found`), with every problem listed at
-once. Or in comes a model, and out comes an empty folder of a layout, ready for pieces (:class:`Target`).
+In comes a folder, recognised by its content; out comes what it holds (:class:`Found`), with every
+problem listed at once. Or in comes a model, and out comes an empty folder of a layout, ready for
+pieces (:class:`Target`).
 
     python -m llama_jax.convert --inspect PATH
 """
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax import config as cf
-from llama_jax import foreign, formats, weights
+from llama_jax import foreign, formats, tokenizer_files, torch_files, weights
 from llama_jax.config import ModelConfig
-from llama_jax.foreign import Tokenizer
 from llama_jax.formats import Region
-from llama_jax.weights import OrbaxWeights, Part, TorchWeights, Unit, Weights, units
+from llama_jax.orbax_weights import OrbaxWeights
+from llama_jax.tokenizer_files import Tokenizer
+from llama_jax.weights import Part, TorchWeights, Unit, Weights, units
 
 Kind = Literal["meta", "hf", "orbax"]
 NAMES = {"meta": "Meta", "hf": "Hugging Face", "orbax": "Orbax"}
@@ -161,7 +161,7 @@ def _check_dtypes(cfg: ModelConfig, parts: dict[str, list[Part]]) -> list[str]:
     ]
 
 
-# --- Meta ------------------------------------------------------------------------------------------------------------
+# --- Meta ---
 
 
 def _open_meta(path: Path, files: list[Path], context: int | None) -> Found:
@@ -172,7 +172,7 @@ def _open_meta(path: Path, files: list[Path], context: int | None) -> Found:
     ]
     _stop_at([f"{path}/consolidated.{n}.pth is missing" for n in expected if n not in numbers])
     _stop_at([f"{path}/consolidated.{n}.pth is not a shard" for n in numbers if n not in expected])
-    shards = [formats.read_torch(f) for f in files]
+    shards = [torch_files.read(f) for f in files]
     embeds = [s.get("tok_embeddings.weight") for s in shards]
     if None in embeds or any(len(e.shape) != 2 for e in embeds):
         raise LayoutError(f"{files[embeds.index(None)]}: tok_embeddings.weight is missing")
@@ -203,7 +203,7 @@ def _open_meta(path: Path, files: list[Path], context: int | None) -> Found:
             remarks.append("output.weight differs from tok_embeddings.weight: not tied")
     return Found(
         "meta", path, cfg, TorchWeights(cfg, parts, interleaved=True), files, {},
-        foreign.find_tokenizers(path), _extras(path), remarks,
+        tokenizer_files.find(path), _extras(path), remarks,
     )  # fmt: skip
 
 
@@ -232,8 +232,8 @@ def _meta_parts(
     _stop_at(problems)
     for name, unit in need.items():
         whole = unit.torch_shape(cfg)
-        axis = _meta_axis(unit, by_rows)
-        shape = _shard_shape(whole, axis, len(shards))
+        axis = meta_axis(unit, by_rows)
+        shape = shard_shape(whole, axis, len(shards))
         placed = []
         for i, shard in enumerate(shards):
             region = shard[name]
@@ -262,11 +262,11 @@ def _meta_parts(
     return parts
 
 
-def _meta_axis(unit: Unit, by_rows: bool) -> int:
+def meta_axis(unit: Unit, by_rows: bool) -> int:
     return 0 if unit.row.path == "embed" and by_rows else unit.row.concat
 
 
-def _shard_shape(whole: tuple[int, ...], axis: int, shards: int) -> tuple[int, ...] | None:
+def shard_shape(whole: tuple[int, ...], axis: int, shards: int) -> tuple[int, ...] | None:
     if axis < 0:
         return whole
     if whole[axis] % shards:
@@ -291,7 +291,7 @@ def _same_matrix(cfg: ModelConfig, embed: list[Part], output: list[Part]) -> boo
     )
 
 
-# --- Hugging Face ----------------------------------------------------------------------------------------------------
+# --- Hugging Face ---
 
 
 def _open_hf(path: Path, names: list[str]) -> Found:
@@ -328,17 +328,18 @@ def _open_hf(path: Path, names: list[str]) -> Found:
         ids["eos"] = ids["eos"] if stops is None else stops
     return Found(
         "hf", path, cfg, TorchWeights(cfg, parts, interleaved=False), files,
-        {k: v for k, v in ids.items() if v is not None}, foreign.find_tokenizers(path), _extras(path), remarks,
+        {k: v for k, v in ids.items() if v is not None}, tokenizer_files.find(path), _extras(path), remarks,
     )  # fmt: skip
 
 
 def _hf_regions(
     path: Path, names: list[str], remarks: list[str]
 ) -> tuple[dict[str, Region], list[Path]]:
-    """Tensors of a folder by name; every file of an index must be there, with exactly the tensors it lists."""
+    """Tensors of a folder by name; every file of an index must be there, with exactly the
+    tensors it lists."""
     sets = [
         ("model.safetensors", formats.read_safetensors),
-        ("pytorch_model.bin", formats.read_torch),
+        ("pytorch_model.bin", torch_files.read),
     ]
     present = [(s, read) for s, read in sets if s in names or f"{s}.index.json" in names]
     if not present:
@@ -379,10 +380,10 @@ def _hf_regions(
 
 def _extras(path: Path) -> list[Path]:
     generation = path / "generation_config.json"
-    return foreign.tokenizer_extras(path) + [generation] * generation.is_file()
+    return tokenizer_files.extras(path) + [generation] * generation.is_file()
 
 
-# --- Orbax -----------------------------------------------------------------------------------------------------------
+# --- Orbax ---
 
 
 def _open_orbax(root: Path, path: Path) -> Found:
@@ -425,175 +426,5 @@ def _open_orbax(root: Path, path: Path) -> Found:
     remarks = [f"step {step} of {', '.join(map(str, there))}"] if len(there) > 1 else []
     return Found(
         "orbax", path, cfg, opened, [folder], dict(settings.get("token_ids", {})),
-        foreign.find_tokenizers(root), _extras(root), remarks,
+        tokenizer_files.find(root), _extras(root), remarks,
     )  # fmt: skip
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def cuts_rows(found: Found) -> bool:
-    """Whether Meta's own files of this family cut the embedding along the vocabulary (Llama 3), not the width."""
-    return found.cfg.vocab_size >= 100_000 or any(t.kind == "tiktoken" for t in found.tokenizers)
-
-
-def check_shards(kind: Kind, cfg: ModelConfig, shards: int | None, by_rows: bool) -> None:
-    """Raise LayoutError when a model cannot be written as so many files; says which numbers fit."""
-    if shards is None:
-        return
-    if kind == "orbax":
-        raise LayoutError("--shards is for Meta and Hugging Face; Orbax fits any number of devices")
-    if shards < 1:
-        raise LayoutError(f"--shards {shards} must be at least 1")
-    if kind == "hf":
-        if shards > (count := len(units(cfg))):
-            raise LayoutError(f"--shards {shards}: the model has {count} tensors only")
-        return
-    sizes = dict(
-        n_heads=cfg.num_heads,
-        n_kv_heads=cfg.num_kv_heads,
-        ffn_dim=cfg.ffn_dim,
-        vocab_size=cfg.vocab_size,
-    )
-    sizes |= {} if by_rows else {"dim": cfg.dim}
-    if bad := [f"{k}={v}" for k, v in sizes.items() if v % shards]:
-        fits = [
-            n for n in range(1, cfg.num_kv_heads + 1) if all(v % n == 0 for v in sizes.values())
-        ]
-        raise LayoutError(
-            f"--shards {shards} does not divide {', '.join(bad)}; this model can be cut into {', '.join(map(str, fits))}"
-        )
-
-
-@dataclasses.dataclass
-class Target:
-    """An empty folder of a layout, to be filled by pieces."""
-
-    weights: Weights
-    done: Callable[[Unit], None]
-    """to be called when a unit is whole"""
-    finish: Callable[[], None]
-    """writes the heads, without which no file is readable"""
-
-
-def create(
-    kind: Kind,
-    folder: Path,
-    cfg: ModelConfig,
-    dtypes: dict[str, np.dtype],
-    shards: int | None,
-    by_rows: bool,
-) -> Target:
-    """Lay a folder out; every file gets its final size and place before the first byte.
-
-    Args:
-      shards: files; None: one Meta shard, Hugging Face files of 5 GB at most.
-      by_rows: Meta's embedding is cut along the vocabulary (Llama 3), not along the width.
-    """
-    if kind == "meta":
-        return _create_meta(folder, cfg, dtypes, shards or 1, by_rows)
-    if kind == "hf":
-        return _create_hf(folder, cfg, dtypes, shards)
-    model = folder / "steps" / "0" / "model"
-    if (model / "_METADATA").exists():
-        return Target(OrbaxWeights(model, cfg), lambda unit: None, lambda: None)
-    return Target(
-        weights.create_orbax(folder / "steps", cfg, dtypes), lambda unit: None, lambda: None
-    )
-
-
-def _create_meta(
-    folder: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype], shards: int, by_rows: bool
-) -> Target:
-    # Meta's loader does not insist on output.weight: without it a tied model would run with random weights.
-    whole = {u.torch_name(True): u for u in units(cfg)}
-    if cfg.tie_embeddings:
-        whole["output.weight"] = Unit(weights.TABLE[-1], None)
-    plans, parts = [], {u.name: [] for u in units(cfg)}
-    for i in range(shards):
-        tensors = {}
-        for name, unit in whole.items():
-            axis = _meta_axis(unit, by_rows)
-            shape = _shard_shape(unit.torch_shape(cfg), axis, shards)
-            assert shape is not None
-            tensors[name] = (shape, dtypes.get(unit.row.path, dtypes["embed"]))
-        plan = formats.plan_torch(folder / f"consolidated.{i:02d}.pth", tensors)
-        plans.append(plan)
-        for name, unit in whole.items():
-            start, axis = [0, 0], _meta_axis(unit, by_rows)
-            if axis >= 0:
-                start[axis] = i * tensors[name][0][axis]
-            parts.get(unit.name, parts["embed"]).append(Part(plan.regions[name], *start))
-    out = TorchWeights(cfg, parts, interleaved=True)
-    for plan in plans:
-        out.allocate(next(iter(plan.regions.values())).path, plan.end)
-    return _meta_target(out, plans)
-
-
-def _meta_target(out: TorchWeights, plans: list[formats.TorchPlan]) -> Target:
-    import zlib
-
-    crc: dict[Region, int] = {}
-
-    def done(unit: Unit) -> None:
-        crc.update({part.region: out.checksum(part.region) for part in out.parts[unit.name]})
-
-    def finish() -> None:
-        for plan in plans:
-            path = next(iter(plan.regions.values())).path
-            sums = {record: zlib.crc32(data) for record, data in plan.small.items()}
-            sums |= {plan.records[name]: crc[region] for name, region in plan.regions.items()}
-            for offset, data in formats.torch_headers(plan, sums):
-                out.put(path, offset, data)
-        out.close()
-
-    return Target(out, done, finish)
-
-
-def _create_hf(
-    folder: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype], shards: int | None
-) -> Target:
-    tensors = {u.torch_name(False): (u.torch_shape(cfg), dtypes[u.row.path]) for u in units(cfg)}
-    sizes = {n: math.prod(s) * d.itemsize for n, (s, d) in tensors.items()}
-    total = sum(sizes.values())
-    shards = shards or math.ceil(total / 5e9)
-    groups: list[list[str]] = [[] for _ in range(shards)]
-    before, k = 0, 0
-    for i, (name, size) in enumerate(sizes.items()):
-        ideal = int((before + size / 2) * shards / total)
-        if groups[k] and k < max(
-            ideal, shards - (len(sizes) - i)
-        ):  # the latter: no file may stay empty
-            k += 1
-        groups[k].append(name)
-        before += size
-    files = [
-        "model.safetensors" if shards == 1 else f"model-{i:05d}-of-{shards:05d}.safetensors"
-        for i in range(1, shards + 1)
-    ]
-    heads, parts = {}, {}
-    for file, group in zip(files, groups, strict=True):
-        heads[file], regions = formats.plan_safetensors(
-            folder / file, {n: tensors[n] for n in group}
-        )
-        parts |= {n: [Part(r, 0, 0)] for n, r in regions.items()}
-    out = TorchWeights(
-        cfg, {u.name: parts[u.torch_name(False)] for u in units(cfg)}, interleaved=False
-    )
-    for file, group in zip(files, groups, strict=True):
-        out.allocate(folder / file, len(heads[file]) + sum(sizes[n] for n in group))
-
-    def finish() -> None:
-        for file, head in heads.items():
-            out.put(folder / file, 0, head)
-        out.close()
-        if shards > 1:
-            index = {
-                "metadata": {"total_size": total, "total_parameters": cfg.num_params},
-                "weight_map": {
-                    n: file for file, group in zip(files, groups, strict=True) for n in group
-                },
-            }
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-    return Target(out, lambda unit: None, finish)

@@ -1,9 +1,11 @@
-"""The table of tensors, and the weights of any layout as pieces of our own: read and written a few rows at a time.
+"""The table of tensors, and the weights of any layout as pieces of our own: read and written a few
+rows at a time.
 
-Our layout stacks the layers (L first) and stores a matrix (in, out), with half-split rotary pairs; torch stores
-[out, in], a file a shard, and Meta rotates interleaved pairs. A *unit* is one tensor of one layer; a *piece* is some
-rows of a unit in our layout, as a matrix. Whatever is converted goes through pieces, so memory does not grow with the
-model. Used by ``python -m llama_jax.convert``.
+Our layout stacks the layers (L first) and stores a matrix (in, out), with half-split rotary pairs;
+torch stores [out, in], a file a shard, and Meta rotates interleaved pairs. A *unit* is one tensor
+of one layer; a *piece* is some rows of a unit in our layout, as a matrix. Whatever is converted
+goes through pieces, so memory does not grow with the model. Used by ``python -m
+llama_jax.convert``.
 """
 
 import math
@@ -13,7 +15,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,9 +32,12 @@ class Row(NamedTuple):
     letters: str
     """axes of one layer, ours"""
     meta: str
+    """Meta's, without `layers.N.` and `.weight`"""
     hf: str
+    """Hugging Face's, without `model.layers.N.` and `.weight`"""
     concat: int
-    """torch axis along which Meta's shards are laid side by side; -1: every shard holds all of it"""
+    """torch axis along which Meta's shards are laid side by side; -1: every shard holds all of
+    it"""
     rotary: bool = False
     """rows are rotary pairs of heads, interleaved in Meta's files"""
 
@@ -43,18 +48,18 @@ class Row(NamedTuple):
 
 # fmt: off
 TABLE = [
-    Row("embed",                 "VD",  "tok_embeddings.weight",              "model.embed_tokens.weight",                       1),
-    Row("blocks/attention_norm", "D",   "layers.{}.attention_norm.weight",    "model.layers.{}.input_layernorm.weight",         -1),
-    Row("blocks/attention/q",    "DNH", "layers.{}.attention.wq.weight",      "model.layers.{}.self_attn.q_proj.weight",         0, rotary=True),
-    Row("blocks/attention/k",    "DKH", "layers.{}.attention.wk.weight",      "model.layers.{}.self_attn.k_proj.weight",         0, rotary=True),
-    Row("blocks/attention/v",    "DKH", "layers.{}.attention.wv.weight",      "model.layers.{}.self_attn.v_proj.weight",         0),
-    Row("blocks/attention/o",    "NHD", "layers.{}.attention.wo.weight",      "model.layers.{}.self_attn.o_proj.weight",         1),
-    Row("blocks/mlp_norm",       "D",   "layers.{}.ffn_norm.weight",          "model.layers.{}.post_attention_layernorm.weight", -1),
-    Row("blocks/mlp/gate",       "DF",  "layers.{}.feed_forward.w1.weight",   "model.layers.{}.mlp.gate_proj.weight",            0),
-    Row("blocks/mlp/up",         "DF",  "layers.{}.feed_forward.w3.weight",   "model.layers.{}.mlp.up_proj.weight",              0),
-    Row("blocks/mlp/down",       "FD",  "layers.{}.feed_forward.w2.weight",   "model.layers.{}.mlp.down_proj.weight",            1),
-    Row("norm",                  "D",   "norm.weight",                        "model.norm.weight",                              -1),
-    Row("unembed",               "DV",  "output.weight",                      "lm_head.weight",                                  0),
+    Row("embed",                 "VD",  "tok_embeddings",  "model.embed_tokens",        1),
+    Row("blocks/attention_norm", "D",   "attention_norm",  "input_layernorm",          -1),
+    Row("blocks/attention/q",    "DNH", "attention.wq",    "self_attn.q_proj",          0, rotary=True),
+    Row("blocks/attention/k",    "DKH", "attention.wk",    "self_attn.k_proj",          0, rotary=True),
+    Row("blocks/attention/v",    "DKH", "attention.wv",    "self_attn.v_proj",          0),
+    Row("blocks/attention/o",    "NHD", "attention.wo",    "self_attn.o_proj",          1),
+    Row("blocks/mlp_norm",       "D",   "ffn_norm",        "post_attention_layernorm", -1),
+    Row("blocks/mlp/gate",       "DF",  "feed_forward.w1", "mlp.gate_proj",             0),
+    Row("blocks/mlp/up",         "DF",  "feed_forward.w3", "mlp.up_proj",               0),
+    Row("blocks/mlp/down",       "FD",  "feed_forward.w2", "mlp.down_proj",             1),
+    Row("norm",                  "D",   "norm",            "model.norm",               -1),
+    Row("unembed",               "DV",  "output",          "lm_head",                   0),
 ]
 # fmt: on
 
@@ -71,10 +76,14 @@ class Unit(NamedTuple):
 
     def torch_name(self, meta: bool) -> str:
         """Its name in Meta's or Hugging Face's files."""
-        return (self.row.meta if meta else self.row.hf).format(self.layer)
+        name = f"{self.row.meta if meta else self.row.hf}.weight"
+        if self.layer is None:
+            return name
+        return f"{'' if meta else 'model.'}layers.{self.layer}.{name}"
 
     def shape(self, cfg: ModelConfig) -> tuple[int, int]:
-        """(in, out) as the matrix that pieces are rows of; (V, D) for the embedding, (D, 1) for a norm."""
+        """(in, out) as the matrix that pieces are rows of; (V, D) for the embedding, (D, 1) for
+        a norm."""
         letters = self.row.letters
         split = 2 if letters == "NHD" else 1
         return math.prod(cfg.shape(letters[:split])), math.prod(cfg.shape(letters[split:]))
@@ -110,14 +119,28 @@ class Weights(Protocol):
     def write(self, unit: Unit, start: int, piece: np.ndarray) -> None: ...
 
 
-# --- copying ---------------------------------------------------------------------------------------------------------
+CHUNK = 32 << 20
+"""bytes of an Orbax chunk, at most: few enough files, and a host that needs a slice reads little
+else"""
 
-_BLOCK = 16 << 20
+
+def rows_per_chunk(unit: Unit, cfg: ModelConfig, dtype: np.dtype) -> int:
+    """Rows of a unit in one chunk: parts of about equal length."""
+    rows, columns = unit.shape(cfg)
+    step = unit.step(cfg)
+    pieces = math.ceil(rows * columns * dtype.itemsize / CHUNK)
+    return math.ceil(rows / step / pieces) * step
+
+
+# --- copying ---
+
+BLOCK = 16 << 20
 """bytes of a mapped file touched before its pages are given back"""
 
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source for matrices, transposing in blocks that fit the cache: 5 times numpy's own order."""
+    """target[...] = source for matrices, transposing in blocks that fit the cache: 5 times
+    numpy's own order."""
     if source.strides[1] > source.strides[0]:
         for i in range(0, source.shape[1], 16):
             target[:, i : i + 16] = source[:, i : i + 16]
@@ -126,7 +149,8 @@ def copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def _half(width: int, head_dim: int, swap: bool) -> Iterator[tuple[slice, slice]]:
-    """(our columns, Meta's columns): all at once, or for each head the even and the odd ones of interleaved pairs."""
+    """(our columns, Meta's columns): all at once, or for each head the even and the odd ones of
+    interleaved pairs."""
     if not swap:
         yield slice(0, width), slice(0, width)
         return
@@ -145,7 +169,7 @@ class Part(NamedTuple):
     column: int
 
 
-# --- torch files -----------------------------------------------------------------------------------------------------
+# --- torch files ---
 
 
 class TorchWeights:
@@ -242,7 +266,7 @@ class TorchWeights:
         else:
             theirs = theirs[:, rows.start - part.column : rows.stop - part.column]
         pitch = max(1, abs(part.region.strides[0]) * theirs.itemsize)
-        step = max(1, _BLOCK // pitch)
+        step = max(1, BLOCK // pitch)
         if not _kept(unit):
             step = max(1, step // self.cfg.head_dim) * self.cfg.head_dim  # whole heads
         for i in range(0, len(theirs), step):
@@ -285,147 +309,3 @@ def _write(file: int, data: np.ndarray, offset: int) -> None:
     while rest:
         done = os.pwrite(file, rest, offset)
         rest, offset = rest[done:], offset + done
-
-
-# --- Orbax -----------------------------------------------------------------------------------------------------------
-
-# One tensor a folder of plain chunks: written and read in any order, at the disk's speed. Measured on float32 weights
-# of 0.5 GB, 2 cores, two rounds: 1.5-1.8 GB/s to write and 0.5-0.6 to read, against 0.2-0.4 and 0.2-0.3 for Orbax's own defaults
-# (OCDBT and zstd, which saves 8 % of the space).
-ORBAX = dict(use_ocdbt=False, use_zarr3=True, use_compression=False)
-_CHUNK = 32 << 20
-"""bytes of a chunk, at most: few enough files, and a host that needs a slice reads little else"""
-
-
-class OrbaxWeights:
-    """One of our checkpoints: a tensorstore array a row of the table."""
-
-    def __init__(self, folder: Path, cfg: ModelConfig):
-        self.cfg = cfg
-        self.folder = folder
-        self.arrays = {r.path: open_array(folder, r.path) for r in {u.row: 0 for u in units(cfg)}}
-
-    def dtype(self, unit: Unit) -> np.dtype:
-        return self.arrays[unit.row.path].dtype.numpy_dtype
-
-    def read(self, unit: Unit, start: int, stop: int) -> np.ndarray:
-        """Rows start to stop of a unit."""
-        step = unit.step(self.cfg)
-        array = self._of(unit)[start // step : stop // step]
-        return np.asarray(array.read().result()).reshape(stop - start, unit.shape(self.cfg)[1])
-
-    def write(self, unit: Unit, start: int, piece: np.ndarray) -> None:
-        """Write rows of a unit; whole chunks, so that nothing has to be read first."""
-        step = unit.step(self.cfg)
-        array = self._of(unit)[start // step : (start + len(piece)) // step]
-        array.write(
-            piece.reshape(array.shape), can_reference_source_data_indefinitely=True
-        ).result()
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def _of(self, unit: Unit) -> Any:
-        array = self.arrays[unit.row.path]
-        return array if unit.layer is None else array[unit.layer]
-
-
-def rows_per_chunk(unit: Unit, cfg: ModelConfig, dtype: np.dtype, limit: int = _CHUNK) -> int:
-    """Rows of a unit in one piece of at most `limit` bytes: parts of about equal length."""
-    rows, columns = unit.shape(cfg)
-    step = unit.step(cfg)
-    pieces = math.ceil(rows * columns * dtype.itemsize / limit)
-    return math.ceil(rows / step / pieces) * step
-
-
-def open_array(folder: Path, path: str) -> Any:
-    """The tensorstore array of one parameter, however Orbax stored it; ValueError when it is not there."""
-    import tensorstore as ts
-
-    name = path.replace("/", ".")
-    place = {"driver": "file", "path": str(folder.resolve())}
-    if (folder / "manifest.ocdbt").exists():
-        spec = {"driver": "ocdbt", "base": place, "path": name + "/"}
-        drivers = ["zarr3", "zarr"]
-    else:
-        spec = place | {"path": f"{folder.resolve()}/{name}/", "file_io_sync": False}
-        drivers = ["zarr3"] if (folder / name / "zarr.json").exists() else ["zarr"]
-    error = None
-    for driver in drivers:
-        try:
-            return ts.open({"driver": driver, "kvstore": spec}, open=True).result()
-        except ValueError as e:
-            error = e
-    raise ValueError(f"{folder} holds no readable array {name}: {error}")
-
-
-class _Declared:
-    """An array that will be: shape, dtype and chunks (one layer, a part of its rows), and no value."""
-
-    def __init__(self, unit: Unit, cfg: ModelConfig, dtype: np.dtype):
-        shape = cfg.shape(unit.row.letters)
-        rows = rows_per_chunk(unit, cfg, dtype) // unit.step(cfg)
-        stack = unit.layer is not None
-        self.shape = (cfg.num_layers,) * stack + shape
-        self.chunk = (1,) * stack + (rows, *shape[1:])
-        self.dtype = dtype
-
-    def create(self, path: Any) -> None:
-        """Make the empty array."""
-        import tensorstore as ts
-
-        metadata = {
-            "shape": self.shape,
-            "data_type": self.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.chunk}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-        }
-        spec = {
-            "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{path}/"},
-            "metadata": metadata,
-        }
-        ts.open(spec, create=True).result()
-
-
-def create_orbax(steps: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype]) -> OrbaxWeights:
-    """A checkpoint of step 0 whose arrays are all there and empty, made by Orbax itself so that a stock restore reads it.
-
-    Orbax writes the metadata; its arrays would have to be in memory, so ours are only declared here and are filled by
-    :meth:`OrbaxWeights.write`.
-    """
-    import orbax.checkpoint as ocp
-
-    class Declare(ocp.type_handlers.TypeHandler):
-        def typestr(self):
-            return "jax.Array"  # what a stock restore looks for
-
-        async def metadata(self, infos):
-            raise NotImplementedError
-
-        async def deserialize(self, infos, args=None):
-            raise NotImplementedError
-
-        async def serialize(self, values, infos, args=None):
-            for value, info in zip(values, infos, strict=True):
-                await info.await_path_creation()
-                value.create(info.path)
-            return []
-
-    tree: dict[str, Any] = {}
-    for unit in units(cfg):
-        if unit.layer in (None, 0):
-            *parents, name = unit.row.path.split("/")
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[name] = _Declared(unit, cfg, dtypes[unit.row.path])
-    registry = ocp.type_handlers.create_type_handler_registry((_Declared, Declare()))
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **ORBAX)
-    with ocp.CheckpointManager(
-        steps,
-        item_handlers={"model": handler},
-        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
-    ) as manager:
-        manager.save(0, args=ocp.args.Composite(model=ocp.args.PyTreeSave(tree)))
-    return OrbaxWeights(steps / "0" / "model", cfg)
