@@ -27,6 +27,7 @@ import numpy as np
 
 from llama_jax import config as cf
 from llama_jax import foreign, layouts, targets, tokenizer_files, transfer
+from llama_jax import verify as verification
 from llama_jax.layouts import FLOATS, NAMES, Found, Kind
 from llama_jax.transfer import ConvertError, Plan, human
 from llama_jax.weights import units
@@ -62,8 +63,9 @@ def convert(
         if transfer.stamps(found) != before:
             raise ConvertError(f"{source} changed while it was being converted; start again")
         if verify:
-            transfer.verify(plan)
+            result = transfer.verify(plan)
             print(f"verified: {len(sums)} tensors equal the source bit for bit")
+            print(f"verified: {verification.compare_logits(found, result, max_memory)}")
         _sync(plan.partial)
         (plan.partial / "progress.jsonl").unlink()
     if plan.destination.exists():

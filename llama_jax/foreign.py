@@ -102,7 +102,7 @@ def model_from_hf(config: dict[str, Any], where: str) -> tuple[ModelConfig, list
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         rope=_rope_from_hf(config, context, where, problems, remarks),
     )
-    return _read(tree, problems, where), remarks
+    return _read(tree, problems, where), list(dict.fromkeys(remarks))
 
 
 def _rope_from_hf(
@@ -124,18 +124,23 @@ def _rope_from_hf(
             )
     if not read:
         read = [{"type": "default", "theta": top}]
-    if "rope_scaling" in config and config["rope_scaling"] is None and top is not None:
-        read.append({"type": "default", "theta": top})  # v4 says in full: no scaling
+    if top is not None and "rope_parameters" in config:  # transformers 4 reads theta here,
+        read.append(read[0] | {"theta": top})
+        if config.get("rope_scaling", True) is None:  # and no scaling
+            read.append({"type": "default", "theta": top})
     if any(fields != read[0] for fields in read):
         problems.append(
-            f"{where}: rope_parameters (read by transformers 5) and rope_theta with rope_scaling (read by 4) disagree: "
-            f"{config.get('rope_parameters')} against rope_theta={top}, {config.get('rope_scaling')}"
+            f"{where}: rope_parameters, which transformers 5 reads, and rope_theta with rope_scaling, "
+            f"which 4 reads, disagree: {config.get('rope_parameters')} against {top} with "
+            f"{config.get('rope_scaling')}"
         )
     if read[0]["theta"] is None:
         read[0]["theta"] = 10000.0  # the default of transformers' LlamaConfig
         remarks.append(f"{where}: rope_theta is missing; took 10000, as transformers does")
-    read[0]["theta"] = float(read[0]["theta"])
-    return read[0]
+    if not _number(read[0]["theta"]):
+        problems.append(f"{where}: rope_theta={read[0]['theta']!r} is not a number")
+        return {}
+    return read[0] | {"theta": float(read[0]["theta"])}
 
 
 def _rope_fields(

@@ -77,6 +77,8 @@ def recognise(path: Path) -> Tokenizer | None:
         Exception
     ):  # sentencepiece raises RuntimeError on what it cannot parse, older releases others
         return None
+    if not len(model):  # the start of a longer file parses as well
+        return None
     ids = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
     return Tokenizer(path, "sentencepiece", len(model), {k: v for k, v in ids.items() if v >= 0})
 

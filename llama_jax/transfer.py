@@ -151,7 +151,7 @@ def write_weights(plan: Plan, progress: IO[str]) -> dict[str, str]:
     return sums
 
 
-def verify(plan: Plan) -> None:
+def verify(plan: Plan) -> Found:
     """Open the result as anybody would and compare every bit with the source."""
     result = layouts.open_folder(plan.partial)
     if result.cfg != plan.found.cfg:
@@ -170,6 +170,7 @@ def verify(plan: Plan) -> None:
     wrong = [name for name in _in_parallel(compare, plan, workers, "verifying") if name]
     if wrong:
         raise ConvertError(f"verify: tensors differ from the source: {', '.join(sorted(wrong))}")
+    return result
 
 
 def _in_parallel(
