@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax import foreign, layouts
+from llama_jax import foreign, targets
 from llama_jax.config import MODELS, ModelConfig
 from llama_jax.weights import rows_per_chunk, units
 
@@ -38,7 +38,7 @@ def make_source(folder: Path, cfg: ModelConfig) -> int:
     """A Meta folder of random float16 weights; returns their bytes."""
     folder.mkdir()
     dtypes = {u.row.path: np.dtype(np.float16) for u in units(cfg)}
-    target = layouts.create("meta", folder, cfg, dtypes, 1, False)
+    target = targets.create("meta", folder, cfg, dtypes, 1, False)
     noise = np.random.default_rng(0).standard_normal(8 << 20).astype(np.float16)
     for i, unit in enumerate(units(cfg)):
         rows, columns = unit.shape(cfg)

@@ -5,12 +5,11 @@ another, with the tokenizer and a manifest of SHA-256 sums. Memory is bounded wh
 torch is not needed. A killed run continues when it is started again; the folder has its name only
 when it is whole.
 
-    python -m llama_jax.convert SOURCE DESTINATION [--to orbax|hf|meta] [--dtype bfloat16] [--verify]
+    python -m llama_jax.convert SOURCE DESTINATION [--to orbax|hf|meta] [--dtype D] [--verify]
     python -m llama_jax.convert --inspect PATH
 """
 
 import argparse
-import dataclasses
 import errno
 import json
 import os
@@ -28,7 +27,7 @@ import numpy as np
 from llama_jax import config as cf
 from llama_jax import foreign, layouts, targets, tokenizer_files, transfer
 from llama_jax import verify as verification
-from llama_jax.layouts import FLOATS, NAMES, Found, Kind
+from llama_jax.layouts import FLOATS, NAMES, Found, Kind, changed
 from llama_jax.transfer import ConvertError, Plan, human
 from llama_jax.weights import units
 
@@ -114,7 +113,7 @@ def _kinds(dtypes: dict[str, np.dtype]) -> str:
 def describe(found: Found) -> str:
     """What a folder holds, in lines for a person."""
     cfg = found.cfg
-    known = [n for n, m in cf.MODELS.items() if dataclasses.replace(m, context=cfg.context) == cfg]
+    known = [n for n, m in cf.MODELS.items() if changed(m, context=cfg.context) == cfg]
     rope = {k: v for k, v in cf.to_dict(cfg.rope).items() if v is not None}
     lines = [
         f"found: {found.path}: {NAMES[found.kind]} layout, {len(found.files)} file(s)",

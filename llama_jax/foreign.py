@@ -53,13 +53,16 @@ _SIZES = {
     "norm_eps": "rms_norm_eps",
 }
 # Keys that say nothing about the weights or the forward pass.
-_SILENT = set(
-    "architectures model_type torch_dtype dtype bos_token_id eos_token_id pad_token_id unk_token_id use_cache "
-    "initializer_range transformers_version _name_or_path attention_dropout pretraining_tp output_attentions "
-    "output_hidden_states return_dict hidden_act attention_bias mlp_bias num_key_value_heads head_dim "
-    "max_position_embeddings tie_word_embeddings rope_theta rope_scaling rope_parameters quantization_config "
-    "sliding_window partial_rotary_factor original_max_position_embeddings max_sequence_length auto_map".split()
-)
+_SILENT = {
+    "architectures", "model_type", "torch_dtype", "dtype", "bos_token_id", "eos_token_id",
+    "pad_token_id", "unk_token_id", "use_cache", "initializer_range", "transformers_version",
+    "_name_or_path", "attention_dropout", "pretraining_tp", "output_attentions",
+    "output_hidden_states", "return_dict", "hidden_act", "attention_bias", "mlp_bias",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings",
+    "rope_theta", "rope_scaling", "rope_parameters", "quantization_config", "sliding_window",
+    "partial_rotary_factor", "original_max_position_embeddings", "max_sequence_length",
+    "auto_map",
+}  # fmt: skip
 
 
 def model_from_hf(config: dict[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
@@ -86,9 +89,11 @@ def model_from_hf(config: dict[str, Any], where: str) -> tuple[ModelConfig, list
         remarks.append(f"{where}: ignored {', '.join(sorted(unknown))}")
     tree = {ours: config.get(theirs) for ours, theirs in _SIZES.items()}
     problems += [f"{where}: {_SIZES[k]} is missing" for k, v in tree.items() if v is None]
+    numbers = [*_SIZES.values(), "num_key_value_heads", "head_dim", "max_position_embeddings"]
+    problems += _not_numbers(config, numbers, where)
     if problems:
         raise SettingsError("\n".join(problems))
-    heads = tree["num_heads"]
+    heads = config["num_attention_heads"]
     context = config.get("max_position_embeddings")
     if context is None:
         context = 2048  # what transformers' LlamaConfig assumes
@@ -97,7 +102,7 @@ def model_from_hf(config: dict[str, Any], where: str) -> tuple[ModelConfig, list
         )
     tree |= dict(
         num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or tree["dim"] // heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         context=context,
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         rope=_rope_from_hf(config, context, where, problems, remarks),
@@ -130,7 +135,8 @@ def _rope_from_hf(
             read.append({"type": "default", "theta": top})
     if any(fields != read[0] for fields in read):
         problems.append(
-            f"{where}: rope_parameters, which transformers 5 reads, and rope_theta with rope_scaling, "
+            f"{where}: rope_parameters, which transformers 5 reads, and rope_theta with "
+            "rope_scaling, "
             f"which 4 reads, disagree: {config.get('rope_parameters')} against {top} with "
             f"{config.get('rope_scaling')}"
         )
@@ -154,14 +160,21 @@ def _rope_fields(
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
         problems.append(f"{where}: rope type {kind!r} is not supported")
         return {"type": kind, "theta": theta}
+    unset = {k: v or None for k, v in given.items()}  # transformers takes 0 for unset as well
+    if bad := _not_numbers(unset, [k for k in _ROPE.values() if k != "truncate"], where):
+        problems += bad
+        return {"type": kind, "theta": theta}
     plain = {"rope_type", "type", "rope_theta", "finetuned", *_ROPE.values()}
     if given.get("partial_rotary_factor", 1.0) == 1.0:
         plain.add("partial_rotary_factor")
     if unknown := set(given) - plain:
         problems.append(f"{where}: {', '.join(sorted(unknown))} is not supported")
     if kind in ("llama3", "yarn"):
-        # transformers 5: the key beside the table wins, then the one inside, then max_position_embeddings.
+        # transformers 5: the key beside the table wins, then the one inside, then the context.
         beside = config.get("original_max_position_embeddings")
+        if beside is not None and not _number(beside):
+            problems.append(f"original_max_position_embeddings={beside!r} is not a positive number")
+            return {"type": kind, "theta": theta}
         fields["original_context"] = beside or fields.get("original_context") or context
     elif fields.pop("original_context", None):
         remarks.append(
@@ -172,10 +185,11 @@ def _rope_fields(
         fields.setdefault("factor", context / original)
         if fields["factor"] != context / original:
             remarks.append(
-                f"{where}: factor={fields['factor']} is not max_position_embeddings / original, {context / original}; "
+                f"{where}: factor={fields['factor']} is not max_position_embeddings / original, "
+                f"{context / original}; "
                 "took the factor, as transformers 5 (some releases of 4 take the ratio)"
             )
-        for key in ("beta_fast", "beta_slow"):  # transformers takes 0 for unset
+        for key in ("beta_fast", "beta_slow"):
             if not fields.get(key, 1):
                 del fields[key]
         if not (
@@ -193,7 +207,8 @@ def hf_from_model(cfg: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[str
     rope = cfg.rope
     if rope.type == "dynamic" and rope.original_context not in (None, cfg.context):
         raise SettingsError(
-            f"rope.original_context={rope.original_context} with type 'dynamic' has no counterpart in transformers, "
+            f"rope.original_context={rope.original_context} with type 'dynamic' has no counterpart "
+            "in transformers, "
             f"which scales from max_position_embeddings (model.context={cfg.context})"
         )
     fields = {theirs: getattr(rope, ours) for ours, theirs in _ROPE.items()}
@@ -229,10 +244,11 @@ def hf_from_model(cfg: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[str
 
 # --- Meta ---
 
-_PARAMS = set(
-    "dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta use_scaled_rope "
-    "rope_scaling_factor rope_high_freq_factor".split()
-)
+_PARAMS = {
+    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
+    "norm_eps", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor",
+}  # fmt: skip
+_NO_NUMBERS = {"use_scaled_rope", "vocab_size"}
 _PARAMS_SILENT = {"max_seq_len", "max_batch_size", "model_parallel_size"}
 _LLAMA_32 = [MODELS["llama3.2-1b"], MODELS["llama3.2-3b"]]
 
@@ -251,24 +267,22 @@ def model_from_meta(
     """Our config and remarks from ``params.json``, the embedding's rows V, whether there is no
     output matrix, and whether the weights are float16; raises :class:`SettingsError`."""
     problems, remarks = [], []
+    params = {k: v for k, v in params.items() if v is not None}
     for key in ("quantization_args", "lora_args"):
-        if params.get(key) is not None:
+        if key in params:
             problems.append(
                 f"{where}: {key} is not supported: the weights are quantised or incomplete"
             )
     problems += [f"{where}: {k} is not supported" for k in params if k.startswith("vision_")]
-    if unknown := [
-        k for k in params if k not in _PARAMS | _PARAMS_SILENT and f"{k}" not in str(problems)
-    ]:
+    if unknown := set(params) - _PARAMS - _PARAMS_SILENT:
         remarks.append(f"{where}: ignored {', '.join(sorted(unknown))}")
     needs = ("dim", "n_layers", "n_heads", "norm_eps", "multiple_of")
-    problems += [
-        f"{where}: {k} is missing or not a number" for k in needs if not _number(params.get(k))
-    ]
+    problems += [f"{where}: {k} is missing" for k in needs if k not in params]
+    problems += _not_numbers(params, [k for k in _PARAMS if k not in _NO_NUMBERS], where)
     if problems:
         raise SettingsError("\n".join(problems))
     dim, heads = params["dim"], params["n_heads"]
-    if heads <= 0 or dim % heads:
+    if dim % heads:
         raise SettingsError(f"{where}: dim={dim} is not a multiple of n_heads={heads}")
     vocab = params.get("vocab_size", -1)
     if vocab not in (-1, rows):
@@ -303,13 +317,19 @@ def model_from_meta(
     )
     if family == "Llama 2" and tree["norm_eps"] == 1e-6:
         remarks.append(
-            f"{where}: norm_eps=1e-6 in a Llama 2; early Llama-2-7B-chat shipped it by mistake (later 1e-5); kept"
+            f"{where}: norm_eps=1e-6 in a Llama 2; early Llama-2-7B-chat shipped it by mistake "
+            "(later 1e-5); kept"
         )
     return _read(tree | {"context": context}, problems, where), remarks
 
 
+def _not_numbers(tree: dict[str, Any], keys: list[str], where: str) -> list[str]:
+    given = [k for k in keys if tree.get(k) is not None and not _number(tree[k])]
+    return [f"{where}: {k}={tree[k]!r} is not a positive number" for k in given]
+
+
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12
 
 
 def _family(tree: dict[str, Any], scaled: bool, half: bool) -> tuple[str, int]:
@@ -322,7 +342,7 @@ def _family(tree: dict[str, Any], scaled: bool, half: bool) -> tuple[str, int]:
         return "Llama 3", 8192
     if theta == 1e6:
         return "Code Llama", 16384
-    # float16 is LLaMA 1's, bfloat16 came with Llama 2; 33B and 65B were LLaMA 1 only, 70B Llama 2 only.
+    # float16 is LLaMA 1's, bfloat16 came with Llama 2; 33B and 65B are LLaMA 1, 70B Llama 2.
     first = {(4096, 32), (5120, 40), (6656, 60), (8192, 80)}
     shape = (tree["dim"], tree["num_layers"])
     if tree["num_kv_heads"] != tree["num_heads"] or (shape in first and not half):
@@ -341,12 +361,14 @@ def meta_from_model(cfg: ModelConfig) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"rope type {rope.type!r} has no counterpart in params.json")
     if rope.type == "llama3" and (rope.low_freq_factor != 1.0 or rope.original_context != 8192):
         problems.append(
-            f"params.json cannot say low_freq_factor={rope.low_freq_factor}, original_context={rope.original_context} "
+            f"params.json cannot say low_freq_factor={rope.low_freq_factor}, "
+            f"original_context={rope.original_context} "
             "(Meta's code has 1 and 8192)"
         )
     if cfg.head_dim * cfg.num_heads != cfg.dim:
         problems.append(
-            f"Meta's code needs head_dim * num_heads = dim: {cfg.head_dim} * {cfg.num_heads} is not {cfg.dim}"
+            f"Meta's code needs head_dim * num_heads = dim: {cfg.head_dim} * {cfg.num_heads} is "
+            f"not {cfg.dim}"
         )
     if problems:
         raise SettingsError("\n".join(f"cannot write Meta's layout: {p}" for p in problems))

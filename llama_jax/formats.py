@@ -87,7 +87,8 @@ def read_safetensors(path: Path) -> dict[str, Region]:
         length = int.from_bytes(head, "little")
         if len(head) < 8 or not 2 <= length <= min(size - 8, 100_000_000):
             raise FormatError(
-                f"{path}: not a safetensors file, or cut off: its first 8 bytes give a header of {length} bytes, "
+                f"{path}: not a safetensors file, or cut off: its first 8 bytes give a header of "
+                f"{length} bytes, "
                 f"the file has {size}"
             )
         text = f.read(length)
@@ -103,13 +104,15 @@ def read_safetensors(path: Path) -> dict[str, Region]:
     for name, region in sorted(regions.items(), key=lambda item: item[1].offset):
         if region.offset != end:
             raise FormatError(
-                f"{path}: {name} starts at byte {region.offset}, expected {end}: tensors overlap or leave a gap"
+                f"{path}: {name} starts at byte {region.offset}, expected {end}: tensors overlap "
+                "or leave a gap"
             )
         end += math.prod(region.shape) * region.dtype.itemsize
     if end != size:
         what = "is cut off" if size < end else "has bytes after the last tensor"
         raise FormatError(
-            f"{path}: the file {what}: its header describes {end} bytes, it has {size}; copy or download it again"
+            f"{path}: the file {what}: its header describes {end} bytes, it has {size}; copy or "
+            "download it again"
         )
     return regions
 
@@ -118,7 +121,8 @@ def _safetensors_region(path: Path, name: str, entry: dict[str, Any], base: int)
     dtype = {n: d for n, _, d in DTYPES}.get(entry["dtype"])
     if dtype is None:
         raise FormatError(
-            f"{path}: {name} has dtype {entry['dtype']}: quantised and exotic files are not supported"
+            f"{path}: {name} has dtype {entry['dtype']}: quantised and exotic files are not "
+            "supported"
         )
     shape = tuple(entry["shape"])
     start, stop = entry["data_offsets"]
@@ -126,7 +130,8 @@ def _safetensors_region(path: Path, name: str, entry: dict[str, Any], base: int)
         raise FormatError(f"{path}: {name} has shape {shape}, offsets {start}, {stop}")
     if stop - start != math.prod(shape) * dtype.itemsize:
         raise FormatError(
-            f"{path}: {name} of shape {list(shape)} and dtype {entry['dtype']} cannot lie in {stop - start} bytes"
+            f"{path}: {name} of shape {list(shape)} and dtype {entry['dtype']} cannot lie in "
+            f"{stop - start} bytes"
         )
     return Region(path, base + start, shape, contiguous(shape), dtype)
 

@@ -28,6 +28,11 @@ NAMES = {"meta": "Meta", "hf": "Hugging Face", "orbax": "Orbax"}
 FLOATS = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)]
 
 
+def changed(cfg: ModelConfig, **fields: Any) -> ModelConfig:
+    """`dataclasses.replace`, for a type checker that does not know pydantic's."""
+    return dataclasses.replace(cfg, **fields)  # type: ignore[type-var]
+
+
 class LayoutError(ValueError):
     """A folder that cannot be used; the message lists every reason."""
 
@@ -90,8 +95,10 @@ def open_folder(path: Path, context: int | None = None) -> Found:
         found = _open_orbax(root, path)
     else:
         raise LayoutError(
-            f"{path} is no folder of weights: expected consolidated.*.pth with params.json, config.json with "
-            f"model*.safetensors or pytorch_model*.bin, or model.json with steps/; found {', '.join(names[:12]) or 'nothing'}"
+            f"{path} is no folder of weights: expected consolidated.*.pth with params.json, "
+            "config.json with "
+            "model*.safetensors or pytorch_model*.bin, or model.json with steps/; found "
+            f"{', '.join(names[:12]) or 'nothing'}"
         )
     if context is not None and found.kind != "meta":
         raise LayoutError(f"--context is for Meta folders, which do not say it; {path} does")
@@ -173,12 +180,12 @@ def _open_meta(path: Path, files: list[Path], context: int | None) -> Found:
     _stop_at([f"{path}/consolidated.{n}.pth is missing" for n in expected if n not in numbers])
     _stop_at([f"{path}/consolidated.{n}.pth is not a shard" for n in numbers if n not in expected])
     shards = [torch_files.read(f) for f in files]
-    embeds = [s.get("tok_embeddings.weight") for s in shards]
-    if None in embeds or any(len(e.shape) != 2 for e in embeds):
-        raise LayoutError(f"{files[embeds.index(None)]}: tok_embeddings.weight is missing")
-    by_rows = embeds[0].shape[1] == params.get("dim")  # Llama 3; LLaMA 1 and 2 cut the width
-    rows = embeds[0].shape[0] * (len(files) if by_rows else 1)
-    half = embeds[0].dtype == np.float16
+    embed = shards[0].get("tok_embeddings.weight")
+    if embed is None or len(embed.shape) != 2:
+        raise LayoutError(f"{files[0]}: tok_embeddings.weight is missing or no matrix")
+    by_rows = embed.shape[1] == params.get("dim")  # Llama 3; LLaMA 1 and 2 cut the width
+    rows = embed.shape[0] * (len(files) if by_rows else 1)
+    half = embed.dtype == np.float16
     has_output = "output.weight" in shards[0]
     cfg, remarks = foreign.model_from_meta(
         params, rows, not has_output, half, str(path / "params.json")
@@ -189,13 +196,13 @@ def _open_meta(path: Path, files: list[Path], context: int | None) -> Found:
         remarks = [r for r in remarks if not r.startswith("context")]
         remarks.append(f"context {cfg.context}: from {path}/manifest.json, which fits params.json")
     if context is not None:
-        cfg = dataclasses.replace(cfg, context=context)
+        cfg = changed(cfg, context=context)
         remarks = [r for r in remarks if not r.startswith("context")]
-    untied = dataclasses.replace(cfg, tie_embeddings=not has_output)
+    untied = changed(cfg, tie_embeddings=not has_output)
     parts = _meta_parts(untied, shards, by_rows, path)
     if has_output and (hint.tie_embeddings if hint else _is_llama_32(cfg)):
         if _same_matrix(untied, parts["embed"], parts["unembed"]):
-            cfg = dataclasses.replace(cfg, tie_embeddings=True)
+            cfg = changed(cfg, tie_embeddings=True)
             del parts["unembed"]
             remarks.append("output.weight equals tok_embeddings.weight: tied")
         else:
@@ -214,12 +221,12 @@ def _hint(path: Path, cfg: ModelConfig) -> ModelConfig | None:
     except (ValueError, KeyError, TypeError):
         return None
     same = dict(context=cfg.context, tie_embeddings=cfg.tie_embeddings)
-    return given if dataclasses.replace(given, **same) == cfg else None
+    return given if changed(given, **same) == cfg else None
 
 
 def _is_llama_32(cfg: ModelConfig) -> bool:
-    return any(m.dim == cfg.dim and m.num_layers == cfg.num_layers and m.vocab_size == cfg.vocab_size
-               for m in (cf.MODELS["llama3.2-1b"], cf.MODELS["llama3.2-3b"]))  # fmt: skip
+    known = [cf.MODELS[n].shape("LDV") for n in ("llama3.2-1b", "llama3.2-3b")]
+    return cfg.shape("LDV") in known
 
 
 def _meta_parts(
@@ -240,8 +247,8 @@ def _meta_parts(
             if region.shape != shape:
                 problems.append(
                     f"{region.path}: {name} has shape {list(region.shape)}, expected "
-                    f"{list(shape) if shape else 'a part of ' + str(list(whole))}: a shard of {len(shards)} of the model "
-                    "in params.json (is a shard missing?)"
+                    f"{list(shape) if shape else f'a part of {list(whole)}'}: a shard of "
+                    f"{len(shards)} of the model in params.json (is a shard missing?)"
                 )
                 continue
             start = [0, 0]
@@ -254,7 +261,8 @@ def _meta_parts(
         if unit.row.concat < 0:
             first, *others = [_bytes(p.region) for p in parts[unit.name]]
             problems += [
-                f"{path}: {unit.torch_name(True)} differs between shards 00 and {i:02d}; the files are not of one model"
+                f"{path}: {unit.torch_name(True)} differs between shards 00 and {i:02d}; the files "
+                "are not of one model"
                 for i, other in enumerate(others, 1)
                 if other != first
             ]
@@ -298,9 +306,7 @@ def _open_hf(path: Path, names: list[str]) -> Found:
     config = _json(path / "config.json")
     cfg, remarks = foreign.model_from_hf(config, str(path / "config.json"))
     regions, files = _hf_regions(path, names, remarks)
-    untied = dataclasses.replace(
-        cfg, tie_embeddings=cfg.tie_embeddings and "lm_head.weight" not in regions
-    )
+    untied = changed(cfg, tie_embeddings=cfg.tie_embeddings and "lm_head.weight" not in regions)
     problems = _check_names(set(regions), {u.torch_name(False) for u in units(untied)}, path)
     parts = {}
     for unit in units(untied):
@@ -308,7 +314,8 @@ def _open_hf(path: Path, names: list[str]) -> Found:
         region = regions.get(name)
         if region is not None and region.shape != shape:
             problems.append(
-                f"{region.path}: {name} has shape {list(region.shape)}, config.json makes it {list(shape)}"
+                f"{region.path}: {name} has shape {list(region.shape)}, config.json makes it "
+                f"{list(shape)}"
             )
         elif region is not None:
             parts[unit.name] = [Part(region, 0, 0)]
@@ -317,7 +324,8 @@ def _open_hf(path: Path, names: list[str]) -> Found:
     if cfg != untied:
         if not _same_matrix(untied, parts["embed"], parts["unembed"]):
             raise LayoutError(
-                f"{path}: config.json ties the embeddings, but lm_head.weight differs from model.embed_tokens.weight; "
+                f"{path}: config.json ties the embeddings, but lm_head.weight differs from "
+                "model.embed_tokens.weight; "
                 "set tie_word_embeddings to false if both are meant"
             )
         del parts["unembed"]
@@ -328,7 +336,8 @@ def _open_hf(path: Path, names: list[str]) -> Found:
         ids["eos"] = ids["eos"] if stops is None else stops
     return Found(
         "hf", path, cfg, TorchWeights(cfg, parts, interleaved=False), files,
-        {k: v for k, v in ids.items() if v is not None}, tokenizer_files.find(path), _extras(path), remarks,
+        {k: v for k, v in ids.items() if v is not None}, tokenizer_files.find(path),
+        _extras(path), remarks,
     )  # fmt: skip
 
 
@@ -344,7 +353,8 @@ def _hf_regions(
     present = [(s, read) for s, read in sets if s in names or f"{s}.index.json" in names]
     if not present:
         raise LayoutError(
-            f"{path} holds no model.safetensors, pytorch_model.bin, or index of one; found {', '.join(names[:12])}"
+            f"{path} holds no model.safetensors, pytorch_model.bin, or index of one; found "
+            f"{', '.join(names[:12])}"
         )
     stem, read = present[0]
     if len(present) > 1:
@@ -362,7 +372,8 @@ def _hf_regions(
     _stop_at(
         [f"{path}/{f} is missing, named by {stem}.index.json" for f in files if f not in names]
     )
-    regions, problems = {}, []
+    regions: dict[str, Region] = {}
+    problems: list[str] = []
     for file in files:
         inside = read(path / file)
         listed = {n for n, f in index.items() if f == file}
@@ -390,7 +401,8 @@ def _open_orbax(root: Path, path: Path) -> Found:
     settings = _json(root / "model.json")
     if settings.get("format") != 1 or settings.get("rotary_layout") != "half":
         raise LayoutError(
-            f"{root}/model.json: format={settings.get('format')!r}, rotary_layout={settings.get('rotary_layout')!r}; "
+            f"{root}/model.json: format={settings.get('format')!r}, "
+            f"rotary_layout={settings.get('rotary_layout')!r}; "
             "this program reads format 1 with 'half'"
         )
     cfg = cf.check_model(settings.get("model", {}), f"{root}/model.json")
@@ -413,12 +425,14 @@ def _open_orbax(root: Path, path: Path) -> Found:
     _stop_at(_check_names(have, set(shapes), folder))
     opened = OrbaxWeights(folder, cfg)
     problems = [
-        f"{folder}: {name} has shape {list(opened.arrays[name].shape)}, model.json makes it {list(shape)}"
+        f"{folder}: {name} has shape {list(opened.arrays[name].shape)}, model.json makes it "
+        f"{list(shape)}"
         for name, shape in shapes.items()
         if opened.arrays[name].shape != shape
     ]
     problems += [
-        f"{folder}: {name} is {a.dtype.name}: only float16, bfloat16 and float32 weights are supported"
+        f"{folder}: {name} is {a.dtype.name}: only float16, bfloat16 and float32 weights are "
+        "supported"
         for name, a in opened.arrays.items()
         if a.dtype.numpy_dtype not in FLOATS
     ]

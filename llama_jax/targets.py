@@ -52,7 +52,8 @@ def check_shards(kind: Kind, cfg: ModelConfig, shards: int | None, by_rows: bool
             n for n in range(1, cfg.num_kv_heads + 1) if all(v % n == 0 for v in sizes.values())
         ]
         raise LayoutError(
-            f"--shards {shards} does not divide {', '.join(bad)}; this model can be cut into {', '.join(map(str, fits))}"
+            f"--shards {shards} does not divide {', '.join(bad)}; this model can be cut into "
+            f"{', '.join(map(str, fits))}"
         )
 
 
@@ -96,11 +97,12 @@ def create(
 def _create_meta(
     folder: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype], shards: int, by_rows: bool
 ) -> Target:
-    # Meta's loader does not insist on output.weight: without it a tied model would run with random weights.
+    # Meta's loader does not insist on output.weight: a tied model would run with random weights.
     whole = {u.torch_name(True): u for u in units(cfg)}
     if cfg.tie_embeddings:
         whole["output.weight"] = Unit(weights.TABLE[-1], None)
-    plans, parts = [], {u.name: [] for u in units(cfg)}
+    plans: list[torch_files.Layout] = []
+    parts: dict[str, list[Part]] = {u.name: [] for u in units(cfg)}
     for i in range(shards):
         tensors = {}
         for name, unit in whole.items():
@@ -160,7 +162,8 @@ def _create_hf(
         "model.safetensors" if shards == 1 else f"model-{i:05d}-of-{shards:05d}.safetensors"
         for i in range(1, shards + 1)
     ]
-    heads, parts = {}, {}
+    heads: dict[str, bytes] = {}
+    parts: dict[str, list[Part]] = {}
     for file, group in zip(files, groups, strict=True):
         heads[file], regions = formats.plan_safetensors(
             folder / file, {n: tensors[n] for n in group}

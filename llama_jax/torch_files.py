@@ -62,7 +62,7 @@ class _Tensor(_Named):
 class _Stored(NamedTuple):
     key: str
     dtype: np.dtype
-    count: int
+    elements: int
 
 
 class _View(NamedTuple):
@@ -87,7 +87,8 @@ class _Unpickler(pickle.Unpickler):
             return _NAMES[module, name]
         except KeyError:
             raise FormatError(
-                f"its pickle asks for {module}.{name}, which a state dict of plain tensors does not need; "
+                f"its pickle asks for {module}.{name}, which a state dict of plain tensors does "
+                "not need; "
                 "such a file can run code when it is loaded, so it is refused"
             ) from None
 
@@ -114,7 +115,8 @@ def read(path: Path) -> dict[str, Region]:
         raise FormatError(
             f"{path}: written by torch before 1.6 (not a zip); load it with torch and save it again"
             if legacy
-            else f"{path}: not a torch file: it starts with {magic[:8]!r}, not with a zip's {b'PK'!r}"
+            else f"{path}: not a torch file: it starts with {magic[:8]!r}, not with a zip's "
+            f"{b'PK'!r}"
         )
     try:
         with zipfile.ZipFile(path) as archive:
@@ -172,7 +174,8 @@ def _zip_records(path: Path, archive: zipfile.ZipFile) -> dict[str, tuple[int, i
             start = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
             if start + info.file_size > size:
                 raise FormatError(
-                    f"{path}: {info.filename} ends at byte {start + info.file_size}, outside the file of {size} bytes"
+                    f"{path}: {info.filename} ends at byte {start + info.file_size}, "
+                    f"outside the file of {size} bytes"
                 )
             records[info.filename] = (start, info.file_size)
     return records
@@ -191,9 +194,10 @@ def _torch_region(
         raise FormatError(f"{path}: {name} has offset {offset}, shape {size}, strides {stride}")
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1
     itemsize = storage.dtype.itemsize
-    if 0 not in size and (last > storage.count or last * itemsize > length):
+    if 0 not in size and (last > storage.elements or last * itemsize > length):
         raise FormatError(
-            f"{path}: {name} reaches element {last} of a storage that holds {min(storage.count, length // itemsize)}"
+            f"{path}: {name} reaches element {last} of a storage that holds "
+            f"{min(storage.elements, length // itemsize)}"
         )
     return Region(path, start + offset * itemsize, size, stride, storage.dtype)
 
@@ -233,7 +237,7 @@ def plan(path: Path, tensors: dict[str, tuple[tuple[int, ...], np.dtype]]) -> La
     headers, data, position = {}, {}, 0
     for record, size in sizes.items():
         headers[record] = position
-        # A local header is 30 bytes, the name and the extra fields; the last extra field pads (4 bytes at least).
+        # A local header is 30 bytes, the name, the extra fields; the last pads (4 at least).
         start = position + 30 + len(record) + len(_zip64(size)) + 4
         data[record] = start + -start % 64
         position = data[record] + size
@@ -278,8 +282,8 @@ def headers(plan: Layout, crc: dict[str, int]) -> Iterator[tuple[int, bytes]]:
         struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), end),
     )
     yield where + 56, struct.pack("<4sIQI", b"PK\6\7", 0, where, 1)
-    short = [min(count, 0xFFFF)] * 2 + [min(len(directory), 0xFFFFFFFF), min(end, 0xFFFFFFFF)]
-    yield where + 76, struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, *short, 0)
+    ends = [min(count, 0xFFFF)] * 2 + [min(len(directory), 0xFFFFFFFF), min(end, 0xFFFFFFFF)]
+    yield where + 76, struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, *ends, 0)
 
 
 def _zip64(size: int) -> bytes:

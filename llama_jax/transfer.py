@@ -109,7 +109,8 @@ def _read(plan: Plan, unit: Unit, start: int, stop: int) -> np.ndarray:
         cast = piece.astype(dtype)
     if (lost := np.isfinite(piece) & ~np.isfinite(cast)).any():
         raise ConvertError(
-            f"{unit.name} holds {piece[lost][0]}, which {dtype.name} cannot say; choose another --dtype"
+            f"{unit.name} holds {piece[lost][0]}, which {dtype.name} cannot say; choose another "
+            "--dtype"
         )
     return cast
 
@@ -117,7 +118,7 @@ def _read(plan: Plan, unit: Unit, start: int, stop: int) -> np.ndarray:
 def _sha256(pieces: Iterator[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for piece in pieces:
-        digest.update(memoryview(piece.reshape(-1).view(np.uint8)))
+        digest.update(piece.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -1,13 +1,12 @@
-"""Compare the logits of a converted model with transformers', far beyond the positions of a short test.
+"""Compare the logits of a converted model with transformers', far past the first positions.
 
-In comes a finished conversion, out comes a sentence. A wrong rotary permutation, frequency or scaling
-keeps every bit and still makes another model; this notices. The model is cut to its first layers and
-tokens so that it fits the bound on memory. Needs torch and transformers.
+In comes a finished conversion, out comes a sentence. A wrong rotary permutation, frequency or
+scaling keeps every bit and still makes another model; this notices. The model is cut to its first
+layers and tokens so that it fits the bound on memory. Needs torch and transformers.
 
     python -m llama_jax.convert SOURCE DESTINATION --verify
 """
 
-import dataclasses
 import importlib.util
 import json
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from llama_jax import foreign, formats
 from llama_jax.config import ModelConfig
-from llama_jax.layouts import Found
+from llama_jax.layouts import Found, changed
 from llama_jax.transfer import ConvertError, human
 from llama_jax.weights import TorchWeights, rows_per_chunk, units
 
@@ -38,7 +37,7 @@ def compare_logits(source: Found, result: Found, max_memory: int) -> str:
         return "logits not compared: transformers refuses a dim that is no multiple of the heads"
     for layers in (2, 1):
         less = dict(num_layers=min(layers, cfg.num_layers), vocab_size=min(_VOCAB, cfg.vocab_size))
-        cut = dataclasses.replace(cfg, **less)
+        cut = changed(cfg, **less)
         if (need := 8 * cut.num_params) <= max_memory:  # two models of float32
             break
     else:
@@ -48,7 +47,7 @@ def compare_logits(source: Found, result: Found, max_memory: int) -> str:
     # From 0 to the end of the context, and past 2,048 in any case: distances, not only positions.
     positions = np.linspace(0, max(cfg.context, 4096) - 1, _TOKENS).astype(np.int64)[None]
     one = _their_logits(theirs, cut, tokens, positions)
-    other = _our_logits(ours, dataclasses.replace(ours.cfg, **less), tokens, positions)
+    other = _our_logits(ours, changed(ours.cfg, **less), tokens, positions)
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
         return "logits not compared: they are not finite"
     error, size = np.abs(one - other).max(), np.abs(one).max()
@@ -65,7 +64,7 @@ def _tensors(found: Found, cut: ModelConfig) -> dict[str, np.ndarray]:
     """{unit name: matrix in our layout} of the cut model, float32; read in pieces."""
     out = {}
     for unit in units(cut):
-        rows, columns = unit.shape(found.cfg)
+        rows = unit.shape(found.cfg)[0]
         keep_rows, keep = unit.shape(cut)
         step = rows_per_chunk(unit, found.cfg, found.weights.dtype(unit))
         pieces = [
@@ -131,7 +130,7 @@ def _their_logits(found: Found, cut: ModelConfig, tokens, positions) -> np.ndarr
 
 
 def _their_state(found: Found, cut: ModelConfig) -> dict[str, np.ndarray]:
-    """Hugging Face's names and torch's [out, in]; from its own files without our table's reading."""
+    """Hugging Face's names, torch's [out, in]; from its own files as they are."""
     if found.kind != "hf":
         matrices = _tensors(found, cut)
         return {

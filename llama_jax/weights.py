@@ -50,8 +50,8 @@ class Row(NamedTuple):
 TABLE = [
     Row("embed",                 "VD",  "tok_embeddings",  "model.embed_tokens",        1),
     Row("blocks/attention_norm", "D",   "attention_norm",  "input_layernorm",          -1),
-    Row("blocks/attention/q",    "DNH", "attention.wq",    "self_attn.q_proj",          0, rotary=True),
-    Row("blocks/attention/k",    "DKH", "attention.wk",    "self_attn.k_proj",          0, rotary=True),
+    Row("blocks/attention/q",    "DNH", "attention.wq",    "self_attn.q_proj",          0, True),
+    Row("blocks/attention/k",    "DKH", "attention.wk",    "self_attn.k_proj",          0, True),
     Row("blocks/attention/v",    "DKH", "attention.wv",    "self_attn.v_proj",          0),
     Row("blocks/attention/o",    "NHD", "attention.wo",    "self_attn.o_proj",          1),
     Row("blocks/mlp_norm",       "D",   "ffn_norm",        "post_attention_layernorm", -1),
@@ -305,7 +305,7 @@ def _address(mapped: mmap.mmap) -> int:
 
 
 def _write(file: int, data: np.ndarray, offset: int) -> None:
-    rest = memoryview(data.reshape(-1).view(np.uint8))
+    rest = data.reshape(-1).view(np.uint8).data
     while rest:
         done = os.pwrite(file, rest, offset)
         rest, offset = rest[done:], offset + done

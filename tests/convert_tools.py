@@ -32,9 +32,7 @@ def random_bits(shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generato
     return np.frombuffer(rng.bytes(size), dtype).reshape(shape)
 
 
-def random_values(
-    shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generator
-) -> np.ndarray:
+def random_values(shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
     """Ordinary weights."""
     return (rng.standard_normal(shape) * 0.1).astype(dtype)
 
@@ -59,9 +57,7 @@ def meta_state(cfg: ModelConfig, dtype: np.dtype, seed: int = 0, make=random_bit
 def half_split(w: np.ndarray, heads: int) -> np.ndarray:
     """Rows from interleaved rotary pairs to half-split ones, as Hugging Face's converter does."""
     rows, columns = w.shape
-    return (
-        w.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-    )
+    return w.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 HF_NAMES = {

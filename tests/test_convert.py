@@ -1,7 +1,7 @@
 """Conversion keeps every bit, on every path between the three layouts, and killed runs continue."""
 
+import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_jax import formats, layouts, torch_files, transfer, weights
-from llama_jax.config import MODELS
 from llama_jax import verify as verification
+from llama_jax.config import MODELS
 from llama_jax.convert import convert, main
 
 
@@ -64,7 +64,7 @@ def quiet(*args, **kwargs) -> Path:
 
 
 def go_round(tmp: Path, cfg, dtype, shards, files, more_shards, by_rows=False) -> None:
-    """Meta -> Orbax -> HF -> Meta -> HF -> Orbax, each compared with plain reshapes of the source."""
+    """Meta -> Orbax -> HF -> Meta -> HF -> Orbax, each compared with plain reshapes."""
     state = tools.meta_state(cfg, dtype)
     meta = tools.make_meta(tmp / "meta", state, cfg, shards, by_rows)
     expected = tools.our_tree(state, cfg)
@@ -73,7 +73,9 @@ def go_round(tmp: Path, cfg, dtype, shards, files, more_shards, by_rows=False) -
     two = quiet(one, tmp / "two", to="hf", shards=files)
     held = read_all(two)
     assert len(held) == files
-    assert same({k: v for file in held.values() for k, v in file.items()}, tools.hf_state(state, cfg))
+    assert same(
+        {k: v for file in held.values() for k, v in file.items()}, tools.hf_state(state, cfg)
+    )
     three = quiet(two, tmp / "three", to="meta", shards=more_shards)
     if cfg.tie_embeddings:  # Meta's code needs the output matrix written out
         state = state | {"output.weight": state["tok_embeddings.weight"]}
@@ -81,7 +83,9 @@ def go_round(tmp: Path, cfg, dtype, shards, files, more_shards, by_rows=False) -
                 dict(enumerate(tools.meta_shards(state, more_shards))))  # fmt: skip
     four = quiet(three, tmp / "four", to="hf")
     five = quiet(four, tmp / "five", to="orbax")
-    manifests = [json.loads((p / "manifest.json").read_text()) for p in (one, two, three, four, five)]
+    manifests = [
+        json.loads((p / "manifest.json").read_text()) for p in (one, two, three, four, five)
+    ]
     assert all(m["tensors"] == manifests[0]["tensors"] for m in manifests)
     assert all(m["model"] == manifests[0]["model"] for m in manifests)
     assert same(restore(five), expected)
@@ -89,13 +93,17 @@ def go_round(tmp: Path, cfg, dtype, shards, files, more_shards, by_rows=False) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("kv_heads", "shards", "files", "more"), [(8, 8, 1, 2), (4, 1, 5, 4), (2, 2, 20, 1)])
+@pytest.mark.parametrize(
+    ("kv_heads", "shards", "files", "more"), [(8, 8, 1, 2), (4, 1, 5, 4), (2, 2, 20, 1)]
+)
 def test_round_trips_keep_every_bit(tmp_path, dtype, tied, kv_heads, shards, files, more):
     cfg = small(num_kv_heads=kv_heads, tie_embeddings=tied)
     go_round(tmp_path, cfg, DTYPES[dtype], shards, files, more)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_round_trips_of_random_shapes(tmp_path_factory, data):
     draw = lambda *range_: data.draw(st.integers(*range_))
@@ -161,12 +169,20 @@ def test_a_shared_storage_and_strides_are_followed(tmp_path):
 def test_torch_reads_what_we_write_and_we_what_torch_writes(tmp_path, dtype):
     torch = pytest.importorskip("torch")
     kind = getattr(torch, dtype)
-    numpy = lambda t: t.view(torch.int16 if t.itemsize == 2 else torch.int32).numpy().view(DTYPES[dtype])
-    tensors = {"a": torch.randn(5, 70).to(kind), "b": torch.randn(3).to(kind), "c": torch.zeros(0, 4, dtype=kind)}
+    numpy = lambda t: (
+        t.view(torch.int16 if t.itemsize == 2 else torch.int32).numpy().view(DTYPES[dtype])
+    )
+    tensors = {
+        "a": torch.randn(5, 70).to(kind),
+        "b": torch.randn(3).to(kind),
+        "c": torch.zeros(0, 4, dtype=kind),
+    }
     tensors["d"] = torch.nn.Parameter(torch.randn(2, 2).to(kind))
     torch.save(tensors, tmp_path / "theirs.pth")
     mapped = formats.map_file(tmp_path / "theirs.pth")
-    read = {n: formats.view(r, mapped) for n, r in torch_files.read(tmp_path / "theirs.pth").items()}
+    read = {
+        n: formats.view(r, mapped) for n, r in torch_files.read(tmp_path / "theirs.pth").items()
+    }
     assert same(read, {n: numpy(t.detach()) for n, t in tensors.items()})
     tools.save_torch(tmp_path / "ours.pth", read)
     for mmap in (False, True):
@@ -178,7 +194,9 @@ def test_torch_reads_what_we_write_and_we_what_torch_writes(tmp_path, dtype):
 def test_large_records_get_zip64_headers(tmp_path):
     """A storage over 4 GB, mostly a hole in the file."""
     path = tmp_path / "big.pth"
-    plan = torch_files.plan(path, {"a": ((70000, 70000), np.dtype(np.int8)), "b": ((3,), np.dtype(np.int8))})
+    plan = torch_files.plan(
+        path, {"a": ((70000, 70000), np.dtype(np.int8)), "b": ((3,), np.dtype(np.int8))}
+    )
     with path.open("wb") as f:
         crc = {name: zlib.crc32(data) for name, data in plan.small.items()}
         for offset, data in torch_files.headers(plan, dict.fromkeys(plan.sizes, 0) | crc):
@@ -208,7 +226,9 @@ def test_safetensors_agrees_with_the_package(tmp_path):
 def test_a_step_of_a_training_run_is_a_source(tmp_path):
     """Saved by Orbax in its own ways; the newest step unless one is named."""
     cfg = small()
-    states = [tools.meta_state(cfg, DTYPES["float32"], seed, tools.random_values) for seed in (1, 2)]
+    states = [
+        tools.meta_state(cfg, DTYPES["float32"], seed, tools.random_values) for seed in (1, 2)
+    ]
     made = quiet(tools.make_hf(tmp_path / "hf", states[0], cfg), tmp_path / "made")
     for i, ocdbt in enumerate([True, False]):
         run = tmp_path / f"run{i}"
@@ -250,9 +270,14 @@ def test_a_killed_run_continues_and_trusts_nothing_half_written(tmp_path, to, mo
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not target.exists()
-    with pytest.raises(ValueError, match="is missing|no folder of weights|not a|cut off|damaged|no finished"):
+    with pytest.raises(
+        ValueError, match=r"is missing|no folder of weights|not a|cut off|damaged|no finished"
+    ):
         layouts.open_folder(partial)
-    done = [json.loads(line)["unit"] for line in (partial / "progress.jsonl").read_text().splitlines()[1:]]
+    done = [
+        json.loads(line)["unit"]
+        for line in (partial / "progress.jsonl").read_text().splitlines()[1:]
+    ]
     _damage(partial, to, cfg, done[0])
     with (partial / "progress.jsonl").open("a") as f:
         f.write('{"unit": "blocks/mlp/down/7", "sha2')  # cut off in the middle
@@ -304,12 +329,18 @@ def test_another_conversion_does_not_continue_a_partial_one(tmp_path, capsys):
     (partial / "steps").mkdir()
     convert(*plan_of(1))
     assert "starting over" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["manifest.json", "model.json", "steps"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "manifest.json",
+        "model.json",
+        "steps",
+    ]
 
 
 def test_two_conversions_of_one_destination_do_not_meet(tmp_path):
     cfg = small()
-    found = layouts.open_folder(tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg))
+    found = layouts.open_folder(
+        tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
+    )
     plan = transfer.Plan(found, tmp_path / "out", "meta", found.dtypes(), None, 2 << 30)
     with transfer.open_progress(plan), pytest.raises(ValueError, match="another conversion"):
         transfer.open_progress(plan)
@@ -347,7 +378,7 @@ sys.exit(main([*sys.argv[2:], "--to", "meta"]))
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """A process that may take 64 MiB converts 290 MB in pieces of 2 MiB, and cannot in large ones."""
+    """A process that may take 64 MiB converts 290 MB in small pieces, and not in large ones."""
     shape = dict(dim=1024, num_heads=8, num_kv_heads=8, head_dim=128, num_layers=1)
     cfg = small(**shape, ffn_dim=8192, vocab_size=28672)
     ones = lambda shape, dtype, rng: np.ones(shape, dtype)
@@ -382,7 +413,7 @@ def test_pieces_of_published_models_fit_the_default_bound(name, dtype):
         pieces = transfer._pieces(plan, unit, transfer._LARGEST)
         assert pieces[0][0] == 0
         assert pieces[-1][1] == rows
-        assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
         widest = max(stop - start for start, stop in pieces) * columns * 4
         assert widest <= transfer._LARGEST * 1.1
         assert 2 * transfer._COPIES * widest < 1.2 * (1 << 30)
@@ -391,9 +422,19 @@ def test_pieces_of_published_models_fit_the_default_bound(name, dtype):
 def test_the_command_line(tmp_path, capsys):
     cfg = small()
     source = tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
-    assert main([str(source), str(tmp_path / "out"), "--to", "meta", "--shards", "2", "--verify"]) == 0
+    assert (
+        main([str(source), str(tmp_path / "out"), "--to", "meta", "--shards", "2", "--verify"]) == 0
+    )
     out = capsys.readouterr().out
-    for part in ("found:", "float16", f"{cfg.num_params:,} parameters", "disk:", "verified", "done:", "peak memory"):
+    for part in (
+        "found:",
+        "float16",
+        f"{cfg.num_params:,} parameters",
+        "disk:",
+        "verified",
+        "done:",
+        "peak memory",
+    ):
         assert part in out
     assert main([str(source), str(tmp_path / "out")]) == 1
     assert "exists; remove it" in capsys.readouterr().err
