@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import reshard
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig
-from llama_jax.sharding import PRESETS, Rules
+from llama_jax.sharding import PRESETS, Rules, meshless, reshard, splits
 from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
 
 
@@ -70,12 +71,7 @@ class Attention(nnx.Module):
         q_BTNH = _project(self.how, x_BTD, self.q, "DNH", "BTNH")
         k_BTKH = _project(self.how, x_BTD, self.k, "DKH", "BTKH")
         v_BTKH = _project(self.how, x_BTD, self.v, "DKH", "BTKH")
-        if layer_cache is None:
-            out_BTNH = _attend(self.how, q_BTNH, k_BTKH, v_BTKH, where)
-        else:
-            out_BTNH, *layer_cache = rotary_decode_attention(
-                q_BTNH, k_BTKH, v_BTKH, *layer_cache, where.lengths_B, where.rope
-            )
+        out_BTNH, layer_cache = _attend(self.how, q_BTNH, k_BTKH, v_BTKH, where, layer_cache)
         return _project(self.how, out_BTNH, self.o, "NHD", "BTD"), layer_cache
 
 
@@ -106,9 +102,12 @@ class Block(nnx.Module):
         self.eps = cfg.norm_eps
 
     def __call__(self, x_BTD, where: "Where", layer_cache=None):
-        out, layer_cache = self.attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), where, layer_cache)
-        x_BTD = x_BTD + out
-        return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps)), layer_cache
+        whole = self.attention.how.rules.operand("BTD")
+        normed_BTD = reshard(rms_norm(x_BTD, self.attention_norm[...], self.eps), whole)
+        out_BTD, layer_cache = self.attention(normed_BTD, where, layer_cache)
+        x_BTD = x_BTD + out_BTD
+        normed_BTD = reshard(rms_norm(x_BTD, self.mlp_norm[...], self.eps), whole)
+        return x_BTD + self.mlp(normed_BTD), layer_cache
 
 
 class Where(NamedTuple):
@@ -161,6 +160,7 @@ class Llama(nnx.Module):
         if positions_BT is None:
             start = 0 if cache is None else cache.lengths_B[:, None]
             positions_BT = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (B, T))
+        positions_BT = reshard(positions_BT, self.how.rules.operand("BT"))
         last = jnp.max(positions_BT) if self.cfg.rope.type == "dynamic" else None
         where = Where(
             rope_of(self.cfg, last), positions_BT, segment_ids_BT, None if cache is None else cache.lengths_B
@@ -168,6 +168,7 @@ class Llama(nnx.Module):
         x_BTD = _embed(self.how, self.embed[...], tokens_BT)
         x_BTD, cache = self._layers(x_BTD, where, cache)
         x_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
+        x_BTD = reshard(x_BTD, self.how.rules.operand("BTD"))
         return x_BTD if cache is None else (x_BTD, cache)
 
     def logits(self, x_BTD):
@@ -234,7 +235,7 @@ def rope_of(cfg: ModelConfig, last_position: jax.Array | None = None) -> Rope:
         stretch = rope.factor * length / original - (rope.factor - 1)
         theta = rope.theta * stretch ** (H / (H - 2))
         inv_freq = 1.0 / theta**exponent
-    return Rope(jnp.asarray(inv_freq, jnp.float32), scale)
+    return Rope(jnp.asarray(inv_freq, jnp.float32), jnp.float32(scale))
 
 
 def _llama3_frequencies(inv_freq, rope, original):
@@ -279,31 +280,92 @@ def _weight(cfg: ModelConfig, rules: Rules, rngs: nnx.Rngs, letters: str, std: f
 
 
 def _embed(how: Execution, embed_VD, tokens_BT):
-    if jax.sharding.get_abstract_mesh().empty:
+    if meshless():
         return embed_VD.astype(how.dtype)[tokens_BT]
-    return embed_VD.astype(how.dtype).at[tokens_BT].get(out_sharding=how.rules.act("BTD"))
+    stored, out = how.rules.weight("VD"), how.rules.act("BTD")
+    rows, width = stored
+
+    def lookup(table_VD, tokens_BT):
+        table_VD = jax.lax.all_gather(table_VD.astype(how.dtype), width, axis=1, tiled=True)
+        if rows is None:
+            return table_VD[tokens_BT]
+        ids = tokens_BT - jax.lax.axis_index(rows) * table_VD.shape[0]
+        here = (ids >= 0) & (ids < table_VD.shape[0])
+        x_BTD = jnp.where(here[..., None], table_VD[jnp.where(here, ids, 0)], 0)
+        if splits(out[1]) and rows in out[1]:
+            return jax.lax.psum_scatter(x_BTD, rows, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(x_BTD, rows)
+
+    tokens_BT = reshard(tokens_BT, how.rules.operand("BT"))
+    return jax.shard_map(lookup, in_specs=(stored, how.rules.operand("BT")), out_specs=out)(embed_VD, tokens_BT)
 
 
 def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=None):
-    """Matrix product of activations (B, T, in) with a weight (in, out); letters say which axes meet."""
+    """Matrix product of activations (B, T, in) with a weight (in, out); letters say which axes meet.
+
+    The weight is cast, then gathered over ``fsdp``. Where no axis splits T, the product is one of two dimensions over
+    B * T tokens: the form that every platform's matrix library is tuned for, in the backward pass too.
+    """
+    inner = [letter for letter in w_letters if letter not in out_letters]
+    B, T = x.shape[:2]
     w = w[...].astype(how.dtype)
-    x_letters = "BT" + "".join(x for x in w_letters if x not in out_letters)
-    equation = f"{x_letters},{w_letters}->{out_letters}"
-    if jax.sharding.get_abstract_mesh().empty:
-        return jnp.einsum(equation, x, w, preferred_element_type=out_dtype or how.dtype)
-    w = reshard(w, how.rules.gathered(w_letters))
-    return jnp.einsum(
-        equation, x, w, preferred_element_type=out_dtype or how.dtype, out_sharding=how.rules.act(out_letters)
-    )
+    inner_size, out_shape = math.prod(w.shape[: len(inner)]), w.shape[len(inner) :]
+    w = w.reshape(inner_size, -1)
+    product = functools.partial(jnp.einsum, preferred_element_type=out_dtype or how.dtype)
+    if meshless():
+        y = product("xi,io->xo", x.reshape(B * T, -1), w).reshape(B, T, *out_shape)
+        return checkpoint_name(y, "matmul")
+    tokens, out = how.rules.operand("BT"), how.rules.act(out_letters)
+    flat = not splits(tokens[1])
+    gathered = how.rules.gathered(inner[0] + w_letters[len(inner)], tokens[:1] if flat else tokens)
+    w_in, w_out = gathered.partitions
+    w = reshard(w, gathered)
+    # Over heads or widths that lie on several devices, each has a partial sum; it is summed into the sharding wanted.
+    partial = frozenset({w_in} if w_in else ())
+    x = x.reshape(B, T, -1, out_sharding=P(*tokens, w_in))
+    if flat:
+        x = x.reshape(B * T, -1, out_sharding=P(tokens[0], w_in))
+        y = product("xi,io->xo", x, w, out_sharding=P(tokens[0], w_out, unreduced=partial))
+    else:
+        y = product("BTi,io->BTo", x, w, out_sharding=P(*tokens, w_out, unreduced=partial))
+    rest = (None,) * (len(out_shape) - 1)
+    y = y.reshape(B, T, *out_shape, out_sharding=P(*tokens, w_out, *rest, unreduced=partial))
+    return checkpoint_name(reshard(y, out), "matmul")
 
 
-def _attend(how: Execution, q, k, v, where: Where):
-    def local(q, k, v, positions, segments):
+def _attend(how: Execution, q, k, v, where: Where, layer_cache):
+    """The kernel on each device's own heads and queries; keys of a sequence split over ``context`` are gathered."""
+
+    def train(q, k, v, positions, kv_positions, segments, kv_segments, rope):
+        offset = 0 if meshless() else jax.lax.axis_index("context") * q.shape[1]
         return rotary_attention(
-            q, k, v, positions, where.rope, segment_ids_BT=segments, implementation=how.attention
-        )
+            q, k, v, positions, rope, kv_positions_BS=kv_positions, segment_ids_BT=segments,
+            kv_segment_ids_BS=kv_segments, q_offset=offset, implementation=how.attention,
+        )  # fmt: skip
 
-    return local(q, k, v, where.positions_BT, where.segment_ids_BT)
+    act = how.rules.act
+    positions, segments = where.positions_BT, where.segment_ids_BT
+    if layer_cache is not None:
+        heads, cache = act("BTNH"), act("BKSH")
+        args = (q, k, v, *layer_cache, where.lengths_B, where.rope)
+        specs = (heads, act("BTKH"), act("BTKH"), cache, cache, act("B"), P())
+        out, *layer_cache = _on_each_device(rotary_decode_attention, args, specs, (heads, cache, cache))
+        return out, layer_cache
+    args = (q, k, v, positions, positions, segments, segments, where.rope)
+    BT, BS = how.rules.operand("BT"), act("BS")
+    specs = (act("BTNH"), act("BSKH"), act("BSKH"), BT, BS, BT, BS, P())
+    return _on_each_device(train, args, specs, act("BTNH")), None
+
+
+def _on_each_device(function, args, in_specs, out_specs):
+    if meshless():
+        return function(*args)
+    args = [
+        jax.tree.map(functools.partial(reshard, spec=spec), arg)
+        for arg, spec in zip(args, in_specs, strict=True)
+    ]
+    # Kernels say nothing of what varies over which axis (check_vma), and every axis an output varies over is in its spec.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
 
 def _remat(body, policy: str):
@@ -311,8 +373,8 @@ def _remat(body, policy: str):
         return body
     policies = {
         "full": None,
-        # Products with weights have no batch axes; attention's own are recomputed, as in the paper's section 2.4.
-        "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        # Products with weights are kept; attention's own are recomputed, as in the paper's section 2.4.
+        "matmuls": jax.checkpoint_policies.save_only_these_names("matmul"),
     }
     return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
 

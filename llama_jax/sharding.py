@@ -35,18 +35,40 @@ class Rules:
         """Sharding of a stored weight. A vector (a norm's scale) is small: every device has it whole."""
         return _spec(letters, dict(self.weights)) if len(letters.lstrip("L")) > 1 else P()
 
-    def gathered(self, letters: str) -> P:
+    def gathered(self, letters: str, tokens: tuple) -> P:
         """Sharding of a weight while it is used: whole over ``fsdp``.
 
-        ``reduced`` says that its gradient arrives as one partial sum a device and is summed once, straight into the
-        stored shards: a reduce-scatter, not an all-reduce of the whole matrix.
+        ``tokens`` are the axes that split the tokens it is used on. Its gradient arrives as one partial sum for each of
+        them (``reduced``) and is summed once, straight into the stored shards: a reduce-scatter, not an all-reduce of the
+        whole matrix.
         """
         rules = {k: tuple(a for a in axes if a != "fsdp") for k, axes in self.weights}
-        return _spec(letters, rules, reduced=frozenset({"data", "fsdp", "context"}))
+        return _spec(letters, rules, reduced=frozenset(a for entry in tokens for a in _axes(entry)))
 
     def act(self, letters: str) -> P:
         """Sharding of an activation. An axis serves one letter: widths take ``tensor`` before positions do."""
         return _spec(letters, dict(self.acts))
+
+    def operand(self, letters: str) -> P:
+        """Sharding of an activation that meets a weight split over ``tensor``: whole over that axis."""
+        rules = {k: tuple(a for a in axes if a != "tensor") for k, axes in self.acts}
+        return _spec(letters, rules)
+
+
+def splits(axes: tuple[str, ...] | str | None) -> bool:
+    """Whether an entry of a spec divides its axis on the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[a] for a in _axes(axes)) > 1
+
+
+def meshless() -> bool:
+    """True where no mesh is set: a notebook on one device, where arrays carry no sharding."""
+    return jax.sharding.get_abstract_mesh().empty
+
+
+def reshard(x: jax.Array, spec: P) -> jax.Array:
+    """`jax.sharding.reshard` where a mesh is set."""
+    return x if meshless() else jax.sharding.reshard(x, spec)
 
 
 # Letters of an activation in the order in which they claim a mesh axis.

@@ -6,6 +6,7 @@ Source: RoFormer (arXiv 2104.09864) for the rotation, in the half-split pairing 
 Face; grouped queries as in arXiv 2305.13245.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -87,25 +88,73 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def masked_attention(
-    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1TS: jax.Array | None, scale: float
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None, scale: float
 ) -> jax.Array:
-    """Grouped-query softmax attention with a boolean mask (broadcast over B and heads); float32 scores."""
-    B, T, N, H = q_BTNH.shape
-    K, S = k_BKSH.shape[1:3]
-    q_BKGTH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
-    if mask_B1TS is not None:
-        mask = mask_B1TS[:, :, None]
-        scores = jnp.where(mask, scores, -jnp.inf)
-        top = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
-    else:
-        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = (weights / jnp.where(total == 0, 1, total)).astype(v_BKSH.dtype)
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH, preferred_element_type=jnp.float32)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+    """Grouped-query softmax attention under a boolean mask (broadcast over B), float32 inside.
+
+    The backward pass keeps q, k, v, the output and one number a query, and computes the scores again, as
+    FlashAttention does (arXiv 2205.14135).
+    """
+    return _masked_attention_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale)[0]
+
+
+def _masked_attention_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale):
+    q, k, v = _rows(q_BTNH, k_BSKH), _rows(k_BSKH, k_BSKH), _rows(v_BSKH, k_BSKH)
+    scores = _scores(q, k, mask_BTS, scale, q_BTNH.shape[0])
+    # A query that sees nothing has only -inf: the lower bound makes its exponentials 0, not NaN.
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - top).astype(v.dtype)
+    # The softmax's divisor is one more column of the values: a column of a matrix product, not a pass over the scores.
+    v_and_one = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
+    out, total = jnp.split(_dot("brs,bsh->brh", weights, v_and_one), [v.shape[-1]], axis=-1)
+    total = jnp.where(total == 0, 1, total)
+    out_BTNH = _unrows(out / total, q_BTNH.shape).astype(q_BTNH.dtype)
+    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, top + jnp.log(total))
+
+
+def _masked_attention_backward(scale, residuals, d_out_BTNH):
+    q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, log_total = residuals
+    rows = functools.partial(_rows, k_BSKH=k_BSKH)
+    q, k, v, out, d_out = rows(q_BTNH), rows(k_BSKH), rows(v_BSKH), rows(out_BTNH), rows(d_out_BTNH)
+    weights = jnp.exp(_scores(q, k, mask_BTS, scale, q_BTNH.shape[0]) - log_total)
+    # Equal to the row sum of weights * d_weights, without that pass over T x S.
+    delta = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1, keepdims=True)
+    d_scores = (weights * (_dot("brh,bsh->brs", d_out, v) - delta) * scale).astype(q.dtype)
+    d_q = _dot("brs,bsh->brh", d_scores, k)
+    d_k = _dot("brs,brh->bsh", d_scores, q)
+    d_v = _dot("brs,brh->bsh", weights.astype(q.dtype), d_out)
+    grads = zip((d_q, d_k, d_v), (q_BTNH, k_BSKH, v_BSKH), strict=True)
+    return *(_unrows(d, x.shape).astype(x.dtype) for d, x in grads), None
+
+
+masked_attention.defvjp(_masked_attention_forward, _masked_attention_backward)
+
+
+def _scores(q, k, mask_BTS, scale, B):
+    scores = _dot("brh,bsh->brs", q, k) * scale
+    if mask_BTS is None:
+        return scores
+    T, S = mask_BTS.shape[1:]
+    per_head = scores.reshape(B, -1, T, S)
+    return jnp.where(mask_BTS[:, None], per_head, -jnp.inf).reshape(scores.shape)
+
+
+def _rows(x_BTNH, k_BSKH):
+    """[B, T, N, H] -> [B * K, G * T, H]: the queries of a key head lie together, so that each is one matrix product."""
+    B, T, N, H = x_BTNH.shape
+    K = k_BSKH.shape[2]
+    return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K * T, H)
+
+
+def _unrows(x, shape):
+    B, T, N, H = shape
+    return x.reshape(B, N, T, H).transpose(0, 2, 1, 3)
+
+
+def _dot(equation, a, b):
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _xla(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset, causal, scale):
@@ -114,11 +163,11 @@ def _xla(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset
     mask = None
     if causal:
         t, s = jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
-        mask = (s[None, :] <= t[:, None] + q_offset)[None, None]
+        mask = (s[None, :] <= t[:, None] + q_offset)[None]
     if segments is not None:
-        same = segments[:, None, :, None] == kv_segments[:, None, None, :]
+        same = segments[:, :, None] == kv_segments[:, None, :]
         mask = same if mask is None else mask & same
-    return masked_attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask, scale)
+    return masked_attention(q, k, v, mask, scale)
 
 
 def _check(q, k, v, positions, rope) -> None:

@@ -58,11 +58,12 @@ def _xla(q, k, v, cache_k, cache_v, lengths, positions, rope, scale):
     q, k = rotate(q, positions, rope), rotate(k, positions, rope)
     cache_k, cache_v = _append(cache_k, k, lengths), _append(cache_v, v, lengths)
     slots = jnp.arange(cache_k.shape[2])
-    mask_B1TS = slots <= positions[:, None, :, None]
+    mask_BTS = slots <= positions[:, :, None]
     # Dead slots may hold anything, NaN too: a weight of zero would not silence a NaN value.
     live = (slots < lengths[:, None] + q.shape[1])[:, None, :, None]
     values = jnp.where(live, cache_v, 0).astype(q.dtype)
-    return masked_attention(q, cache_k.astype(q.dtype), values, mask_B1TS, scale), cache_k, cache_v
+    keys, values = (x.astype(q.dtype).transpose(0, 2, 1, 3) for x in (cache_k, values))
+    return masked_attention(q, keys, values, mask_BTS, scale), cache_k, cache_v
 
 
 def _append(cache_BKSH: jax.Array, new_BTKH: jax.Array, lengths_B: jax.Array) -> jax.Array:
