@@ -189,16 +189,18 @@ def _write_hf_settings(plan: Plan) -> None:
     if not (folder / "generation_config.json").exists():
         names = {f"{k}_token_id": v for k, v in found.ids.items()}
         _dump(folder / "generation_config.json", {"_from_model_config": True, **names})
-    if not (folder / "tokenizer_config.json").exists():
-        for tokenizer in found.tokenizers:
-            if settings := tokenizer_files.hf_settings(tokenizer, found.cfg.context):
-                _dump(folder / "tokenizer_config.json", settings)
+    meta = next((t for t in found.tokenizers if t.kind != "tokenizer.json"), None)
+    if meta is not None and not (folder / "tokenizer_config.json").exists():
+        _dump(
+            folder / "tokenizer_config.json", tokenizer_files.hf_settings(meta, found.cfg.context)
+        )
     if [t.kind for t in found.tokenizers] == ["tiktoken"]:
-        print("note: transformers needs a tokenizer.json for this tokenizer (only Meta's is here)")
+        newer = found.cfg.rope.type == "llama3"
+        _dump(folder / "tokenizer.json", tokenizer_files.hf_tokenizer(found.tokenizers[0], newer))
 
 
 def _dump(path: Path, tree: dict[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _sync(folder: Path) -> None:

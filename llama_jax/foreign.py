@@ -29,6 +29,14 @@ def _read(tree: dict[str, Any], problems: list[str], where: str) -> ModelConfig:
     return cfg
 
 
+def settled(cfg: ModelConfig) -> ModelConfig:
+    """The same model with the context before scaling written out, to compare two of them."""
+    if cfg.rope.type not in ("llama3", "yarn", "dynamic") or cfg.rope.original_context:
+        return cfg
+    rope = cf.to_dict(cfg.rope) | {"original_context": cfg.context}
+    return cf.check_model(cf.to_dict(cfg) | {"rope": rope}, "model")
+
+
 # --- Hugging Face ---
 
 # ours -> theirs, inside rope_parameters (v5) and rope_scaling (v4)
@@ -192,9 +200,8 @@ def _rope_fields(
         for key in ("beta_fast", "beta_slow"):
             if not fields.get(key, 1):
                 del fields[key]
-        if not (
-            fields.get("mscale") and fields.get("mscale_all_dim")
-        ):  # used together or not at all
+        # The two are used together or not at all.
+        if not (fields.get("mscale") and fields.get("mscale_all_dim")):
             fields.pop("mscale", None), fields.pop("mscale_all_dim", None)
     whole = ("original_context", "truncate")
     fields = {k: v if k in whole or type(v) is not int else float(v) for k, v in fields.items()}
@@ -356,7 +363,7 @@ def meta_from_model(cfg: ModelConfig) -> tuple[dict[str, Any], list[str]]:
     """``params.json`` and remarks; raises :class:`SettingsError` for what Meta's code cannot
     say."""
     problems, remarks = [], []
-    rope = cfg.rope
+    rope = settled(cfg).rope
     if rope.type not in ("default", "llama3"):
         problems.append(f"rope type {rope.type!r} has no counterpart in params.json")
     if rope.type == "llama3" and (rope.low_freq_factor != 1.0 or rope.original_context != 8192):

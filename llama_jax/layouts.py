@@ -178,7 +178,8 @@ def _open_meta(path: Path, files: list[Path], context: int | None) -> Found:
         f"{i:02d}" for i in range(max([int(n) for n in numbers if n.isdigit()], default=0) + 1)
     ]
     _stop_at([f"{path}/consolidated.{n}.pth is missing" for n in expected if n not in numbers])
-    _stop_at([f"{path}/consolidated.{n}.pth is not a shard" for n in numbers if n not in expected])
+    odd = [f for f, n in zip(files, numbers, strict=True) if n not in expected]
+    _stop_at([f"{f} is not a shard: their names are consolidated.NN.pth" for f in odd])
     shards = [torch_files.read(f) for f in files]
     embed = shards[0].get("tok_embeddings.weight")
     if embed is None or len(embed.shape) != 2:
@@ -221,7 +222,7 @@ def _hint(path: Path, cfg: ModelConfig) -> ModelConfig | None:
     except (ValueError, KeyError, TypeError):
         return None
     same = dict(context=cfg.context, tie_embeddings=cfg.tie_embeddings)
-    return given if changed(given, **same) == cfg else None
+    return given if changed(foreign.settled(given), **same) == cfg else None
 
 
 def _is_llama_32(cfg: ModelConfig) -> bool:

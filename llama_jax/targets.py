@@ -152,9 +152,8 @@ def _create_hf(
     before, k = 0, 0
     for i, (name, size) in enumerate(sizes.items()):
         ideal = int((before + size / 2) * shards / total)
-        if groups[k] and k < max(
-            ideal, shards - (len(sizes) - i)
-        ):  # the latter: no file may stay empty
+        least = shards - (len(sizes) - i)  # no file may stay empty
+        if groups[k] and k < max(ideal, least):
             k += 1
         groups[k].append(name)
         before += size

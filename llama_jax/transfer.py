@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llama_jax import config as cf
-from llama_jax import layouts, targets
+from llama_jax import foreign, layouts, targets
 from llama_jax.layouts import Found, Kind
 from llama_jax.weights import Unit, rows_per_chunk, units
 
@@ -79,8 +79,7 @@ def budget(plan: Plan) -> tuple[int, int]:
     """(workers, bytes of a piece) that keep this process inside --max-memory."""
     if "orbax" in (plan.to, plan.found.kind):
         import orbax.checkpoint  # noqa: F401  (its 0.2 GB count too)
-    with open("/proc/self/statm") as f:
-        used = int(f.read().split()[1]) * resource.getpagesize() + (64 << 20)
+    used = _resident() + (64 << 20)
     workers = min(_WORKERS, (plan.max_memory - used) // (_COPIES * _SMALLEST))
     if workers < 1:
         raise ConvertError(
@@ -88,6 +87,15 @@ def budget(plan: Plan) -> tuple[int, int]:
             f"{human(used + _COPIES * _SMALLEST)} are needed"
         )
     return workers, min((plan.max_memory - used) // (workers * _COPIES), _LARGEST)
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has now."""
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * resource.getpagesize()
+    except OSError:  # not Linux: the most it ever had, in bytes on macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _pieces(plan: Plan, unit: Unit, limit: int) -> list[tuple[int, int]]:
@@ -155,7 +163,7 @@ def write_weights(plan: Plan, progress: IO[str]) -> dict[str, str]:
 def verify(plan: Plan) -> Found:
     """Open the result as anybody would and compare every bit with the source."""
     result = layouts.open_folder(plan.partial)
-    if result.cfg != plan.found.cfg:
+    if foreign.settled(result.cfg) != foreign.settled(plan.found.cfg):
         given, now = cf.to_dict(plan.found.cfg), cf.to_dict(result.cfg)
         diff = [f"{k} is {now[k]}, was {given[k]}" for k in given if given[k] != now[k]]
         raise ConvertError(f"verify: the settings read back differ: {'; '.join(diff)}")

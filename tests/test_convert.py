@@ -458,6 +458,26 @@ def test_only_light_modules_are_imported(tmp_path):
     assert run.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    ("rope", "to"),
+    [
+        (dict(type="yarn", factor=4.0), "hf"),
+        (dict(type="dynamic", factor=4.0), "hf"),
+        (dict(type="dynamic", factor=4.0, original_context=8192), "hf"),
+        (dict(type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0), "hf"),
+        (dict(type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0), "meta"),
+    ],
+)
+def test_a_context_before_scaling_left_out_is_the_context(tmp_path, rope, to):
+    cfg = small(context=8192)
+    source = tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
+    run = convert(source, tmp_path / "run")
+    settings = json.loads((run / "model.json").read_text())
+    settings["model"]["rope"] = {"theta": 1e4, **rope}
+    (run / "model.json").write_text(json.dumps(settings))
+    quiet(run, tmp_path / "out", to=to)
+
+
 # The real model, where it is present.
 
 STORIES_PATHS = [

@@ -59,6 +59,8 @@ def test_missing_shard(tmp_path, cfg, state):
     source = tools.make_meta(tmp_path / "meta", state, cfg, 4)
     (source / "consolidated.01.pth").unlink()
     refused(source, "consolidated.01.pth is missing")
+    (source / "consolidated.00.pth").rename(source / "consolidated.pth")
+    refused(source, "consolidated.00.pth is missing")
 
 
 def test_missing_last_shard(tmp_path, cfg, state):
