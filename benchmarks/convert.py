@@ -39,7 +39,7 @@ def make_source(folder: Path, cfg: ModelConfig) -> int:
     folder.mkdir()
     dtypes = {u.row.path: np.dtype(np.float16) for u in units(cfg)}
     target = targets.create("meta", folder, cfg, dtypes, 1, False)
-    noise = np.random.default_rng(0).standard_normal(8 << 20).astype(np.float16)
+    noise = (np.random.default_rng(0).standard_normal(8 << 20) * 0.02).astype(np.float16)
     for i, unit in enumerate(units(cfg)):
         rows, columns = unit.shape(cfg)
         step = rows_per_chunk(unit, cfg, noise.dtype)

@@ -64,7 +64,9 @@ def convert(
         if verify:
             result = transfer.verify(plan)
             print(f"verified: {len(sums)} tensors equal the source bit for bit")
-            print(f"verified: {verification.compare_logits(found, result, max_memory)}")
+            print(
+                f"verified: {verification.compare_logits(found, result, plan.dtypes, max_memory)}"
+            )
         _sync(plan.partial)
         (plan.partial / "progress.jsonl").unlink()
     if plan.destination.exists():

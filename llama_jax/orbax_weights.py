@@ -139,13 +139,13 @@ def create(steps: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype]) -> OrbaxW
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[name] = _Declared(unit, cfg, dtypes[unit.row.path])
-    registry = ocp.type_handlers.create_type_handler_registry((_Declared, Declare()))
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **ORBAX)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.ERROR)  # Orbax warns of what is missing on purpose: values, OCDBT files
     try:
+        registry = ocp.type_handlers.create_type_handler_registry((_Declared, Declare()))
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **ORBAX)
         with ocp.CheckpointManager(
             steps, item_handlers={"model": handler}, options=options
         ) as manager:

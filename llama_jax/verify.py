@@ -2,7 +2,7 @@
 
 In comes a finished conversion, out comes a sentence. A wrong rotary permutation, frequency or
 scaling keeps every bit and still makes another model; this notices. The model is cut to its first
-layers and tokens so that it fits the bound on memory. Needs torch and transformers.
+layers, tokens and feed-forward units, to fit the bound on memory. Needs torch and transformers.
 
     python -m llama_jax.convert SOURCE DESTINATION --verify
 """
@@ -17,17 +17,24 @@ from llama_jax import foreign, formats
 from llama_jax.config import ModelConfig
 from llama_jax.layouts import Found, changed
 from llama_jax.transfer import ConvertError, human
-from llama_jax.weights import TorchWeights, rows_per_chunk, units
+from llama_jax.weights import TorchWeights, Unit, rows_per_chunk, units
 
 _TOKENS = 96
 _VOCAB = 512
+_FFN = 2048
+_PROGRAMS = 600 << 20
+"""bytes of torch, transformers and JAX themselves"""
 
 
-def compare_logits(source: Found, result: Found, max_memory: int) -> str:
+Dtypes = dict[str, np.dtype]
+
+
+def compare_logits(source: Found, result: Found, dtypes: Dtypes, max_memory: int) -> str:
     """What was compared; raises ConvertError when the logits of the two sides differ.
 
     transformers computes the side that is a Hugging Face folder, from its files as they are (or the
-    source, put under its names); our model computes the other.
+    source, put under its names); our model computes the other. Both in float32, of weights rounded
+    to `dtypes` (of each row of the table), the result's.
     """
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return "logits not compared: torch and transformers are not installed"
@@ -37,17 +44,20 @@ def compare_logits(source: Found, result: Found, max_memory: int) -> str:
         return "logits not compared: transformers refuses a dim that is no multiple of the heads"
     for layers in (2, 1):
         less = dict(num_layers=min(layers, cfg.num_layers), vocab_size=min(_VOCAB, cfg.vocab_size))
+        less["ffn_dim"] = min(_FFN, cfg.ffn_dim)
         cut = changed(cfg, **less)
-        if (need := 8 * cut.num_params) <= max_memory:  # two models of float32
+        if (need := 8 * cut.num_params + _PROGRAMS) <= max_memory:  # two models of float32
             break
     else:
-        return f"logits not compared: one layer takes {human(need)}, more than --max-memory"
+        return f"logits not compared: they take {human(need)}, more than --max-memory"
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, cut.vocab_size, (1, _TOKENS))
-    # From 0 to the end of the context, and past 2,048 in any case: distances, not only positions.
-    positions = np.linspace(0, max(cfg.context, 4096) - 1, _TOKENS).astype(np.int64)[None]
-    one = _their_logits(theirs, cut, tokens, positions)
-    other = _our_logits(ours, changed(ours.cfg, **less), tokens, positions)
+    # Past 2,048 in any case, and distances as well as positions; beyond 32,768 the rounding of an
+    # angle to float32 is no longer small.
+    last = min(max(cfg.context, 4096), 32768) - 1
+    positions = np.linspace(0, last, _TOKENS).astype(np.int64)[None]
+    one = _their_logits(theirs, cut, dtypes, tokens, positions)
+    other = _our_logits(ours, changed(ours.cfg, **less), dtypes, tokens, positions)
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
         return "logits not compared: they are not finite"
     error, size = np.abs(one - other).max(), np.abs(one).max()
@@ -60,7 +70,7 @@ def compare_logits(source: Found, result: Found, max_memory: int) -> str:
     return f"{what}: within {error:.1e} of transformers' (they reach {size:.2g})"
 
 
-def _tensors(found: Found, cut: ModelConfig) -> dict[str, np.ndarray]:
+def _tensors(found: Found, cut: ModelConfig, dtypes: Dtypes) -> dict[str, np.ndarray]:
     """{unit name: matrix in our layout} of the cut model, float32; read in pieces."""
     out = {}
     for unit in units(cut):
@@ -68,21 +78,25 @@ def _tensors(found: Found, cut: ModelConfig) -> dict[str, np.ndarray]:
         keep_rows, keep = unit.shape(cut)
         step = rows_per_chunk(unit, found.cfg, found.weights.dtype(unit))
         pieces = [
-            found.weights.read(unit, i, min(i + step, rows))[:, :keep].astype(np.float32)
+            _rounded(found.weights.read(unit, i, min(i + step, rows))[:, :keep], unit, dtypes)
             for i in range(0, min(rows, keep_rows), step)
         ]
         out[unit.name] = np.concatenate(pieces)[:keep_rows]
     return out
 
 
-def _our_logits(found: Found, cut: ModelConfig, tokens, positions) -> np.ndarray:
+def _rounded(piece: np.ndarray, unit: Unit, dtypes: Dtypes) -> np.ndarray:
+    return piece.astype(dtypes[unit.row.path]).astype(np.float32)
+
+
+def _our_logits(found: Found, cut: ModelConfig, dtypes: Dtypes, tokens, positions) -> np.ndarray:
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     from llama_jax.model import Execution, Llama
 
-    tensors = _tensors(found, cut)
+    tensors = _tensors(found, cut, dtypes)
     tree: dict[str, Any] = {}
     for row in {u.row: 0 for u in units(cut)}:
         *parents, name = row.path.split("/")
@@ -104,7 +118,7 @@ def _our_logits(found: Found, cut: ModelConfig, tokens, positions) -> np.ndarray
         return np.asarray(llama(arguments[0], positions_BT=arguments[1]))
 
 
-def _their_logits(found: Found, cut: ModelConfig, tokens, positions) -> np.ndarray:
+def _their_logits(found: Found, cut: ModelConfig, dtypes: Dtypes, tokens, positions) -> np.ndarray:
     import torch
     import transformers
 
@@ -113,12 +127,13 @@ def _their_logits(found: Found, cut: ModelConfig, tokens, positions) -> np.ndarr
     else:
         settings = foreign.hf_from_model(found.cfg, "float32", {})
     settings |= dict(num_hidden_layers=cut.num_layers, vocab_size=cut.vocab_size)
+    settings |= dict(intermediate_size=cut.ffn_dim)
     settings |= dict(torch_dtype="float32", dtype="float32", attn_implementation="eager")
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     rotary = model.model.rotary_emb  # its buffers are no weights: made anew
     model.model.rotary_emb = type(rotary)(config=model.config)
-    state = {n: torch.from_numpy(w) for n, w in _their_state(found, cut).items()}
+    state = {n: torch.from_numpy(w) for n, w in _their_state(found, cut, dtypes).items()}
     if cut.tie_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
@@ -129,10 +144,10 @@ def _their_logits(found: Found, cut: ModelConfig, tokens, positions) -> np.ndarr
         return model.eval()(input_ids=ids, position_ids=where, attention_mask=mask).logits.numpy()
 
 
-def _their_state(found: Found, cut: ModelConfig) -> dict[str, np.ndarray]:
+def _their_state(found: Found, cut: ModelConfig, dtypes: Dtypes) -> dict[str, np.ndarray]:
     """Hugging Face's names, torch's [out, in]; from its own files as they are."""
     if found.kind != "hf":
-        matrices = _tensors(found, cut)
+        matrices = _tensors(found, cut, dtypes)
         return {
             u.torch_name(False): np.ascontiguousarray(
                 matrices[u.name].reshape(-1) if u.row.letters == "D"
@@ -146,6 +161,5 @@ def _their_state(found: Found, cut: ModelConfig) -> dict[str, np.ndarray]:
         region = found.weights.parts[unit.name][0].region
         whole = formats.view(region, formats.map_file(region.path))
         name = unit.torch_name(False)
-        state[name] = whole[: cut.vocab_size] if unit.row.path in ("embed", "unembed") else whole
-        state[name] = state[name].astype(np.float32)
+        state[name] = _rounded(whole[tuple(map(slice, unit.torch_shape(cut)))], unit, dtypes)
     return state

@@ -53,7 +53,7 @@ def test_verify_compares_logits_past_2048(tmp_path, capsys, name, schema):
     said = capsys.readouterr().out
     assert "verified: logits at 96 positions up to 4095, 2 layer(s): within" in said
     if schema == "v4" and name == "llama3":
-        convert(tmp_path / "out", tmp_path / "meta", to="hf", verify=True)
+        convert(tmp_path / "out", tmp_path / "back", to="hf", dtype="bfloat16", verify=True)
         assert "verified: logits at 96 positions" in capsys.readouterr().out
 
 
@@ -69,10 +69,10 @@ def test_verify_notices_wrong_settings(tmp_path, wrong):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     found = layouts.open_folder(hf_folder(tmp_path / "hf", SHAPE))
-    assert "within" in verify.compare_logits(found, found, 2 << 30)
+    assert "within" in verify.compare_logits(found, found, found.dtypes(), 2 << 30)
     other = dataclasses.replace(found, kind="meta", cfg=dataclasses.replace(found.cfg, **wrong))
     with pytest.raises(ValueError, match="settings or the rotary layout are wrong"):
-        verify.compare_logits(other, found, 2 << 30)
+        verify.compare_logits(other, found, found.dtypes(), 2 << 30)
 
 
 def test_verify_notices_a_wrong_rotary_layout(tmp_path):
@@ -82,15 +82,15 @@ def test_verify_notices_a_wrong_rotary_layout(tmp_path):
     other = dataclasses.replace(found, kind="meta")
     other.weights = type(found.weights)(found.cfg, found.weights.parts, interleaved=True)
     with pytest.raises(ValueError, match="settings or the rotary layout are wrong"):
-        verify.compare_logits(other, found, 2 << 30)
+        verify.compare_logits(other, found, found.dtypes(), 2 << 30)
 
 
 def test_verify_without_room_or_torch_says_so(tmp_path, monkeypatch):
     found = layouts.open_folder(hf_folder(tmp_path / "hf", SHAPE))
     if verify.importlib.util.find_spec("torch"):
-        assert "more than --max-memory" in verify.compare_logits(found, found, 1000)
+        assert "more than --max-memory" in verify.compare_logits(found, found, found.dtypes(), 1000)
     monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None)
-    assert "not installed" in verify.compare_logits(found, found, 2 << 30)
+    assert "not installed" in verify.compare_logits(found, found, found.dtypes(), 2 << 30)
 
 
 @pytest.mark.parametrize("tied", [False, True])
