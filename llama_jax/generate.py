@@ -1,0 +1,58 @@
+"""Continue text with a model: prefill, then one token at a time through the cache.
+
+In: weights, tokenizer, prompts. Out: the prompts continued.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.config import ModelConfig
+from llama_jax.model import Execution, KVCache
+from llama_jax.step import merge, structure
+from llama_jax.tokenizer import Tokenizer
+
+
+def continue_text(
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.7,
+    seed: int = 0,
+) -> list[str]:
+    """Each prompt and its sampled continuation, up to the end of the text or ``max_new_tokens``; on one device, float32.
+
+    ``temperature`` 0 takes the likeliest token.
+    """
+    how = Execution(jnp.dtype(jnp.float32))
+    step = jax.jit(functools.partial(_step, structure(cfg, how), temperature))
+    texts = []
+    for i, prompt in enumerate(prompts):
+        ids = tokenizer.encode(prompt, bos=True)
+        budget = min(max_new_tokens, cfg.context - len(ids))
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        cache = KVCache.empty(cfg, 1, len(ids) + max(budget, 0), how.dtype)
+        tokens = np.asarray([ids], np.int32)
+        for n in range(budget):
+            token, cache = step(params, tokens, cache, jax.random.fold_in(key, n))
+            if int(token) == tokenizer.eos_id:
+                break
+            ids.append(int(token))
+            tokens = np.asarray([[token]], np.int32)
+        texts.append(tokenizer.decode(ids))
+    return texts
+
+
+def _step(graphdef, temperature, params, tokens_BT, cache, key):
+    logits_BTV, cache = merge(graphdef, params)(tokens_BT, cache=cache)
+    last_V = logits_BTV[0, -1]
+    if temperature == 0:
+        return jnp.argmax(last_V), cache
+    return jax.random.categorical(key, last_V / temperature), cache
