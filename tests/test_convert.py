@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def go_round(tmp: Path, cfg, dtype, shards, files, more_shards, by_rows=False) -
         {k: v for file in held.values() for k, v in file.items()}, tools.hf_state(state, cfg)
     )
     three = quiet(two, tmp / "three", to="meta", shards=more_shards)
+    assert all(zipfile.ZipFile(p).testzip() is None for p in three.glob("*.pth"))
     if cfg.tie_embeddings:  # Meta's code needs the output matrix written out
         state = state | {"output.weight": state["tok_embeddings.weight"]}
     assert same(dict(enumerate(read_all(three).values())),

@@ -203,6 +203,7 @@ def test_the_hand_written_pickle_is_good(tmp_path):
     [
         (dict(offset=13), "reaches element 17 of a storage that holds 16"),
         (dict(size="K\x11"), "reaches element 17 of a storage that holds 16"),
+        (dict(count="K\x04", size="K\x08"), "reaches element 8 of a storage that holds 4"),
         (dict(stride="K\x06"), "reaches element 19"),
         (dict(count="K\x7f", size="K\x20"), "reaches element 32 of a storage that holds 16"),
         (dict(size="J\xff\xff\xff\xff"), "shape (-1,)"),
