@@ -23,6 +23,7 @@ from llama_jax import formats, layouts, torch_files, transfer, weights
 from llama_jax import verify as verification
 from llama_jax.config import MODELS
 from llama_jax.convert import convert, main
+from llama_jax.orbax_weights import ORBAX
 
 
 @pytest.fixture(autouse=True)
@@ -232,11 +233,12 @@ def test_a_step_of_a_training_run_is_a_source(tmp_path):
         tools.meta_state(cfg, DTYPES["float32"], seed, tools.random_values) for seed in (1, 2)
     ]
     made = quiet(tools.make_hf(tmp_path / "hf", states[0], cfg), tmp_path / "made")
-    for i, ocdbt in enumerate([True, False]):
+    ways = [dict(use_ocdbt=True, use_zarr3=True), dict(use_ocdbt=False, use_zarr3=False), ORBAX]
+    for i, way in enumerate(ways):
         run = tmp_path / f"run{i}"
         run.mkdir()
         (run / "model.json").write_text((made / "model.json").read_text())
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=ocdbt)
+        handler = ocp.PyTreeCheckpointHandler(**way)
         with ocp.CheckpointManager(run / "steps", item_handlers={"model": handler}) as manager:
             for step, state in enumerate(states):
                 tree = jax.tree.map(jax.numpy.asarray, tools.our_tree(state, cfg))
