@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from convert_tools import DTYPES, STORIES, small
 from flax import nnx
-from test_convert import needs_stories, restore
+from test_convert import needs_stories
 from test_convert_settings import ROPES
 
 from llama_jax import config as cf
 from llama_jax import layouts, verify
+from llama_jax.checkpoint import load_weights, read_about
 from llama_jax.convert import convert
 from llama_jax.model import Execution, Llama
 
@@ -23,11 +24,14 @@ SHAPE = small(dim=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=80, cont
 
 
 def load(folder: Path) -> Llama:
-    """Our model with a checkpoint's weights."""
-    cfg = cf.check_model(json.loads((folder / "model.json").read_text())["model"], "model.json")
+    """Our model with a checkpoint's weights, as everybody loads them."""
+    cfg, _ = read_about(folder)
     how = Execution(jnp.dtype(jnp.float32))
     graph, state = nnx.split(nnx.eval_shape(lambda: Llama(cfg, how, nnx.Rngs(0))))
-    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, restore(folder)))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    abstract = jax.tree.map(place, nnx.to_pure_dict(state))
+    nnx.replace_by_pure_dict(state, load_weights(folder, abstract))
     return nnx.merge(graph, state)
 
 
