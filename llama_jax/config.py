@@ -1,7 +1,8 @@
-"""Every setting of a model and of a run, with its meaning, type and default.
+"""Every setting of a run, with its meaning, type and default.
 
-In comes a recipe (a TOML file) and ``section.key=value`` overrides; out comes a frozen, checked :class:`Recipe`.
-The table :data:`MODELS` holds the published LLaMA models and a few tiny ones. Nothing below this file has a default.
+In comes a recipe (a TOML file) and ``section.key=value`` overrides; out comes a frozen, checked
+:class:`Recipe`. The settings of the model, and the table :data:`MODELS` of published LLaMA models
+and a few tiny ones, are those of :mod:`llama_jax.model_config`.
 
     python -m llama_jax.train --help
 """
@@ -9,233 +10,49 @@ The table :data:`MODELS` holds the published LLaMA models and a few tiny ones. N
 import dataclasses
 import difflib
 import json
-import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import pydantic
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
-_checked = pydantic.dataclasses.dataclass(
-    frozen=True,
-    kw_only=True,
-    config=ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, strict=True
-    ),
-)
+from llama_jax.model_config import MODELS, ModelConfig, Positive, checked
+from llama_jax.model_config import RopeConfig as RopeConfig
 
-Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-@_checked
-class RopeConfig:
-    """Rotary embedding: base frequency and how it is stretched beyond the trained context.
-
-    Field names are those of Hugging Face's ``rope_parameters``; a ``type`` uses the fields it needs and ignores none
-    that is set (see :func:`llama_jax.model.rope_frequencies`).
-    """
-
-    theta: Annotated[float, Field(gt=0)] = 10000.0
-    """base of the rotary frequencies: 1e4 for LLaMA 1 and 2, 5e5 for Llama 3"""
-    type: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
-    """how frequencies are scaled"""
-    factor: Annotated[float, Field(ge=1)] | None = None
-    """context extension factor (linear, dynamic, llama3, yarn)"""
-    original_context: Positive | None = None
-    """context the model was trained with before scaling (llama3, yarn, dynamic); default: model.context"""
-    low_freq_factor: float | None = None
-    """llama3: wavelengths above original_context / low_freq_factor are stretched by factor"""
-    high_freq_factor: float | None = None
-    """llama3: wavelengths under original_context / high_freq_factor are left alone"""
-    beta_fast: float | None = None
-    """yarn: rotations over original_context above which a frequency is left alone (default 32)"""
-    beta_slow: float | None = None
-    """yarn: rotations under which a frequency is fully interpolated (default 1)"""
-    attention_factor: float | None = None
-    """yarn: factor on cos and sin; default 0.1 ln(factor) + 1, or from mscale and mscale_all_dim"""
-    mscale: float | None = None
-    """yarn: numerator of the attention factor, 0.1 mscale ln(factor) + 1"""
-    mscale_all_dim: float | None = None
-    """yarn: denominator of the attention factor"""
-    truncate: bool | None = None
-    """yarn: round the correction range to whole dimensions (default true)"""
-
-    def __post_init__(self):
-        uses = {
-            "default": (),
-            "linear": ("factor",),
-            "dynamic": ("factor", "original_context"),
-            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_context"),
-            "yarn": (
-                "factor",
-                "original_context",
-                "beta_fast",
-                "beta_slow",
-                "attention_factor",
-                "mscale",
-            )
-            + ("mscale_all_dim", "truncate"),
-        }[self.type]
-        given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None} - {
-            "theta",
-            "type",
-        }
-        if unused := given - set(uses):
-            raise ValueError(
-                f"rope.type={self.type!r} does not use {', '.join(sorted(unused))}; it takes {', '.join(uses) or 'theta only'}"
-            )
-        needs = {"default": (), "llama3": uses[:3]}.get(self.type, ("factor",))
-        if missing := [name for name in needs if name not in given]:
-            raise ValueError(f"rope.type={self.type!r} needs {', '.join(missing)}")
-        if self.type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                f"rope.high_freq_factor={self.high_freq_factor} must be greater than low_freq_factor={self.low_freq_factor}"
-            )
-
-
-@_checked
-class ModelConfig:
-    """A LLaMA: the sizes that make its weights and the numbers that make its output.
-
-    The letters of each size are those of every shape in the code (``shape("LDNH")``).
-    """
-
-    vocab_size: Positive
-    """V, rows of the embedding"""
-    dim: Positive
-    """D, model width"""
-    num_layers: Positive
-    """L, layers"""
-    num_heads: Positive
-    """N, query heads"""
-    num_kv_heads: Positive
-    """K, key/value heads; N is a multiple of it"""
-    head_dim: Positive
-    """H, width of one head; even"""
-    ffn_dim: Positive
-    """F, width of the SwiGLU feed-forward"""
-    norm_eps: Annotated[float, Field(gt=0)]
-    """epsilon inside RMSNorm's square root"""
-    rope: RopeConfig
-    """rotary embedding"""
-    context: Positive
-    """longest sequence the model is meant for, tokens"""
-    tie_embeddings: bool
-    """use the embedding as the output matrix too"""
-
-    def __post_init__(self):
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
-
-    def size(self, letter: str) -> int:
-        """Length of the axis called ``letter`` (one of L D N K G H F V)."""
-        if letter == "G":
-            return self.num_heads // self.num_kv_heads
-        return getattr(self, _FIELD_OF_LETTER[letter])
-
-    def shape(self, letters: str) -> tuple[int, ...]:
-        """Shape of a weight, ``shape("LDNH")``."""
-        return tuple(map(self.size, letters))
-
-    @property
-    def num_params(self) -> int:
-        """Exact number of weights."""
-        per_layer = ("D", "DNH", "DKH", "DKH", "NHD", "D", "DF", "DF", "FD")
-        whole = ("VD", "D") if self.tie_embeddings else ("VD", "D", "DV")
-        count = lambda words: sum(math.prod(self.shape(w)) for w in words)
-        return self.num_layers * count(per_layer) + count(whole)
-
-    def flops_per_token(self, seq_len: int) -> float:
-        """Floating-point operations of one training token, forward and backward.
-
-        6 per weight of a matrix product (the embedding lookup is none), and attention counted at half because it is
-        causal: 12 L N H T / 2. The convention of the MFU figures people publish (PaLM, appendix B, causal).
-        """
-        lookup = 0 if self.tie_embeddings else math.prod(self.shape("VD"))
-        attention = 6 * math.prod(self.shape("LNH")) * seq_len
-        return 6 * (self.num_params - lookup) + attention
-
-
-_FIELD_OF_LETTER = dict(
-    V="vocab_size",
-    D="dim",
-    L="num_layers",
-    N="num_heads",
-    K="num_kv_heads",
-    H="head_dim",
-    F="ffn_dim",
-)
-
-
-def _model(V, D, L, N, K, F, eps, theta, context, *, tie=False, H=None, **rope) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=V, dim=D, num_layers=L, num_heads=N, num_kv_heads=K, head_dim=H or D // N, ffn_dim=F,
-        norm_eps=eps, rope=RopeConfig(theta=theta, **rope), context=context, tie_embeddings=tie,
-    )  # fmt: skip
-
-
-_llama31 = dict(type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
-
-# fmt: off
-MODELS: dict[str, ModelConfig] = {
-    #                             V     D    L    N   K      F   eps  theta context
-    "llama-7b":     _model( 32000,  4096,  32, 32, 32, 11008, 1e-6, 1e4, 2048),
-    "llama-13b":    _model( 32000,  5120,  40, 40, 40, 13824, 1e-6, 1e4, 2048),
-    "llama-33b":    _model( 32000,  6656,  60, 52, 52, 17920, 1e-6, 1e4, 2048),
-    "llama-65b":    _model( 32000,  8192,  80, 64, 64, 22016, 1e-5, 1e4, 2048),
-    "llama2-7b":    _model( 32000,  4096,  32, 32, 32, 11008, 1e-5, 1e4, 4096),
-    "llama2-13b":   _model( 32000,  5120,  40, 40, 40, 13824, 1e-5, 1e4, 4096),
-    "llama2-70b":   _model( 32000,  8192,  80, 64,  8, 28672, 1e-5, 1e4, 4096),
-    "llama3-8b":    _model(128256,  4096,  32, 32,  8, 14336, 1e-5, 5e5, 8192),
-    "llama3-70b":   _model(128256,  8192,  80, 64,  8, 28672, 1e-5, 5e5, 8192),
-    "llama3.1-8b":  _model(128256,  4096,  32, 32,  8, 14336, 1e-5, 5e5, 131072, factor=8.0, **_llama31),
-    "llama3.1-70b": _model(128256,  8192,  80, 64,  8, 28672, 1e-5, 5e5, 131072, factor=8.0, **_llama31),
-    "llama3.1-405b": _model(128256, 16384, 126, 128, 8, 53248, 1e-5, 5e5, 131072, factor=8.0, **_llama31),
-    "llama3.2-1b":  _model(128256,  2048,  16, 32,  8,  8192, 1e-5, 5e5, 131072, tie=True, factor=32.0, **_llama31),
-    "llama3.2-3b":  _model(128256,  3072,  28, 24,  8,  8192, 1e-5, 5e5, 131072, tie=True, factor=32.0, **_llama31),
-    # Tiny ones: the default recipe, the CPU benchmarks' two shapes, the TinyStories family's shapes.
-    "tiny":         _model(  4096,   256,   4,  4,  4,   704, 1e-5, 1e4, 256),
-    "small":        _model(  8192,   512,   8,  8,  8,  1376, 1e-5, 1e4, 256),
-    "stories260k":  _model(   512,    64,   5,  8,  4,   172, 1e-5, 1e4, 512, tie=True),
-    "stories15m":   _model( 32000,   288,   6,  6,  6,   768, 1e-5, 1e4, 256, tie=True),
-    "stories110m":  _model( 32000,   768,  12, 12, 12,  2048, 1e-5, 1e4, 1024, tie=True),
-}
-# fmt: on
-
-
-@_checked
+@checked
 class SourceConfig:
     """One text source of the mixture."""
 
     path: str
-    """raw text (folder, .txt, .jsonl[.gz|.zst], .parquet), a folder made by `python -m llama_jax.prepare`, or the
-    embedded `python:code` / `python:prose` (the standard library of the running Python)"""
+    """raw text (folder, .txt, .jsonl[.gz|.zst], .parquet), a folder made by
+    `python -m llama_jax.prepare`, or the embedded `python:code` / `python:prose` (the standard
+    library of the running Python)"""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """share of the training tokens, relative to the other sources"""
 
 
-@_checked
+@checked
 class DataConfig:
     """Text to batches."""
 
     sources: dict[str, SourceConfig]
     """the mixture, one table a source: [data.sources.NAME] with path and weight"""
     tokenizer: str = ""
-    """a SentencePiece .model; empty: train one of model.vocab_size pieces on the sources, as LLaMA's was"""
+    """a SentencePiece .model; empty: train one of model.vocab_size pieces on the sources, as
+    LLaMA's was"""
     seq_len: Positive
     """T, tokens a training sequence"""
     packing: Literal["concat", "segments"] = "concat"
-    """concat: documents back to back, attention sees across them (as LLaMA); segments: attention stays inside a
-    document and positions restart with it"""
+    """concat: documents back to back, attention sees across them (as LLaMA); segments: attention
+    stays inside a document and positions restart with it"""
     holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
-    """share of the documents kept out of training, for evaluation (prepared folders have their own)"""
+    """share of the documents kept out of training, for evaluation (prepared folders have their
+    own)"""
     seed: NonNegative = 0
     """order of the sequences"""
     prepared: str = ""
@@ -244,24 +61,25 @@ class DataConfig:
     """threads that tokenise; 0: one a core"""
 
 
-@_checked
+@checked
 class MeshConfig:
     """How arrays are laid out over devices."""
 
     preset: Literal["fsdp", "fsdp_tensor", "tensor_sequence"] = "fsdp"
-    """sharding rules: fsdp (weights over fsdp), fsdp_tensor (heads and widths over tensor as well), tensor_sequence (and the
-    residual stream over T between the matrix products, as the paper)"""
+    """sharding rules: fsdp (weights over fsdp), fsdp_tensor (heads and widths over tensor as well),
+    tensor_sequence (and the residual stream over T between the matrix products, as the paper)"""
     data: int = 1
     """devices along `data`: whole copies of the model"""
     fsdp: int = -1
-    """devices along `fsdp`: weights sharded, gathered when used; -1: all the devices that are left"""
+    """devices along `fsdp`: weights sharded, gathered when used; -1: all the devices that are
+    left"""
     tensor: int = 1
     """devices along `tensor`: heads and feed-forward width"""
     context: int = 1
     """devices along `context`: sequence positions"""
 
 
-@_checked
+@checked
 class OptimConfig:
     """AdamW and its schedule; the defaults are the paper's (section 2.2)."""
 
@@ -285,7 +103,7 @@ class OptimConfig:
     """largest global gradient norm; 0: no clipping"""
 
 
-@_checked
+@checked
 class TrainConfig:
     """The loop."""
 
@@ -298,13 +116,16 @@ class TrainConfig:
     seed: NonNegative = 0
     """initial weights"""
     init_std: Annotated[float, Field(gt=0)] = 0.02
-    """standard deviation of the initial matrices; the two that write to the residual stream get init_std / sqrt(2 L)"""
+    """standard deviation of the initial matrices; the two that write to the residual stream get
+    init_std / sqrt(2 L)"""
     init_from: str = ""
     """checkpoint whose weights to start from (fine-tuning); empty: random"""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype of activations and products; auto: bfloat16 on TPU and GPU, float32 on CPU; weights are float32"""
+    """dtype of activations and products; auto: bfloat16 on TPU and GPU, float32 on CPU; weights are
+    float32"""
     remat: Literal["none", "matmuls", "full"] = "none"
-    """what the backward pass recomputes: nothing, all but the outputs of matrix products (as the paper), everything"""
+    """what the backward pass recomputes: nothing, all but the outputs of matrix products (as the
+    paper), everything"""
     unroll: bool = False
     """layers one after the other instead of a scan: faster steps on a CPU, slower compilation"""
     loss_chunk: NonNegative = 0
@@ -323,7 +144,7 @@ class TrainConfig:
     """prompts continued at the end of the run"""
 
 
-@_checked
+@checked
 class CheckpointConfig:
     """What is kept."""
 
@@ -335,7 +156,7 @@ class CheckpointConfig:
     """newest checkpoints kept"""
 
 
-@_checked
+@checked
 class Recipe:
     """Everything that makes a run."""
 
@@ -349,12 +170,13 @@ class Recipe:
     def __post_init__(self):
         if self.train.batch_size % self.train.accumulate:
             raise ValueError(
-                f"train.batch_size={self.train.batch_size} must be a multiple of train.accumulate={self.train.accumulate}"
+                f"train.batch_size={self.train.batch_size} must be a multiple of "
+                f"train.accumulate={self.train.accumulate}"
             )
         if self.data.seq_len > self.model.context:
             raise ValueError(
-                f"data.seq_len={self.data.seq_len} is longer than model.context={self.model.context}; "
-                "set model.context to at least data.seq_len"
+                f"data.seq_len={self.data.seq_len} is longer than "
+                f"model.context={self.model.context}; set model.context to at least data.seq_len"
             )
 
 
@@ -363,13 +185,14 @@ class ConfigError(ValueError):
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a TOML recipe, apply ``section.key=value`` overrides (values in TOML, or plain text), check everything.
+    """Read a TOML recipe, apply ``section.key=value`` overrides, check everything.
 
-    ``[model] name = "llama-7b"`` starts from a row of :data:`MODELS`; other keys of the section replace single fields.
+    The value of an override is TOML, or plain text. ``[model] name = "llama-7b"`` starts from a row
+    of :data:`MODELS`; other keys of the section replace single fields.
 
     Raises:
-      ConfigError: unreadable file, unknown setting (with the nearest known one), wrong type, or values that do not fit;
-        all problems of the recipe at once.
+      ConfigError: unreadable file, unknown setting (with the nearest known one), wrong type, or
+        values that do not fit; all problems of the recipe at once.
     """
     try:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -388,7 +211,10 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def check_recipe(tree: dict[str, Any], where: str) -> Recipe:
-    """A nested dict (a parsed recipe) as a checked :class:`Recipe`; raises :class:`ConfigError` as `load_recipe`."""
+    """A nested dict (a parsed recipe) as a checked :class:`Recipe`.
+
+    Raises :class:`ConfigError` as :func:`load_recipe`.
+    """
     tree = dict(tree)
     if isinstance(tree.get("model"), dict):
         tree["model"] = _model_section(tree["model"], where)
@@ -396,12 +222,15 @@ def check_recipe(tree: dict[str, Any], where: str) -> Recipe:
 
 
 def check_model(tree: dict[str, Any], where: str) -> ModelConfig:
-    """A nested dict (a checkpoint's ``model.json``) as a checked :class:`ModelConfig`; raises :class:`ConfigError`."""
+    """A nested dict (a checkpoint's ``model.json``) as a checked :class:`ModelConfig`.
+
+    Raises :class:`ConfigError`.
+    """
     return _validate(ModelConfig, tree, where)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as nested plain values; the inverse of :func:`check_recipe` and :func:`check_model`."""
+    """A config as nested plain values: the inverse of `check_recipe` and `check_model`."""
     return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
@@ -417,12 +246,9 @@ def to_toml(config: Any) -> str:
         lines.extend(f"{k} = {json.dumps(v)}" for k, v in plain.items())
         for key, value in values.items():
             if isinstance(value, dict):
-                key = (
-                    key
-                    if key.replace("-", "").replace("_", "").isalnum() and key.isascii()
-                    else json.dumps(key)
-                )
-                table(f"{prefix}.{key}" if prefix else key, value)
+                bare = key.replace("-", "").replace("_", "").isalnum() and key.isascii()
+                name = key if bare else json.dumps(key)
+                table(f"{prefix}.{name}" if prefix else name, value)
 
     table("", to_dict(config))
     return "\n".join(lines).strip() + "\n"
@@ -441,14 +267,8 @@ def settings(cls: Any = Recipe, prefix: str = "") -> list[Setting]:
     """Every setting with its type, default and meaning, in the order of the file."""
     out = []
     if cls is ModelConfig:
-        out.append(
-            Setting(
-                f"{prefix}name",
-                "str",
-                "none",
-                "start from a row of the table of models: " + ", ".join(MODELS),
-            )
-        )
+        meaning = "start from a row of the table of models: " + ", ".join(MODELS)
+        out.append(Setting(f"{prefix}name", "str", "none", meaning))
     for name, field in cls.__pydantic_fields__.items():
         if dataclasses.is_dataclass(field.annotation):
             out += settings(field.annotation, f"{prefix}{name}.")
@@ -458,14 +278,8 @@ def settings(cls: Any = Recipe, prefix: str = "") -> list[Setting]:
             default = "from model.name" if cls is ModelConfig else "required"
             if not field.is_required():
                 default = "none" if field.default is None else json.dumps(field.default)
-            out.append(
-                Setting(
-                    prefix + name,
-                    _type_name(field.annotation),
-                    default,
-                    field.description.replace("\n", " "),
-                )
-            )
+            meaning = field.description.replace("\n", " ")
+            out.append(Setting(prefix + name, _type_name(field.annotation), default, meaning))
     return out
 
 
@@ -510,18 +324,16 @@ def _model_section(section: dict[str, Any], where: str) -> dict[str, Any]:
     rope = section.pop("rope", {})
     if not isinstance(rope, dict):
         raise ConfigError(f"{where}: model.rope must be a section, [model.rope], not {rope!r}")
-    # Another type starts from its own fields: only theta carries over.
-    keep = (
-        base["rope"]
-        if rope.get("type", base["rope"]["type"]) == base["rope"]["type"]
-        else {"theta": base["rope"]["theta"]}
-    )
+    keep = base["rope"]
+    if rope.get("type", keep["type"]) != keep["type"]:
+        keep = {"theta": keep["theta"]}  # another type starts from its own fields
     return base | section | {"rope": keep | rope}
 
 
 def _validate(cls: Any, tree: dict[str, Any], where: str) -> Any:
     try:
-        # Through JSON: pydantic's strict mode takes nested dicts and lists there, and nothing but the right types.
+        # Through JSON: there, pydantic's strict mode takes nested dicts and lists, and nothing but
+        # the right types.
         return TypeAdapter(cls).validate_json(json.dumps(tree, default=str))
     except pydantic.ValidationError as e:
         errors = e.errors()
