@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import DataConfig, SourceConfig
-from llama_jax.prepare import find_files, prepare_mixture, read_documents
+from llama_jax.prepare import prepare_mixture
+from llama_jax.text import find_files, read_documents
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 
 RESULTS = Path(__file__).parent / "results"

