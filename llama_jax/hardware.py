@@ -1,7 +1,7 @@
 """What is known of chips: peak rates, and compiler options worth setting.
 
-Peak rates are dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets (cloud.google.com/tpu/docs for TPU,
-NVIDIA's data sheets for A100, H100, H200, B200 in the SXM form).
+Peak rates are dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets
+(cloud.google.com/tpu/docs for TPU, NVIDIA's for A100, H100, H200, B200 in the SXM form).
 """
 
 import time

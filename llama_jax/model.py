@@ -1,7 +1,8 @@
 """LLaMA in Flax NNX: the only forward pass, for training, prefill and decoding.
 
-In: token ids [B, T], and for decoding a :class:`KVCache`. Out: logits [B, T, V]. RMSNorm before each sub-layer, SwiGLU,
-rotary attention with grouped queries; layers stacked along L. Source: arXiv 2302.13971, section 2.2.
+In: token ids [B, T], and for decoding a :class:`KVCache`. Out: logits [B, T, V]. RMSNorm before
+each sub-layer, SwiGLU, rotary attention with grouped queries; layers stacked along L. Source: arXiv
+2302.13971, section 2.2.
 
     llama = Llama(MODELS["tiny"], Execution(jnp.float32), nnx.Rngs(0))
     logits_BTV = llama(tokens_BT)
@@ -144,27 +145,31 @@ class Llama(nnx.Module):
             return self.logits(hidden[0]), hidden[1]
         return self.logits(hidden)
 
-    def hidden(self, tokens_BT, *, positions_BT=None, segment_ids_BT=None, cache: KVCache | None = None):
+    def hidden(
+        self, tokens_BT, *, positions_BT=None, segment_ids_BT=None, cache: KVCache | None = None
+    ):
         """Normed output of the last layer, [B, T, D] in the compute dtype.
 
         Args:
           tokens_BT: int32 ids.
           positions_BT: int32 rotary positions; default: 0 to T - 1, or from the cache's lengths on.
           segment_ids_BT: int32; attention stays inside runs of one id.
-          cache: keys and values of earlier positions. The new ones are appended, and (hidden, cache) is returned;
-            ``positions_BT`` and ``segment_ids_BT`` do not go with it.
+          cache: keys and values of earlier positions. The new ones are appended, and (hidden,
+            cache) is returned; ``positions_BT`` and ``segment_ids_BT`` do not go with it.
         """
         if cache is not None and (positions_BT is not None or segment_ids_BT is not None):
-            raise ValueError("with a cache, positions follow from its lengths: give no positions_BT or segment_ids_BT")
+            raise ValueError(
+                "with a cache, positions follow from its lengths: "
+                "give no positions_BT or segment_ids_BT"
+            )
         B, T = tokens_BT.shape
         if positions_BT is None:
             start = 0 if cache is None else cache.lengths_B[:, None]
             positions_BT = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (B, T))
         positions_BT = reshard(positions_BT, self.how.rules.operand("BT"))
         last = jnp.max(positions_BT) if self.cfg.rope.type == "dynamic" else None
-        where = Where(
-            rope_of(self.cfg, last), positions_BT, segment_ids_BT, None if cache is None else cache.lengths_B
-        )
+        lengths_B = None if cache is None else cache.lengths_B
+        where = Where(rope_of(self.cfg, last), positions_BT, segment_ids_BT, lengths_B)
         x_BTD = _embed(self.how, self.embed[...], tokens_BT)
         x_BTD, cache = self._layers(x_BTD, where, cache)
         x_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
@@ -206,7 +211,10 @@ class Llama(nnx.Module):
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over D; arXiv 1910.07467. Statistics and product in float32, as Meta's."""
+    """x / sqrt(mean(x^2) + eps) * scale over D; arXiv 1910.07467.
+
+    Statistics and product in float32, as Meta's.
+    """
     x = x_BTD.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
     # Rounded before the scale, as the published models were trained.
@@ -214,10 +222,11 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 
 
 def rope_of(cfg: ModelConfig, last_position: jax.Array | None = None) -> Rope:
-    """Rotary frequencies of a model, [H // 2] float32 radians a position, and the factor on cos and sin.
+    """Rotary frequencies of a model, [H // 2] float32 radians a position; the factor on cos, sin.
 
-    The types are those of Hugging Face's ``rope_parameters``, with its formulas: linear (arXiv 2306.15595), dynamic
-    (NTK by the current length; needs ``last_position``, a scalar), llama3 (Llama 3.1), yarn (arXiv 2309.00071).
+    The types are those of Hugging Face's ``rope_parameters``, with its formulas: linear (arXiv
+    2306.15595), dynamic (NTK by the current length; needs ``last_position``, a scalar), llama3
+    (Llama 3.1), yarn (arXiv 2309.00071).
     """
     rope, H = cfg.rope, cfg.head_dim
     exponent = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
@@ -231,6 +240,8 @@ def rope_of(cfg: ModelConfig, last_position: jax.Array | None = None) -> Rope:
     elif rope.type == "yarn":
         inv_freq, scale = _yarn_frequencies(inv_freq, rope, H, original)
     elif rope.type == "dynamic":
+        if last_position is None or rope.factor is None:
+            raise ValueError("rope.type='dynamic' needs last_position, a scalar, and rope.factor")
         length = jnp.maximum(last_position + 1, original).astype(jnp.float32)
         stretch = rope.factor * length / original - (rope.factor - 1)
         theta = rope.theta * stretch ** (H / (H - 2))
@@ -239,11 +250,12 @@ def rope_of(cfg: ModelConfig, last_position: jax.Array | None = None) -> Rope:
 
 
 def _llama3_frequencies(inv_freq, rope, original):
+    low, high = rope.low_freq_factor, rope.high_freq_factor
     wavelength = 2 * math.pi / inv_freq
-    smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = (original / wavelength - low) / (high - low)
     between = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
-    stretched = np.where(wavelength > original / rope.low_freq_factor, inv_freq / rope.factor, between)
-    return np.where(wavelength < original / rope.high_freq_factor, inv_freq, stretched)
+    stretched = np.where(wavelength > original / low, inv_freq / rope.factor, between)
+    return np.where(wavelength < original / high, inv_freq, stretched)
 
 
 def _yarn_frequencies(inv_freq, rope, H, original):
@@ -270,10 +282,15 @@ def _yarn_frequencies(inv_freq, rope, H, original):
     return mixed, scale
 
 
-def _weight(cfg: ModelConfig, rules: Rules, rngs: nnx.Rngs, letters: str, std: float | None) -> nnx.Param:
-    """A float32 weight: normal with standard deviation ``std``, or ones where std is None (a norm's scale)."""
+def _weight(
+    cfg: ModelConfig, rules: Rules, rngs: nnx.Rngs, letters: str, std: float | None
+) -> nnx.Param:
+    """A float32 weight: normal with standard deviation ``std``; ones (a norm's scale) for None."""
     shape = cfg.shape(letters)
-    value = jnp.ones(shape) if std is None else std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    if std is None:
+        value = jnp.ones(shape)
+    else:
+        value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
     if jax.sharding.get_abstract_mesh().empty:
         return nnx.Param(value)
     return nnx.Param(value, out_sharding=rules.weight(letters))
@@ -296,15 +313,17 @@ def _embed(how: Execution, embed_VD, tokens_BT):
             return jax.lax.psum_scatter(x_BTD, rows, scatter_dimension=1, tiled=True)
         return jax.lax.psum(x_BTD, rows)
 
-    tokens_BT = reshard(tokens_BT, how.rules.operand("BT"))
-    return jax.shard_map(lookup, in_specs=(stored, how.rules.operand("BT")), out_specs=out)(embed_VD, tokens_BT)
+    BT = how.rules.operand("BT")
+    looked_up = jax.shard_map(lookup, in_specs=(stored, BT), out_specs=out)
+    return looked_up(embed_VD, reshard(tokens_BT, BT))
 
 
 def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=None):
-    """Matrix product of activations (B, T, in) with a weight (in, out); letters say which axes meet.
+    """Matrix product of activations (B, T, in) and a weight (in, out); letters say which axes meet.
 
-    The weight is cast, then gathered over ``fsdp``. Where no axis splits T, the product is one of two dimensions over
-    B * T tokens: the form that every platform's matrix library is tuned for, in the backward pass too.
+    The weight is cast, then gathered over ``fsdp``. Where no axis splits T, the product is one of
+    two dimensions over B * T tokens: the form that every platform's matrix library is tuned for, in
+    the backward pass too.
     """
     inner = [letter for letter in w_letters if letter not in out_letters]
     B, T = x.shape[:2]
@@ -320,7 +339,8 @@ def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=N
     gathered = how.rules.gathered(inner[0] + w_letters[len(inner)], tokens[:1] if flat else tokens)
     w_in, w_out = gathered.partitions
     w = reshard(w, gathered)
-    # Over heads or widths that lie on several devices, each has a partial sum; it is summed into the sharding wanted.
+    # Over heads or widths that lie on several devices, each has a partial sum; it is summed into
+    # the sharding wanted.
     partial = frozenset({w_in} if w_in else ())
     x = x.reshape(B, T, -1, out_sharding=P(*tokens, w_in))
     if flat:
@@ -334,7 +354,10 @@ def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=N
 
 
 def _attend(how: Execution, q, k, v, where: Where, layer_cache):
-    """The kernel on each device's own heads and queries; keys of a sequence split over ``context`` are gathered."""
+    """The kernel on each device's own heads and queries.
+
+    Keys of a sequence split over ``context`` are gathered.
+    """
 
     def train(q, k, v, positions, kv_positions, segments, kv_segments, rope):
         offset = 0 if meshless() else jax.lax.axis_index("context") * q.shape[1]
@@ -349,12 +372,13 @@ def _attend(how: Execution, q, k, v, where: Where, layer_cache):
         heads, cache = act("BTNH"), act("BKSH")
         args = (q, k, v, *layer_cache, where.lengths_B, where.rope)
         specs = (heads, act("BTKH"), act("BTKH"), cache, cache, act("B"), P())
-        out, *layer_cache = _on_each_device(rotary_decode_attention, args, specs, (heads, cache, cache))
+        out_specs = (heads, cache, cache)
+        out, *layer_cache = _on_each_device(rotary_decode_attention, args, specs, out_specs)
         return out, layer_cache
     args = (q, k, v, positions, positions, segments, segments, where.rope)
     BT, BS = how.rules.operand("BT"), act("BS")
-    specs = (act("BTNH"), act("BSKH"), act("BSKH"), BT, BS, BT, BS, P())
-    return _on_each_device(train, args, specs, act("BTNH")), None
+    in_specs = (act("BTNH"), act("BSKH"), act("BSKH"), BT, BS, BT, BS, P())
+    return _on_each_device(train, args, in_specs, act("BTNH")), None
 
 
 def _on_each_device(function, args, in_specs, out_specs):
@@ -364,7 +388,8 @@ def _on_each_device(function, args, in_specs, out_specs):
         jax.tree.map(functools.partial(reshard, spec=spec), arg)
         for arg, spec in zip(args, in_specs, strict=True)
     ]
-    # Kernels say nothing of what varies over which axis (check_vma), and every axis an output varies over is in its spec.
+    # Kernels say nothing of what varies over which axis (check_vma), and every axis an output
+    # varies over is in its spec.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
 
@@ -373,15 +398,19 @@ def _remat(body, policy: str):
         return body
     policies = {
         "full": None,
-        # Products with weights are kept; attention's own are recomputed, as in the paper's section 2.4.
+        # Products with weights are kept; attention's own are recomputed (the paper, section 2.4).
         "matmuls": jax.checkpoint_policies.save_only_these_names("matmul"),
     }
     return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
 
 
 def _unstack(blocks: Block, L: int) -> list[Block]:
-    """The layers one by one. `split` and not indexing: its gradient is one concatenation, not L sums of padded zeros."""
+    """The layers one by one.
+
+    `split` and not indexing: its gradient is one concatenation, not L sums of padded zeros.
+    """
     graphdef, state = nnx.split(blocks)
     pieces = jax.tree.map(lambda w: [x.squeeze(0) for x in jax.lax.split(w, [1] * L)], state)
     is_list = lambda x: isinstance(x, list)
-    return [nnx.merge(graphdef, jax.tree.map(lambda p: p[i], pieces, is_leaf=is_list)) for i in range(L)]
+    layer = lambda i: jax.tree.map(lambda p: p[i], pieces, is_leaf=is_list)
+    return [nnx.merge(graphdef, layer(i)) for i in range(L)]

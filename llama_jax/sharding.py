@@ -1,25 +1,28 @@
 """Where arrays live: the mesh, and the one table from letters to mesh axes.
 
-A *sharding rule* maps a letter of a shape (D, N, F, ...) to mesh axes. A weight's sharding is ``rules.weight("DNH")``,
-an activation's ``rules.act("BTNH")``; nothing else in the project names a mesh axis. The axes:
+A *sharding rule* maps a letter of a shape (D, N, F, ...) to mesh axes. A weight's sharding is
+``rules.weight("DNH")``, an activation's ``rules.act("BTNH")``; nothing else in the project names a
+mesh axis. The axes:
 
   data     whole copies of the model; only gradients cross it
   fsdp     weights and optimizer sharded, each layer gathered when it is used
   tensor   heads, feed-forward width and vocabulary split
   context  sequence positions split
 
-The mesh has explicit axis types: a sharding is part of an array's type, and an ambiguous product is an error.
+The mesh has explicit axis types: a sharding is part of an array's type, and an ambiguous product is
+an error.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.config import ConfigError, MeshConfig, ModelConfig, Recipe
+from llama_jax.config import ConfigError, MeshConfig, Recipe
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -32,25 +35,28 @@ class Rules:
     acts: tuple[tuple[str, tuple[str, ...]], ...]
 
     def weight(self, letters: str) -> P:
-        """Sharding of a stored weight. A vector (a norm's scale) is small: every device has it whole."""
+        """Sharding of a stored weight. A vector (a norm's scale) is small: all devices have all."""
         return _spec(letters, dict(self.weights)) if len(letters.lstrip("L")) > 1 else P()
 
-    def gathered(self, letters: str, tokens: tuple) -> P:
+    def gathered(self, letters: str, tokens: Iterable[Any]) -> P:
         """Sharding of a weight while it is used: whole over ``fsdp``.
 
-        ``tokens`` are the axes that split the tokens it is used on. Its gradient arrives as one partial sum for each of
-        them (``reduced``) and is summed once, straight into the stored shards: a reduce-scatter, not an all-reduce of the
-        whole matrix.
+        ``tokens`` are the axes that split the tokens it is used on. Its gradient arrives as one
+        partial sum for each of them (``reduced``) and is summed once, straight into the stored
+        shards: a reduce-scatter, not an all-reduce of the whole matrix.
         """
         rules = {k: tuple(a for a in axes if a != "fsdp") for k, axes in self.weights}
         return _spec(letters, rules, reduced=frozenset(a for entry in tokens for a in _axes(entry)))
 
     def act(self, letters: str) -> P:
-        """Sharding of an activation. An axis serves one letter: widths take ``tensor`` before positions do."""
+        """Sharding of an activation.
+
+        An axis serves one letter: widths take ``tensor`` before positions do.
+        """
         return _spec(letters, dict(self.acts))
 
     def operand(self, letters: str) -> P:
-        """Sharding of an activation that meets a weight split over ``tensor``: whole over that axis."""
+        """Sharding of an activation that meets a weight split over ``tensor``: whole over it."""
         rules = {k: tuple(a for a in axes if a != "tensor") for k, axes in self.acts}
         return _spec(letters, rules)
 
@@ -86,9 +92,10 @@ def _spec(letters: str, rules: dict[str, tuple[str, ...]], **kwargs) -> P:
 
 def _rules(tensor: bool, sequence: bool) -> Rules:
     wide = {letter: ("tensor",) for letter in "NKFV"} if tensor else {}
+    positions = ("context", "tensor") if sequence else ("context",)
     return Rules(
         weights=tuple({"D": ("fsdp",), **wide}.items()),
-        acts=tuple({"B": ("data", "fsdp"), "T": ("context", "tensor") if sequence else ("context",), **wide}.items()),
+        acts=tuple({"B": ("data", "fsdp"), "T": positions, **wide}.items()),
     )
 
 
@@ -100,7 +107,7 @@ PRESETS = {
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of ``cfg`` over ``devices`` (default: all of this job's), axes :data:`AXES`, explicit types.
+    """The mesh of ``cfg`` over ``devices`` (default: all of this job's): :data:`AXES`, explicit.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
@@ -109,22 +116,27 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
     asked = ", ".join(f"mesh.{a}={n}" for a, n in sizes.items())
     if any(n == 0 or n < -1 for n in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise ConfigError(f"{asked}: sizes are positive, and at most one may be -1 (all that is left)")
+        raise ConfigError(
+            f"{asked}: sizes are positive, and at most one may be -1 (all that is left)"
+        )
     fixed = math.prod(n for n in sizes.values() if n > 0)
     sizes = {a: len(devices) // fixed if n == -1 else n for a, n in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(
-            f"{asked} does not fit {len(devices)} device{'s' * (len(devices) > 1)}: the product must be {len(devices)}"
+            f"{asked} does not fit {len(devices)} device{'s' * (len(devices) > 1)}: "
+            f"the product must be {len(devices)}"
         )
     if cfg.preset == "fsdp" and sizes["tensor"] > 1:
         raise ConfigError(
-            f'mesh.tensor={sizes["tensor"]} has no use under mesh.preset="fsdp"; take "fsdp_tensor" or "tensor_sequence"'
+            f'mesh.tensor={sizes["tensor"]} has no use under mesh.preset="fsdp"; '
+            'take "fsdp_tensor" or "tensor_sequence"'
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices)
+    explicit = (AxisType.Explicit,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=explicit, devices=devices)
 
 
 def check_fits(recipe: Recipe, mesh: Mesh) -> None:
-    """Raise a :class:`ConfigError` that lists every size of the recipe that the mesh does not divide."""
+    """Raise a :class:`ConfigError` that lists each size of the recipe the mesh does not divide."""
     rules, model, train = PRESETS[recipe.mesh.preset], recipe.model, recipe.train
     micro = train.batch_size // train.accumulate
     sizes = {
@@ -139,13 +151,20 @@ def check_fits(recipe: Recipe, mesh: Mesh) -> None:
                 ways = math.prod(mesh.shape[a] for a in _axes(axes))
                 size, name = sizes[letter]
                 if size % ways:
-                    problems.append(f"{name}={size} is not a multiple of {ways} ({' x '.join(_axes(axes))} of the mesh)")
+                    split = " x ".join(_axes(axes))
+                    problems.append(
+                        f"{name}={size} is not a multiple of {ways} ({split} of the mesh)"
+                    )
     if problems:
         raise ConfigError("the mesh does not divide the run:\n  " + "\n  ".join(problems))
 
 
 _MODEL_SETTINGS = dict(
-    D="model.dim", N="model.num_heads", K="model.num_kv_heads", F="model.ffn_dim", V="model.vocab_size"
+    D="model.dim",
+    N="model.num_heads",
+    K="model.num_kv_heads",
+    F="model.ffn_dim",
+    V="model.vocab_size",
 )
 
 

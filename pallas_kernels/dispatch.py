@@ -1,6 +1,6 @@
-"""Which implementation runs: the platform that is being compiled for, an ordered choice, and its errors."""
+"""Which implementation runs: the platform being compiled for, an ordered choice, its errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,15 +17,16 @@ def platform() -> str:
 
 def call(
     op: str,
-    table: dict[str, tuple[tuple[str, ...], Callable[..., Any]]],
+    table: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]],
     implementation: str | None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run the implementation asked for by name, or the first of the table that can do it on this platform.
+    """Run the implementation asked for by name, or the first of the table that can do it here.
 
-    The table maps a name to (platforms, function), best first. A function that cannot do what is asked raises
-    NotImplementedError: the next one is tried, but never in place of one asked for by name.
+    The table maps a name to (platforms, function), best first. A function that cannot do what is
+    asked raises NotImplementedError: the next one is tried, but never in place of one asked for by
+    name.
 
     Raises:
       ValueError: no implementation of that name.
@@ -33,7 +34,8 @@ def call(
     """
     if implementation is not None:
         if implementation not in table:
-            raise ValueError(f"{op}: no implementation {implementation!r}; there are {', '.join(table)}")
+            known = ", ".join(table)
+            raise ValueError(f"{op}: no implementation {implementation!r}; there are {known}")
         return table[implementation][1](*args, **kwargs)
     reasons = []
     for name, (platforms, function) in table.items():
@@ -42,4 +44,5 @@ def call(
                 return function(*args, **kwargs)
             except NotImplementedError as e:
                 reasons.append(f"{name}: {e}")
-    raise NotImplementedError(f"{op}: nothing for platform {platform()!r} can do this; {'; '.join(reasons)}")
+    why = "; ".join(reasons)
+    raise NotImplementedError(f"{op}: nothing for platform {platform()!r} can do this; {why}")

@@ -1,9 +1,10 @@
 """Attention with the rotary embedding inside: signature, reference and choice of implementation.
 
-Letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N // K, H head dimension.
+Letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N // K,
+H head dimension.
 
-Source: RoFormer (arXiv 2104.09864) for the rotation, in the half-split pairing (i, i + H/2) of GPT-NeoX and Hugging
-Face; grouped queries as in arXiv 2305.13245.
+Source: RoFormer (arXiv 2104.09864) for the rotation, in the half-split pairing (i, i + H/2) of
+GPT-NeoX and Hugging Face; grouped queries as in arXiv 2305.13245.
 """
 
 import functools
@@ -16,13 +17,12 @@ from pallas_kernels import dispatch
 
 
 class Rope(NamedTuple):
-    """A rotary embedding: pair i of a head turns by position * inv_freq_H2[i], and is multiplied by scale.
-
-    inv_freq_H2: [H // 2] float32, radians a position. scale: a number, 1 for all but yarn, applied to q and to k.
-    """
+    """A rotary embedding: pair i of a head turns by position * inv_freq_H2[i], times scale."""
 
     inv_freq_H2: jax.Array
+    """[H // 2] float32, radians a position"""
     scale: jax.Array | float
+    """a number that multiplies the turned pair, 1 for all but yarn; applied to q and to k"""
 
 
 def rotary_attention(
@@ -49,15 +49,19 @@ def rotary_attention(
       positions_BT: int32, what each query is rotated by.
       rope: frequencies, see :class:`Rope`.
       kv_positions_BS: int32, what each key is rotated by; default: ``positions_BT`` (S = T).
-      segment_ids_BT: int32; a query sees keys of its own id only (packed documents). Default: one document.
+      segment_ids_BT: int32; a query sees keys of its own id only (packed documents). Default: one
+        document.
       kv_segment_ids_BS: ids of the keys; default: ``segment_ids_BT``.
       q_offset: index of query 0 among the keys, for a shard of a longer sequence.
-      causal: query t sees key s only if s <= t + q_offset. Order is that of the array, not of the positions.
+      causal: query t sees key s only if s <= t + q_offset. Order is that of the array, not of the
+        positions.
       scale: factor on the scores; default: H ** -0.5.
-      implementation: a name in the table below; default: the best one for the platform that can do it.
+      implementation: a name in the table below; default: the best one for the platform that can do
+        it.
 
     Returns:
-      [B, T, N, H] in q's dtype. Scores, softmax and sums are float32. A query that sees no key gives zeros.
+      [B, T, N, H] in q's dtype. Scores, softmax and sums are float32. A query that sees no key
+      gives zeros.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
@@ -67,20 +71,22 @@ def rotary_attention(
     if kv_positions_BS is None:
         if k_BSKH.shape[1] != q_BTNH.shape[1]:
             raise ValueError(
-                f"{k_BSKH.shape[1]} keys for {q_BTNH.shape[1]} queries: give kv_positions_BS when S and T differ"
+                f"{k_BSKH.shape[1]} keys for {q_BTNH.shape[1]} queries: "
+                "give kv_positions_BS when S and T differ"
             )
         kv_positions_BS = positions_BT
     if kv_segment_ids_BS is None:
         kv_segment_ids_BS = segment_ids_BT
     return dispatch.call(
         "rotary_attention", _IMPLEMENTATIONS, implementation,
-        q_BTNH, k_BSKH, v_BSKH, positions_BT, kv_positions_BS, rope, segment_ids_BT, kv_segment_ids_BS,
-        q_offset, causal, scale if scale is not None else q_BTNH.shape[-1] ** -0.5,
+        q_BTNH, k_BSKH, v_BSKH, positions_BT, kv_positions_BS, rope,
+        segment_ids_BT, kv_segment_ids_BS, q_offset, causal,
+        scale if scale is not None else q_BTNH.shape[-1] ** -0.5,
     )  # fmt: skip
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
-    """Turn each pair (i, i + H/2) of ``x_BTNH`` by position * inv_freq[i]; float32 inside, x's dtype out."""
+    """Turn each pair (i, i + H/2) by position * inv_freq[i]; float32 inside, x's dtype out."""
     # float32: a bfloat16 angle is off by a whole turn beyond position 256.
     angle_BT1h = (positions_BT.astype(jnp.float32)[..., None] * rope.inv_freq_H2)[:, :, None]
     cos, sin = jnp.cos(angle_BT1h) * rope.scale, jnp.sin(angle_BT1h) * rope.scale
@@ -90,12 +96,16 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def masked_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None, scale: float
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array | None,
+    scale: float,
 ) -> jax.Array:
     """Grouped-query softmax attention under a boolean mask (broadcast over B), float32 inside.
 
-    The backward pass keeps q, k, v, the output and one number a query, and computes the scores again, as
-    FlashAttention does (arXiv 2205.14135).
+    The backward pass keeps q, k, v, the output and one number a query, and computes the scores
+    again, as FlashAttention does (arXiv 2205.14135).
     """
     return _masked_attention_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale)[0]
 
@@ -106,7 +116,8 @@ def _masked_attention_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale):
     # A query that sees nothing has only -inf: the lower bound makes its exponentials 0, not NaN.
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - top).astype(v.dtype)
-    # The softmax's divisor is one more column of the values: a column of a matrix product, not a pass over the scores.
+    # The softmax's divisor is one more column of the values: a column of a matrix product, not a
+    # pass over the scores.
     v_and_one = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
     out, total = jnp.split(_dot("brs,bsh->brh", weights, v_and_one), [v.shape[-1]], axis=-1)
     total = jnp.where(total == 0, 1, total)
@@ -142,7 +153,7 @@ def _scores(q, k, mask_BTS, scale, B):
 
 
 def _rows(x_BTNH, k_BSKH):
-    """[B, T, N, H] -> [B * K, G * T, H]: the queries of a key head lie together, so that each is one matrix product."""
+    """[B, T, N, H] -> [B * K, G * T, H]: what reads one key head is one matrix product."""
     B, T, N, H = x_BTNH.shape
     K = k_BSKH.shape[2]
     return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K * T, H)
@@ -172,17 +183,28 @@ def _xla(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset
 
 def _check(q, k, v, positions, rope) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(f"want q [B,T,N,H] and k, v [B,S,K,H] of one shape; got q {q.shape}, k {k.shape}, v {v.shape}")
+        raise ValueError(
+            "want q [B,T,N,H] and k, v [B,S,K,H] of one shape; "
+            f"got q {q.shape}, k {k.shape}, v {v.shape}"
+        )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {q.shape} and k {k.shape} must agree in B (axis 0) and H (axis 3)")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(f"q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    floating = (jnp.float32, jnp.bfloat16, jnp.float16)
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in floating:
+        raise ValueError(
+            f"q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
     if positions.shape != q.shape[:2] or not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise ValueError(f"positions must be integers [B,T] = {q.shape[:2]}; got {positions.dtype} {positions.shape}")
+        raise ValueError(
+            f"positions must be integers [B,T] = {q.shape[:2]}; "
+            f"got {positions.dtype} {positions.shape}"
+        )
     if rope.inv_freq_H2.shape != (q.shape[3] // 2,):
-        raise ValueError(f"rope.inv_freq_H2 must have shape ({q.shape[3] // 2},); got {rope.inv_freq_H2.shape}")
+        raise ValueError(
+            f"rope.inv_freq_H2 must have shape ({q.shape[3] // 2},); got {rope.inv_freq_H2.shape}"
+        )
 
 
 _IMPLEMENTATIONS = {"xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla)}

@@ -1,7 +1,8 @@
-"""Attention of a few new positions over a key/value cache, the rotary embedding and the append inside.
+"""Attention of a few new positions over a key/value cache; rotary embedding and append inside.
 
-Letters: B batch, T new positions (1 to a few, or a chunk of a prompt), S slots of the cache, N query heads, K key/value
-heads, H head dimension. The cache holds rotated keys as [B, K, S, H]: a head's keys lie together, as they are read.
+Letters: B batch, T new positions (1 to a few, or a chunk of a prompt), S slots of the cache, N
+query heads, K key/value heads, H head dimension. The cache holds rotated keys as [B, K, S, H]: a
+head's keys lie together, as they are read.
 """
 
 import jax
@@ -25,8 +26,9 @@ def rotary_decode_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Append T new keys and values to the cache at each row's length, and attend over what is live.
 
-    New position t of row b has index and rotary position ``lengths_B[b] + t``, and sees indices 0 to its own. The
-    caller keeps ``lengths_B + T <= S``; slots beyond a row's live part are never read.
+    New position t of row b has index and rotary position ``lengths_B[b] + t``, and sees indices 0
+    to its own. The caller keeps ``lengths_B + T <= S``; slots beyond a row's live part are never
+    read.
 
     Args:
       q_BTNH, k_BTKH, v_BTKH: new queries, keys and values before rotation, one floating dtype.
@@ -43,10 +45,11 @@ def rotary_decode_attention(
     positions_BT = lengths_B[:, None] + jnp.arange(q_BTNH.shape[1], dtype=lengths_B.dtype)
     _check(q_BTNH, k_BTKH, v_BTKH, positions_BT, rope)
     B, T, K, H = k_BTKH.shape
-    if cache_k_BKSH.shape != cache_v_BKSH.shape or cache_k_BKSH.shape[:2] + cache_k_BKSH.shape[3:] != (B, K, H):
-        raise ValueError(f"caches must be [{B}, {K}, S, {H}]; got {cache_k_BKSH.shape}, {cache_v_BKSH.shape}")
-    if T > cache_k_BKSH.shape[2]:
-        raise ValueError(f"{T} new positions do not fit a cache of {cache_k_BKSH.shape[2]}")
+    shape = cache_k_BKSH.shape
+    if shape != cache_v_BKSH.shape or shape[:2] + shape[3:] != (B, K, H):
+        raise ValueError(f"caches must be [{B}, {K}, S, {H}]; got {shape}, {cache_v_BKSH.shape}")
+    if shape[2] < T:
+        raise ValueError(f"{T} new positions do not fit a cache of {shape[2]}")
     return dispatch.call(
         "rotary_decode_attention", _IMPLEMENTATIONS, implementation,
         q_BTNH, k_BTKH, v_BTKH, cache_k_BKSH, cache_v_BKSH, lengths_B, positions_BT, rope,
@@ -68,7 +71,8 @@ def _xla(q, k, v, cache_k, cache_v, lengths, positions, rope, scale):
 
 def _append(cache_BKSH: jax.Array, new_BTKH: jax.Array, lengths_B: jax.Array) -> jax.Array:
     row = lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
-    return jax.vmap(row)(cache_BKSH, new_BTKH.transpose(0, 2, 1, 3).astype(cache_BKSH.dtype), lengths_B)
+    new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(cache_BKSH.dtype)
+    return jax.vmap(row)(cache_BKSH, new_BKTH, lengths_B)
 
 
 _IMPLEMENTATIONS = {"xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla)}
