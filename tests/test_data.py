@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def mixture(folder) -> Mixture:
     return open_mixture(folder)
 
 
-def config(packing: str = "concat", seed: int = 0, seq_len: int = T) -> DataConfig:
+def config(packing: Any = "concat", seed: int = 0, seq_len: int = T) -> DataConfig:
     return DataConfig(
         sources={"a": SourceConfig(path="unused")}, seq_len=seq_len, packing=packing, seed=seed
     )
@@ -127,7 +128,7 @@ def reference(docs: list[list[int]], index: int, segments: bool) -> dict[str, li
         # From the start of the document, or of the window for one that began before it.
         seen = [t2 for t2 in range(min(t, len(window) - 1) + 1) if window[t2][1] == here[1]]
         position.append(t - seen[0])
-    found = {"inputs_BT": inputs, "targets_BT": targets, "mask_BT": mask}
+    found: dict[str, list] = {"inputs_BT": inputs, "targets_BT": targets, "mask_BT": mask}
     return found | ({"segment_ids_BT": segment, "positions_BT": position} if segments else {})
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -38,7 +39,7 @@ def model(tmp_path_factory) -> str:
     return str(path)
 
 
-def config(model: str, workers: int = 2, holdout: float = 0.1, **paths) -> DataConfig:
+def config(model: str, workers: Any = 2, holdout: Any = 0.1, **paths: Any) -> DataConfig:
     sources = {name: SourceConfig(path=str(path)) for name, path in paths.items()}
     return DataConfig(sources=sources, tokenizer=model, seq_len=8, holdout=holdout, workers=workers)
 

@@ -152,7 +152,8 @@ def test_training_problems(tmp_path, texts, vocab_size, message):
     with pytest.raises(ValueError, match=message) as e:
         train_tokenizer(texts, vocab_size, path)
     assert not list(tmp_path.iterdir())
-    if limit := re.search(message, str(e.value)).groups():
+    found = re.search(message, str(e.value))
+    if found and (limit := found.groups()):
         assert train_tokenizer(texts, int(limit[0]), path).vocab_size == int(limit[0])
 
 
