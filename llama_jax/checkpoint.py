@@ -1,7 +1,10 @@
-"""Checkpoints: weights, optimizer and data position of a run, through Orbax; and the weights alone for everyone else.
+"""Checkpoints: weights, optimizer and data position of a run, through Orbax; and the weights alone
+for everyone else.
 
-A run folder (see checkpoints/README.md) holds ``model.json`` and the tokenizer beside ``steps/STEP/``: ``model`` (the weights),
-``optimizer``, ``run`` (step and data position) and ``checksums.json``. Saving is asynchronous; a step has its name only
+A run folder (see checkpoints/README.md) holds ``model.json`` and the tokenizer beside
+``steps/STEP/``: ``model`` (the weights),
+``optimizer``, ``run`` (step and data position) and ``checksums.json``. Saving is asynchronous; a
+step has its name only
 when it is whole, and what was half-written when a process died is removed at the next start.
 """
 
@@ -79,7 +82,8 @@ class Checkpoints:
             raise self._failed(e) from e
 
     def poll(self) -> None:
-        """Raise :class:`CheckpointError` if the save under way has failed; one that is done gets its checksums, in a thread."""
+        """Raise :class:`CheckpointError` if the save under way has failed; one that is done gets
+        its checksums, in a thread."""
         if self._saving is None or self._manager.is_saving_in_progress():
             return
         self._settle()
@@ -101,7 +105,8 @@ class Checkpoints:
     def restore(
         self, abstract_params: Any, abstract_optimizer: Any
     ) -> tuple[Any, Any, dict[str, Any]]:
-        """Weights, optimizer state and run record of the newest step, in the shapes and shardings given.
+        """Weights, optimizer state and run record of the newest step, in the shapes and shardings
+        given.
 
         Raises:
           CheckpointError: damaged; names the file, and the step before it if there is one.
@@ -120,7 +125,8 @@ class Checkpoints:
         except Exception as e:
             earlier = [s for s in self._manager.all_steps() if s < step]
             advice = (
-                f"step {max(earlier)} is the one before it: to go on from there, remove {self._steps / str(step)} and start again"
+                f"step {max(earlier)} is the one before it: to go on from there, remove "
+                f"{self._steps / str(step)} and start again"
                 if earlier
                 else f"there is none before it: remove {self._steps} to start from the beginning"
             )
@@ -165,7 +171,8 @@ def read_about(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(
             f"{folder} is not a checkpoint of llama_jax (no model.json); "
-            "make one with `python -m llama_jax.train` or `python -m llama_jax.convert SOURCE DESTINATION`"
+            "make one with `python -m llama_jax.train` or `python -m llama_jax.convert SOURCE "
+            "DESTINATION`"
         )
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -174,13 +181,15 @@ def read_about(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise ConfigError(f"{path} is damaged: {e!r}") from None
     if not readable:
         raise ConfigError(
-            f"{path}: format {about['format']}, layout {about['rotary_layout']!r}; this version reads 1, 'half'"
+            f"{path}: format {about['format']}, layout {about['rotary_layout']!r}; this version "
+            "reads 1, 'half'"
         )
     return check_model(about["model"], str(path)), about
 
 
 def load_weights(folder: str | Path, abstract_params: Any) -> Any:
-    """The newest weights of a run or converted checkpoint, as ``abstract_params`` says (shape, dtype, sharding).
+    """The newest weights of a run or converted checkpoint, as ``abstract_params`` says (shape,
+    dtype, sharding).
 
     Raises:
       ConfigError: no whole step, or weights of other shapes.
@@ -214,7 +223,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def check_files(step: Path) -> None:
-    """Compare the files of a step with ``checksums.json`` (absent if the process died right after the save).
+    """Compare the files of a step with ``checksums.json`` (absent if the process died right after
+    the save).
 
     Raises:
       CheckpointError: a file is missing, or has another size or content; names it.

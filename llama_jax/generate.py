@@ -27,7 +27,8 @@ def continue_text(
     temperature: float = 0.7,
     seed: int = 0,
 ) -> list[str]:
-    """Each prompt and its sampled continuation, up to the end of the text or ``max_new_tokens``; on one device, float32.
+    """Each prompt and its sampled continuation, up to the end of the text or ``max_new_tokens``;
+    on one device, float32.
 
     ``temperature`` 0 takes the likeliest token.
     """

@@ -1,14 +1,18 @@
-"""What a run says of itself: one log line, the same as JSON lines and TensorBoard scalars, and a picture.
+"""What a run says of itself: one log line, the same as JSON lines and TensorBoard scalars, and a
+picture.
 
-In: one record a log line. Out: the terminal, and ``metrics.jsonl``, ``tensorboard/`` and ``loss.png`` in the run folder.
+In: one record a log line. Out: the terminal, and ``metrics.jsonl``, ``tensorboard/`` and
+``loss.png`` in the run folder.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import platform
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +84,12 @@ def flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
 def line(r: dict[str, Any], steps: int) -> str:
     """The log line of a training record."""
     return (
-        f"step {r['step']:>{len(str(steps))}}/{steps} | {r['tokens'] / 1e6:.2f}M tokens | loss {r['loss']:.4f} | "
-        f"grad {r['grad_norm']:.3f} | lr {r['learning_rate']:.2e} | {r['tokens_per_second']:,.0f} tok/s | "
-        f"{r['tflops']:.3g} TFLOP/s | MFU {r['mfu']:.1%} | {r['memory_gib']:.2f} GiB | data wait {r['data_wait']:.1%}"
+        f"step {r['step']:>{len(str(steps))}}/{steps} | {r['tokens'] / 1e6:.2f}M tokens | loss "
+        f"{r['loss']:.4f} | "
+        f"grad {r['grad_norm']:.3f} | lr {r['learning_rate']:.2e} | {r['tokens_per_second']:,.0f} "
+        "tok/s | "
+        f"{r['tflops']:.3g} TFLOP/s | MFU {r['mfu']:.1%} | {r['memory_gib']:.2f} GiB | data wait "
+        f"{r['data_wait']:.1%}"
     )
 
 
@@ -133,7 +140,8 @@ def environment() -> str:
     except OSError:  # no git
         commit = ""
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
-    return f"commit {commit or 'unknown'} | Python {platform.python_version()}, {versions} | {platform.platform()}"
+    return f"commit {commit or 'unknown'} | Python {platform.python_version()}, {versions} | "
+    f"{platform.platform()}"
 
 
 def memory_gib() -> float:
@@ -143,3 +151,55 @@ def memory_gib() -> float:
         return stats["peak_bytes_in_use"] / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Clock:
+    """Throughput between log lines, without evaluations, and the share of it spent waiting for
+    data."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self._wait = self._paused = 0.0
+        self._step: int | None = None
+        self._steps = 0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Time spent in here is waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - start
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time spent in here does not count."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def lap(self, step: int, tokens: int) -> tuple[float, float]:
+        """(tokens a second, share of the time waiting) since the last lap, or the start."""
+        now = time.perf_counter()
+        seconds = now - self._start - self._paused
+        steps = self._steps if self._step is None else step - self._step
+        result = steps * tokens / seconds, self._wait / seconds
+        self._start, self._wait, self._paused, self._step = now, 0.0, 0.0, step
+        return result
+
+
+class Profiler:
+    """A trace of the steps asked for, in the run folder's ``profile``."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path):
+        self._first, self._last = steps or (0, 0)
+        self._folder = str(folder / "profile")
+
+    def before(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(self._folder)
+
+    def after(self, step: int, metrics: dict) -> None:
+        if step == self._last:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()

@@ -24,7 +24,8 @@ Params = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """What a step changes: float32 weights (the tree of a checkpoint's `model`) and the optimizer's state."""
+    """What a step changes: float32 weights (the tree of a checkpoint's `model`) and the
+    optimizer's state."""
 
     params: Params
     optimizer: Any
@@ -73,9 +74,12 @@ def make_train_step(
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """The function that is compiled: (state, batch) -> (state, metrics).
 
-    A batch holds int32 ``inputs_BT`` and ``targets_BT``, optionally ``mask_BT`` (float32, which targets count),
-    ``segment_ids_BT`` and ``positions_BT``, each with a leading axis of accumulation steps; and ``stop``, a flag a
-    device. Metrics: loss (mean over counted targets, nats), grad_norm (before clipping), learning_rate (of this
+    A batch holds int32 ``inputs_BT`` and ``targets_BT``, optionally ``mask_BT`` (float32, which
+    targets count),
+    ``segment_ids_BT`` and ``positions_BT``, each with a leading axis of accumulation steps; and
+    ``stop``, a flag a
+    device. Metrics: loss (mean over counted targets, nats), grad_norm (before clipping),
+    learning_rate (of this
     update), stop (how many devices ask to).
     """
     optimizer = make_optimizer(recipe.optim, recipe.train.steps)
@@ -136,7 +140,8 @@ def _count(opt_state: Any) -> jax.Array:
 def nll_sum(llama: Llama, batch: dict, chunk: int) -> jax.Array:
     """Sum over counted targets of -log p(target), nats, float32.
 
-    ``chunk`` tokens of each device have logits at a time (0: all); their logits are computed again in the backward pass.
+    ``chunk`` tokens of each device have logits at a time (0: all); their logits are computed again
+    in the backward pass.
     """
     x_BTD = llama.hidden(
         batch["inputs_BT"],
@@ -181,7 +186,8 @@ def _cut(a: jax.Array, pieces: int, spec: P) -> jax.Array:
 def token_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """-log softmax(logits)[target] of each token, [B, T] float32.
 
-    The backward pass is written out, softmax(logits) - onehot: one pass over the logits, with no scatter.
+    The backward pass is written out, softmax(logits) - onehot: one pass over the logits, with no
+    scatter.
     """
     return _token_nll_forward(logits_BTV, targets_BT)[0]
 
@@ -211,7 +217,8 @@ def _is_target(logits_BTV, targets_BT):
 
 
 def make_eval_step(recipe: Recipe, how: Execution) -> Callable[[Params, dict], jax.Array]:
-    """(params, batch) -> sum of -log p over counted targets, nats; a batch as for the train step, of one part."""
+    """(params, batch) -> sum of -log p over counted targets, nats; a batch as for the train step,
+    of one part."""
     graphdef = structure(recipe.model, how)
 
     def eval_step(params: Params, batch: dict) -> jax.Array:

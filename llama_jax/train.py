@@ -2,26 +2,26 @@
 
     python -m llama_jax.train [RECIPE.toml] [section.key=value ...]
 
-The same code runs on a laptop and on a pod: the recipe's mesh says how arrays lie over the devices, and a job of several
-hosts is started by what starts such jobs (see the README). Starting the same recipe again continues the run.
+The same code runs on a laptop and on a pod: the recipe's mesh says how arrays lie over the
+devices, and a job of several
+hosts is started by what starts such jobs (see the README). Starting the same recipe again
+continues the run.
 """
 
 import argparse
-import contextlib
 import functools
 import os
 import signal
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+import traceback
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from llama_jax import hardware, report
@@ -35,8 +35,9 @@ from llama_jax.checkpoint import (
 )  # fmt: skip
 from llama_jax.config import ConfigError, Recipe, load_recipe, settings, to_dict, to_toml
 from llama_jax.data import TrainData, eval_batches, held_out, open_mixture
+from llama_jax.feed import Feed
 from llama_jax.prepare import prepare_mixture
-from llama_jax.sharding import AXES, check_fits, make_mesh
+from llama_jax.sharding import check_fits, make_mesh
 from llama_jax.step import (
     TrainState,
     abstract_state,
@@ -49,12 +50,17 @@ from llama_jax.tokenizer import Tokenizer
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "tiny.toml"
 
-# Settings that do not change what a run computes (beyond rounding): free to change when it is continued.
+# Settings that do not change what a run computes (beyond rounding): free to change when it is
+# continued.
 FREE = {
-    "mesh", "data.workers", "data.prepared", "checkpoint", "train.accumulate", "train.remat", "train.unroll",
-    "train.loss_chunk", "train.attention", "train.log_every", "train.eval_every", "train.eval_batches",
-    "train.profile_steps", "train.sample_prompts",
-}  # fmt: skip
+    "mesh",
+    "checkpoint",
+    "data.workers",
+    "data.prepared",
+    *("train." + name for name in ["accumulate", "remat", "unroll", "loss_chunk", "attention"]),
+    *("train." + name for name in ["log_every", "eval_every", "eval_batches", "profile_steps"]),
+    "train.sample_prompts",
+}
 
 
 class TrainingError(RuntimeError):
@@ -62,7 +68,8 @@ class TrainingError(RuntimeError):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code: 0 done or stopped on request, 1 the run failed, 2 the recipe is wrong."""
+    """The command; returns its exit code: 0 done or stopped on request, 1 the run failed, 2 the
+    recipe is wrong."""
     arguments = _parser().parse_args(argv)
     given = list(arguments.arguments)
     path = given.pop(0) if given and "=" not in given[0] else DEFAULT_RECIPE
@@ -87,17 +94,18 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Raised by this package's own check of its input, and not somewhere below: those keep their traceback."""
-    trace = error.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
-    return isinstance(error, OSError) or trace.tb_frame.f_globals.get("__package__") == "llama_jax"
+    """Raised by this package's own check of its input, and not somewhere below: those keep their
+    traceback."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = frames[-1].f_globals.get("__package__") == "llama_jax"
+    return isinstance(error, OSError) or ours
 
 
 def start_distributed() -> None:
     """Join the other processes where something has started this as one of several.
 
-    Slurm, Open MPI, Cloud TPU and GKE are recognised by JAX; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    Slurm, Open MPI, Cloud TPU and GKE are recognised by JAX; elsewhere JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and
     JAX_PROCESS_ID say it.
     """
     several = lambda name: int(os.environ.get(name, "1") or 1) > 1
@@ -109,15 +117,18 @@ def start_distributed() -> None:
         or several("OMPI_COMM_WORLD_SIZE")
         or len(hosts) > 1
     ):
-        ids = {k: int(v) for k, v in (
-            ("num_processes", os.environ.get("JAX_NUM_PROCESSES")), ("process_id", os.environ.get("JAX_PROCESS_ID")),
-        ) if v is not None}  # fmt: skip
+        number = lambda name: int(os.environ[name]) if name in os.environ else None
         # A process that died is noticed within half a minute, and the others end with an error.
-        jax.distributed.initialize(**ids, heartbeat_timeout_seconds=30)
+        jax.distributed.initialize(
+            num_processes=number("JAX_NUM_PROCESSES"),
+            process_id=number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=30,
+        )
 
 
 def run(recipe: Recipe) -> None:
-    """Train from nothing, or from the newest checkpoint of the run folder, to the recipe's last step.
+    """Train from nothing, or from the newest checkpoint of the run folder, to the recipe's last
+    step.
 
     Raises:
       ConfigError: the recipe does not fit the devices, the data or the run folder.
@@ -153,50 +164,6 @@ class Stop:
         self.signal = number
 
 
-class Feed:
-    """Host batches to arrays on the mesh: this host reads the rows that its own devices need."""
-
-    def __init__(self, recipe: Recipe, mesh: Mesh, spec: P):
-        self.parts = recipe.train.accumulate
-        self.rows = recipe.train.batch_size // self.parts
-        self._mesh, self._spec = mesh, spec
-        sharding = NamedSharding(mesh, spec)
-        shape = (self.rows, recipe.data.seq_len)
-        mine = [
-            index[0].indices(self.rows)[:2]
-            for index in sharding.addressable_devices_indices_map(shape).values()
-        ]
-        self._first, last = min(a for a, _ in mine), max(b for _, b in mine)
-        self.share = self._first // (last - self._first), self.rows // (last - self._first)
-        """(index, count) of this host among those that read different rows"""
-
-    def __call__(
-        self, batch: dict[str, np.ndarray], stop: bool, parts: int | None = None
-    ) -> dict[str, jax.Array]:
-        parts = parts or self.parts
-        arrays = {
-            key: self._array(value.reshape(parts, -1, value.shape[-1]))
-            for key, value in batch.items()
-        }
-        flags = NamedSharding(self._mesh, P(AXES))
-        n = self._mesh.size
-        arrays["stop"] = jax.make_array_from_callback(
-            (n,), flags, lambda i: np.full(len(range(n)[i[0]]), stop, np.int32)
-        )
-        return arrays
-
-    def _array(self, local: np.ndarray) -> jax.Array:
-        shape = (local.shape[0], self.rows, local.shape[2])
-
-        def piece(index):
-            start, end, _ = index[1].indices(self.rows)
-            return local[index[0], start - self._first : end - self._first, index[2]]
-
-        return jax.make_array_from_callback(
-            shape, NamedSharding(self._mesh, P(None, *self._spec)), piece
-        )
-
-
 class Run:
     """A run under way: its folder, its data, its state."""
 
@@ -205,7 +172,6 @@ class Run:
         self.platform = mesh.devices.flat[0].platform
         self.how = execution(recipe, self.platform)
         self.folder = Path(recipe.checkpoint.dir)
-        self.bar: tqdm | None = None
         first = jax.process_index() == 0
         self.say(f"{report.environment()}")
         self._open_folder(first)
@@ -242,11 +208,13 @@ class Run:
             if changes := differences(to_dict(before), to_dict(self.recipe)):
                 raise ConfigError(
                     f"{self.folder} holds a run of another recipe:\n  " + "\n  ".join(changes)
-                    + "\ntake the old settings to continue it, or another checkpoint.dir to start a new run"
+                    + "\ntake the old settings to continue it, or another checkpoint.dir to start "
+                    "a new run"
                 )  # fmt: skip
         elif self.folder.exists() and (self.folder / "steps").exists():
             raise ConfigError(
-                f"{self.folder} holds a checkpoint that is no training run; take another checkpoint.dir"
+                f"{self.folder} holds a checkpoint that is no training run; take another "
+                "checkpoint.dir"
             )
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -278,12 +246,14 @@ class Run:
         return 0, state
 
     def train(self) -> bool:
-        """Train to the last step, evaluating and saving on the way; True when that is reached now."""
+        """Train to the last step, evaluating and saving on the way; True when that is reached
+        now."""
         steps = self.recipe.train.steps
         self._say_what_runs()
         if self.step >= steps:
             self.say(
-                f"{self.folder} is finished: {steps} steps; nothing to do (more steps are a new run)"
+                f"{self.folder} is finished: {steps} steps; nothing to do (more steps are a new "
+                "run)"
             )
             self.data.close()
             self.checkpoints.close()
@@ -292,8 +262,8 @@ class Run:
         try:
             with tqdm(
                 total=steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True
-            ) as self.bar:
-                self._loop(compiled)
+            ) as bar:
+                self._loop(compiled, bar)
         finally:
             self.data.close()
             self.checkpoints.close()
@@ -303,7 +273,10 @@ class Run:
             self.say(f"done: {where}, {self.folder}/metrics.jsonl, {self.folder}/loss.png")
             return True
         name = signal.Signals(self.stop.signal).name if self.stop.signal else "another process"
-        self.say(f"stopped by {name} after step {self.step}: saved {where}; start the same recipe again to continue")
+        self.say(
+            f"stopped by {name} after step {self.step}: saved {where}; start the same recipe "
+            "again to continue"
+        )
         return False
 
     def _say_what_runs(self) -> None:
@@ -313,19 +286,20 @@ class Run:
         self.peak, source = hardware.peak_flops(jax.local_devices()[0])
         tokens = train.batch_size * self.recipe.data.seq_len
         self.say(
-            f"{len(devices)} x {devices[0].device_kind} in {jax.process_count()} process(es), mesh {sizes} "
+            f"{len(devices)} x {devices[0].device_kind} in {jax.process_count()} process(es), "
+            f"mesh {sizes} "
             f"({self.recipe.mesh.preset}), peak {self.peak / 1e12:.3g} TFLOP/s each ({source})\n"
-            f"model: {model.num_params:,} parameters, {self.how.dtype} compute | {train.steps:,} steps of {tokens:,} tokens "
+            f"model: {model.num_params:,} parameters, {self.how.dtype} compute | {train.steps:,} "
+            f"steps of {tokens:,} tokens "
             f"= {train.steps * tokens / 1e6:,.1f}M"
         )
-        for name, source in self.mixture.sources.items():
-            splits = source.manifest["splits"]
-            self.say(f"source {name}: weight {source.weight}, {splits['train']['tokens']:,} tokens, "
-                     f"{splits['holdout']['tokens']:,} held out")  # fmt: skip
+        for name, part in self.mixture.sources.items():
+            tokens, held = (part.manifest["splits"][k]["tokens"] for k in ("train", "holdout"))
+            self.say(f"source {name}: weight {part.weight}, {tokens:,} tokens, {held:,} held out")
 
     def _compile(self) -> Any:
         start = time.perf_counter()
-        batch = self.feed(next(iter(self._example())), False)
+        batch = self.feed(self._example(), False)
         step = jax.jit(
             make_train_step(self.recipe, self.how),
             donate_argnums=0,
@@ -335,19 +309,19 @@ class Run:
         self.say(f"compiled the step in {time.perf_counter() - start:.1f} s")
         return compiled
 
-    def _example(self) -> Iterator[dict[str, np.ndarray]]:
+    def _example(self) -> dict[str, np.ndarray]:
         """A batch of the shapes that training batches have."""
         shape = (self.recipe.train.batch_size // self.feed.share[1], self.recipe.data.seq_len)
-        keys = {"inputs_BT": np.int32, "targets_BT": np.int32}
+        dtypes: dict[str, Any] = {"inputs_BT": np.int32, "targets_BT": np.int32}
         if self.recipe.data.packing == "segments":
-            keys |= {"segment_ids_BT": np.int32, "positions_BT": np.int32, "mask_BT": np.float32}
-        yield {key: np.zeros(shape, dtype) for key, dtype in keys.items()}
+            dtypes |= {"segment_ids_BT": np.int32, "positions_BT": np.int32, "mask_BT": np.float32}
+        return {key: np.zeros(shape, dtype) for key, dtype in dtypes.items()}
 
-    def _loop(self, compiled: Any) -> None:
+    def _loop(self, compiled: Any, bar: tqdm) -> None:
         train, every = self.recipe.train, self.recipe.checkpoint.every
-        clock = Clock()
+        clock = report.Clock()
         pending: list[tuple[int, dict]] = []
-        profiler = Profiler(train.profile_steps, self.folder)
+        profiler = report.Profiler(train.profile_steps, self.folder)
         while self.step < train.steps:
             with clock.waiting():
                 batch = next(self.data)
@@ -361,11 +335,12 @@ class Run:
             last = self.step == train.steps
             evaluate = last or (train.eval_every and self.step % train.eval_every == 0)
             settle = last or evaluate or self.step % every == 0 or self.step % train.log_every == 0
-            # The step before is looked at while this one runs, so that the devices never wait for the host.
+            # The step before is looked at while this one runs, so that the devices never wait for
+            # the host.
             stop = False
             while len(pending) > (0 if settle else 1):
                 stop |= self._check(*pending.pop(0), clock)
-            self.bar.update()
+            bar.update()
             if stop and not settle:
                 while pending:
                     self._check(*pending.pop(0), clock)
@@ -378,7 +353,7 @@ class Run:
             if stop:
                 return
 
-    def _check(self, step: int, metrics: dict, clock: "Clock") -> bool:
+    def _check(self, step: int, metrics: dict, clock: report.Clock) -> bool:
         """Look at a finished step; True when a process asks to stop.
 
         Raises:
@@ -392,11 +367,12 @@ class Run:
         )
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
             good = self.checkpoints.latest()
+            kept = "no checkpoint was made yet" if good is None else f"the last good one is {good}"
             raise TrainingError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped. "
-                + (f"The last good checkpoint is step {good} in {self.folder}" if good is not None else "No checkpoint was made yet")
-                + ". Lower optim.peak_lr, lengthen optim.warmup_steps, or look at the data of this step."
-            )  # fmt: skip
+                f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped, nothing saved; "
+                f"checkpoints in {self.folder}: {kept}.\nLower optim.peak_lr, lengthen "
+                "optim.warmup_steps, or look at the data of this step."
+            )
         if step % self.recipe.train.log_every == 0 or step == self.recipe.train.steps:
             self.checkpoints.poll()
             recipe = self.recipe
@@ -404,11 +380,19 @@ class Run:
             per_second, wait = clock.lap(step, tokens)
             flops = per_second * recipe.model.flops_per_token(recipe.data.seq_len) / self.mesh.size
             record = {
-                "kind": "train", "step": step, "tokens": step * tokens, "loss": loss, "grad_norm": grad_norm,
-                "learning_rate": rate, "tokens_per_second": per_second, "tflops": flops / 1e12, "mfu": flops / self.peak,
-                "memory_gib": report.memory_gib(), "data_wait": wait,
+                "kind": "train",
+                "step": step,
+                "tokens": step * tokens,
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "learning_rate": rate,
+                "tokens_per_second": per_second,
+                "tflops": flops / 1e12,
+                "mfu": flops / self.peak,
+                "memory_gib": report.memory_gib(),
+                "data_wait": wait,
                 "sources": {k: p._asdict() for k, p in self.data.progress().items()},
-            }  # fmt: skip
+            }
             self.say(report.line(record, recipe.train.steps))
             self.report.write(record)
         return stop > 0
@@ -452,8 +436,10 @@ class Run:
             [*rowsets.items(), ("mixture", record)] if len(rowsets) > 1 else rowsets.items()
         ):
             self.say(
-                f"held out, {name}: {r['loss']:.4f} nats a token, {r['bits_per_byte']:.4f} bits a byte | "
-                f"unigram entropy {r['unigram_entropy']:.4f} nats a token, {r['unigram_entropy'] - r['loss']:.4f} above the loss"
+                f"held out, {name}: {r['loss']:.4f} nats a token, {r['bits_per_byte']:.4f} bits a "
+                "byte | "
+                f"unigram entropy {r['unigram_entropy']:.4f} nats a token, "
+                f"{r['unigram_entropy'] - r['loss']:.4f} above the loss"
             )
         self.report.write(record)
 
@@ -468,57 +454,6 @@ class Run:
                 self.recipe.model, params, self.tokenizer, prompts, seed=self.recipe.train.seed
             ):
                 self.say("sample:\n" + textwrap.indent(text, "  | "))
-
-
-class Clock:
-    """Throughput between log lines, without evaluations, and the share of it spent waiting for data."""
-
-    def __init__(self):
-        self._start = time.perf_counter()
-        self._wait = self._paused = 0.0
-        self._step: int | None = None
-        self._steps = 0
-
-    @contextlib.contextmanager
-    def waiting(self):
-        """Time spent in here is waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._wait += time.perf_counter() - start
-        self._steps += 1
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Time spent in here does not count."""
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
-
-    def lap(self, step: int, tokens: int) -> tuple[float, float]:
-        """(tokens a second, share of the time waiting) since the last lap, or the start."""
-        now = time.perf_counter()
-        seconds = now - self._start - self._paused
-        steps = self._steps if self._step is None else step - self._step
-        result = steps * tokens / seconds, self._wait / seconds
-        self._start, self._wait, self._paused, self._step = now, 0.0, 0.0, step
-        return result
-
-
-class Profiler:
-    """A trace of the steps asked for, in the run folder's ``profile``."""
-
-    def __init__(self, steps: tuple[int, int] | None, folder: Path):
-        self._first, self._last = steps or (0, 0)
-        self._folder = str(folder / "profile")
-
-    def before(self, step: int) -> None:
-        if step == self._first:
-            jax.profiler.start_trace(self._folder)
-
-    def after(self, step: int, metrics: dict) -> None:
-        if step == self._last:
-            jax.block_until_ready(metrics)
-            jax.profiler.stop_trace()
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -549,7 +484,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llama_jax.train",
         usage="%(prog)s [RECIPE.toml] [section.key=value ...]",
-        description="Pretrain or fine-tune a LLaMA. Without a recipe: configs/tiny.toml, which needs no download.",
+        description="Pretrain or fine-tune a LLaMA. Without a recipe: configs/tiny.toml, which "
+        "needs no download.",
         epilog="settings (in the recipe, or on the command line):\n" + "\n".join(map(wrap, lines)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
