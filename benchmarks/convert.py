@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax import foreign, targets
 from llama_jax.config import MODELS, ModelConfig
-from llama_jax.weights import rows_per_chunk, units
+from llama_jax.conversion import foreign, targets
+from llama_jax.conversion.weights import rows_per_chunk, units
 
 COMMANDS = {  # name: source, then what to write
     "meta to orbax": ("source", "orbax"),

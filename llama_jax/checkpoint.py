@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from llama_jax.config import ConfigError, ModelConfig, check_model, to_dict
-from llama_jax.orbax_weights import ORBAX
+from llama_jax.conversion.orbax_weights import ORBAX
 
 CHECKSUMS = "checksums.json"
 ITEMS = ("model", "optimizer", "run")

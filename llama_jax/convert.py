@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from llama_jax import config as cf
-from llama_jax import foreign, layouts, targets, tokenizer_files, transfer
-from llama_jax import verify as verification
-from llama_jax.layouts import FLOATS, NAMES, Found, Kind, changed
-from llama_jax.transfer import ConvertError, Plan, human
-from llama_jax.weights import units
+from llama_jax.conversion import foreign, layouts, targets, tokenizer_files, transfer
+from llama_jax.conversion import verify as verification
+from llama_jax.conversion.layouts import FLOATS, NAMES, Found, Kind, changed
+from llama_jax.conversion.transfer import ConvertError, Plan, human
+from llama_jax.conversion.weights import units
 
 
 def convert(

@@ -37,11 +37,10 @@ class Feed:
             key: self._array(value.reshape(parts, -1, value.shape[-1]))
             for key, value in batch.items()
         }
+        # One flag a device, so that any process can ask all of them to stop after this step.
+        mine = np.full(self._mesh.local_mesh.size, stop, np.int32)
         flags = NamedSharding(self._mesh, P(AXES))
-        n = self._mesh.size
-        arrays["stop"] = jax.make_array_from_callback(
-            (n,), flags, lambda i: np.full(len(range(n)[i[0]]), stop, np.int32)
-        )
+        arrays["stop"] = jax.make_array_from_process_local_data(flags, mine, (self._mesh.size,))
         return arrays
 
     def _array(self, local: np.ndarray) -> jax.Array:

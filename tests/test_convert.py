@@ -19,11 +19,11 @@ from convert_tools import DTYPES, STORIES, same, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_jax import formats, layouts, torch_files, transfer, weights
-from llama_jax import verify as verification
 from llama_jax.config import MODELS
+from llama_jax.conversion import formats, layouts, torch_files, transfer, weights
+from llama_jax.conversion import verify as verification
+from llama_jax.conversion.orbax_weights import ORBAX
 from llama_jax.convert import convert, main
-from llama_jax.orbax_weights import ORBAX
 
 
 @pytest.fixture(autouse=True)
@@ -263,7 +263,8 @@ def test_a_killed_run_continues_and_trusts_nothing_half_written(tmp_path, to, mo
     target, partial = tmp_path / "out", tmp_path / "out.partial"
     # The kill: a process that writes slowly gets SIGKILL after a few units.
     slow = (
-        "import time, sys; from llama_jax import transfer; from llama_jax.convert import main;"
+        "import time, sys; from llama_jax.conversion import transfer; from llama_jax.convert "
+        "import main;"
         "read = transfer._read; transfer._read = lambda *a: time.sleep(0.05) or read(*a);"
         f"sys.exit(main([{str(source)!r}, {str(target)!r}, '--to', {to!r}]))"
     )
@@ -309,7 +310,7 @@ def _damage(partial: Path, to: str, cfg, unit: str) -> None:
         offset = 3
     else:
         dtypes = dict.fromkeys((r.path for r in weights.TABLE), DTYPES["bfloat16"])
-        from llama_jax import targets
+        from llama_jax.conversion import targets
 
         target = targets.create(to, partial, cfg, dtypes, None, False)
         region = target.weights.parts[unit][0].region
@@ -370,7 +371,7 @@ def test_verify_notices_one_bit(tmp_path, monkeypatch):
 CAPPED = """
 import resource, sys
 from pathlib import Path
-from llama_jax import transfer, weights
+from llama_jax.conversion import transfer, weights
 from llama_jax.convert import main
 transfer._WORKERS, transfer._LARGEST = 2, int(sys.argv[1])
 weights.CHUNK = transfer._LARGEST

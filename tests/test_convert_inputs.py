@@ -16,7 +16,7 @@ import pytest
 from convert_tools import DTYPES, small
 
 from llama_jax import convert as convert_module
-from llama_jax import layouts, torch_files, weights
+from llama_jax.conversion import layouts, torch_files, weights
 from llama_jax.convert import convert, main
 
 F16 = DTYPES["float16"]
@@ -507,7 +507,7 @@ def test_a_disk_that_fills_up(tmp_path, cfg, state, monkeypatch, capsys, to):
 
     kind = weights.TorchWeights
     if to == "orbax":
-        from llama_jax.orbax_weights import OrbaxWeights as kind
+        from llama_jax.conversion.orbax_weights import OrbaxWeights as kind
     real = kind.write
     monkeypatch.setattr(kind, "write", full)
     assert main([str(source), str(tmp_path / "out"), "--to", to]) == 1

@@ -15,8 +15,8 @@ from test_convert import needs_stories
 from test_convert_settings import ROPES
 
 from llama_jax import config as cf
-from llama_jax import layouts, verify
 from llama_jax.checkpoint import load_weights, read_about
+from llama_jax.conversion import layouts, verify
 from llama_jax.convert import convert
 from llama_jax.model import Execution, Llama
 

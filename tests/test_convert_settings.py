@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from convert_tools import DTYPES, small
 
-from llama_jax import foreign, layouts, tokenizer_files
 from llama_jax.config import MODELS, RopeConfig
+from llama_jax.conversion import foreign, layouts, tokenizer_files
 from llama_jax.convert import convert
 from llama_jax.model import rope_of
 

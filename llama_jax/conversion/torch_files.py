@@ -3,7 +3,8 @@ pickle.
 
 A pickle can run code when it is loaded, so ours may name only what a state dict of plain tensors
 needs; everything else is refused by name. Torch is not needed. In comes a path, out comes where
-each tensor lies, as a :class:`~llama_jax.formats.Region`; or in come shapes, out comes where bytes
+each tensor lies, as a :class:`~llama_jax.conversion.formats.Region`; or in come shapes, out comes
+where bytes
 belong.
 
     python -m llama_jax.convert --inspect PATH
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama_jax.formats import DTYPES, FormatError, Region, contiguous
+from llama_jax.conversion.formats import DTYPES, FormatError, Region, contiguous
 
 _NAME_OF = {dtype: name for _, name, dtype in DTYPES}
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import ModelConfig
-from llama_jax.weights import Unit, rows_per_chunk, units
+from llama_jax.conversion.weights import Unit, rows_per_chunk, units
 
 # One folder of plain chunks a tensor, written and read in any order. Orbax saving 0.5 GB of float32
 # on 2 cores, two rounds: 1.5-1.7 GB/s to write, 0.5-0.6 to read, against 0.2-0.4 and 0.2-0.3 with

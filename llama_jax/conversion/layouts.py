@@ -16,12 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax import config as cf
-from llama_jax import foreign, formats, tokenizer_files, torch_files, weights
 from llama_jax.config import ModelConfig
-from llama_jax.formats import Region
-from llama_jax.orbax_weights import OrbaxWeights
-from llama_jax.tokenizer_files import Tokenizer
-from llama_jax.weights import Part, TorchWeights, Unit, Weights, units
+from llama_jax.conversion import foreign, formats, tokenizer_files, torch_files, weights
+from llama_jax.conversion.formats import Region
+from llama_jax.conversion.orbax_weights import OrbaxWeights
+from llama_jax.conversion.tokenizer_files import Tokenizer
+from llama_jax.conversion.weights import Part, TorchWeights, Unit, Weights, units
 
 Kind = Literal["meta", "hf", "orbax"]
 NAMES = {"meta": "Meta", "hf": "Hugging Face", "orbax": "Orbax"}

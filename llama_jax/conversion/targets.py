@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax import formats, orbax_weights, torch_files, weights
 from llama_jax.config import ModelConfig
-from llama_jax.formats import Region
-from llama_jax.layouts import Found, Kind, LayoutError, meta_axis, shard_shape
-from llama_jax.orbax_weights import OrbaxWeights
-from llama_jax.weights import Part, TorchWeights, Unit, Weights, units
+from llama_jax.conversion import formats, orbax_weights, torch_files, weights
+from llama_jax.conversion.formats import Region
+from llama_jax.conversion.layouts import Found, Kind, LayoutError, meta_axis, shard_shape
+from llama_jax.conversion.orbax_weights import OrbaxWeights
+from llama_jax.conversion.weights import Part, TorchWeights, Unit, Weights, units
 
 
 def cuts_rows(found: Found) -> bool:

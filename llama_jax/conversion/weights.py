@@ -19,9 +19,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from llama_jax import formats
 from llama_jax.config import ModelConfig
-from llama_jax.formats import Region
+from llama_jax.conversion import formats
+from llama_jax.conversion.formats import Region
 
 
 class Row(NamedTuple):

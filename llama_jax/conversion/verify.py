@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax import foreign, formats
 from llama_jax.config import ModelConfig
-from llama_jax.layouts import Found, changed
-from llama_jax.transfer import ConvertError, human
-from llama_jax.weights import TorchWeights, Unit, rows_per_chunk, units
+from llama_jax.conversion import foreign, formats
+from llama_jax.conversion.layouts import Found, changed
+from llama_jax.conversion.transfer import ConvertError, human
+from llama_jax.conversion.weights import TorchWeights, Unit, rows_per_chunk, units
 
 _TOKENS = 96
 _VOCAB = 512

@@ -22,9 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from llama_jax import config as cf
-from llama_jax import foreign, layouts, targets
-from llama_jax.layouts import Found, Kind
-from llama_jax.weights import Unit, rows_per_chunk, units
+from llama_jax.conversion import foreign, layouts, targets
+from llama_jax.conversion.layouts import Found, Kind
+from llama_jax.conversion.weights import Unit, rows_per_chunk, units
 
 _WORKERS = min(4, os.cpu_count() or 1)
 _COPIES = 4
