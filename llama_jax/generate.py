@@ -5,16 +5,35 @@ In: weights, tokenizer, prompts. Out: the prompts continued.
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from llama_jax.checkpoint import load_weights, read_about
 from llama_jax.config import ModelConfig
-from llama_jax.model import Execution, KVCache
-from llama_jax.step import merge, structure
+from llama_jax.model import Execution, KVCache, Llama
+from llama_jax.step import merge, split, structure
 from llama_jax.tokenizer import Tokenizer
+
+
+def load(folder: str | Path) -> tuple[ModelConfig, dict[str, Any], Tokenizer]:
+    """Model, float32 weights and tokenizer of a run or converted checkpoint.
+
+    Raises:
+      ConfigError: not a checkpoint, or a damaged one.
+      ValueError: its tokenizer is missing or not a SentencePiece model.
+    """
+    cfg, _ = read_about(folder)
+    how = Execution(jnp.dtype(jnp.float32))
+    abstract = jax.eval_shape(lambda: split(Llama(cfg, how, nnx.Rngs(0)))[1])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    params = load_weights(folder, jax.tree.map(place, abstract))
+    return cfg, params, Tokenizer.load(Path(folder))
 
 
 def continue_text(
