@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig
-from llama_jax.sharding import PRESETS, Rules, meshless, reshard, splits
+from llama_jax.sharding import PRESETS, Rules, first_position, gather, meshless, reshard, splits
 from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
 
 
@@ -303,7 +303,9 @@ def _embed(how: Execution, embed_VD, tokens_BT):
     rows, width = stored
 
     def lookup(table_VD, tokens_BT):
-        table_VD = jax.lax.all_gather(table_VD.astype(how.dtype), width, axis=1, tiled=True)
+        # Gathered as rows of the transpose, as in sharding.gather.
+        table_DV = jnp.swapaxes(table_VD.astype(how.dtype), 0, 1)
+        table_VD = jnp.swapaxes(jax.lax.all_gather(table_DV, width, axis=0, tiled=True), 0, 1)
         if rows is None:
             return table_VD[tokens_BT]
         ids = tokens_BT - jax.lax.axis_index(rows) * table_VD.shape[0]
@@ -338,7 +340,7 @@ def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=N
     flat = not splits(tokens[1])
     gathered = how.rules.gathered(inner[0] + w_letters[len(inner)], tokens[:1] if flat else tokens)
     w_in, w_out = gathered.partitions
-    w = reshard(w, gathered)
+    w = gather(w, gathered)
     # Over heads or widths that lie on several devices, each has a partial sum; it is summed into
     # the sharding wanted.
     partial = frozenset({w_in} if w_in else ())
@@ -360,7 +362,7 @@ def _attend(how: Execution, q, k, v, where: Where, layer_cache):
     """
 
     def train(q, k, v, positions, kv_positions, segments, kv_segments, rope):
-        offset = 0 if meshless() else jax.lax.axis_index("context") * q.shape[1]
+        offset = first_position(q.shape[1])
         return rotary_attention(
             q, k, v, positions, rope, kv_positions_BS=kv_positions, segment_ids_BT=segments,
             kv_segment_ids_BS=kv_segments, q_offset=offset, implementation=how.attention,

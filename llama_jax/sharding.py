@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -42,8 +43,8 @@ class Rules:
         """Sharding of a weight while it is used: whole over ``fsdp``.
 
         ``tokens`` are the axes that split the tokens it is used on. Its gradient arrives as one
-        partial sum for each of them (``reduced``) and is summed once, straight into the stored
-        shards: a reduce-scatter, not an all-reduce of the whole matrix.
+        partial sum for each of them (``reduced``), summed into the stored shards by
+        :func:`gather`.
         """
         rules = {k: tuple(a for a in axes if a != "fsdp") for k, axes in self.weights}
         return _spec(letters, rules, reduced=frozenset(a for entry in tokens for a in _axes(entry)))
@@ -75,6 +76,29 @@ def meshless() -> bool:
 def reshard(x: jax.Array, spec: P) -> jax.Array:
     """`jax.sharding.reshard` where a mesh is set."""
     return x if meshless() else jax.sharding.reshard(x, spec)
+
+
+def gather(w_IO: jax.Array, whole: P) -> jax.Array:
+    """A stored weight of two axes, whole over ``fsdp`` as :meth:`Rules.gathered` says.
+
+    Written for its gradient, which takes the same steps back: summed over ``fsdp`` straight into
+    shards, and only these summed over the axes that hold copies (``data``, ``context``). In one
+    step the partitioner sums the whole matrix over all of them. The shards are rows, of the
+    transpose where need be: XLA for TPU makes a reduce-scatter of a sum cut into rows, not into
+    columns.
+    """
+    stored = jax.typeof(w_IO).sharding.spec
+    turn = "fsdp" in _axes(stored[1])
+    w = jnp.swapaxes(w_IO, 0, 1) if turn else w_IO
+    order = slice(None, None, -1) if turn else slice(None)
+    w = reshard(w, P(*stored[order], reduced=whole.reduced - {"fsdp"}))
+    w = reshard(w, P(*whole.partitions[order], reduced=whole.reduced))
+    return jnp.swapaxes(w, 0, 1) if turn else w
+
+
+def first_position(T: int) -> jax.Array | int:
+    """Where a device's own T positions start in the whole sequence, inside `shard_map`."""
+    return 0 if meshless() else jax.lax.axis_index("context") * T
 
 
 # Letters of an activation in the order in which they claim a mesh axis.
