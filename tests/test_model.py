@@ -1,0 +1,330 @@
+"""The model: equal to transformers, to itself in every way of running it, and to its settings."""
+
+import dataclasses
+import functools
+import importlib.util
+import time
+
+import jax
+import jax.numpy as jnp
+import model_tools as tools
+import numpy as np
+import pytest
+from flax import nnx
+from make_golden import GOLDEN, sample
+
+from llama_jax.config import MODELS, ModelConfig, RopeConfig
+from llama_jax.model import Execution, KVCache, Llama, rms_norm, rope_of
+from pallas_kernels import Rope
+from pallas_kernels.rotary_attention import rotate
+
+HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+LOGITS, GRADS = 1e-5, 1e-5
+"""Largest error over the range of the logits; relative L2 error of a weight's gradient."""
+
+
+@functools.cache
+def our_run(case):
+    return tools.our_run(*tools.GRID[case])
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="needs torch and transformers; the golden file stands in")
+@pytest.mark.parametrize("case", tools.GRID)
+def test_equals_transformers(case):
+    logits, grads = our_run(case)
+    want_logits, want_grads = tools.hf_run(*tools.GRID[case])
+    assert tools.logit_error(logits, want_logits) < LOGITS
+    errors = {name: tools.relative_l2(grads[name], want) for name, want in want_grads.items()}
+    assert grads.keys() == want_grads.keys()
+    assert max(errors.values()) < GRADS, errors
+
+
+@pytest.mark.parametrize("case", tools.GRID)
+def test_equals_golden(case):
+    logits, grads = our_run(case)
+    with np.load(GOLDEN) as golden:
+        low, high = golden[f"{case}/range"]
+        error = np.abs(sample(logits) - golden[f"{case}/logits"]).max() / (high - low)
+        want, norms = golden[f"{case}/grads"], golden[f"{case}/norms"]
+    assert error < LOGITS
+    for i, name in enumerate(sorted(grads)):
+        assert tools.relative_l2(sample(grads[name]), want[i]) < GRADS, name
+        assert np.linalg.norm(grads[name]) == pytest.approx(norms[i], rel=GRADS), name
+    assert len(want) == len(grads)
+
+
+def test_golden_file_is_small_and_whole():
+    assert GOLDEN.stat().st_size < 300_000
+    with np.load(GOLDEN) as golden:
+        assert {key.split("/")[0] for key in golden} == set(tools.GRID)
+
+
+def test_grid_reaches_every_rope_type_and_far_positions():
+    types = RopeConfig.__pydantic_fields__["type"].annotation.__args__
+    models = [cfg for cfg, _, _ in tools.GRID.values()]
+    assert {cfg.rope.type for cfg in models} == set(types)
+    assert {cfg.rope.type for cfg, _, length in tools.GRID.values() if length > 2048} == set(types)
+    assert any(cfg.head_dim * cfg.num_heads != cfg.dim for cfg in models)
+
+
+# Parameter counts --------------------------------------------------------------------------------
+
+# From the checkpoints as published (sums of the tensors' sizes).
+PUBLISHED = {
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "llama3.1-405b": 405_853_388_800,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_in_the_abstract(name):
+    """Published counts, the formula and the arrays agree; no weight is allocated."""
+    cfg = MODELS[name]
+    how = Execution(jnp.dtype("bfloat16"), remat="full")
+    start = time.monotonic()
+    shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Llama(cfg, how, nnx.Rngs(0)))))
+    sizes = [np.prod(x.shape, dtype=np.int64) for x in jax.tree.leaves(shapes)]
+    assert sum(sizes) == cfg.num_params == PUBLISHED.get(name, cfg.num_params)
+    assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    tokens = jax.ShapeDtypeStruct((1, cfg.context), jnp.int32)
+    logits = jax.eval_shape(lambda p, t: tools.model_of(cfg, how)(p)(t), shapes, tokens)
+    assert logits.shape == (1, cfg.context, cfg.vocab_size)
+    assert logits.dtype == jnp.float32
+    assert time.monotonic() - start < 20
+
+
+# Every setting matters ---------------------------------------------------------------------------
+
+DYNAMIC = {"type": "dynamic", "factor": 2.0}
+YARN = {"type": "yarn", "factor": 4.0, "original_context": 64, "theta": 1e3}
+YARN_MSCALE = YARN | {"mscale": 1.5, "mscale_all_dim": 0.5}
+LLAMA3 = tools.LLAMA3 | {"original_context": 32}
+
+# field -> (model, the same model with this field changed)
+MODEL_CHANGES = {
+    "vocab_size": ({}, {"vocab_size": 41}),
+    "dim": ({}, {"dim": 36}),
+    "num_layers": ({}, {"num_layers": 3}),
+    "num_heads": ({}, {"num_heads": 2}),
+    "num_kv_heads": ({}, {"num_kv_heads": 1}),
+    "head_dim": ({}, {"head_dim": 8}),
+    "ffn_dim": ({}, {"ffn_dim": 44}),
+    "norm_eps": ({}, {"norm_eps": 1e-2}),
+    "rope": ({}, {"rope": {"theta": 100.0}}),
+    "context": ({"rope": DYNAMIC, "context": 30}, {"rope": DYNAMIC, "context": 20}),
+    "tie_embeddings": ({}, {"tie_embeddings": True}),
+}
+ROPE_CHANGES = {
+    "theta": ({}, {"theta": 1e3}),
+    "type": ({"type": "linear", "factor": 2.0}, DYNAMIC),
+    "factor": ({"type": "linear", "factor": 2.0}, {"type": "linear", "factor": 3.0}),
+    "original_context": (LLAMA3, LLAMA3 | {"original_context": 40}),
+    "low_freq_factor": (LLAMA3, LLAMA3 | {"low_freq_factor": 2.0}),
+    "high_freq_factor": (LLAMA3, LLAMA3 | {"high_freq_factor": 8.0}),
+    "beta_fast": (YARN, YARN | {"beta_fast": 8.0}),
+    "beta_slow": (YARN, YARN | {"beta_slow": 0.2}),
+    "attention_factor": (YARN, YARN | {"attention_factor": 1.5}),
+    "mscale": (YARN_MSCALE, YARN_MSCALE | {"mscale": 2.0}),
+    "mscale_all_dim": (YARN_MSCALE, YARN_MSCALE | {"mscale_all_dim": 1.0}),
+    "truncate": (YARN, YARN | {"truncate": False}),
+}
+
+
+@functools.cache
+def _logits(cfg: ModelConfig) -> np.ndarray:
+    tokens = tools.random_tokens(cfg, 1, 40)
+    run = jax.jit(lambda params: tools.model_of(cfg)(params)(tokens))
+    return np.asarray(run(tools.tree_of(tools.random_weights(cfg))))
+
+
+def _differs(one: ModelConfig, other: ModelConfig) -> bool:
+    shapes = [{k: v.shape for k, v in tools.random_weights(c).items()} for c in (one, other)]
+    return shapes[0] != shapes[1] or np.abs(_logits(one) - _logits(other)).max() > 1e-4
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ModelConfig)])
+def test_model_field_matters(field):
+    base, changed = ({"head_dim": 6, "num_layers": 1} | c for c in MODEL_CHANGES[field])
+    assert _differs(tools.small(**base), tools.small(**changed))
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(RopeConfig)])
+def test_rope_field_matters(field):
+    models = [tools.small(rope, num_layers=1, head_dim=16) for rope in ROPE_CHANGES[field]]
+    assert _differs(*models)
+
+
+# One forward pass, run in many ways --------------------------------------------------------------
+
+GQA = tools.small(num_layers=2)
+DECODE_SLOTS = 20
+
+
+@functools.cache
+def _decoder(cfg: ModelConfig, unroll: bool):
+    build = tools.model_of(cfg, dataclasses.replace(tools.F32, unroll=unroll))
+    return jax.jit(lambda params, tokens, cache: build(params)(tokens, cache=cache))
+
+
+def _chunks(text: str) -> list[int]:
+    return [int(n) for n in text.split("+")]
+
+
+@pytest.mark.parametrize("unroll", [False, True], ids=["scan", "unroll"])
+@pytest.mark.parametrize("chunks", ["17", "+".join(["1"] * 17), "8+1+5+3"])
+@pytest.mark.parametrize("case", ["heads", "grouped"])
+def test_decode_equals_prefill(case, chunks, unroll):
+    cfg = tools.GRID[case][0]
+    tokens = tools.random_tokens(cfg, 2, 17)
+    params = tools.tree_of(tools.random_weights(cfg))
+    want = np.asarray(jax.jit(lambda p: tools.model_of(cfg)(p)(tokens))(params))
+    cache = KVCache.empty(cfg, 2, DECODE_SLOTS, jnp.float32)
+    out, at = [], 0
+    for n in _chunks(chunks):
+        logits, cache = _decoder(cfg, unroll)(params, tokens[:, at : at + n], cache)
+        out.append(logits)
+        at += n
+    assert tools.logit_error(np.concatenate(out, axis=1), want) < 1e-6
+    assert cache.lengths_B.tolist() == [17, 17]
+
+
+def test_decode_rows_of_different_lengths():
+    """Prompts padded to one length: what the padding left in the cache is never read."""
+    tokens = tools.random_tokens(GQA, 3, 16)
+    params = tools.tree_of(tools.random_weights(GQA))
+    want = np.asarray(jax.jit(lambda p: tools.model_of(GQA)(p)(tokens))(params))
+    lengths = np.array([3, 9, 5], np.int32)
+    cache = KVCache.empty(GQA, 3, DECODE_SLOTS, jnp.float32)
+    decode = _decoder(GQA, False)
+    _, cache = decode(params, tokens[:, :9], cache)
+    cache = cache._replace(lengths_B=jnp.asarray(lengths))
+    for step in range(6):
+        at = lengths + step
+        logits, cache = decode(params, tokens[np.arange(3), at][:, None], cache)
+        assert tools.logit_error(logits[:, 0], want[np.arange(3), at]) < 1e-6
+
+
+def test_cache_takes_no_positions():
+    build = tools.model_of(GQA)(tools.tree_of(tools.random_weights(GQA)))
+    cache = KVCache.empty(GQA, 1, 4, jnp.float32)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    with pytest.raises(ValueError, match="positions follow from its lengths"):
+        build(tokens, cache=cache, positions_BT=tokens)
+
+
+def test_packed_equals_unpacked():
+    """Documents in one row, told apart by segment ids, give what each gives alone; grads too."""
+    lengths = [7, 1, 12, 4]
+    tokens = tools.random_tokens(GQA, 1, sum(lengths))
+    segments = np.repeat(np.arange(1, 5, dtype=np.int32), lengths)[None]
+    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])[None]
+    d_logits = tools.cotangent(GQA, 1, sum(lengths))
+    params = tools.tree_of(tools.random_weights(GQA))
+    build = tools.model_of(GQA)
+
+    def pulled(run, d):
+        logits, pull = jax.vjp(run, params)
+        return logits, tools.flat_of(pull(d)[0])
+
+    packed = jax.jit(lambda p: build(p)(tokens, segment_ids_BT=segments, positions_BT=positions))
+    logits, grads = pulled(packed, d_logits)
+    sums = dict.fromkeys(grads, 0.0)
+    for at, n in zip(np.cumsum([0, *lengths]), lengths, strict=False):
+        here = slice(at, at + n)
+        alone = jax.jit(lambda p, here=here: build(p)(tokens[:, here]))
+        want, want_grads = pulled(alone, d_logits[:, here])
+        assert tools.logit_error(logits[:, here], np.asarray(want)) < 1e-6
+        sums = {name: sums[name] + want_grads[name] for name in sums}
+    for name, want in sums.items():
+        assert tools.relative_l2(grads[name], want) < 2e-6, name
+
+
+@functools.cache
+def _loss_and_grads(remat: str, unroll: bool, dtype: str = "float32"):
+    how = Execution(jnp.dtype(dtype), remat=remat, unroll=unroll)
+    tokens, d_logits = tools.random_tokens(GQA, 2, 24), tools.cotangent(GQA, 2, 24)
+    build = tools.model_of(GQA, how)
+    loss = lambda p: jnp.vdot(build(p)(tokens), d_logits)
+    value, grads = jax.jit(jax.value_and_grad(loss))(tools.tree_of(tools.random_weights(GQA)))
+    return float(value), tools.flat_of(grads)
+
+
+@pytest.mark.parametrize("unroll", [False, True], ids=["scan", "unroll"])
+@pytest.mark.parametrize("remat", ["none", "matmuls", "full"])
+def test_remat_and_unroll_change_nothing(remat, unroll):
+    want, want_grads = _loss_and_grads("none", False)
+    got, grads = _loss_and_grads(remat, unroll)
+    assert got == pytest.approx(want, rel=1e-5)
+    for name in grads:
+        assert tools.relative_l2(grads[name], want_grads[name]) < 2e-6, name
+
+
+def test_bfloat16_is_near_and_gradients_are_float32():
+    """bfloat16 keeps 8 bits: a product of variance-keeping layers is off by about a percent."""
+    _, want = _loss_and_grads("none", False)
+    _, grads = _loss_and_grads("none", False, "bfloat16")
+    for name in grads:
+        assert grads[name].dtype == jnp.float32
+        assert 1e-4 < tools.relative_l2(grads[name], want[name]) < 3e-2, name
+
+
+# The small pieces against float64 ----------------------------------------------------------------
+
+
+def test_rms_norm_against_float64():
+    rng = np.random.default_rng(0)
+    x, scale = rng.standard_normal((3, 5, 64)) * 30, rng.standard_normal(64)
+    want = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * scale
+    got = rms_norm(jnp.float32(x), jnp.float32(scale), 1e-3)
+    assert tools.relative_l2(got, want) < 2e-7
+    half = rms_norm(jnp.bfloat16(x), jnp.bfloat16(scale), 1e-3)
+    assert half.dtype == jnp.bfloat16
+    assert tools.relative_l2(half, want) < 5e-3
+
+
+def test_rms_norm_of_tiny_values_is_governed_by_eps():
+    x = jnp.full((1, 1, 8), 1e-6, jnp.float32)
+    got = rms_norm(x, jnp.ones(8), 1e-2)
+    assert np.allclose(got, 1e-6 / np.sqrt(1e-12 + 1e-2), rtol=1e-6)
+
+
+def test_rope_against_float64():
+    """Up to position 131,071: what float32 angles allow, position * 2**-24 at the worst."""
+    H, theta = 16, 5e5
+    cfg = tools.small({"theta": theta}, head_dim=H)
+    inv_freq, scale = rope_of(cfg)
+    exact = theta ** (-np.arange(0, H, 2) / H)
+    # Two roundings, of the power and of its inverse: 2**-23.
+    assert np.abs(np.float64(inv_freq) / exact - 1).max() < 2**-23
+    assert scale == 1
+    positions = np.array([[0, 1, 100, 2047, 131071]])
+    x = np.random.default_rng(0).standard_normal((1, 5, 2, H))
+    z = x[..., : H // 2] + 1j * x[..., H // 2 :]
+    z = z * np.exp(1j * positions[0][:, None, None] * exact)
+    want = np.concatenate([z.real, z.imag], axis=-1)
+    got = rotate(jnp.float32(x), jnp.asarray(positions), Rope(inv_freq, scale))
+    bound = 1e-6 + positions[0] * 2.0**-22
+    assert (np.abs(got - want).max(axis=(0, 2, 3)) < 4 * bound).all()
+    assert tools.relative_l2(got[:, :4], want[:, :4]) < 1e-4
+
+
+@pytest.mark.parametrize("length", [10, 64, 65, 200])
+def test_dynamic_rope_follows_the_length(length):
+    """NTK by the current length beyond the original context, plain frequencies within it."""
+    cfg = tools.small({"type": "dynamic", "factor": 2.0}, context=64, head_dim=16)
+    inv_freq, _ = rope_of(cfg, jnp.int32(length - 1))
+    stretch = max(1.0, 2.0 * length / 64 - 1)
+    want = (1e4 * stretch ** (16 / 14)) ** (-np.arange(0, 16, 2) / 16)
+    assert np.abs(np.float64(inv_freq) / want - 1).max() < 2e-6
