@@ -1,0 +1,325 @@
+"""Every preset over eight simulated devices: one device's numbers, and the traffic one expects."""
+
+import ast
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import model_tools as tools
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config import ConfigError, MeshConfig, check_recipe
+from llama_jax.model import Execution, Llama
+from llama_jax.sharding import AXES, PRESETS, check_fits, make_mesh
+
+ROOT = Path(__file__).parents[1]
+CFG = tools.small(vocab_size=64, dim=32, num_heads=8, num_kv_heads=4, head_dim=4, ffn_dim=64)
+TIED = dataclasses.replace(CFG, tie_embeddings=True)
+B, T = 8, 16
+
+MESHES = {
+    "fsdp": [dict(), dict(data=8, fsdp=1), dict(data=2), dict(context=2), dict(data=2, context=4)],
+    "fsdp_tensor": [dict(tensor=2), dict(tensor=4, data=2, fsdp=1), dict(tensor=2, context=2)],
+    "tensor_sequence": [dict(tensor=4), dict(tensor=2, data=2), dict(tensor=2, context=2)],
+}
+CASES = [(preset, mesh) for preset, meshes in MESHES.items() for mesh in meshes]
+REMATS = ["full", "matmuls", "none"]
+
+
+def _name(case):
+    preset, mesh = case
+    return f"{preset}-{','.join(f'{k}{n}' for k, n in mesh.items())}"
+
+
+def _batch(cfg):
+    """Tokens, targets one-hot, and two documents a row at different places."""
+    cut = np.arange(B)[:, None] + 3
+    at = np.arange(T)[None]
+    segments = (at >= cut).astype(np.int32)
+    positions = np.where(segments == 1, at - cut, at).astype(np.int32)
+    targets = np.eye(cfg.vocab_size, dtype=np.float32)[tools.random_tokens(cfg, B, T, seed=1)]
+    return tools.random_tokens(cfg, B, T), targets, segments, positions
+
+
+def _loss(cfg, how):
+    build = tools.model_of(cfg, how)
+
+    def loss(params, tokens, targets, segments, positions):
+        logits = build(params)(tokens, segment_ids_BT=segments, positions_BT=positions)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.mean(total - jnp.sum(logits * targets, axis=-1))
+
+    return loss
+
+
+def _specs(cfg, how, mesh):
+    """Where each weight is stored."""
+    shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Llama(cfg, how, nnx.Rngs(0)))))
+    return jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), shapes)
+
+
+@functools.cache
+def _one_device(cfg):
+    step = jax.jit(jax.value_and_grad(_loss(cfg, tools.F32)))
+    loss, grads = step(tools.tree_of(tools.random_weights(cfg)), *_batch(cfg))
+    return float(loss), {k: np.asarray(v) for k, v in tools.flat_of(grads).items()}
+
+
+@pytest.mark.parametrize(
+    ("case", "remat", "unroll", "cfg"),
+    [
+        # Every mesh; remat, unroll and tied embeddings go round.
+        (case, REMATS[i % 3], i % 4 == 1, TIED if i % 2 else CFG)
+        for i, case in enumerate(CASES)
+    ]
+    + [((p, MESHES[p][-1]), remat, False, CFG) for p in MESHES for remat in REMATS],
+    ids=lambda x: _name(x) if isinstance(x, tuple) else "",
+)
+def test_equals_one_device(case, remat, unroll, cfg):
+    preset, sizes = case
+    how = Execution(jnp.dtype("float32"), PRESETS[preset], remat=remat, unroll=unroll)
+    mesh = make_mesh(MeshConfig(preset=preset, **sizes))
+    want, want_grads = _one_device(cfg)
+    with jax.set_mesh(mesh):
+        specs = _specs(cfg, how, mesh)
+        params = jax.device_put(tools.tree_of(tools.random_weights(cfg)), specs)
+        batch = [jax.device_put(x, P(("data", "fsdp"))) for x in _batch(cfg)]
+        loss, grads = jax.jit(jax.value_and_grad(_loss(cfg, how)))(params, *batch)
+    assert float(loss) == pytest.approx(want, rel=1e-5)
+    placed = tools.flat_of(specs)
+    for name, grad in tools.flat_of(grads).items():
+        assert tools.relative_l2(grad, want_grads[name]) < 1e-5, name
+        assert grad.sharding.is_equivalent_to(placed[name], grad.ndim), name
+
+
+# What moves between devices ----------------------------------------------------------------------
+
+# Widths so that a weight is larger than what one layer's activations or norms are.
+WIDE = tools.small(
+    vocab_size=128, dim=128, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=16, ffn_dim=256
+)
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|"
+    r"ragged-all-to-all|collective-broadcast)(?:-start)?\("
+)
+SIZES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "s64": 8}
+
+
+def traffic(text: str) -> Counter:
+    """Bytes of the whole arrays of each kind of collective, from a compiled program's text.
+
+    On TPU a reduce-scatter is a fusion, `all-reduce-scatter`, with an all-reduce inside. A loop's
+    body counts once, a group of one device not at all.
+    """
+    total: Counter = Counter()
+    computation = ""
+    for line in text.splitlines():
+        if start := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line):
+            computation = start[1]
+        if found := COLLECTIVE.search(line):
+            kind = found[2]
+            group = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+            members = len(group[1].split(",")) if group else 0
+            if members == 1:
+                continue
+            whole = members if kind == "reduce-scatter" else 1
+            if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
+            for dtype, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", found[1]):
+                size = SIZES[dtype] * math.prod(map(int, filter(None, shape.split(","))))
+                total[kind] += whole * size
+    return total
+
+
+@functools.cache
+def _compiled(preset, sizes, devices=None, dtype="float32", cfg=WIDE, remat="full"):
+    how = Execution(jnp.dtype(dtype), PRESETS[preset], remat=remat)
+    mesh = make_mesh(MeshConfig(preset=preset, **dict(sizes)), devices)
+    with jax.set_mesh(mesh):
+        specs = _specs(cfg, how, mesh)
+        weights = tools.tree_of(tools.random_weights(cfg))
+        place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        params = jax.tree.map(place, weights, specs)
+        rows = NamedSharding(mesh, P(("data", "fsdp")))
+        tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=rows)
+
+        def loss(params, tokens):
+            return jnp.sum(jnp.tanh(tools.model_of(cfg, how)(params)(tokens)))
+
+        return jax.jit(jax.value_and_grad(loss)).lower(params, tokens).compile().as_text()
+
+
+def _weight_bytes(cfg, size):
+    """(matrices of a layer, embedding or output matrix, all norms) in bytes."""
+    word = lambda *words: size * sum(math.prod(cfg.shape(w)) for w in words)
+    layer = word("DNH", "DKH", "DKH", "NHD", "DF", "DF", "FD")
+    return layer, word("VD"), 4 * (2 * cfg.num_layers + 1) * cfg.dim
+
+
+def test_fsdp_traffic():
+    """Weights gathered for each pass, gradients summed once, and nothing else.
+
+    XLA for CPU has no reduce-scatter of a sum and a slice: there the sum is an all-reduce.
+    """
+    moved = traffic(_compiled("fsdp", ()))
+    layer, embed, norms = _weight_bytes(WIDE, 4)
+    # A layer's weights forward and again backward; the embedding and the output matrix once.
+    assert moved.pop("all-gather") == 2 * layer + 2 * embed
+    # The embedding's gradient is scattered by name, every other is summed.
+    assert moved.pop("reduce-scatter") == embed
+    assert layer + embed <= moved.pop("all-reduce") <= layer + embed + norms + 64
+    assert not moved
+
+
+def test_data_parallel_traffic():
+    """Whole copies of the model: no gather, one sum of the gradients."""
+    moved = traffic(_compiled("fsdp", (("data", 8), ("fsdp", 1))))
+    layer, embed, norms = _weight_bytes(WIDE, 4)
+    assert layer + 2 * embed <= moved.pop("all-reduce") <= layer + 2 * embed + norms + 64
+    assert not moved
+
+
+@pytest.mark.parametrize("case", CASES, ids=_name)
+def test_no_full_rematerialization(case, capfd):
+    """The partitioner never gives up and copies an array whole to every device."""
+    preset, sizes = case
+    _compiled.__wrapped__(preset, tuple(sizes.items()))
+    assert "full rematerialization" not in capfd.readouterr().err
+
+
+def test_partitioner_does_warn(capfd):
+    """The warning looked for above exists and is seen: an array turned from rows to columns in a
+    program that leaves the partitioner no path."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    pin = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+    f = lambda x: pin(jnp.sin(pin(x, ("a", "b"), None, None)), None, "b", "a")
+    jax.jit(f).lower(jax.ShapeDtypeStruct((8, 8, 8), jnp.float32)).compile()
+    assert "full rematerialization" in capfd.readouterr().err
+
+
+TPU = """
+import sys, jax
+from jax.experimental import topologies
+import test_sharding as t
+devices = tuple(topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x2").devices)
+cfg = t.tools.small(vocab_size=1024, dim=1024, num_layers=3, num_heads=8, num_kv_heads=8,
+                    head_dim=128, ffn_dim=2048)
+for sizes in [(), (("data", 2),)]:
+    print(dict(t.traffic(t._compiled("fsdp", sizes, devices, "bfloat16", cfg))))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_tpu_gradients_are_reduce_scattered():
+    """Compiled for eight TPU v5e: no layer's gradient is summed whole; shards cross `data`."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
+    command = [sys.executable, "-c", TPU]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    fsdp, data_fsdp = map(ast.literal_eval, run.stdout.splitlines()[-2:])
+    layer = 2 * (4 * 1024 * 1024 + 3 * 1024 * 2048)
+    embed, norms = 2 * 1024 * 1024, 4 * 7 * 1024
+    assert layer <= fsdp["reduce-scatter"] <= 1.1 * (layer + 2 * embed)
+    # The embedding's own, one matrix, is a sum and a slice there.
+    assert fsdp.get("all-reduce", 0) <= embed + 2 * norms
+    # Four shards: a quarter of each gradient is summed over the two copies.
+    assert layer <= data_fsdp["reduce-scatter"] <= 1.1 * (layer + 2 * embed)
+    assert data_fsdp["all-reduce"] <= (layer + 2 * embed) / 4 + embed + 2 * norms
+
+
+# Bad meshes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(data=3, fsdp=2), "does not fit 8 devices: the product must be 8"),
+        (dict(data=3), "does not fit 8 devices"),
+        (dict(data=16), "does not fit 8 devices"),
+        (dict(data=0), "sizes are positive"),
+        (dict(tensor=-2), "sizes are positive"),
+        (dict(data=-1), "at most one may be -1"),
+        (dict(tensor=2), 'no use under mesh.preset="fsdp"'),
+    ],
+)
+def test_mesh_errors(sizes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_mesh(MeshConfig(**sizes))
+
+
+def test_mesh_takes_the_devices_that_are_left():
+    mesh = make_mesh(MeshConfig(preset="fsdp_tensor", tensor=2))
+    assert dict(mesh.shape) == dict(data=1, fsdp=4, tensor=2, context=1)
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == dict.fromkeys(AXES, 1)
+
+
+def _recipe(preset="fsdp", mesh=(), batch=8, accumulate=1, seq_len=16, **model):
+    sizes = dict(name="tiny", vocab_size=64, dim=64, num_heads=8, num_kv_heads=4, ffn_dim=64)
+    return check_recipe(
+        {
+            "model": sizes | model,
+            "data": {"sources": {"a": {"path": "x"}}, "seq_len": seq_len},
+            "mesh": {"preset": preset, **dict(mesh)},
+            "train": {"steps": 1, "batch_size": batch, "accumulate": accumulate},
+            "checkpoint": {"dir": "x"},
+        },
+        where="test",
+    )
+
+
+def test_check_fits_accepts_what_runs():
+    for preset, sizes in CASES:
+        recipe = _recipe(preset, sizes)
+        check_fits(recipe, make_mesh(recipe.mesh))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "messages"),
+    [
+        (_recipe(batch=12), ["train.batch_size / train.accumulate=12 is not a multiple of 8"]),
+        (_recipe(batch=8, accumulate=2), ["train.batch_size / train.accumulate=4"]),
+        (_recipe(dim=60), ["model.dim=60 is not a multiple of 8"]),
+        (_recipe(mesh=dict(context=8, fsdp=1), seq_len=12), ["data.seq_len=12", "of 8 (context"]),
+        (
+            _recipe("fsdp_tensor", dict(tensor=8, fsdp=1), ffn_dim=60, vocab_size=63),
+            ["num_kv_heads=4 is not a multiple of 8 (tensor", "ffn_dim=60", "vocab_size=63"],
+        ),
+    ],
+)
+def test_check_fits_names_every_problem(recipe, messages):
+    with pytest.raises(ConfigError) as error:
+        check_fits(recipe, make_mesh(recipe.mesh))
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_mesh_axes_are_named_in_one_file():
+    """`tensor` and `context` in quotes stand in sharding.py alone ("data" has other meanings)."""
+    named = {}
+    for path in [*ROOT.glob("llama_jax/**/*.py"), *ROOT.glob("pallas_kernels/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+                name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+                if name in ("P", "PartitionSpec", "axis_index", "psum", "all_gather"):
+                    words = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+                    if set(words) & set(AXES):
+                        named.setdefault(path.name, []).append(node.lineno)
+    assert set(named) <= {"sharding.py"}, named
