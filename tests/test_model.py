@@ -108,7 +108,7 @@ def test_every_model_in_the_abstract(name):
 # Every setting matters ---------------------------------------------------------------------------
 
 DYNAMIC = {"type": "dynamic", "factor": 2.0}
-YARN = {"type": "yarn", "factor": 4.0, "original_context": 64, "theta": 1e3}
+YARN = {"type": "yarn", "factor": 4.0, "original_context": 2048, "theta": 1e3}
 YARN_MSCALE = YARN | {"mscale": 1.5, "mscale_all_dim": 0.5}
 LLAMA3 = tools.LLAMA3 | {"original_context": 32}
 
