@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SHAPES = ("small", "tiny")
+SHAPES = ("small", "mini")
 B, T = 8, 256
 # glibc gives large buffers back to the kernel and faults them in again each step; kept, both sides
 # are faster.

@@ -197,7 +197,8 @@ MODELS: dict[str, ModelConfig] = {
     "llama3.2-1b":  _model(128256,  2048,  16, 32,  8,  8192, 1e-5, 5e5, 131072, 32.0, tie=True),
     "llama3.2-3b":  _model(128256,  3072,  28, 24,  8,  8192, 1e-5, 5e5, 131072, 32.0, tie=True),
     # Tiny ones: the default recipe, the CPU benchmarks' two shapes, the TinyStories family's.
-    "tiny":         _model(  4096,   256,   4,  4,  4,   704, 1e-5, 1e4, 256),
+    "tiny":         _model(  2048,   192,   4,  3,  3,   512, 1e-5, 1e4, 256),
+    "mini":         _model(  4096,   256,   4,  4,  4,   704, 1e-5, 1e4, 256),
     "small":        _model(  8192,   512,   8,  8,  8,  1376, 1e-5, 1e4, 256),
     "stories260k":  _model(   512,    64,   5,  8,  4,   172, 1e-5, 1e4, 512, tie=True),
     "stories15m":   _model( 32000,   288,   6,  6,  6,   768, 1e-5, 1e4, 256, tie=True),

@@ -15,7 +15,6 @@ import signal
 import sys
 import textwrap
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -81,24 +80,14 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(e, 2)
     except (TrainingError, CheckpointError) as e:
         return _fail(e, 1)
-    except (ValueError, OSError) as e:
-        if not _is_ours(e):
-            raise
-        return _fail(e, 2 if isinstance(e, ValueError) else 1)
+    except OSError as e:
+        return _fail(e, 1)
     return 0
 
 
 def _fail(error: Exception, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
-
-
-def _is_ours(error: Exception) -> bool:
-    """Raised by this package's own check of its input, and not somewhere below: those keep their
-    traceback."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    ours = frames[-1].f_globals.get("__package__") == "llama_jax"
-    return isinstance(error, OSError) or ours
 
 
 def start_distributed() -> None:
@@ -137,8 +126,9 @@ def run(recipe: Recipe) -> None:
     """
     mesh = make_mesh(recipe.mesh)
     check_fits(recipe, mesh)
+    peak = hardware.peak_flops(jax.local_devices()[0])
     with jax.set_mesh(mesh), Stop() as stop:
-        training = Run(recipe, mesh, stop)
+        training = Run(recipe, mesh, stop, peak)
         finished = training.train()
     if finished:
         training.sample()
@@ -167,22 +157,19 @@ class Stop:
 class Run:
     """A run under way: its folder, its data, its state."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, stop: Stop):
+    def __init__(self, recipe: Recipe, mesh: Mesh, stop: Stop, peak: tuple[float, str]):
         self.recipe, self.mesh, self.stop = recipe, mesh, stop
+        self.peak, self.peak_source = peak
         self.platform = mesh.devices.flat[0].platform
         self.how = execution(recipe, self.platform)
         self.folder = Path(recipe.checkpoint.dir)
         first = jax.process_index() == 0
         self.say(f"{report.environment()}")
         self._open_folder(first)
-        if first:
-            prepared = Path(recipe.data.prepared or self.folder / "data")
-            prepare_mixture(recipe.data, recipe.model.vocab_size, prepared)
-        _barrier("prepared")
-        self.mixture = open_mixture(Path(recipe.data.prepared or self.folder / "data"))
-        self.tokenizer = Tokenizer.load(self.mixture.tokenizer)
-        self.feed = Feed(recipe, mesh, self.how.rules.operand("BT"))
-        self.data = TrainData(self.mixture, recipe.data, recipe.train.batch_size, *self.feed.share)
+        try:
+            self._open_data(first)
+        except ValueError as e:
+            raise ConfigError(str(e)) from e
         if first:
             ids = {"bos": self.tokenizer.bos_id, "eos": self.tokenizer.eos_id}
             write_about(
@@ -200,6 +187,18 @@ class Run:
         if jax.process_index() == 0:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+    def _open_data(self, first: bool) -> None:
+        """Prepare what is not prepared, and open it; ValueError says what is wrong with it."""
+        prepared = Path(self.recipe.data.prepared or self.folder / "data")
+        if first:
+            prepare_mixture(self.recipe.data, self.recipe.model.vocab_size, prepared)
+        _barrier("prepared")
+        self.mixture = open_mixture(prepared)
+        self.tokenizer = Tokenizer.load(self.mixture.tokenizer)
+        self.feed = Feed(self.recipe, self.mesh, self.how.rules.operand("BT"))
+        batch_size = self.recipe.train.batch_size
+        self.data = TrainData(self.mixture, self.recipe.data, batch_size, *self.feed.share)
 
     def _open_folder(self, first: bool) -> None:
         saved = self.folder / "recipe.toml"
@@ -226,7 +225,10 @@ class Run:
         abstract = abstract_state(self.recipe, self.how, self.mesh)
         if self.checkpoints.latest() is not None:
             params, optimizer, record = self.checkpoints.restore(*abstract)
-            self.data.restore(record["data"])
+            try:
+                self.data.restore(record["data"])
+            except ValueError as e:
+                raise ConfigError(str(e)) from e
             self.say(f"continuing {self.folder} from step {record['step']}")
             return record["step"], TrainState(params, optimizer)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -283,12 +285,11 @@ class Run:
         model, train = self.recipe.model, self.recipe.train
         devices = jax.devices()
         sizes = " x ".join(f"{a}={n}" for a, n in self.mesh.shape.items())
-        self.peak, source = hardware.peak_flops(jax.local_devices()[0])
         tokens = train.batch_size * self.recipe.data.seq_len
         self.say(
             f"{len(devices)} x {devices[0].device_kind} in {jax.process_count()} process(es), "
-            f"mesh {sizes} "
-            f"({self.recipe.mesh.preset}), peak {self.peak / 1e12:.3g} TFLOP/s each ({source})\n"
+            f"mesh {sizes} ({self.recipe.mesh.preset}), "
+            f"peak {self.peak / 1e12:.3g} TFLOP/s each ({self.peak_source})\n"
             f"model: {model.num_params:,} parameters, {self.how.dtype} compute | {train.steps:,} "
             f"steps of {tokens:,} tokens "
             f"= {train.steps * tokens / 1e6:,.1f}M"

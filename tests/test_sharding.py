@@ -272,7 +272,9 @@ def test_mesh_takes_the_devices_that_are_left():
 
 
 def _recipe(preset="fsdp", mesh=(), batch=8, accumulate=1, seq_len=16, **model):
-    sizes = dict(name="tiny", vocab_size=64, dim=64, num_heads=8, num_kv_heads=4, ffn_dim=64)
+    sizes = dict(
+        name="tiny", vocab_size=64, dim=64, head_dim=64, num_heads=8, num_kv_heads=4, ffn_dim=64
+    )
     return check_recipe(
         {
             "model": sizes | model,

@@ -1,0 +1,210 @@
+"""A run that is killed, stopped, or moved to other devices goes on as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_jax.conversion.orbax_weights import open_array
+
+ROOT = Path(__file__).parents[1]
+STEPS = 24
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a recipe, its text, and its shards made once."""
+    folder = tmp_path_factory.mktemp("runs")
+    rng = random.Random(0)
+    (folder / "text").mkdir()
+    for i in range(60):
+        text = " ".join(rng.choice(WORDS) for _ in range(120))
+        (folder / f"text/{i}.txt").write_text(text)
+    (folder / "recipe.toml").write_text(f"""
+[model]
+vocab_size = 288
+dim = 16
+num_layers = 2
+num_heads = 4
+num_kv_heads = 2
+head_dim = 8
+ffn_dim = 32
+norm_eps = 1e-5
+context = 64
+tie_embeddings = false
+rope = {{ theta = 10000.0 }}
+[data]
+seq_len = 32
+holdout = 0.1
+sources = {{ words = {{ path = "{folder}/text" }} }}
+prepared = "{folder}/data"
+packing = "segments"
+[optim]
+peak_lr = 1e-2
+warmup_steps = 4
+[train]
+steps = {STEPS}
+batch_size = 8
+log_every = 1
+eval_batches = 1
+[checkpoint]
+dir = "{folder}/base"
+every = 2
+""")
+    finish(start(folder, "base"))
+    return folder
+
+
+def start(folder: Path, run: str, *overrides: str, devices: int = 1, **env: str):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, "-m", "llama_jax.train", str(folder / "recipe.toml")]
+    env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | env
+    env["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
+    return subprocess.Popen(
+        [*command, f"checkpoint.dir={folder / run}", *overrides],
+        env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(process, code: int = 0, timeout: float = 180) -> str:
+    out, _ = process.communicate(timeout=timeout)
+    assert process.returncode == code, out
+    return out
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [r for r in map(json.loads, lines) if r["kind"] == "train"]
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+    return {r["step"]: (r["loss"], r["grad_norm"], r["learning_rate"]) for r in records}
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Every parameter and every number of the optimizer, of the last step."""
+    out = {}
+    for item in ("model", "optimizer"):
+        step = folder / "steps" / str(STEPS) / item
+        for path in sorted(p.parent for p in step.rglob("zarr.json")):
+            name = str(path.relative_to(step))
+            out[f"{item}/{name}"] = open_array(step, name).read().result().tobytes()
+    assert len(out) > 30
+    return out
+
+
+def same_run(a: Path, b: Path) -> None:
+    assert losses(a) == losses(b)
+    assert len(losses(a)) == STEPS
+    assert weights(a) == weights(b)
+
+
+def same_losses(a: Path, b: Path) -> None:
+    got, want = ([loss for loss, *_ in losses(x).values()] for x in (a, b))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def until(process, seen, timeout: float = 120) -> None:
+    """Wait for something to be there while the process lives."""
+    end = time.monotonic() + timeout
+    while not seen() and process.poll() is None:
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("moment", ["in a save", "after a save", "at random"])
+def test_killed_runs_end_bit_for_bit_as_one_never_killed(place, moment):
+    run = place / f"killed {moment}"
+    rng = random.Random(moment)
+    kills = 0
+    for _ in range(3):
+        process = start(place, run.name)
+        until(process, lambda: list(run.glob("steps/*")))
+        if moment == "in a save":
+            until(process, lambda: list(run.glob("steps/*tmp*")))
+        elif moment == "after a save":
+            done = lambda: {p.name for p in run.glob("steps/*") if p.name.isdigit()}
+            before = done()
+            until(process, lambda before=before, done=done: done() - before)
+        else:
+            time.sleep(rng.random() * 0.5)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        if (run / f"steps/{STEPS}").exists():
+            break
+    assert kills
+    finish(start(place, run.name))
+    same_run(run, place / "base")
+    assert not list(run.glob("steps/*tmp*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_saves_and_continues(place, number):
+    run = place / f"stopped {number.name}"
+    process = start(place, run.name, "checkpoint.every=1000")
+    until(process, lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 2)
+    process.send_signal(number)
+    out = finish(process)
+    stopped = int(next((run / "steps").iterdir()).name)
+    assert f"stopped by {number.name} after step {stopped}" in out
+    assert 2 < stopped < STEPS
+    finish(start(place, run.name))
+    same_run(run, place / "base")
+
+
+def test_another_mesh_continues_the_same_run(place):
+    """8 devices to 4, FSDP to tensor and sequence: the losses are those of one device to 1e-5."""
+    run = place / "moved"
+    meshes = [
+        (8, ["mesh.preset=fsdp"]),
+        (4, ["mesh.preset=fsdp_tensor", "mesh.tensor=2"]),
+        (8, ["mesh.preset=tensor_sequence", "mesh.tensor=2", "mesh.context=2"]),
+    ]
+    for i, (devices, mesh) in enumerate(meshes):
+        process = start(place, run.name, *mesh, devices=devices)
+        if i < 2:
+            until(process, lambda i=i: (run / f"steps/{8 * (i + 1)}").exists())
+            process.send_signal(signal.SIGTERM)
+        finish(process)
+    same_losses(run, place / "base")
+
+
+def start_two(folder: Path, run: str):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2")
+    return [start(folder, run, devices=2, **env, JAX_PROCESS_ID=str(i)) for i in range(2)]
+
+
+def test_two_processes_train_save_stop_and_resume_together(place):
+    run = place / "two"
+    pair = start_two(place, run.name)
+    until(pair[0], lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 2)
+    pair[1].send_signal(signal.SIGTERM)  # one is told, both stop
+    for process in pair:
+        finish(process)
+    assert max(int(p.name) for p in (run / "steps").iterdir() if p.name.isdigit()) < STEPS
+    for process in start_two(place, run.name):
+        finish(process)
+    same_losses(run, place / "base")
+
+
+def test_a_dead_process_ends_the_other_with_an_error(place):
+    run = place / "dead"
+    pair = start_two(place, run.name)
+    until(pair[0], lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 2)
+    pair[1].kill()
+    began = time.monotonic()
+    pair[0].communicate(timeout=120)
+    assert pair[0].returncode != 0
+    assert time.monotonic() - began < 90
+    pair[1].communicate()
