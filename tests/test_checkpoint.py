@@ -11,6 +11,9 @@ from llama_jax.checkpoint import CheckpointError, Checkpoints, load_weights, rea
 from llama_jax.config import ConfigError
 
 
+FULL = r"saving step 2 .* failed(.|\n)*step 1; make room"
+
+
 def tree(value: float) -> dict:
     return {"a": jnp.full((64, 1024), value), "b": {"c": jnp.arange(5.0) + value}}
 
@@ -18,9 +21,13 @@ def tree(value: float) -> dict:
 def saved(folder, *steps: int, keep: int = 3) -> Checkpoints:
     checkpoints = Checkpoints(folder, keep)
     for step in steps:
-        checkpoints.save(step, tree(step), {"count": jnp.int32(step)}, {"step": step})
-    checkpoints.wait()
+        save(checkpoints, step)
     return checkpoints
+
+
+def save(checkpoints: Checkpoints, step: int) -> None:
+    checkpoints.save(step, tree(step), {"count": jnp.int32(step)}, {"step": step})
+    checkpoints.wait()
 
 
 def restored(checkpoints: Checkpoints):
@@ -57,15 +64,14 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # `a` is 262,144 bytes
     try:
-        with pytest.raises(
-            CheckpointError, match=r"saving step 2 .* failed(.|\n)*step 1; make room"
-        ):
-            checkpoints.save(2, tree(2), {"count": jnp.int32(2)}, {"step": 2})
-            checkpoints.wait()
+        with pytest.raises(CheckpointError, match=FULL):
+            save(checkpoints, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    whole = lambda: [p.name for p in (tmp_path / "steps").iterdir() if p.name.isdigit()]
+    assert whole() == ["1"]
+    again = Checkpoints(tmp_path, 3)  # removes what is left of the step that failed
     assert [p.name for p in (tmp_path / "steps").iterdir()] == ["1"]
-    again = Checkpoints(tmp_path, 3)
     jax.tree.map(np.testing.assert_array_equal, restored(again)[0], tree(1))
     again.close()
 
