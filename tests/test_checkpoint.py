@@ -10,7 +10,6 @@ import pytest
 from llama_jax.checkpoint import CheckpointError, Checkpoints, load_weights, read_about
 from llama_jax.config import ConfigError
 
-
 FULL = r"saving step 2 .* failed(.|\n)*step 1; make room"
 
 
@@ -70,8 +69,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     whole = lambda: [p.name for p in (tmp_path / "steps").iterdir() if p.name.isdigit()]
     assert whole() == ["1"]
-    again = Checkpoints(tmp_path, 3)  # removes what is left of the step that failed
-    assert [p.name for p in (tmp_path / "steps").iterdir()] == ["1"]
+    again = Checkpoints(tmp_path, 3)
+    assert again.latest() == 1
     jax.tree.map(np.testing.assert_array_equal, restored(again)[0], tree(1))
     again.close()
 
