@@ -165,7 +165,7 @@ def test_another_rope_type_keeps_theta_only(load):
         (["train.steps.more=1"], "steps is a setting, not a section"),
         (["model.rope=3"], "[model.rope]"),
         (["train=3"], "train"),
-        (["model.num_kv_heads=2"], "num_heads=4 must be a multiple of num_kv_heads=3"),
+        (["model.num_kv_heads=2"], "num_heads=3 must be a multiple of num_kv_heads=2"),
         (["model.head_dim=63"], "head_dim=63 must be even"),
         (["train.accumulate=3"], "train.batch_size=8 must be a multiple of train.accumulate=3"),
         (["data.seq_len=512"], "data.seq_len=512 is longer than model.context=256"),
