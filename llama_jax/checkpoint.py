@@ -81,10 +81,14 @@ class Checkpoints:
         except Exception as e:
             raise self._failed(e) from e
 
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._manager.is_saving_in_progress()
+
     def poll(self) -> None:
         """Raise :class:`CheckpointError` if the save under way has failed; one that is done gets
         its checksums, in a thread."""
-        if self._saving is None or self._manager.is_saving_in_progress():
+        if self._saving is None or self.saving():
             return
         self._settle()
 
