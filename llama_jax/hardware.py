@@ -1,8 +1,4 @@
-"""What is known of chips: peak rates, and compiler options worth setting.
-
-Peak rates are dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets
-(cloud.google.com/tpu/docs for TPU, NVIDIA's for A100, H100, H200, B200 in the SXM form).
-"""
+"""The rate that a device is measured against, and compiler options worth setting."""
 
 import time
 from typing import Any
@@ -10,19 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-PEAK_TFLOPS = {
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-    "A100": 312.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "B200": 2250.0,
-}
+from pallas_kernels.chips import PEAK_TFLOPS
 
 
 def peak_flops(device: jax.Device) -> tuple[float, str]:
