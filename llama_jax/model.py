@@ -363,6 +363,8 @@ def _attend(how: Execution, q, k, v, where: Where, layer_cache):
 
     def train(q, k, v, positions, kv_positions, segments, kv_segments, rope):
         offset = first_position(q.shape[1])
+        if q.shape[1] == k.shape[1]:
+            kv_segments = None  # the queries' own; some kernels can only do that
         return rotary_attention(
             q, k, v, positions, rope, kv_positions_BS=kv_positions, segment_ids_BT=segments,
             kv_segment_ids_BS=kv_segments, q_offset=offset, implementation=how.attention,

@@ -98,7 +98,9 @@ def gather(w_IO: jax.Array, whole: P) -> jax.Array:
 
 def first_position(T: int) -> jax.Array | int:
     """Where a device's own T positions start in the whole sequence, inside `shard_map`."""
-    return 0 if meshless() else jax.lax.axis_index("context") * T
+    # The number 0 where nothing is split: some kernels can only do that.
+    split = not meshless() and splits("context")
+    return jax.lax.axis_index("context") * T if split else 0
 
 
 # Letters of an activation in the order in which they claim a mesh axis.

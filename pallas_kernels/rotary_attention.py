@@ -207,4 +207,23 @@ def _check(q, k, v, positions, rope) -> None:
         )
 
 
-_IMPLEMENTATIONS = {"xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla)}
+# Pallas is imported where it is used: it takes a second.
+
+
+def _cudnn(*args):
+    from pallas_kernels.rotary_attention_cudnn import cudnn
+
+    return cudnn(*args)
+
+
+def _gpu(*args):
+    from pallas_kernels.rotary_attention_gpu import gpu
+
+    return gpu(*args)
+
+
+_IMPLEMENTATIONS = {
+    "cudnn": (("gpu", "cuda"), _cudnn),
+    "gpu": (("gpu", "cuda"), _gpu),
+    "xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla),
+}

@@ -1,11 +1,14 @@
 """Programs compiled for GPUs that are not there, by XLA's CUDA compiler on a CPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import Rope, rotary_attention
 from pallas_kernels.chips import gpu_topology
 
 needs_compiler = pytest.mark.usefixtures("compiler")
@@ -48,3 +51,61 @@ def test_many_gpus_are_hosts_of_eight():
 def test_unknown_gpu():
     with pytest.raises(ValueError, match="no GPU 'h300'; there are a100, h100, h200"):
         gpu_topology("h300")
+
+
+def _arguments(B, T, N, K, H, dtype=jnp.bfloat16, documents=False):
+    of = jax.ShapeDtypeStruct
+    q, k = of((B, T, N, H), dtype), of((B, T, K, H), dtype)
+    ids = of((B, T), jnp.int32) if documents else None
+    return q, k, k, of((B, T), jnp.int32), of((H // 2,), jnp.float32), ids
+
+
+def _attend(implementation, q, k, v, positions, inv_freq, ids):
+    rope = Rope(inv_freq, 1.0)
+    return rotary_attention(
+        q, k, v, positions, rope, segment_ids_BT=ids, implementation=implementation
+    )
+
+
+def _both_ways(implementation, q, k, v, *rest):
+    attend = lambda q, k, v: _attend(implementation, q, k, v, *rest)
+    out, pull = jax.vjp(attend, q, k, v)
+    return out, pull(out)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("gpu", "H", "documents"),
+    [("h100", 128, True), ("h100", 64, False), ("h200", 128, False), ("h200", 64, True)],
+)
+def test_attention_compiles(gpu, H, documents):
+    """Beside the kernels, memory for little more than turned keys and a number a query and head."""
+    T, N, K = 4096, 32, 8
+    arguments = _arguments(1, T, N, K, H, documents=documents)
+    q_bytes, k_bytes, number = T * N * H * 2, T * K * H * 2, T * N * 4
+    angles = 2 * T * H // 2 * 4
+    forward = compiled_for(gpu, functools.partial(_attend, "gpu"), *arguments)
+    assert "rotary_attention_forward" in forward.as_text()
+    assert forward.memory_analysis().temp_size_in_bytes < k_bytes + number + angles + (1 << 18)
+    both = compiled_for(gpu, functools.partial(_both_ways, "gpu"), *arguments)
+    for kernel in ("d_q", "d_kv"):
+        assert f"rotary_attention_{kernel}" in both.as_text()
+    # Turned queries beside that, and one number more.
+    limit = q_bytes + k_bytes + 2 * (number + angles) + (1 << 18)
+    assert both.memory_analysis().temp_size_in_bytes < limit
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("gpu", "B", "T", "dtype"),
+    [
+        ("h100", 2, 1000, jnp.bfloat16),
+        ("h200", 1, 32768, jnp.bfloat16),
+        ("a100", 1, 2048, jnp.bfloat16),
+        ("h100", 1, 256, jnp.float32),
+    ],
+)
+def test_attention_compiles_at_any_length(gpu, B, T, dtype):
+    compiled_for(
+        gpu, functools.partial(_both_ways, "gpu"), *_arguments(B, T, 4, 2, 128, dtype, True)
+    )
