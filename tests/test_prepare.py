@@ -337,7 +337,11 @@ def test_a_folder_leaves_out_what_is_not_text(tmp_path, model, caplog):
         ("a.jsonl", b'{"text": "\\ud800"}\n', "{path} line 1: the text is not valid Unicode"),
         ("a.jsonl.gz", b"not gzip", "{path} is damaged after line 0"),
         # The bytes are part of the test's name, so no time of day in the header.
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:-9], "is damaged after"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:-9],
+            "{path} is damaged after",
+        ),
         ("a.jsonl.zst", b"not zstd", "{path} is damaged after line 0"),
         ("a.parquet", b"not parquet", "{path} is no parquet file"),
         ("folder", {}, "'{path}' has no text in 0 files"),
