@@ -1,13 +1,11 @@
 """How much a step slows down while a checkpoint is written.
 
-    python benchmarks/async_save.py [--rounds 4]
+    python -m benchmarks.async_save [--rounds 4]
 
-Trains the `small` shape (34M parameters, 0.4 GB of weights and optimizer) on the CPU. A round is
-steps without a save, then
-a save and the steps until it is written. Reported: median step without a save, how long the call
-of `save` blocks, and the
-mean of the steps while it writes.
-Result: benchmarks/results/async_save.json.
+Trains the `small` shape (34M parameters, 0.4 GB of weights and optimizer) on the CPU, with 2,048
+and with 8,192 tokens a step. A round is steps without a save, then a save and the steps until it is
+written. Reported for each: median step without a save, how long the call of `save` blocks, and the
+mean of the steps while it writes. Result: benchmarks/results/async_save.json.
 """
 
 import argparse
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import tqdm
 
 from llama_jax.checkpoint import Checkpoints
 from llama_jax.config import load_recipe
@@ -34,29 +33,62 @@ def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--quiet-steps", type=int, default=5)
+    parser.add_argument("--quiet-steps", type=int, default=3)
     arguments = parser.parse_args()
-    recipe = load_recipe(ROOT / "configs/tiny.toml", ["model.name=small"])
-    jax.set_mesh(make_mesh(recipe.mesh))
+    result = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "tokens a step": {},
+    }
+    for accumulate in (1, 4):
+        rounds = measure(accumulate, arguments.rounds, arguments.quiet_steps)
+        slowdowns = [
+            sum(r["during"]) / (len(r["during"]) * statistics.median(r["quiet"])) - 1
+            for r in rounds
+            if r["during"]
+        ]
+        tokens = 2048 * accumulate
+        print(
+            f"{tokens} tokens a step: {statistics.median(slowdowns):+.1%} while a save is "
+            f"under way ({min(slowdowns):+.1%} to {max(slowdowns):+.1%})"
+        )
+        result["tokens a step"][tokens] = {
+            "slowdown_median": round(statistics.median(slowdowns), 4),
+            "slowdown_range": [round(min(slowdowns), 4), round(max(slowdowns), 4)],
+            "rounds": rounds,
+        }
+    (ROOT / "benchmarks/results/async_save.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(accumulate: int, count: int, quiet_steps: int) -> list[dict]:
+    """Seconds of ``count`` rounds: steps before, the call of save, steps while it writes."""
+    settings = [
+        "model.name=small",
+        f"train.accumulate={accumulate}",
+        f"train.batch_size={8 * accumulate}",
+    ]
+    recipe = load_recipe(ROOT / "configs/tiny.toml", settings)
     how = execution(recipe, "cpu")
-    state = jax.jit(lambda: init_state(recipe, how))()
-    step = jax.jit(make_train_step(recipe, how), donate_argnums=0)
-    ids = np.random.default_rng(0).integers(0, 8192, (1, 8, 257), np.int32)
-    batch = {"inputs_BT": ids[..., :-1], "targets_BT": ids[..., 1:], "stop": np.zeros(1, np.int32)}
+    with jax.set_mesh(make_mesh(recipe.mesh)), tempfile.TemporaryDirectory() as folder:
+        state = jax.jit(lambda: init_state(recipe, how))()
+        step = jax.jit(make_train_step(recipe, how), donate_argnums=0)
+        ids = np.random.default_rng(0).integers(0, 8192, (accumulate, 8, 257), np.int32)
+        stop = np.zeros(1, np.int32)
+        batch = {"inputs_BT": ids[..., :-1], "targets_BT": ids[..., 1:], "stop": stop}
 
-    def train() -> float:
-        nonlocal state
-        start = time.perf_counter()
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-        return time.perf_counter() - start
+        def train() -> float:
+            nonlocal state
+            start = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            return time.perf_counter() - start
 
-    train(), train()
-    rounds = []
-    with tempfile.TemporaryDirectory() as folder:
+        train(), train()
+        rounds = []
         checkpoints = Checkpoints(folder, 1)
-        for number in range(arguments.rounds):
-            quiet = [train() for _ in range(arguments.quiet_steps)]
+        for number in tqdm.trange(count, desc=f"accumulate {accumulate}"):
+            quiet = [train() for _ in range(quiet_steps)]
             start = time.perf_counter()
             checkpoints.save(number, *state, {"step": number})
             blocked = time.perf_counter() - start
@@ -65,28 +97,8 @@ def main() -> None:
                 during.append(train())
             checkpoints.wait()
             rounds.append({"quiet": quiet, "blocked": blocked, "during": during})
-            print(
-                f"round {number}: step {statistics.median(quiet):.2f} s; save returns after "
-                f"{blocked:.2f} s; steps while it writes: {', '.join(f'{x:.2f}' for x in during)} "
-                "s",
-                flush=True,
-            )
         checkpoints.close()
-    result = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "rounds": rounds,
-    }
-    slowdowns = [
-        sum(r["during"]) / (len(r["during"]) * statistics.median(r["quiet"])) - 1
-        for r in rounds
-        if r["during"]
-    ]
-    if slowdowns:
-        print(f"steps while a save is under way: {statistics.median(slowdowns):+.1%} "
-              f"({min(slowdowns):+.1%} to {max(slowdowns):+.1%})")  # fmt: skip
-    (ROOT / "benchmarks/results/async_save.json").write_text(json.dumps(result, indent=1) + "\n")
+    return rounds
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 A step is a chain of matrix products that keeps every core busy for about the time asked for;
 before each the loop takes a batch, and the time that takes is the wait. The embedded sources.
 
-    python benchmarks/data_wait.py      writes benchmarks/results/data_wait.json
+    python -m benchmarks.data_wait      writes benchmarks/results/data_wait.json
 """
 
 import tempfile

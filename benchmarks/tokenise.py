@@ -5,7 +5,7 @@ write, sync) against encoding the same texts, held in memory, one after the othe
 ratio = speed of prepare / (cores x speed of SentencePiece). Both in one run, in turns. On a
 machine that others use as well the ratio is lower; the ratio of CPU times shows by how much.
 
-    python benchmarks/tokenise.py      writes benchmarks/results/tokenise.json
+    python -m benchmarks.tokenise      writes benchmarks/results/tokenise.json
 """
 
 import datetime

@@ -1,6 +1,6 @@
 """A training step on the CPU against Hugging Face + torch, float32, in one run.
 
-    pip install -e '.[check]' && python benchmarks/train_step.py [--rounds 5]
+    pip install -e '.[check]' && python -m benchmarks.train_step [--rounds 5]
 
 Both train the same LLaMA (AdamW, clip 1.0, batch 8 x 256) in a process of their own with the same
 allocator settings,
