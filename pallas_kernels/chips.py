@@ -68,6 +68,24 @@ device_description_str: "{name}"
 """
 
 
+# TPU topologies of one host, as their compiler names them.
+_TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+
+def topology(name: str) -> list[jax.Device]:
+    """Devices of one host of a chip by its short name (v5e, v5p, v6e, a100, h100, h200).
+
+    Raises:
+      ValueError: no such chip.
+      RuntimeError: its compiler is not installed: libtpu, or jax's CUDA plugin.
+    """
+    if name not in _TPUS:
+        if name not in _GPUS:
+            raise ValueError(f"no chip {name!r}; there are {', '.join([*_TPUS, *_GPUS])}")
+        return gpu_topology(name)
+    return topologies.get_topology_desc(platform="tpu", topology_name=_TPUS[name]).devices
+
+
 def gpu_topology(name: str, count: int = 1) -> list[jax.Device]:
     """Devices of a machine with GPUs that need not exist: to build a mesh of, and to compile for.
 

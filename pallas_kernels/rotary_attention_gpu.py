@@ -74,7 +74,7 @@ def blocks(H: int, dtype, T: int, S: int) -> tuple[Blocks, Blocks, Blocks]:
     Computed, not measured. A program of 8 warps has 255 registers a thread, and they decide: the
     forward pass holds an output of bq * H and scores of bq * bk in float32, the queries' gradient
     the same and a second array of scores, the keys' gradient two outputs of bk * H each. NVIDIA's
-    assembler for sm_90a says, for H 128 in bfloat16, with documents: 207, 213 and 255 registers,
+    assembler for sm_90a says, for H 128 in bfloat16, with documents: 207, 196 and 255 registers,
     of which the last spills 47 (none at bq 32, but so narrow a product reads shared memory for
     longer than it computes). Queries by 128 and not by 64: at 64 the keys would be read from L2
     faster than an H100 can. Float32 is computed without tensor cores. A block is no longer than its
