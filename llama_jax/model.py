@@ -68,12 +68,12 @@ class Attention(nnx.Module):
         self.o = w("NHD", init_std / math.sqrt(2 * cfg.num_layers))
         self.how = how
 
-    def __call__(self, x_BTD, where: "Where", layer_cache=None):
+    def __call__(self, x_BTD, where: "Where", cache=None, layer=None):
         q_BTNH = _project(self.how, x_BTD, self.q, "DNH", "BTNH")
         k_BTKH = _project(self.how, x_BTD, self.k, "DKH", "BTKH")
         v_BTKH = _project(self.how, x_BTD, self.v, "DKH", "BTKH")
-        out_BTNH, layer_cache = _attend(self.how, q_BTNH, k_BTKH, v_BTKH, where, layer_cache)
-        return _project(self.how, out_BTNH, self.o, "NHD", "BTD"), layer_cache
+        out_BTNH, cache = _attend(self.how, q_BTNH, k_BTKH, v_BTKH, where, cache, layer)
+        return _project(self.how, out_BTNH, self.o, "NHD", "BTD"), cache
 
 
 class MLP(nnx.Module):
@@ -102,13 +102,13 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg, how, init_std, rngs)
         self.eps = cfg.norm_eps
 
-    def __call__(self, x_BTD, where: "Where", layer_cache=None):
+    def __call__(self, x_BTD, where: "Where", cache=None, layer=None):
         whole = self.attention.how.rules.operand("BTD")
         normed_BTD = reshard(rms_norm(x_BTD, self.attention_norm[...], self.eps), whole)
-        out_BTD, layer_cache = self.attention(normed_BTD, where, layer_cache)
+        out_BTD, cache = self.attention(normed_BTD, where, cache, layer)
         x_BTD = x_BTD + out_BTD
         normed_BTD = reshard(rms_norm(x_BTD, self.mlp_norm[...], self.eps), whole)
-        return x_BTD + self.mlp(normed_BTD), layer_cache
+        return x_BTD + self.mlp(normed_BTD), cache
 
 
 class Where(NamedTuple):
@@ -117,7 +117,6 @@ class Where(NamedTuple):
     rope: Rope
     positions_BT: jax.Array | None
     segment_ids_BT: jax.Array | None
-    lengths_B: jax.Array | None
 
 
 class Llama(nnx.Module):
@@ -146,7 +145,13 @@ class Llama(nnx.Module):
         return self.logits(hidden)
 
     def hidden(
-        self, tokens_BT, *, positions_BT=None, segment_ids_BT=None, cache: KVCache | None = None
+        self,
+        tokens_BT,
+        *,
+        positions_BT=None,
+        segment_ids_BT=None,
+        cache: KVCache | None = None,
+        counts_B=None,
     ):
         """Normed output of the last layer, [B, T, D] in the compute dtype.
 
@@ -155,23 +160,32 @@ class Llama(nnx.Module):
           positions_BT: int32 rotary positions; default: 0 to T - 1, or from the cache's lengths on.
           segment_ids_BT: int32; attention stays inside runs of one id.
           cache: keys and values of earlier positions. The new ones are appended, and (hidden,
-            cache) is returned; ``positions_BT`` and ``segment_ids_BT`` do not go with it.
+            cache) is returned; ``positions_BT`` and ``segment_ids_BT`` do not go with it. The
+            caller keeps ``lengths_B + T`` within the cache's slots. Donated, or carried through a
+            loop, it is changed in place.
+          counts_B: int32, 0 to T, with a cache: how many tokens of each row are real, from the
+            first on; the row's length grows by that many. The rest is padding, whose hidden states
+            mean nothing. Default: all T.
         """
         if cache is not None and (positions_BT is not None or segment_ids_BT is not None):
             raise ValueError(
                 "with a cache, positions follow from its lengths: "
                 "give no positions_BT or segment_ids_BT"
             )
+        if cache is None and counts_B is not None:
+            raise ValueError("counts_B says how a cache grows: give a cache")
         B, T = tokens_BT.shape
         if positions_BT is None:
             start = 0 if cache is None else cache.lengths_B[:, None]
             positions_BT = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (B, T))
         positions_BT = reshard(positions_BT, self.how.rules.operand("BT"))
         last = jnp.max(positions_BT) if self.cfg.rope.type == "dynamic" else None
-        lengths_B = None if cache is None else cache.lengths_B
-        where = Where(rope_of(self.cfg, last), positions_BT, segment_ids_BT, lengths_B)
+        where = Where(rope_of(self.cfg, last), positions_BT, segment_ids_BT)
         x_BTD = _embed(self.how, self.embed[...], tokens_BT)
         x_BTD, cache = self._layers(x_BTD, where, cache)
+        if cache is not None:
+            grown_B = cache.lengths_B + (T if counts_B is None else counts_B)
+            cache = cache._replace(lengths_B=grown_B)
         x_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
         x_BTD = reshard(x_BTD, self.how.rules.operand("BTD"))
         return x_BTD if cache is None else (x_BTD, cache)
@@ -185,16 +199,8 @@ class Llama(nnx.Module):
     def _layers(self, x_BTD, where: Where, cache: KVCache | None):
         def body(carry, block_and_index):
             x, cache = carry
-            block, i = block_and_index
-            layer_cache = None if cache is None else (cache.k_LBKSH[i], cache.v_LBKSH[i])
-            x, layer_cache = block(x, where, layer_cache)
-            if cache is not None:
-                k, v = (
-                    jax.lax.dynamic_update_index_in_dim(whole, layer, i, 0)
-                    for whole, layer in zip(cache[:2], layer_cache, strict=True)
-                )
-                cache = cache._replace(k_LBKSH=k, v_LBKSH=v)
-            return (x, cache), None
+            block, layer = block_and_index
+            return block(x, where, cache, layer), None
 
         body = _remat(body, self.how.remat)
         L = self.cfg.num_layers
@@ -204,10 +210,7 @@ class Llama(nnx.Module):
                 carry, _ = body(carry, (block, i))
         else:
             carry, _ = jax.lax.scan(body, (x_BTD, cache), (self.blocks, jnp.arange(L)))
-        x_BTD, cache = carry
-        if cache is not None:
-            cache = cache._replace(lengths_B=cache.lengths_B + x_BTD.shape[1])
-        return x_BTD, cache
+        return carry
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -355,7 +358,7 @@ def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=N
     return checkpoint_name(reshard(y, out), "matmul")
 
 
-def _attend(how: Execution, q, k, v, where: Where, layer_cache):
+def _attend(how: Execution, q, k, v, where: Where, cache: KVCache | None, layer):
     """The kernel on each device's own heads and queries.
 
     Keys of a sequence split over ``context`` are gathered.
@@ -372,13 +375,13 @@ def _attend(how: Execution, q, k, v, where: Where, layer_cache):
 
     act = how.rules.act
     positions, segments = where.positions_BT, where.segment_ids_BT
-    if layer_cache is not None:
-        heads, cache = act("BTNH"), act("BKSH")
-        args = (q, k, v, *layer_cache, where.lengths_B, where.rope)
-        specs = (heads, act("BTKH"), act("BTKH"), cache, cache, act("B"), P())
-        out_specs = (heads, cache, cache)
-        out, *layer_cache = _on_each_device(rotary_decode_attention, args, specs, out_specs)
-        return out, layer_cache
+    if cache is not None:
+        heads, stack = act("BTNH"), act("LBKSH")
+        args = (q, k, v, cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, where.rope)
+        specs = (heads, act("BTKH"), act("BTKH"), stack, stack, P(), act("B"), P())
+        out_specs = (heads, stack, stack)
+        out, *stacks = _on_each_device(rotary_decode_attention, args, specs, out_specs)
+        return out, cache._replace(k_LBKSH=stacks[0], v_LBKSH=stacks[1])
     args = (q, k, v, positions, positions, segments, segments, where.rope)
     BT, BS = how.rules.operand("BT"), act("BS")
     in_specs = (act("BTNH"), act("BSKH"), act("BSKH"), BT, BS, BT, BS, P())

@@ -1,78 +1,113 @@
 """Attention of a few new positions over a key/value cache; rotary embedding and append inside.
 
-Letters: B batch, T new positions (1 to a few, or a chunk of a prompt), S slots of the cache, N
-query heads, K key/value heads, H head dimension. The cache holds rotated keys as [B, K, S, H]: a
-head's keys lie together, as they are read.
+Letters: L layers, B batch, T new positions (1 to a few, or a chunk of a prompt), S slots of the
+cache, N query heads, K key/value heads, H head dimension. The cache holds the rotated keys of all
+layers as [L, B, K, S, H]: a head's keys lie together, as they are read. It goes in and out whole,
+so that a layer's call changes it in place and nothing of it is copied.
 """
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import dispatch
-from pallas_kernels.rotary_attention import Rope, _check, masked_attention, rotate
+from pallas_kernels.rotary_attention import Rope, _check, rotate
 
 
 def rotary_decode_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    cache_k_BKSH: jax.Array,
-    cache_v_BKSH: jax.Array,
+    cache_k_LBKSH: jax.Array,
+    cache_v_LBKSH: jax.Array,
+    layer: jax.Array | int,
     lengths_B: jax.Array,
     rope: Rope,
     *,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Append T new keys and values to the cache at each row's length, and attend over what is live.
+    """Append T new keys and values to one layer's cache at each row's length; attend over the live.
 
     New position t of row b has index and rotary position ``lengths_B[b] + t``, and sees indices 0
-    to its own. The caller keeps ``lengths_B + T <= S``; slots beyond a row's live part are never
-    read.
+    to its own. The caller keeps ``lengths_B + T <= S``. Slots beyond a row's new positions may hold
+    anything: they change no output. A row with fewer than T real new positions has them first; what
+    follows them is written beyond its length, dead until it is overwritten.
 
     Args:
       q_BTNH, k_BTKH, v_BTKH: new queries, keys and values before rotation, one floating dtype.
-      cache_k_BKSH, cache_v_BKSH: rotated keys, and values; positions 0 to lengths_B - 1 are live.
+      cache_k_LBKSH, cache_v_LBKSH: rotated keys, and values; of each row, positions 0 to
+        lengths_B - 1 are live. Donate them, or carry them through a loop, to have them changed in
+        place.
+      layer: int32 scalar, which layer of the cache.
       lengths_B: int32, live positions of each row before this call.
       rope, scale, implementation: as in :func:`rotary_attention`.
 
     Returns:
-      out_BTNH in q's dtype, and the two caches with the new positions in place.
+      out_BTNH in q's dtype, and the two caches with the new positions in place. Scores, softmax and
+      sums are float32.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
+      NotImplementedError: the implementation named cannot do this.
     """
+    B, T, K, H = k_BTKH.shape
+    if lengths_B.shape != (B,) or not jnp.issubdtype(lengths_B.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths must be integers [B] = ({B},); got {lengths_B.dtype} {lengths_B.shape}"
+        )
     positions_BT = lengths_B[:, None] + jnp.arange(q_BTNH.shape[1], dtype=lengths_B.dtype)
     _check(q_BTNH, k_BTKH, v_BTKH, positions_BT, rope)
-    B, T, K, H = k_BTKH.shape
-    shape = cache_k_BKSH.shape
-    if shape != cache_v_BKSH.shape or shape[:2] + shape[3:] != (B, K, H):
-        raise ValueError(f"caches must be [{B}, {K}, S, {H}]; got {shape}, {cache_v_BKSH.shape}")
-    if shape[2] < T:
-        raise ValueError(f"{T} new positions do not fit a cache of {shape[2]}")
+    shape = cache_k_LBKSH.shape
+    if shape != cache_v_LBKSH.shape or len(shape) != 5 or shape[1:3] + shape[4:] != (B, K, H):
+        raise ValueError(
+            f"caches must be [L, {B}, {K}, S, {H}]; got {shape}, {cache_v_LBKSH.shape}"
+        )
+    if cache_k_LBKSH.dtype != cache_v_LBKSH.dtype:
+        raise ValueError(
+            f"caches must share one dtype; got {cache_k_LBKSH.dtype}, {cache_v_LBKSH.dtype}"
+        )
+    if shape[3] < T:
+        raise ValueError(f"{T} new positions do not fit a cache of {shape[3]}")
     return dispatch.call(
         "rotary_decode_attention", _IMPLEMENTATIONS, implementation,
-        q_BTNH, k_BTKH, v_BTKH, cache_k_BKSH, cache_v_BKSH, lengths_B, positions_BT, rope,
+        q_BTNH, k_BTKH, v_BTKH, cache_k_LBKSH, cache_v_LBKSH,
+        jnp.asarray(layer, jnp.int32), lengths_B, rope,
         scale if scale is not None else H**-0.5,
     )  # fmt: skip
 
 
-def _xla(q, k, v, cache_k, cache_v, lengths, positions, rope, scale):
+def _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
+    """The reference: reads all of the layer's slots."""
+    B, T, N, H = q.shape
+    positions = lengths[:, None] + jnp.arange(T, dtype=lengths.dtype)
     q, k = rotate(q, positions, rope), rotate(k, positions, rope)
-    cache_k, cache_v = _append(cache_k, k, lengths), _append(cache_v, v, lengths)
-    slots = jnp.arange(cache_k.shape[2])
-    mask_BTS = slots <= positions[:, :, None]
+    cache_k, cache_v = (
+        _append(cache, new, layer, lengths) for cache, new in ((cache_k, k), (cache_v, v))
+    )
+    keys, values = (lax.dynamic_index_in_dim(c, layer, 0, False) for c in (cache_k, cache_v))
+    K, S = keys.shape[1:3]
+    slots = jnp.arange(S)
     # Dead slots may hold anything, NaN too: a weight of zero would not silence a NaN value.
-    live = (slots < lengths[:, None] + q.shape[1])[:, None, :, None]
-    values = jnp.where(live, cache_v, 0).astype(q.dtype)
-    keys, values = (x.astype(q.dtype).transpose(0, 2, 1, 3) for x in (cache_k, values))
-    return masked_attention(q, keys, values, mask_BTS, scale), cache_k, cache_v
+    live_BS = slots < lengths[:, None] + T
+    values = jnp.where(live_BS[:, None, :, None], values, 0).astype(q.dtype)
+    seen_BTS = slots <= positions[:, :, None]
+    q_BKGTH = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    dot = lambda equation, a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    scores = dot("BKGTH,BKSH->BKGTS", q_BKGTH, keys.astype(q.dtype)) * scale
+    scores = jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    out = dot("BKGTS,BKSH->BKGTH", weights.astype(q.dtype), values)
+    out = out / jnp.sum(weights, axis=-1, keepdims=True)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype), cache_k, cache_v
 
 
-def _append(cache_BKSH: jax.Array, new_BTKH: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    row = lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
-    new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(cache_BKSH.dtype)
-    return jax.vmap(row)(cache_BKSH, new_BKTH, lengths_B)
+def _append(cache_LBKSH, new_BTKH, layer, lengths_B):
+    new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(cache_LBKSH.dtype)
+    row = lambda cache_LKSH, new_KTH, start: lax.dynamic_update_slice(
+        cache_LKSH, new_KTH[None], (layer, 0, start, 0)
+    )
+    return jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(cache_LBKSH, new_BKTH, lengths_B)
 
 
 _IMPLEMENTATIONS = {"xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla)}

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Rope, dispatch, rotary_attention, rotary_decode_attention
+from pallas_kernels import Rope, dispatch, rotary_attention
 
 # The function of this name hides the module in the package.
 attention_module = importlib.import_module("pallas_kernels.rotary_attention")
-decode_module = importlib.import_module("pallas_kernels.rotary_decode_attention")
 
 TOLERANCE = {"float32": 5e-6, "bfloat16": 1e-2}
 PLATFORM = jax.default_backend()
@@ -27,7 +26,6 @@ def _here(module):
 
 
 implementations = pytest.mark.parametrize("implementation", _here(attention_module))
-decoders = pytest.mark.parametrize("implementation", _here(decode_module))
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
@@ -216,87 +214,6 @@ def test_default_positions_and_segments_are_the_queries(implementation):
     assert (np.asarray(explicit) == np.asarray(short)).all()
 
 
-# Decoding ----------------------------------------------------------------------------------------
-
-# (B, T, S, N, K, H), live positions of each row
-DECODE = {
-    "one": ((3, 1, 24, 4, 2, 8), [0, 7, 23]),
-    "few": ((2, 4, 24, 6, 2, 16), [20, 3]),
-    "prefill": ((2, 16, 16, 4, 4, 8), [0, 0]),
-    "one_kv_head": ((2, 3, 130, 5, 1, 10), [127, 64]),
-}
-
-
-def _decode_arguments(case, dtype, dead=0.0):
-    (B, T, S, N, K, H), lengths = DECODE[case]
-    rng = np.random.default_rng(list(case.encode()))
-    q, k, v = (normal(rng, (B, T, n, H), dtype) for n in (N, K, K))
-    cache_k, cache_v = (normal(rng, (B, K, S, H), dtype) for _ in range(2))
-    lengths = np.array(lengths, np.int32)
-    gone = (np.arange(S) >= lengths[:, None])[:, None, :, None]
-    fill = np.asarray(dead, cache_k.dtype)
-    return q, k, v, np.where(gone, fill, cache_k), np.where(gone, fill, cache_v), lengths
-
-
-def _decode64(q, k, v, cache_k, cache_v, lengths, rope):
-    B, T = q.shape[:2]
-    positions = lengths[:, None] + np.arange(T)
-    turn = functools.partial(rotate64, inv_freq=np.float64(rope.inv_freq_H2), scale=rope.scale)
-    q, k = turn(q, positions), turn(k, positions)
-    out, caches = [], (cache_k.copy(), cache_v.copy())
-    for b in range(B):
-        live = slice(lengths[b], lengths[b] + T)
-        caches[0][b, :, live], caches[1][b, :, live] = k[b].swapaxes(0, 1), v[b].swapaxes(0, 1)
-        keys, values = (c[b : b + 1, :, : live.stop].swapaxes(1, 2) for c in caches)
-        mask = np.arange(live.stop) <= positions[b][None, :, None]
-        one = q[b : b + 1]
-        out.append(attention64(one, keys, values, one, mask, q.shape[3] ** -0.5)[0])
-    return np.concatenate(out), *caches
-
-
-@decoders
-@dtypes
-@pytest.mark.parametrize("case", DECODE)
-def test_decode(case, dtype, implementation):
-    arguments = _decode_arguments(case, dtype)
-    H = arguments[0].shape[3]
-    want = _decode64(*map(np.float64, arguments[:5]), arguments[5], rope_for(H))
-    run = jax.jit(functools.partial(rotary_decode_attention, implementation=implementation))
-    got = run(*arguments, rope_for(H))
-    for x, exact, like in zip(got, want, (arguments[0], *arguments[3:5]), strict=True):
-        assert x.dtype == like.dtype
-        assert relative_l2(x, exact) < TOLERANCE[dtype]
-
-
-@decoders
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
-@pytest.mark.parametrize("case", DECODE)
-def test_dead_slots_never_leak(case, poison, implementation):
-    clean, poisoned = (_decode_arguments(case, "float32", dead) for dead in (0.0, poison))
-    rope = rope_for(clean[0].shape[3])
-    run = jax.jit(functools.partial(rotary_decode_attention, implementation=implementation))
-    assert (np.asarray(run(*clean, rope)[0]) == np.asarray(run(*poisoned, rope)[0])).all()
-
-
-@decoders
-@pytest.mark.parametrize("chunks", [[20], [1] * 20, [11, 1, 1, 7]])
-def test_decode_after_prefill_equals_attention(chunks, implementation):
-    B, S, N, K, H = 2, 20, 4, 2, 8
-    rng = np.random.default_rng(0)
-    q, k, v = (normal(rng, (B, S, n, H), "float32") for n in (N, K, K))
-    positions = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
-    want = rotary_attention(q, k, v, positions, rope_for(H))
-    run = jax.jit(functools.partial(rotary_decode_attention, implementation=implementation))
-    cache = [jnp.full((B, K, S + 4, H), jnp.nan)] * 2
-    out, at = [], 0
-    for n in chunks:
-        new = (x[:, at : at + n] for x in (q, k, v))
-        piece, *cache = run(*new, *cache, jnp.full(B, at, jnp.int32), rope_for(H))
-        out.append(piece)
-        at += n
-    assert relative_l2(np.concatenate(out, axis=1), np.float64(want)) < 1e-6
-
-
 # The front door ----------------------------------------------------------------------------------
 
 
@@ -327,27 +244,6 @@ def test_attention_refuses(changes, message):
     implementation = arguments.pop("implementation")
     with pytest.raises(ValueError, match=message):
         rotary_attention(*arguments.values(), implementation=implementation)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(cache_k=_zeros(2, 2, 9, 6)), r"caches must be \[2, 2, S, 8\]"),
-        (dict(cache_v=_zeros(2, 2, 8, 8)), r"caches must be \[2, 2, S, 8\]"),
-        (dict(cache_k=_zeros(2, 2, 3, 8), cache_v=_zeros(2, 2, 3, 8)), "4 new positions do not"),
-        (dict(q=_zeros(2, 4, 3, 8)), "not a multiple"),
-        (dict(implementation="nonsense"), "no implementation 'nonsense'"),
-    ],
-)
-def test_decode_refuses(changes, message):
-    arguments = dict(
-        q=_zeros(2, 4, 4, 8), k=_zeros(2, 4, 2, 8), v=_zeros(2, 4, 2, 8),
-        cache_k=_zeros(2, 2, 9, 8), cache_v=_zeros(2, 2, 9, 8),
-        lengths=jnp.zeros(2, jnp.int32), rope=rope_for(8), implementation=None,
-    ) | changes  # fmt: skip
-    implementation = arguments.pop("implementation")
-    with pytest.raises(ValueError, match=message):
-        rotary_decode_attention(*arguments.values(), implementation=implementation)
 
 
 def _cannot(*args):

@@ -208,8 +208,19 @@ def test_decode_rows_of_different_lengths():
     lengths = np.array([3, 9, 5], np.int32)
     cache = KVCache.empty(GQA, 3, DECODE_SLOTS, jnp.float32)
     decode = _decoder(GQA, False)
-    _, cache = decode(params, tokens[:, :9], cache)
-    cache = cache._replace(lengths_B=jnp.asarray(lengths))
+    prefill = jax.jit(
+        lambda params, tokens, cache, counts: tools.model_of(GQA)(params)(
+            tokens, cache=cache, counts_B=counts
+        )
+    )
+    # In two chunks of 5: a row that is through has no real token in the second.
+    for at in (0, 5):
+        counts = jnp.clip(lengths - at, 0, 5)
+        logits, cache = prefill(params, tokens[:, at : at + 5], cache, counts)
+        for b, n in enumerate(counts.tolist()):
+            if n:
+                assert tools.logit_error(logits[b, :n], want[b, at : at + n]) < 1e-6
+    assert cache.lengths_B.tolist() == lengths.tolist()
     for step in range(6):
         at = lengths + step
         logits, cache = decode(params, tokens[np.arange(3), at][:, None], cache)
@@ -222,6 +233,8 @@ def test_cache_takes_no_positions():
     tokens = jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(ValueError, match="positions follow from its lengths"):
         build(tokens, cache=cache, positions_BT=tokens)
+    with pytest.raises(ValueError, match="counts_B says how a cache grows: give a cache"):
+        build(tokens, counts_B=jnp.ones(1, jnp.int32))
 
 
 def test_packed_equals_unpacked():

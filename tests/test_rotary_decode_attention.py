@@ -1,0 +1,194 @@
+"""One suite over every implementation of attention over a cache, against numpy in float64.
+
+`xla` runs everywhere; a kernel named on a CPU runs in Pallas' interpreter.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
+
+TOLERANCE = {"float32": 5e-6, "bfloat16": 1e-2}
+IMPLEMENTATIONS = ["xla"]
+L = 3  # layers of every cache here; one of them is changed
+
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+# The reference -----------------------------------------------------------------------------------
+
+
+def rope_for(H, theta=1e4, scale=1.0):
+    """Plain frequencies."""
+    return Rope(np.float32(theta ** (-np.arange(0, H, 2) / H)), scale)
+
+
+def rotate64(x_TNH, positions_T, rope):
+    """Pairs (i, i + H/2) as complex numbers."""
+    half = x_TNH.shape[-1] // 2
+    z = x_TNH[..., :half] + 1j * x_TNH[..., half:]
+    z = z * np.exp(1j * positions_T[:, None, None] * np.float64(rope.inv_freq_H2)) * rope.scale
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def decode64(q, k, v, cache_k, cache_v, layer, lengths, rope):
+    """One row, head and query at a time, over a copy of the caches."""
+    out, caches = np.zeros(q.shape), (cache_k.copy(), cache_v.copy())
+    B, T, N, H = q.shape
+    group = N // k.shape[2]
+    for b in range(B):
+        positions = lengths[b] + np.arange(T)
+        turned = rotate64(q[b], positions, rope)
+        caches[0][layer, b, :, positions] = rotate64(k[b], positions, rope)
+        caches[1][layer, b, :, positions] = v[b]
+        for n in range(N):
+            keys, values = (c[layer, b, n // group] for c in caches)
+            for t in range(T):
+                live = slice(0, lengths[b] + t + 1)
+                scores = keys[live] @ turned[t, n] * H**-0.5
+                weights = np.exp(scores - scores.max())
+                out[b, t, n] = weights @ values[live] / weights.sum()
+    return out, *caches
+
+
+def relative_l2(got, want):
+    """|got - want| / |want|."""
+    return np.linalg.norm(np.float64(got) - want) / np.linalg.norm(want)
+
+
+def normal(rng, shape, dtype):
+    """Values that the dtype holds exactly, so that the reference starts from the same numbers."""
+    return np.asarray(jnp.asarray(rng.standard_normal(shape), dtype))
+
+
+# (B, T, S, N, K, H), live positions of each row
+CASES = {
+    "one": ((3, 1, 24, 4, 2, 8), [0, 7, 23]),
+    "few": ((2, 4, 24, 6, 2, 16), [20, 3]),
+    "prefill": ((2, 16, 16, 4, 4, 8), [0, 0]),
+    "one_kv_head": ((2, 3, 130, 5, 1, 10), [127, 64]),
+    "h64": ((2, 1, 256, 4, 4, 64), [130, 255]),
+    "h128": ((3, 1, 384, 8, 2, 128), [383, 0, 200]),
+    "h128_few": ((2, 5, 256, 4, 1, 128), [126, 251]),
+    "h128_chunk": ((2, 16, 160, 3, 3, 128), [144, 7]),
+}
+
+
+def _arguments(case, dtype, dead=0.0):
+    (B, T, S, N, K, H), lengths = CASES[case]
+    rng = np.random.default_rng(list(case.encode()))
+    q, k, v = (normal(rng, (B, T, n, H), dtype) for n in (N, K, K))
+    cache_k, cache_v = (normal(rng, (L, B, K, S, H), dtype) for _ in range(2))
+    lengths = np.array(lengths, np.int32)
+    gone = (np.arange(S) >= lengths[:, None])[:, None, :, None]
+    fill = np.asarray(dead, cache_k.dtype)
+    return q, k, v, np.where(gone, fill, cache_k), np.where(gone, fill, cache_v), 1, lengths
+
+
+@functools.cache
+def _decode(implementation):
+    return jax.jit(functools.partial(rotary_decode_attention, implementation=implementation))
+
+
+@implementations
+@dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_decode(case, dtype, implementation):
+    """Output, and the caches: the new positions in their places, everything else as it was."""
+    arguments = _arguments(case, dtype)
+    rope = rope_for(arguments[0].shape[3])
+    want = decode64(*map(np.float64, arguments[:5]), *arguments[5:], rope)
+    got = _decode(implementation)(*arguments, rope)
+    for x, exact, like in zip(got, want, (arguments[0], *arguments[3:5]), strict=True):
+        assert x.dtype == like.dtype
+        assert relative_l2(x, exact) < TOLERANCE[dtype]
+    for x, exact, before in zip(got[1:], want[1:], arguments[3:5], strict=True):
+        untouched = exact == np.float64(before)
+        assert (np.asarray(x)[untouched] == before[untouched]).all()
+
+
+@implementations
+@dtypes
+def test_random_shapes(dtype, implementation):
+    rng = np.random.default_rng(7)
+    for _ in range(6):
+        B, K, G, T = rng.integers(1, 4), rng.integers(1, 4), rng.integers(1, 9), rng.integers(1, 17)
+        S, H = 16 * rng.integers(1, 20), rng.choice([64, 128])
+        T = min(T, S)
+        q, k, v = (normal(rng, (B, T, n, H), dtype) for n in (K * G, K, K))
+        caches = [normal(rng, (L, B, K, S, H), dtype) for _ in range(2)]
+        lengths, layer = rng.integers(0, S - T + 1, B, dtype=np.int32), rng.integers(0, L)
+        rope, scale = rope_for(H, scale=1.2), 0.1
+        # The reference's own scale is H**-0.5.
+        stretched = q.astype(np.float64) * scale * H**0.5
+        want = decode64(stretched, *map(np.float64, (k, v, *caches)), layer, lengths, rope)
+        got = rotary_decode_attention(
+            q, k, v, *caches, layer, lengths, rope, scale=scale, implementation=implementation
+        )
+        for x, exact in zip(got, want, strict=True):
+            assert relative_l2(x, exact) < TOLERANCE[dtype]
+
+
+@implementations
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("case", CASES)
+def test_dead_slots_never_leak(case, poison, implementation):
+    clean, poisoned = (_arguments(case, "float32", dead) for dead in (0.0, poison))
+    rope, run = rope_for(clean[0].shape[3]), _decode(implementation)
+    assert (np.asarray(run(*clean, rope)[0]) == np.asarray(run(*poisoned, rope)[0])).all()
+
+
+@implementations
+@pytest.mark.parametrize("chunks", [[20], [1] * 20, [11, 1, 1, 7]], ids=["whole", "ones", "mixed"])
+def test_decode_after_prefill_equals_attention(chunks, implementation):
+    B, S, N, K, H = 2, 20, 4, 2, 64
+    rng = np.random.default_rng(0)
+    q, k, v = (normal(rng, (B, S, n, H), "float32") for n in (N, K, K))
+    positions = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
+    want = rotary_attention(q, k, v, positions, rope_for(H), implementation="xla")
+    cache = [jnp.full((L, B, K, 32, H), jnp.nan)] * 2
+    out, at = [], 0
+    for n in chunks:
+        new = (x[:, at : at + n] for x in (q, k, v))
+        lengths = jnp.full(B, at, jnp.int32)
+        piece, *cache = _decode(implementation)(*new, *cache, 2, lengths, rope_for(H))
+        out.append(piece)
+        at += n
+    assert relative_l2(np.concatenate(out, axis=1), np.float64(want)) < 1e-6
+
+
+def _zeros(*shape, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(cache_k=_zeros(3, 2, 2, 9, 6)), r"caches must be \[L, 2, 2, S, 8\]"),
+        (dict(cache_v=_zeros(3, 2, 2, 8, 8)), r"caches must be \[L, 2, 2, S, 8\]"),
+        (dict(cache_k=_zeros(2, 2, 9, 8), cache_v=_zeros(2, 2, 9, 8)), r"caches must be \[L, 2"),
+        (dict(cache_v=_zeros(3, 2, 2, 9, 8, dtype=jnp.bfloat16)), "caches must share one dtype"),
+        (
+            dict(cache_k=_zeros(3, 2, 2, 3, 8), cache_v=_zeros(3, 2, 2, 3, 8)),
+            "4 new positions do not fit a cache of 3",
+        ),
+        (dict(q=_zeros(2, 4, 3, 8)), "not a multiple"),
+        (dict(lengths=jnp.zeros(3, jnp.int32)), r"lengths must be integers \[B\] = \(2,\)"),
+        (dict(lengths=jnp.zeros(2)), "lengths must be integers"),
+        (dict(implementation="nonsense"), "no implementation 'nonsense'"),
+    ],
+)
+def test_decode_refuses(changes, message):
+    arguments = dict(
+        q=_zeros(2, 4, 4, 8), k=_zeros(2, 4, 2, 8), v=_zeros(2, 4, 2, 8),
+        cache_k=_zeros(3, 2, 2, 9, 8), cache_v=_zeros(3, 2, 2, 9, 8), layer=0,
+        lengths=jnp.zeros(2, jnp.int32), rope=rope_for(8), implementation=None,
+    ) | changes  # fmt: skip
+    implementation = arguments.pop("implementation")
+    with pytest.raises(ValueError, match=message):
+        rotary_decode_attention(*arguments.values(), implementation=implementation)
