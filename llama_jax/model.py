@@ -377,10 +377,10 @@ def _attend(how: Execution, q, k, v, where: Where, cache: KVCache | None, layer)
     positions, segments = where.positions_BT, where.segment_ids_BT
     if cache is not None:
         heads, stack = act("BTNH"), act("LBKSH")
-        args = (q, k, v, cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, where.rope)
+        new = (q, k, v, cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, where.rope)
         specs = (heads, act("BTKH"), act("BTKH"), stack, stack, P(), act("B"), P())
         out_specs = (heads, stack, stack)
-        out, *stacks = _on_each_device(rotary_decode_attention, args, specs, out_specs)
+        out, *stacks = _on_each_device(rotary_decode_attention, new, specs, out_specs)
         return out, cache._replace(k_LBKSH=stacks[0], v_LBKSH=stacks[1])
     args = (q, k, v, positions, positions, segments, segments, where.rope)
     BT, BS = how.rules.operand("BT"), act("BS")

@@ -211,7 +211,7 @@ def decoding() -> list[dict[str, Any]]:
     N, K, H = MODELS["8B"]
     rows = []
     for B, S in CACHES:
-        cache = jnp.ones((B, K, S, H), jnp.bfloat16)
+        cache = jnp.ones((1, B, K, S, H), jnp.bfloat16)
         copied, _ = seconds(lambda x: x + 1, cache)
         bandwidth = 2 * cache.nbytes / copied
         for name in candidates("rotary_decode_attention", dispatch.platform()):

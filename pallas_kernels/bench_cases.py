@@ -90,5 +90,5 @@ def both_ways(attend, q, k, v, d_out, *rest):
 
 def decode(implementation, q, k, v, cache_k, cache_v, lengths, rope):
     return rotary_decode_attention(
-        q, k, v, cache_k, cache_v, lengths, rope, implementation=implementation
+        q, k, v, cache_k, cache_v, 0, lengths, rope, implementation=implementation
     )

@@ -49,7 +49,7 @@ def compiled(args, device: jax.Device) -> list[dict[str, Any]]:
     for B, S in CACHES:
         for name in decoders:
             new = of((B, 1, N, H)), of((B, 1, K, H)), of((B, 1, K, H))
-            cache, rope = of((B, K, S, H)), Rope(of((H // 2,), jnp.float32), 1.0)
+            cache, rope = of((1, B, K, S, H)), Rope(of((H // 2,), jnp.float32), 1.0)
             arguments = *new, cache, cache, of((B,), jnp.int32), rope
             call = functools.partial(decode, name), arguments, {"donate_argnums": (3, 4)}
             add(dict(model="8B", B=B, S=S, implementation=name), {"decode": call})
