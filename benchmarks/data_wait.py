@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from tokenise import machine, spread, write
+from benchmarks.tokenise import machine, spread, write
 
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data import Mixture, TrainData, open_mixture

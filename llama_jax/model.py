@@ -332,7 +332,8 @@ def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=N
     """
     inner = [letter for letter in w_letters if letter not in out_letters]
     B, T = x.shape[:2]
-    w = w[...].astype(how.dtype)
+    # A weight of the model, or a matrix made of one; either may stand for small integers.
+    w = (w.get_value() if isinstance(w, nnx.Variable) else w).astype(how.dtype)
     inner_size, out_shape = math.prod(w.shape[: len(inner)]), w.shape[len(inner) :]
     w = w.reshape(inner_size, -1)
     product = functools.partial(jnp.einsum, preferred_element_type=out_dtype or how.dtype)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import ModelConfig, Recipe
 from llama_jax.model import Execution, Llama
 from llama_jax.optim import make_optimizer, make_schedule
+from llama_jax.quantize import is_quantized
 from llama_jax.sharding import PRESETS, meshless, reshard
 
 Params = dict[str, Any]
@@ -122,14 +123,17 @@ def make_train_step(
 
 def merge(graphdef: Any, params: Params) -> Llama:
     """The model of :func:`split` again."""
-    shape, state = graphdef
-    return nnx.merge(shape, jax.tree.unflatten(state, jax.tree.leaves(params)))
+    shape, variables, state = graphdef
+    values = jax.tree.leaves(params, is_leaf=is_quantized)
+    filled = [v.replace(x) for v, x in zip(variables, values, strict=True)]
+    return nnx.merge(shape, jax.tree.unflatten(state, filled))
 
 
 def structure(cfg: ModelConfig, how: Execution) -> Any:
     """What :func:`merge` needs to make a model of its arrays: no arrays."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(cfg, how, nnx.Rngs(0))))
-    return graphdef, jax.tree.structure(state)
+    # Whole variables: the value of one may be an array or a quantised matrix.
+    return graphdef, *jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def _count(opt_state: Any) -> jax.Array:

@@ -1,0 +1,62 @@
+"""What do 8 and 4 bits a weight cost in perplexity?
+
+    python -m llama_jax.train                        # a run to measure: checkpoints/tiny
+    python -m benchmarks.quantised_perplexity [RUN]  # writes benchmarks/results/quantised_perplexity.json
+
+The held-out tokens of the run's own sources, in float32 and with the layers' matrices quantised.
+"""
+
+import argparse
+import functools
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.tokenise import machine, write
+from llama_jax.config import load_recipe
+from llama_jax.data import Mixture, eval_batches, open_mixture
+from llama_jax.generate import load
+from llama_jax.model import Execution
+from llama_jax.quantize import quantize, weight_bytes
+from llama_jax.step import make_eval_step
+
+BATCH = 8
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?", type=Path, default=Path("checkpoints/tiny"))
+    run = parser.parse_args().run
+    recipe = load_recipe(run / "recipe.toml", [])
+    cfg, params, _ = load(run)
+    mixture = open_mixture(run / "data")
+    step = jax.jit(make_eval_step(recipe, Execution(jnp.dtype("float32"))))
+    result = {}
+    for kind in ("float32", "int8", "int4"):
+        weights = params if kind == "float32" else quantize(params, kind)
+        losses = {name: loss(recipe, mixture, name, functools.partial(step, weights))
+                  for name in mixture.sources}  # fmt: skip
+        perplexity = {name: math.exp(nats) for name, nats in losses.items()}
+        result[kind] = {"bytes": weight_bytes(params, kind), "perplexity": perplexity}
+        for name, value in perplexity.items():
+            against = value / result["float32"]["perplexity"][name] - 1
+            print(f"{kind:8} {name:6} perplexity {value:.3f} ({against:+.2%})")
+    question = "perplexity of held-out tokens, weights in float32, int8 and int4"
+    model = f"{cfg.num_layers} layers, D {cfg.dim}, V {cfg.vocab_size}"
+    write("quantised_perplexity", {"question": question, "model": model, **result, **machine()})
+
+
+def loss(recipe, mixture: Mixture, source: str, step) -> float:
+    """Mean nats a token over the whole held-out split."""
+    total = count = 0.0
+    for batch in eval_batches(mixture, recipe.data, BATCH, 10**6, source, 0, 1):
+        total += float(step({key: value[None] for key, value in batch.items()}))
+        count += batch["mask_BT"].sum()
+    return total / count
+
+
+if __name__ == "__main__":
+    main()
