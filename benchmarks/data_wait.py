@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from benchmarks.tokenise import machine, spread, write
 
+from benchmarks.tokenise import machine, spread, write
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data import Mixture, TrainData, open_mixture
 from llama_jax.prepare import prepare_mixture

@@ -1,7 +1,7 @@
 """What do 8 and 4 bits a weight cost in perplexity?
 
     python -m llama_jax.train                        # a run to measure: checkpoints/tiny
-    python -m benchmarks.quantised_perplexity [RUN]  # writes benchmarks/results/quantised_perplexity.json
+    python -m benchmarks.quantised_perplexity [RUN]  # the result lands in benchmarks/results
 
 The held-out tokens of the run's own sources, in float32 and with the layers' matrices quantised.
 """

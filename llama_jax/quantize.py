@@ -18,7 +18,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-
 Kind = Literal["int8", "int4"]
 
 GROUP = 64
@@ -33,52 +32,57 @@ _INPUT_AXES: Mapping[str, Mapping[str, int]] = {
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["q", "scale"], meta_fields=["axis"]
+    jax.tree_util.register_dataclass, data_fields=["q", "scale"], meta_fields=["groups"]
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
     """A matrix (in, out) as small integers times scales.
 
-    ``q`` has the weight's axes, the last input axis split in (groups, inputs of a group); ``scale``
-    (float32) has 1 for what shares it.
+    ``scale`` (float32) has 1 on the axes that share it. In int4 the last input axis is split in
+    (groups, inputs of a group), in ``q`` and in ``scale``.
     """
 
     q: jax.Array
     scale: jax.Array
-    axis: int
-    """of the groups, counted from the last axis"""
+    groups: int | None
+    """axis of the groups, counted from the last; None: one scale for all inputs"""
 
     def astype(self, dtype: jnp.dtype) -> jax.Array:
         """The weight, in its own shape; a product's compiler fuses this into its operand."""
         w = self.q.astype(dtype) * self.scale.astype(dtype)
-        groups = w.ndim + self.axis
-        shape = (*w.shape[:groups], w.shape[groups] * w.shape[groups + 1], *w.shape[groups + 2 :])
+        if self.groups is None:
+            return w
+        i = w.ndim + self.groups
         spec = jax.typeof(w).sharding.spec
-        if not any(spec):
-            return w.reshape(shape)
-        split = jax.sharding.PartitionSpec(*spec[: groups + 1], *spec[groups + 2 :])
-        return w.reshape(shape, out_sharding=split)
+        return _reshape(
+            w, (*w.shape[:i], w.shape[i] * w.shape[i + 1], *w.shape[i + 2 :]),
+            (*spec[: i + 1], *spec[i + 2 :]),
+        )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("inputs", "kind"))
 def quantize_weight(w: jax.Array, inputs: int, kind: Kind) -> QuantizedWeight:
     """One matrix; its first ``inputs`` axes are summed over in a product."""
-    size, spec = w.shape[inputs - 1], jax.typeof(w).sharding.spec
-    # A width that 64 does not divide (small models) gets the widest groups that fit it.
-    group = size if kind == "int8" else math.gcd(size, GROUP)
-    shape = (*w.shape[: inputs - 1], size // group, group, *w.shape[inputs:])
-    if any(spec):
-        split = jax.sharding.PartitionSpec(*spec[:inputs], None, *spec[inputs:])
-        w = w.reshape(shape, out_sharding=split)
-    else:
-        w = w.reshape(shape)
     w = w.astype(jnp.float32)
-    shared = tuple(range(inputs + 1)) if kind == "int8" else (inputs,)
-    most = 127 if kind == "int8" else 7
+    most, dtype, shared, groups = 127, jnp.int8, tuple(range(inputs)), None
+    if kind == "int4":
+        most, dtype, shared, groups = 7, jnp.int4, (inputs,), inputs - 2 - w.ndim
+        # A width that 64 does not divide (small models) gets the widest groups that fit it.
+        size, spec = w.shape[inputs - 1], jax.typeof(w).sharding.spec
+        group = math.gcd(size, GROUP)
+        w = _reshape(
+            w, (*w.shape[: inputs - 1], size // group, group, *w.shape[inputs:]),
+            (*spec[:inputs], None, *spec[inputs:]),
+        )  # fmt: skip
     largest = jnp.max(jnp.abs(w), axis=shared, keepdims=True)
     scale = jnp.where(largest == 0, 1, largest / most)
-    q = jnp.round(w / scale).astype(jnp.int8 if kind == "int8" else jnp.int4)
-    return QuantizedWeight(q, scale, inputs - 1 - w.ndim)
+    return QuantizedWeight(jnp.round(w / scale).astype(dtype), scale, groups)
+
+
+def _reshape(w: jax.Array, shape: tuple[int, ...], spec: tuple) -> jax.Array:
+    if not any(spec):
+        return w.reshape(shape)
+    return w.reshape(shape, out_sharding=jax.sharding.PartitionSpec(*spec))
 
 
 def quantize(params: dict[str, Any], kind: Kind) -> dict[str, Any]:
