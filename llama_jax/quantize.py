@@ -13,13 +13,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Kind = Literal["int8", "int4"]
-
+KINDS = ("int8", "int4")
 GROUP = 64
 """Inputs that share a scale in int4: the widest that every head dimension of LLaMA is a multiple
 of, so that no group crosses a head and none is cut by tensor parallelism."""
@@ -61,7 +60,7 @@ class QuantizedWeight:
 
 
 @functools.partial(jax.jit, static_argnames=("inputs", "kind"))
-def quantize_weight(w: jax.Array, inputs: int, kind: Kind) -> QuantizedWeight:
+def quantize_weight(w: jax.Array, inputs: int, kind: str) -> QuantizedWeight:
     """One matrix; its first ``inputs`` axes are summed over in a product."""
     w = w.astype(jnp.float32)
     most, dtype, shared, groups = 127, jnp.int8, tuple(range(inputs)), None
@@ -85,7 +84,7 @@ def _reshape(w: jax.Array, shape: tuple[int, ...], spec: tuple) -> jax.Array:
     return w.reshape(shape, out_sharding=jax.sharding.PartitionSpec(*spec))
 
 
-def quantize(params: dict[str, Any], kind: Kind) -> dict[str, Any]:
+def quantize(params: dict[str, Any], kind: str) -> dict[str, Any]:
     """The weights of a model with the layers' matrices in 8 or 4 bits.
 
     Each matrix is quantised where it lies, one layer at a time, and let go if the caller holds no
@@ -94,7 +93,7 @@ def quantize(params: dict[str, Any], kind: Kind) -> dict[str, Any]:
     Raises:
       ValueError: no such kind.
     """
-    if kind not in ("int8", "int4"):
+    if kind not in KINDS:
         raise ValueError(f"quantize={kind!r}: there are 'int8' and 'int4'")
     blocks = dict(params["blocks"])
     for room, matrices in _INPUT_AXES.items():
@@ -109,7 +108,7 @@ def quantize(params: dict[str, Any], kind: Kind) -> dict[str, Any]:
 def weight_bytes(abstract_params: Any, kind: str) -> int:
     """Bytes of a model's weights (arrays or shapes of them) as "float32", "bfloat16", "int8" or
     "int4"; in the last two, what is not quantised is bfloat16."""
-    if kind in ("int8", "int4"):
+    if kind in KINDS:
         abstract_params = jax.eval_shape(lambda p: quantize(p, kind), abstract_params)
     floating = jnp.dtype("float32" if kind == "float32" else "bfloat16")
     bits = 0
