@@ -1,0 +1,170 @@
+"""Plan a run before renting anything: does it fit, how fast can it be, what does it cost.
+
+    python -m llama_jax.plan RECIPE.toml --on v5p:8x8x8 [section.key=value ...]
+    python -m llama_jax.plan --budget 1e22 --served-tokens 1e12
+    python -m llama_jax.plan --paper
+
+The recipe's real train step is compiled, by XLA's own compiler for that machine, on this one: no
+TPU or GPU is looked for, and no network is used.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from llama_jax.config import ConfigError, load_recipe
+from llama_jax.planning import budget
+from llama_jax.planning.machines import EXAMPLES, PlanError, machine
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code: 0 done, 1 does not fit or the compiler failed, 2 wrong
+    arguments."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    kinds = [args.paper, args.budget is not None, bool(args.what)]
+    if sum(kinds) != 1:
+        parser.error("give RECIPE --on MACHINE, or --budget, or --paper (one of them)")
+    if args.served_tokens and args.budget is None:
+        parser.error("--served-tokens goes with --budget")
+    if args.what and not args.on:
+        parser.error(f"{args.what[0]}: on which machine? give --on, as {EXAMPLES}")
+    try:
+        return _run(args)
+    except (ConfigError, PlanError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"error: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.paper:
+        print(budget.paper_text())
+        return 0
+    if args.budget is not None:
+        print(budget.budget_text(args.budget, args.served_tokens))
+        picture = args.out or Path("budget.png")
+        budget.draw_budget(args.budget, args.served_tokens, picture)
+        print(f"picture: {picture}")
+        return 0
+    return _plan(args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    path, *overrides = args.what
+    recipe = load_recipe(path, overrides)
+    on = machine(args.on)
+    prepare_jax(on.chips if on.chip.platform == "cpu" else 1)
+    with quiet():
+        from llama_jax.planning.compiled import compile_step
+        from llama_jax.planning.report import figures, text
+
+        print(f"compiling {path} for {on.name} ...", file=sys.stderr, flush=True)
+        compiled = compile_step(recipe, on)
+    plan = figures(compiled, args.power, args.price)
+    sizes = " x ".join(f"{a} {n}" for a, n in compiled.mesh.items() if n > 1) or "one device"
+    train = recipe.train
+    title = (
+        f"{path} on {on.name}: {on.chips} x {on.chip.kind}, mesh {sizes} ({recipe.mesh.preset}), "
+        f"{recipe.model.num_params / 1e9:.3g}B weights\n{train.batch_size} sequences of "
+        f"{recipe.data.seq_len} tokens a step, in {train.accumulate} part(s)"
+    )
+    print(text(plan, title, on.rate()))
+    out = args.out or Path(f"plan-{Path(path).stem}-{on.name.replace(':', '-')}.json")
+    out.write_text(
+        json.dumps({"recipe": str(path), "overrides": overrides} | plan, indent=1) + "\n"
+    )
+    print(f"saved: {out}")
+    return 0 if plan["fits"] else 1
+
+
+def prepare_jax(cpus: int) -> None:
+    """Before JAX starts: this process compiles only, so it looks for no TPU or GPU, asks no
+    metadata server, and shares the TPU compiler with other processes."""
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "TPU_ACCELERATOR_TYPE": "",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    import jax
+
+    with contextlib.suppress(RuntimeError):  # JAX runs already, with the devices that it has
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", cpus)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what the compilers' libraries write to the terminal by themselves; shown when the
+    plan fails for a reason that is not ours."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        mine, sys.stderr = sys.stderr, os.fdopen(os.dup(terminal), "w")
+        try:
+            yield
+        except (ConfigError, PlanError, KeyboardInterrupt):
+            raise
+        except BaseException:
+            held.seek(0)
+            os.write(terminal, held.read()[-20_000:])
+            raise
+        finally:
+            sys.stderr.close()
+            sys.stderr = mine
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llama_jax.plan",
+        description="Compile a recipe for a machine that need not be there; say whether it fits, "
+        "how fast it can be and what it costs.",
+        epilog=f"machines: {EXAMPLES}, ...",
+    )
+    arg = parser.add_argument
+    arg("what", nargs="*", metavar="RECIPE.toml | section.key=value", help="what to train")
+    arg("--on", metavar="MACHINE", help="chip and number or grid")
+    arg("--power", type=_positive, metavar="WATTS", help="of one chip, instead of the maker's")
+    arg("--price", type=_positive, metavar="MONEY", help="of a chip-hour")
+    arg("--budget", type=_positive, metavar="FLOP", help="which size to train with so much")
+    arg(
+        "--served-tokens", type=_positive, default=0.0, metavar="N",
+        help="with --budget: tokens the model will serve",
+    )  # fmt: skip
+    arg("--paper", action="store_true", help="the paper's carbon table, computed again")
+    arg("--out", type=Path, metavar="FILE", help="the JSON (or the picture) to write")
+    return parser
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(re.sub(r"[,_]", "", text))
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number such as 1e22")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

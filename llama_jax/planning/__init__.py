@@ -1,0 +1,1 @@
+"""Planning a run without its machine: compile it, count what was compiled, say what it costs."""

@@ -1,0 +1,402 @@
+"""What a compiled program does in one run, counted from the text of its optimised HLO.
+
+XLA's own `cost_analysis` counts the body of a loop once; here every operation counts as often as
+the loops around it turn. In: `compiled.as_text()`. Out: a :class:`Cost`, of one device.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
+SIZES |= {f"{sign}{n}": max(n // 8, 1) for sign in "su" for n in (2, 4, 8, 16, 32, 64)}
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+    "ragged-all-to-all", "collective-broadcast",
+)  # fmt: skip
+# What moves no bytes of its own.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "async-done",
+}  # fmt: skip
+
+
+class Op(NamedTuple):
+    """One instruction: its name, result type, operation, operands' names, and its whole line."""
+
+    name: str
+    type: str
+    kind: str
+    operands: tuple[str, ...]
+    line: str
+
+
+class Collective(NamedTuple):
+    """A kind of collective, and the devices of its first group."""
+
+    kind: str
+    group: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class Cost:
+    """Totals of one run of a program on one device."""
+
+    flops: float = 0.0
+    """of matrix products, and what kernels declare of themselves"""
+    bytes: float = 0.0
+    """read and written in memory by each fusion, product and copy: an upper estimate"""
+    cycles: float = 0.0
+    """as the TPU compiler estimates them; 0 on other platforms"""
+    product_cycles: float = 0.0
+    """those of fusions with a matrix product, and of kernels"""
+    collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
+    """bytes of the whole arrays gathered, summed or moved"""
+    collective_counts: Counter[Collective] = dataclasses.field(default_factory=Counter)
+    kernels: Counter[str] = dataclasses.field(default_factory=Counter)
+    """calls of kernels of our own or of a vendor's library, by name"""
+    silent_kernels: int = 0
+    """calls of kernels that declare no operations"""
+
+    def by_kind(self) -> dict[str, float]:
+        """Bytes of each kind of collective."""
+        total: Counter[str] = Counter()
+        for collective, size in self.collectives.items():
+            total[collective.kind] += size
+        return dict(total)
+
+
+def count(text: str, cycle_flops: float = 0.0, cycle_bytes: float = 0.0) -> Cost:
+    """Count a program. ``cycle_flops`` and ``cycle_bytes`` are a TPU's rates a clock cycle: a
+    kernel, of which the compiler knows nothing, takes the cycles that its own declaration asks."""
+    computations, entry = parse(text)
+    walker = _Walker(computations, cycle_flops, cycle_bytes)
+    walker.walk(entry, 1)
+    return walker.cost
+
+
+def parse(text: str) -> tuple[dict[str, dict[str, Op]], str]:
+    """Computations by name, each a table of its instructions in order; and the entry's name."""
+    computations: dict[str, dict[str, Op]] = {}
+    entry, current, pending = "", None, ""
+
+    def finish() -> None:
+        op = _op(pending)
+        if op is not None and current is not None:
+            computations[current][op.name] = op
+
+    for line in text.splitlines():
+        if start := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = start[2]
+            computations[current] = {}
+            entry = current if start[1] else entry
+            pending = ""
+        elif line.startswith("}"):
+            finish()
+            current, pending = None, ""
+        elif current is not None:
+            if re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line):
+                finish()
+                pending = line.strip()
+            else:
+                pending += " " + line.strip()
+    return computations, entry
+
+
+_OP = re.compile(r"(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
+
+
+def _op(line: str) -> Op | None:
+    line = re.sub(r"/\*.*?\*/", "", line)
+    found = _OP.match(line)
+    if not found:
+        return None
+    operands = re.match(r"[^()]*(?:\([^()]*\)[^()]*)*", line[found.end() :])
+    names = re.findall(r"%([\w.\-]+)", operands[0]) if operands else []
+    return Op(found[1], found[2], found[3], tuple(names), line)
+
+
+def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of each array of a type."""
+    found = re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", type_)
+    return [(d, tuple(map(int, filter(None, s.split(","))))) for d, s in found if _size(d)]
+
+
+def num_bytes(type_: str) -> int:
+    """Bytes of a type, all arrays of a tuple together."""
+    return sum(_size(dtype) * math.prod(shape) for dtype, shape in arrays(type_))
+
+
+def _size(dtype: str) -> int:
+    return 1 if dtype.startswith("f8") else SIZES.get(dtype, 0)
+
+
+class _Walker:
+    def __init__(self, computations, cycle_flops, cycle_bytes):
+        self.computations = computations
+        self.cycle_flops, self.cycle_bytes = cycle_flops, cycle_bytes
+        self.cost = Cost()
+        self.chains: set[tuple[str, str]] = set()
+
+    def walk(self, name: str, times: int) -> None:
+        """Count a computation that runs ``times`` times."""
+        for op in self.computations[name].values():
+            if op.kind == "while":
+                turns = trip_count(self.computations, op)
+                self.walk(_called(op, "body"), times * turns)
+            elif op.kind in ("call", "conditional", "async-start"):
+                for called in _all_called(op):
+                    if called in self.computations:
+                        self.walk(called, times)
+            else:
+                self._instruction(self.computations[name], op, times)
+
+    def _instruction(self, table: dict[str, Op], op: Op, times: int) -> None:
+        inner = self.computations.get(_called(op, "calls"), {}) if op.kind == "fusion" else {}
+        flops = _product_flops(table, op)
+        flops += self._fused(inner, _called(op, "calls"), times)
+        self._collective(op, "", times)
+        moved: float = 0 if op.kind in _FREE else _moved(table, op, inner)
+        cycles = _estimated_cycles(op)
+        is_product = flops > 0
+        if op.kind == "custom-call" and (declared := _kernel(op)) is not None:
+            kernel_flops, kernel_bytes = declared
+            is_product = True
+            self.cost.kernels[_kernel_name(op)] += times
+            self.cost.silent_kernels += 0 if kernel_flops or flops else times
+            flops += kernel_flops
+            moved = kernel_bytes or moved
+            if not cycles and self.cycle_flops:
+                cycles = max(kernel_flops / self.cycle_flops, moved / self.cycle_bytes)
+        self.cost.flops += flops * times
+        self.cost.bytes += moved * times
+        self.cost.cycles += cycles * times
+        self.cost.product_cycles += cycles * times * is_product
+
+    def _fused(self, inner: dict[str, Op], name: str, times: int) -> float:
+        """Operations of a fused computation; its collectives are counted."""
+        flops = 0.0
+        for op in inner.values():
+            flops += _product_flops(inner, op)
+            self._collective(op, name, times)
+            if op.kind == "fusion":
+                called = _called(op, "calls")
+                flops += self._fused(self.computations.get(called, {}), called, times)
+        return flops
+
+    def _collective(self, op: Op, inside: str, times: int) -> None:
+        kind = op.kind.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            return
+        # On TPU one gather may be cut into pieces, each beside a product: they share a chain.
+        if chain := re.search(r'chain_id="(\d+)"', op.line):
+            channel = re.search(r"channel_id=(\d+)", op.line)
+            key = (chain[1], channel[1] if channel else "")
+            if key in self.chains:
+                return
+            self.chains.add(key)
+        group = first_group(op.line)
+        if len(group) == 1:
+            return
+        size = num_bytes(op.type)
+        if op.kind == "collective-permute-start" or (
+            op.kind == "all-gather-start" and op.type.startswith("(")
+        ):
+            sizes = [_size(d) * math.prod(s) for d, s in arrays(op.type)]
+            # (operands..., results..., and for a permute two counters)
+            whole = sizes if kind == "all-gather" else [x for x in sizes if x > 4]
+            size = sum(whole[len(whole) // 2 :])
+        if kind == "reduce-scatter":
+            size *= len(group)
+        # On TPU a reduce-scatter is a fusion of this name, with an all-reduce inside.
+        if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
+        collective = Collective(kind, group)
+        self.cost.collectives[collective] += size * times
+        self.cost.collective_counts[collective] += times
+
+
+def _called(op: Op, attribute: str) -> str:
+    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", op.line)
+    return found[1] if found else ""
+
+
+def _all_called(op: Op) -> list[str]:
+    found = re.findall(
+        r"\b(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", op.line
+    )
+    if branches := re.search(r"branch_computations=\{([^}]*)\}", op.line):
+        found += re.findall(r"%?([\w.\-]+)", branches[1])
+    return found
+
+
+def trip_count(computations: dict[str, dict[str, Op]], op: Op) -> int:
+    """How often a `while` turns: as XLA notes it, or from the constant its condition compares with.
+
+    Raises:
+      ValueError: neither is there.
+    """
+    if known := re.search(r'known_trip_count"?:\{"n":"?(\d+)', op.line):
+        return int(known[1])
+    condition = computations[_called(op, "condition")].values()
+    limits = [
+        int(found[1])
+        for each in condition
+        if (found := re.search(r"[su]32\[\]\S* constant\((\d+)\)", each.line))
+    ]
+    if not limits:
+        raise ValueError(f"how often does {op.name} turn? Its condition has no constant")
+    return max(1, -(-max(limits) // _loop_step(computations, op)))
+
+
+def _loop_step(computations: dict[str, dict[str, Op]], op: Op) -> int:
+    """What a loop adds to its counter each time: 1, or 2 where XLA has unrolled it by two."""
+    condition = computations[_called(op, "condition")]
+    body = computations[_called(op, "body")]
+    counter = next((x for x in condition.values() if x.kind == "get-tuple-element"), None)
+    root = next((x for x in body.values() if x.line.startswith("ROOT")), None)
+    index = re.search(r"index=(\d+)", counter.line) if counter else None
+    if index is None or root is None or int(index[1]) >= len(root.operands):
+        return 1
+    step = body.get(root.operands[int(index[1])])
+    for name in step.operands if step and step.kind == "add" else ():
+        if name in body and (found := re.search(r"constant\((\d+)\)", body[name].line)):
+            return int(found[1])
+    return 1
+
+
+def _product_flops(table: dict[str, Op], op: Op) -> float:
+    """2 b m n k of a matrix product, whatever form it has; 0 for anything else.
+
+    From the sizes alone: |left| |right| |out| = b^3 (m n k)^2, and b is read off its attributes.
+    """
+    gemm = op.kind == "custom-call" and re.search(r"__(?:cublas|triton_gemm)|\$matmul", op.line)
+    if op.kind not in ("dot", "convolution") and not gemm:
+        return 0.0
+    left, right = (arrays(table[name].type)[0][1] for name in op.operands[:2])
+    out = arrays(op.type)[0][1]
+    if labels := re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.line):
+        sizes = zip(labels.groups(), (left, right, out), strict=True)
+        at = [{c: shape[i] for i, c in enumerate(word)} for word, shape in sizes]
+        shared = [at[2][c] for c in at[2] if c.isdigit() and at[0][c] == at[1][c] == at[2][c]]
+        batch = math.prod(shared)
+    else:
+        dims = re.search(r'lhs_batch_dim(?:s|ensions"?)[=:][\{\[]([^}\]]*)[\}\]]', op.line)
+        batch = math.prod(left[int(i)] for i in re.findall(r"\d+", dims[1])) if dims else 1
+    product = math.prod(left) * math.prod(right) * math.prod(out)
+    return 2.0 * math.sqrt(product / batch)
+
+
+def _moved(table: dict[str, Op], op: Op, inner: dict[str, Op]) -> float:
+    """Bytes an instruction reads and writes; of arrays that it only cuts or updates, that part."""
+    if op.kind.endswith("-done") or op.kind.removesuffix("-start") in COLLECTIVES:
+        return 0.0
+    if op.kind == "dynamic-slice":
+        return 2.0 * num_bytes(op.type)
+    if op.kind == "dynamic-update-slice":
+        return 2.0 * num_bytes(table[op.operands[1]].type)
+    parameters = [x for x in inner.values() if x.kind == "parameter"]
+    if not parameters:
+        read = math.fsum(num_bytes(table[x].type) for x in op.operands if x in table)
+        return read + num_bytes(op.type)
+    users: dict[str, list[Op]] = {}
+    for each in inner.values():
+        for name in each.operands:
+            users.setdefault(name, []).append(each)
+    read = math.fsum(_read(inner, users, x) for x in parameters)
+    root = next(x for x in inner.values() if x.line.startswith("ROOT"))
+    roots = [inner[x] for x in root.operands] if root.kind == "tuple" else [root]
+    return read + math.fsum(_written(inner, x) for x in roots)
+
+
+def _read(inner: dict[str, Op], users: dict[str, list[Op]], op: Op) -> float:
+    total = 0.0
+    for user in users.get(op.name, ()):
+        if user.kind == "bitcast":
+            total += _read(inner, users, user)
+        elif user.kind in ("dynamic-slice", "slice", "gather") and user.operands[0] == op.name:
+            total += num_bytes(user.type)
+        elif user.kind == "dynamic-update-slice" and user.operands[0] == op.name:
+            continue
+        else:
+            return num_bytes(op.type)
+    return min(total, num_bytes(op.type))
+
+
+def _written(inner: dict[str, Op], op: Op) -> float:
+    while op.kind == "bitcast":
+        op = inner[op.operands[0]]
+    if op.kind == "dynamic-update-slice":
+        return num_bytes(inner[op.operands[1]].type)
+    return num_bytes(op.type) if op.kind != "parameter" else 0.0
+
+
+def _estimated_cycles(op: Op) -> float:
+    found = re.search(r'"estimated_cycles":"(\d+)"', op.line)
+    return float(found[1]) if found else 0.0
+
+
+_KERNELS = re.compile(
+    r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton|mosaic_gpu\w*|__cudnn\$fmha\w*)"'
+)
+
+
+def _kernel(op: Op) -> tuple[float, float] | None:
+    """(operations, bytes) that a kernel declares, zeros where it does not; None: no kernel."""
+    if not _KERNELS.search(op.line):
+        return None
+    found = re.search(r'"cost_estimate":(\{[^}]*\})', op.line)
+    declared = json.loads(found[1]) if found else {}
+    return float(declared.get("flops", 0)), float(declared.get("bytes_accessed", 0))
+
+
+def _kernel_name(op: Op) -> str:
+    named = re.search(r'op_name="[^"]*?([\w.\-]+)"', op.line)
+    target = _KERNELS.search(op.line)
+    assert target is not None
+    name = re.sub(r"[.\d]+$", "", op.name)
+    return name if name != "custom-call" or not named else named[1]
+
+
+def first_group(line: str) -> tuple[int, ...]:
+    """Devices of the first group of a collective, as numbers in the order of the mesh.
+
+    Empty: all devices. The groups stand in the text as lists, as a reshaped and transposed range,
+    or as axes of a mesh.
+    """
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
+        return int(pairs[1]), int(pairs[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return tuple(map(int, listed[1].split(",")))
+    number = r"\[([\d,]+)\]"
+    if ranged := re.search(rf"replica_groups={number}<={number}(?:T\(([\d,]+)\))?", line):
+        to, shape = (list(map(int, ranged[i].split(","))) for i in (1, 2))
+        ids = np.arange(math.prod(shape)).reshape(shape)
+        if ranged[3]:
+            ids = ids.transpose(list(map(int, ranged[3].split(","))))
+        return tuple(ids.reshape(to)[0].tolist())
+    if meshed := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? ?\{([^}]*)\}", line
+    ):
+        return _mesh_group(meshed[1], meshed[2])
+    return ()
+
+
+def _mesh_group(mesh: str, axes: str) -> tuple[int, ...]:
+    """A group along ``'axis_1'`` or ``'axis_0':(2)4`` (a part: 4 at a stride inside the axis)."""
+    sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    stride, strides = 1, {}
+    for name in reversed(sizes):
+        strides[name] = stride
+        stride *= sizes[name]
+    ids = np.zeros(1, int)
+    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes):
+        n = int(size) if size else sizes[name]
+        step = strides[name] * (sizes[name] // (int(before) * n) if size else 1)
+        ids = (ids[:, None] + step * np.arange(n)).reshape(-1)
+    return tuple(ids.tolist())

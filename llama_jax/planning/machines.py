@@ -1,0 +1,149 @@
+"""Machines to plan for: what a chip can do, where the number is from, and its devices for the
+compiler, none of which need exist.
+
+In: a name such as ``v5p:8x8x8``, ``h100:64`` or ``cpu:8``. Out: a :class:`Machine`.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+from typing import Any
+
+GIB = 2**30
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Rates of one device as JAX counts them (a TPU7x chip is two)."""
+
+    kind: str
+    platform: str
+    tflops: float
+    """dense bfloat16 TFLOP/s"""
+    memory: float
+    """GiB that a program can use"""
+    bandwidth: float
+    """GB/s of that memory"""
+    link: float
+    """GB/s a chip can receive from the chips near it: of its slice, or of its host of 8"""
+    network: float | None = None
+    """GB/s a chip can receive from other hosts; None: all chips are near"""
+    watts: float | None = None
+    """of a chip under load (the paper takes the maximum that the maker states); None: not known"""
+    clock: float | None = None
+    """GHz, to turn the compiler's cycles into seconds"""
+    devices: int = 1
+    """JAX devices of one chip; hours, watts and prices are of a chip"""
+    int8_tops: float | None = None
+    """dense int8 TOP/s, where products of int8 weights run faster"""
+
+
+# TPU: cloud.google.com/tpu/docs pages v5e, v5p, v6e, tpu7x (TFLOP/s, GB/s; the link is half of the
+# "bidirectional" figure, what comes in). Memory: what libtpu 0.0.42 says is available when a
+# program asks for too much. Clock: TFLOP/s over the products a cycle of 128 x 128 units, 4 a core
+# (same pages). Google publishes no watts of these chips: give --power.
+# GPU: NVIDIA's data sheets of A100 80 GB, H100 and H200, SXM form (TFLOP/s without sparsity, NVLink
+# one way, maximum power); a host's network: 8 x 200 Gb/s (DGX A100) and 8 x 400 Gb/s (DGX H100,
+# H200). Memory: 92% of what the device has; XLA_PYTHON_CLIENT_MEM_FRACTION=.92 leaves the rest to
+# CUDA and NCCL.
+CHIPS: dict[str, Chip] = {
+    "v5e": Chip("TPU v5e", "tpu", 197, 15.75, 819, 200, clock=1.5),
+    "v5p": Chip("TPU v5p", "tpu", 459, 95.74, 2765, 600, clock=1.75),
+    "v6e": Chip("TPU v6e", "tpu", 918, 31.25, 1638, 400),
+    "tpu7x": Chip("TPU7x", "tpu", 1153.5, 94.75, 3690, 300, devices=2),
+    "a100": Chip("A100 80 GB SXM", "gpu", 312, 0.92 * 79.25, 2039, 300, 25, 400, int8_tops=624),
+    "h100": Chip("H100 80 GB SXM", "gpu", 989, 0.92 * 79.11, 3352, 450, 50, 700, int8_tops=1979),
+    "h200": Chip("H200 141 GB SXM", "gpu", 989, 0.92 * 141.0, 4800, 450, 50, 700, int8_tops=1979),
+    "cpu": Chip("CPU", "cpu", math.nan, math.inf, math.nan, math.nan),
+}
+
+EXAMPLES = "v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, a100:2048, h100:64, h200:8, cpu:8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Chips of one kind that work together."""
+
+    name: str
+    chip: Chip
+    chips: int
+
+    @property
+    def devices(self) -> int:
+        """JAX devices."""
+        return self.chips * self.chip.devices
+
+    def rate(self) -> str:
+        """What a device can do, one line."""
+        c = self.chip
+        far = f", {c.network:g} GB/s to other hosts" if c.network else ""
+        return f"{c.tflops:g} TFLOP/s, memory {c.bandwidth:g} GB/s, links {c.link:g} GB/s{far}"
+
+
+def machine(name: str) -> Machine:
+    """Read a machine's name, without asking the compiler for it.
+
+    Raises:
+      PlanError: no such chip, or no such arrangement of it.
+    """
+    kind, colon, size = name.partition(":")
+    if kind not in CHIPS:
+        known = ", ".join(CHIPS)
+        raise PlanError(f"--on {name}: no chip {kind!r}; known: {known} (as {EXAMPLES})")
+    chip = CHIPS[kind]
+    sizes = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size)
+    if not colon or not sizes or (chip.platform != "tpu" and "x" in size):
+        raise PlanError(f"--on {name}: give the number of chips or their grid, as {EXAMPLES}")
+    grid = [int(n) for n in size.split("x")]
+    axes = 3 if kind in ("v5p", "tpu7x") else 2
+    if chip.platform == "tpu" and len(grid) != axes:
+        raise PlanError(
+            f"--on {name}: chips of a {kind} lie in a grid of {axes} axes, as in {EXAMPLES}"
+        )
+    return Machine(name, chip, math.prod(grid))
+
+
+def devices(of: Machine) -> list[Any]:
+    """Its devices, to build a mesh of and to compile for; they hold no arrays.
+
+    Raises:
+      PlanError: the compiler for it is not installed, or knows no such arrangement.
+    """
+    import jax
+
+    kind, _, size = of.name.partition(":")
+    if kind == "cpu":
+        found = jax.devices("cpu")
+        if len(found) < of.chips:
+            raise PlanError(f"--on {of.name}: this process simulates {len(found)} CPU devices")
+        return found[: of.chips]
+    if of.chip.platform == "gpu":
+        from pallas_kernels.chips import gpu_topology
+
+        try:
+            return list(gpu_topology(kind, int(size)))
+        except (RuntimeError, ValueError) as e:
+            extra = "; pip install 'llama_jax[cuda]' has it" * isinstance(e, RuntimeError)
+            raise PlanError(f"--on {of.name}: {e}{extra}") from e
+    if importlib.util.find_spec("libtpu") is None:
+        raise PlanError(
+            f"--on {of.name}: the TPU compiler is not installed: pip install 'llama_jax[tpu]' "
+            "(package libtpu; no TPU is needed)"
+        )
+    from jax.experimental import topologies
+
+    small = {} if of.chips > 3 else {"chips_per_host_bounds": tuple(map(int, size.split("x")))}
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=of.name, **small)
+    except Exception as e:  # jaxlib's own type, which it does not export on every version
+        reason = str(e).split("\n")[0]
+        raise PlanError(
+            f"--on {of.name}: the TPU compiler knows no such grid ({reason}); known are, for "
+            f"example, {EXAMPLES}, and v5e:2x2, v5p:2x2x1, 2x2x2, 4x4x4, 4x4x8, 8x8x16, v6e:4x4"
+        ) from e
+    return list(topology.devices)
