@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code: 0 done, 1 does not fit or the compiler failed, 2 wrong
     arguments."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     kinds = [args.paper, args.budget is not None, bool(args.what)]
     if sum(kinds) != 1:
         parser.error("give RECIPE --on MACHINE, or --budget, or --paper (one of them)")

@@ -146,7 +146,7 @@ def test_groups_in_every_notation(text, group):
 # What is predicted -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", [["mesh.fsdp=8"], ["mesh.data=2"], ["train.accumulate=2"]])
+@pytest.mark.parametrize("mesh", [["mesh.fsdp=8"], ["mesh.data=2", "train.accumulate=2"]])
 def test_a_run_takes_the_memory_that_was_planned(recipe, mesh, monkeypatch):
     rng = random.Random(0)
     folder = recipe.parent / "text"

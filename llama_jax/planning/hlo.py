@@ -149,7 +149,7 @@ class _Walker:
             if op.kind == "while":
                 turns = trip_count(self.computations, op)
                 self.walk(_called(op, "body"), times * turns)
-            elif op.kind in ("call", "conditional", "async-start"):
+            elif op.kind in ("call", "conditional", "async-start", "call-start"):
                 for called in _all_called(op):
                     if called in self.computations:
                         self.walk(called, times)
