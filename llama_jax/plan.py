@@ -1,6 +1,8 @@
 """Plan a run before renting anything: does it fit, how fast can it be, what does it cost.
 
     python -m llama_jax.plan RECIPE.toml --on v5p:8x8x8 [section.key=value ...]
+    python -m llama_jax.plan llama-7b --sample --on h200:1 --dtype int8 --batch 16
+    python -m llama_jax.plan --table
     python -m llama_jax.plan --budget 1e22 --served-tokens 1e12
     python -m llama_jax.plan --paper
 
@@ -20,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama_jax.config import ConfigError, load_recipe
-from llama_jax.planning import budget
+from llama_jax.planning import budget, sampling
 from llama_jax.planning.machines import EXAMPLES, PlanError, machine
 
 
@@ -29,13 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments."""
     parser = _parser()
     args = parser.parse_intermixed_args(argv)
-    kinds = [args.paper, args.budget is not None, bool(args.what)]
-    if sum(kinds) != 1:
-        parser.error("give RECIPE --on MACHINE, or --budget, or --paper (one of them)")
-    if args.served_tokens and args.budget is None:
-        parser.error("--served-tokens goes with --budget")
-    if args.what and not args.on:
-        parser.error(f"{args.what[0]}: on which machine? give --on, as {EXAMPLES}")
+    _check(parser, args)
     try:
         return _run(args)
     except (ConfigError, PlanError) as e:
@@ -49,7 +45,28 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a message where arguments do not go together."""
+    kinds = [args.paper, args.table, args.budget is not None, bool(args.what)]
+    if sum(kinds) != 1:
+        parser.error("give RECIPE --on MACHINE, or --budget, --table or --paper (one of them)")
+    if args.served_tokens and args.budget is None:
+        parser.error("--served-tokens goes with --budget")
+    if args.what and not args.on:
+        parser.error(f"{args.what[0]}: on which machine? give --on, as {EXAMPLES}")
+    if args.sample and len(args.what) > 1:
+        parser.error(f"--sample takes one model, not {' '.join(args.what)}")
+    for name in ("dtype", "context", "batch"):
+        if getattr(args, name) is not None and not args.sample:
+            parser.error(f"--{name} goes with --sample")
+
+
 def _run(args: argparse.Namespace) -> int:
+    if args.table:
+        print(sampling.table())
+        return 0
+    if args.sample:
+        return _sample(args)
     if args.paper:
         print(budget.paper_text())
         return 0
@@ -60,6 +77,18 @@ def _run(args: argparse.Namespace) -> int:
         print(f"picture: {picture}")
         return 0
     return _plan(args)
+
+
+def _sample(args: argparse.Namespace) -> int:
+    name = args.what[0]
+    cfg, on = sampling.model_of(name), machine(args.on, sampling.CARDS)
+    context = args.context or min(cfg.context, 4096)
+    f = sampling.plan(cfg, on, args.dtype or "bfloat16", context, args.batch or 1)
+    print(sampling.text(f, f"{name}, generating on {on.name}: {on.rate()}"))
+    if args.out:
+        args.out.write_text(json.dumps({"model": name} | f, indent=1) + "\n")
+        print(f"saved: {args.out}")
+    return 0 if f["fits"] else 1
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -142,8 +171,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"machines: {EXAMPLES}, ...",
     )
     arg = parser.add_argument
-    arg("what", nargs="*", metavar="RECIPE.toml | section.key=value", help="what to train")
+    arg(
+        "what",
+        nargs="*",
+        metavar="RECIPE.toml | section.key=value",
+        help="what to train; with --sample, a model",
+    )
     arg("--on", metavar="MACHINE", help="chip and number or grid")
+    arg("--sample", action="store_true", help="generate with a model (llama-7b, ...), not train")
+    arg("--dtype", choices=sampling.DTYPES, help="with --sample: of the weights (bfloat16)")
+    arg("--context", type=_count, metavar="S", help="with --sample: positions of a sequence")
+    arg("--batch", type=_count, metavar="B", help="with --sample: sequences at a time (1)")
+    arg("--table", action="store_true", help="generation: every size against common cards")
     arg("--power", type=_positive, metavar="WATTS", help="of one chip, instead of the maker's")
     arg("--price", type=_positive, metavar="MONEY", help="of a chip-hour")
     arg("--budget", type=_positive, metavar="FLOP", help="which size to train with so much")
@@ -154,6 +193,12 @@ def _parser() -> argparse.ArgumentParser:
     arg("--paper", action="store_true", help="the paper's carbon table, computed again")
     arg("--out", type=Path, metavar="FILE", help="the JSON (or the picture) to write")
     return parser
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def _positive(text: str) -> float:

@@ -13,14 +13,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import plan, train
-from llama_jax.config import ConfigError, load_recipe
-from llama_jax.planning import budget, hlo
+from llama_jax.config import MODELS, ConfigError, load_recipe
+from llama_jax.model import Execution, Llama
+from llama_jax.planning import budget, hlo, sampling
 from llama_jax.planning.compiled import compile_step, peak_bytes
+from llama_jax.planning.hlo_text import first_group
 from llama_jax.planning.machines import CHIPS, PlanError, machine
+from llama_jax.quantize import weight_bytes
+from llama_jax.step import split
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -140,7 +145,7 @@ def test_collectives_are_counted_whole():
     ],
 )
 def test_groups_in_every_notation(text, group):
-    assert hlo.first_group(f"%x = f32[8] all-reduce(%y), {text}, to_apply=%add") == group
+    assert first_group(f"%x = f32[8] all-reduce(%y), {text}, to_apply=%add") == group
 
 
 # What is predicted -------------------------------------------------------------------------------
@@ -203,6 +208,7 @@ def check(recipe, process, names):
         assert 1.1 * own < f["step"]["operations"] * devices < 1.6 * own
         assert f["memory"]["weights"] < f["memory"]["peak"] < 2**30
         assert {r["kind"] for r in f["step"]["collectives"]} >= {"all-gather"}
+        assert sum(r["calls"] for r in f["step"]["collectives"]) > 20
         assert f["time"]["step"] == max(f["time"]["terms"].values()) > 0
         assert 0 < f["time"]["mfu"] < 1
         assert name.split(":")[0] not in ("h100", "a100") or f["run"]["mwh"] > 0
@@ -335,6 +341,41 @@ def test_chinchillas_own_budget_gives_about_its_size():
     assert 15 < D / N < 26
 
 
+# Generation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sampling.DTYPES)
+@pytest.mark.parametrize("name", ["llama-7b", "llama3.1-70b", "stories260k"])
+def test_weights_take_what_quantisation_makes_of_them(name, kind):
+    cfg = MODELS[name]
+    abstract = jax.eval_shape(lambda: split(Llama(cfg, Execution(jnp.bfloat16), nnx.Rngs(0)))[1])
+    assert sampling.weight_bytes(cfg, kind) == weight_bytes(abstract, kind)
+
+
+def test_the_largest_batch_and_context_just_fit():
+    cfg, on = MODELS["llama-13b"], machine("h100:2")
+    for batch in (1, 40):
+        f = sampling.plan(cfg, on, "int8", 2048, batch)
+        most = f["largest_batch"]
+        assert sampling.plan(cfg, on, "int8", 2048, most - 1)["fits"]
+        assert not sampling.plan(cfg, on, "int8", 2048, most + 1)["fits"]
+    assert sampling.plan(cfg, on, "int8", f["largest_context"], 40)["fits"]
+    # One sequence: bound by reading the weights and the cache once, on two cards.
+    one = sampling.plan(cfg, on, "bfloat16", 2048, 1)
+    moved = 2 * 13_015_864_320 + 2 * 2 * 40 * 40 * 128 * 2048
+    assert one["tokens_per_second"] == pytest.approx(2 * 3352e9 / moved)
+    assert one["bound_by"] == "memory"
+
+
+def test_a_65b_model_on_common_cards(capsys):
+    assert plan.main(["llama-65b", "--sample", "--on", "rtx4090:1", "--dtype", "int4"]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert plan.main(["llama-65b", "--sample", "--on", "h100:1", "--dtype", "int8"]) == 0
+    assert "FITS" in capsys.readouterr().out
+    assert plan.main(["--table"]) == 0
+    assert "llama-65b" in capsys.readouterr().out
+
+
 # The command -------------------------------------------------------------------------------------
 
 
@@ -365,6 +406,12 @@ def test_the_plan_on_the_terminal(recipe, capsys, tmp_path):
     ("args", "message"),
     [
         ([], "give RECIPE --on MACHINE"),
+        (["llama-9b", "--sample", "--on", "h100:1"], "no model 'llama-9b'; known: llama-7b"),
+        (["llama-7b", "--sample", "--on", "abacus:1"], "no chip 'abacus'; known: v5e"),
+        (["llama-7b", "--sample", "--on", "h100:3"], "do not divide the model's 32 heads"),
+        (["llama-7b", "--sample", "--on", "h100:1", "--context", "4096"], "own, 2048"),
+        (["llama-7b", "--sample", "--on", "h100:1", "--batch", "0"], "positive whole number"),
+        (["configs/tiny.toml", "--on", "h100:1", "--batch", "2"], "goes with --sample"),
         (["--paper", "--budget", "1e22"], "one of them"),
         (["--budget", "-1"], "is not a positive number"),
         (["--budget", "much"], "is not a positive number"),

@@ -11,10 +11,18 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-import numpy as np
+from llama_jax.planning.hlo_text import (
+    Op,
+    all_called,
+    arrays,
+    called,
+    first_group,
+    item_bytes,
+    num_bytes,
+    parse,
+    trip_count,
+)
 
-SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
-SIZES |= {f"{sign}{n}": max(n // 8, 1) for sign in "su" for n in (2, 4, 8, 16, 32, 64)}
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
@@ -24,16 +32,6 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "async-done",
 }  # fmt: skip
-
-
-class Op(NamedTuple):
-    """One instruction: its name, result type, operation, operands' names, and its whole line."""
-
-    name: str
-    type: str
-    kind: str
-    operands: tuple[str, ...]
-    line: str
 
 
 class Collective(NamedTuple):
@@ -80,62 +78,6 @@ def count(text: str, cycle_flops: float = 0.0, cycle_bytes: float = 0.0) -> Cost
     return walker.cost
 
 
-def parse(text: str) -> tuple[dict[str, dict[str, Op]], str]:
-    """Computations by name, each a table of its instructions in order; and the entry's name."""
-    computations: dict[str, dict[str, Op]] = {}
-    entry, current, pending = "", None, ""
-
-    def finish() -> None:
-        op = _op(pending)
-        if op is not None and current is not None:
-            computations[current][op.name] = op
-
-    for line in text.splitlines():
-        if start := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            current = start[2]
-            computations[current] = {}
-            entry = current if start[1] else entry
-            pending = ""
-        elif line.startswith("}"):
-            finish()
-            current, pending = None, ""
-        elif current is not None:
-            if re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line):
-                finish()
-                pending = line.strip()
-            else:
-                pending += " " + line.strip()
-    return computations, entry
-
-
-_OP = re.compile(r"(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
-
-
-def _op(line: str) -> Op | None:
-    line = re.sub(r"/\*.*?\*/", "", line)
-    found = _OP.match(line)
-    if not found:
-        return None
-    operands = re.match(r"[^()]*(?:\([^()]*\)[^()]*)*", line[found.end() :])
-    names = re.findall(r"%([\w.\-]+)", operands[0]) if operands else []
-    return Op(found[1], found[2], found[3], tuple(names), line)
-
-
-def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of each array of a type."""
-    found = re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", type_)
-    return [(d, tuple(map(int, filter(None, s.split(","))))) for d, s in found if _size(d)]
-
-
-def num_bytes(type_: str) -> int:
-    """Bytes of a type, all arrays of a tuple together."""
-    return sum(_size(dtype) * math.prod(shape) for dtype, shape in arrays(type_))
-
-
-def _size(dtype: str) -> int:
-    return 1 if dtype.startswith("f8") else SIZES.get(dtype, 0)
-
-
 class _Walker:
     def __init__(self, computations, cycle_flops, cycle_bytes):
         self.computations = computations
@@ -148,24 +90,25 @@ class _Walker:
         for op in self.computations[name].values():
             if op.kind == "while":
                 turns = trip_count(self.computations, op)
-                self.walk(_called(op, "body"), times * turns)
+                self.walk(called(op, "body"), times * turns)
             elif op.kind in ("call", "conditional", "async-start", "call-start"):
-                for called in _all_called(op):
-                    if called in self.computations:
-                        self.walk(called, times)
+                for inner in all_called(op):
+                    if inner in self.computations:
+                        self.walk(inner, times)
             else:
                 self._instruction(self.computations[name], op, times)
 
     def _instruction(self, table: dict[str, Op], op: Op, times: int) -> None:
-        inner = self.computations.get(_called(op, "calls"), {}) if op.kind == "fusion" else {}
+        inner = self.computations.get(called(op, "calls"), {}) if op.kind == "fusion" else {}
         flops = _product_flops(table, op)
-        flops += self._fused(inner, _called(op, "calls"), times)
+        flops += self._fused(inner, called(op, "calls"), times)
         self._collective(op, "", times)
         moved: float = 0 if op.kind in _FREE else _moved(table, op, inner)
         cycles = _estimated_cycles(op)
         is_product = flops > 0
         if op.kind == "custom-call" and (declared := _kernel(op)) is not None:
             kernel_flops, kernel_bytes = declared
+            kernel_flops = kernel_flops or _cudnn_flops(table, op)
             is_product = True
             self.cost.kernels[_kernel_name(op)] += times
             self.cost.silent_kernels += 0 if kernel_flops or flops else times
@@ -185,8 +128,8 @@ class _Walker:
             flops += _product_flops(inner, op)
             self._collective(op, name, times)
             if op.kind == "fusion":
-                called = _called(op, "calls")
-                flops += self._fused(self.computations.get(called, {}), called, times)
+                deeper = called(op, "calls")
+                flops += self._fused(self.computations.get(deeper, {}), deeper, times)
         return flops
 
     def _collective(self, op: Op, inside: str, times: int) -> None:
@@ -203,16 +146,7 @@ class _Walker:
         group = first_group(op.line)
         if len(group) == 1:
             return
-        size = num_bytes(op.type)
-        if op.kind == "collective-permute-start" or (
-            op.kind == "all-gather-start" and op.type.startswith("(")
-        ):
-            sizes = [_size(d) * math.prod(s) for d, s in arrays(op.type)]
-            # (operands..., results..., and for a permute two counters)
-            whole = sizes if kind == "all-gather" else [x for x in sizes if x > 4]
-            size = sum(whole[len(whole) // 2 :])
-        if kind == "reduce-scatter":
-            size *= len(group)
+        size = _whole(op, len(group))
         # On TPU a reduce-scatter is a fusion of this name, with an all-reduce inside.
         if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
@@ -221,53 +155,17 @@ class _Walker:
         self.cost.collective_counts[collective] += times
 
 
-def _called(op: Op, attribute: str) -> str:
-    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", op.line)
-    return found[1] if found else ""
-
-
-def _all_called(op: Op) -> list[str]:
-    found = re.findall(
-        r"\b(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", op.line
-    )
-    if branches := re.search(r"branch_computations=\{([^}]*)\}", op.line):
-        found += re.findall(r"%?([\w.\-]+)", branches[1])
-    return found
-
-
-def trip_count(computations: dict[str, dict[str, Op]], op: Op) -> int:
-    """How often a `while` turns: as XLA notes it, or from the constant its condition compares with.
-
-    Raises:
-      ValueError: neither is there.
-    """
-    if known := re.search(r'known_trip_count"?:\{"n":"?(\d+)', op.line):
-        return int(known[1])
-    condition = computations[_called(op, "condition")].values()
-    limits = [
-        int(found[1])
-        for each in condition
-        if (found := re.search(r"[su]32\[\]\S* constant\((\d+)\)", each.line))
-    ]
-    if not limits:
-        raise ValueError(f"how often does {op.name} turn? Its condition has no constant")
-    return max(1, -(-max(limits) // _loop_step(computations, op)))
-
-
-def _loop_step(computations: dict[str, dict[str, Op]], op: Op) -> int:
-    """What a loop adds to its counter each time: 1, or 2 where XLA has unrolled it by two."""
-    condition = computations[_called(op, "condition")]
-    body = computations[_called(op, "body")]
-    counter = next((x for x in condition.values() if x.kind == "get-tuple-element"), None)
-    root = next((x for x in body.values() if x.line.startswith("ROOT")), None)
-    index = re.search(r"index=(\d+)", counter.line) if counter else None
-    if index is None or root is None or int(index[1]) >= len(root.operands):
-        return 1
-    step = body.get(root.operands[int(index[1])])
-    for name in step.operands if step and step.kind == "add" else ():
-        if name in body and (found := re.search(r"constant\((\d+)\)", body[name].line)):
-            return int(found[1])
-    return 1
+def _whole(op: Op, members: int) -> int:
+    """Bytes of the whole array that a collective gathers, sums or moves."""
+    sizes = [item_bytes(dtype) * math.prod(shape) for dtype, shape in arrays(op.type)]
+    before: list[int] = []
+    if op.kind.endswith("-start") and op.kind != "all-reduce-start" and op.type.startswith("("):
+        # (operands, results), and for a permute two counters of 4 bytes.
+        n = len(op.operands)
+        before, sizes = sizes[:n], sizes[n : 2 * n]
+    if op.kind.startswith("reduce-scatter"):
+        return sum(before) or sum(sizes) * members
+    return sum(sizes)
 
 
 def _product_flops(table: dict[str, Op], op: Op) -> float:
@@ -355,48 +253,19 @@ def _kernel(op: Op) -> tuple[float, float] | None:
     return float(declared.get("flops", 0)), float(declared.get("bytes_accessed", 0))
 
 
+def _cudnn_flops(table: dict[str, Op], op: Op) -> float:
+    """Operations of cuDNN's attention, of q [B, T, N, H] and k [B, S, K, H]; causal: half. The
+    backward pass has five products where the forward pass has two."""
+    if "__cudnn$fmha" not in op.line:
+        return 0.0
+    q, k = (arrays(table[name].type)[0][1] for name in op.operands[:2])
+    causal = 0.5 if '"mask_type":"CAUSAL"' in op.line else 1.0
+    return 4.0 * math.prod(q) * k[1] * causal * (2.5 if "Backward" in op.line else 1.0)
+
+
 def _kernel_name(op: Op) -> str:
     named = re.search(r'op_name="[^"]*?([\w.\-]+)"', op.line)
     target = _KERNELS.search(op.line)
     assert target is not None
     name = re.sub(r"[.\d]+$", "", op.name)
     return name if name != "custom-call" or not named else named[1]
-
-
-def first_group(line: str) -> tuple[int, ...]:
-    """Devices of the first group of a collective, as numbers in the order of the mesh.
-
-    Empty: all devices. The groups stand in the text as lists, as a reshaped and transposed range,
-    or as axes of a mesh.
-    """
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
-        return int(pairs[1]), int(pairs[2])
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        return tuple(map(int, listed[1].split(",")))
-    number = r"\[([\d,]+)\]"
-    if ranged := re.search(rf"replica_groups={number}<={number}(?:T\(([\d,]+)\))?", line):
-        to, shape = (list(map(int, ranged[i].split(","))) for i in (1, 2))
-        ids = np.arange(math.prod(shape)).reshape(shape)
-        if ranged[3]:
-            ids = ids.transpose(list(map(int, ranged[3].split(","))))
-        return tuple(ids.reshape(to)[0].tolist())
-    if meshed := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? ?\{([^}]*)\}", line
-    ):
-        return _mesh_group(meshed[1], meshed[2])
-    return ()
-
-
-def _mesh_group(mesh: str, axes: str) -> tuple[int, ...]:
-    """A group along ``'axis_1'`` or ``'axis_0':(2)4`` (a part: 4 at a stride inside the axis)."""
-    sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
-    stride, strides = 1, {}
-    for name in reversed(sizes):
-        strides[name] = stride
-        stride *= sizes[name]
-    ids = np.zeros(1, int)
-    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes):
-        n = int(size) if size else sizes[name]
-        step = strides[name] * (sizes[name] // (int(before) * n) if size else 1)
-        ids = (ids[:, None] + step * np.arange(n)).reshape(-1)
-    return tuple(ids.tolist())

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 GIB = 2**30
@@ -81,27 +82,28 @@ class Machine:
     def rate(self) -> str:
         """What a device can do, one line."""
         c = self.chip
-        far = f", {c.network:g} GB/s to other hosts" if c.network else ""
-        return f"{c.tflops:g} TFLOP/s, memory {c.bandwidth:g} GB/s, links {c.link:g} GB/s{far}"
+        near = f", links {c.link:g} GB/s" if self.devices > 1 else ""
+        far = f", {c.network:g} GB/s to other hosts" if c.network and self.chips > 8 else ""
+        return f"{c.tflops:g} TFLOP/s, memory {c.bandwidth:g} GB/s{near}{far}"
 
 
-def machine(name: str) -> Machine:
+def machine(name: str, chips: Mapping[str, Chip] = CHIPS) -> Machine:
     """Read a machine's name, without asking the compiler for it.
 
     Raises:
       PlanError: no such chip, or no such arrangement of it.
     """
     kind, colon, size = name.partition(":")
-    if kind not in CHIPS:
-        known = ", ".join(CHIPS)
+    if kind not in chips:
+        known = ", ".join(chips)
         raise PlanError(f"--on {name}: no chip {kind!r}; known: {known} (as {EXAMPLES})")
-    chip = CHIPS[kind]
+    chip = chips[kind]
     sizes = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size)
     if not colon or not sizes or (chip.platform != "tpu" and "x" in size):
         raise PlanError(f"--on {name}: give the number of chips or their grid, as {EXAMPLES}")
     grid = [int(n) for n in size.split("x")]
     axes = 3 if kind in ("v5p", "tpu7x") else 2
-    if chip.platform == "tpu" and len(grid) != axes:
+    if chip.platform == "tpu" and len(grid) != axes and grid != [1]:
         raise PlanError(
             f"--on {name}: chips of a {kind} lie in a grid of {axes} axes, as in {EXAMPLES}"
         )

@@ -35,9 +35,9 @@ def weight_bytes(cfg: ModelConfig, dtype: str) -> float:
     if dtype in ("float32", "bfloat16"):
         return cfg.num_params * (4 if dtype == "float32" else 2)
     # Letters of each matrix: what is summed over, and what comes out.
-    matrices = [("D", "NH"), ("D", "KH"), ("D", "KH"), ("NH", "D"), ("D", "F"), ("D", "F"), ("F", "D")]  # fmt: skip
+    matrices = ["D NH", "D KH", "D KH", "NH D", "D F", "D F", "F D"]
     total, whole = 0.0, 0
-    for inputs, outputs in matrices:
+    for inputs, outputs in map(str.split, matrices):
         n, m = math.prod(cfg.shape(inputs)), math.prod(cfg.shape(outputs))
         scales = m if dtype == "int8" else m * n / math.gcd(cfg.size(inputs[-1]), GROUP)
         total += cfg.num_layers * (n * m * (1 if dtype == "int8" else 0.5) + 4 * scales)
@@ -145,8 +145,8 @@ def table() -> str:
         "One card, batch 1, 2,048 positions: the widest type that fits, and the most tokens a",
         "second that reading the weights allows (- : not even int4 fits).",
         "",
-        f"{'':<14}" + "".join(f"{name:>16}" for name in names),
-        f"{'memory, GiB':<14}" + "".join(f"{CARDS[name].memory:>16.1f}" for name in names),
+        f"{'':<14}" + "".join(f"{name:>10}" for name in names),
+        f"{'memory, GiB':<14}" + "".join(f"{CARDS[name].memory:>10.1f}" for name in names),
     ]
     for size in SIZES:
         cells = []
@@ -154,6 +154,7 @@ def table() -> str:
             on = Machine(f"{name}:1", CARDS[name], 1)
             plans = [plan(MODELS[size], on, d, 2048, 1) for d in DTYPES[1:]]
             best = next((p for p in plans if p["fits"]), None)
-            cells.append(f"{best['dtype']} {best['tokens_per_second']:,.0f}" if best else "-")
-        lines.append(f"{size:<14}" + "".join(f"{cell:>16}" for cell in cells))
+            kind = best["dtype"].replace("bfloat", "bf") if best else ""
+            cells.append(f"{kind} {best['tokens_per_second']:,.0f}" if best else "-")
+        lines.append(f"{size:<14}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
