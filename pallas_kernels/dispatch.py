@@ -15,6 +15,12 @@ def platform() -> str:
     return device.platform if device is not None else jax.default_backend()
 
 
+def device_kind() -> str:
+    """The kind of chip being compiled for, as :func:`platform` finds it."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
+
+
 def call(
     op: str,
     table: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]],

@@ -222,7 +222,14 @@ def _gpu(*args):
     return gpu(*args)
 
 
+def _tpu(*args):
+    from pallas_kernels.rotary_attention_tpu import tpu
+
+    return tpu(*args)
+
+
 _IMPLEMENTATIONS = {
+    "tpu": (("tpu",), _tpu),
     "cudnn": (("gpu", "cuda"), _cudnn),
     "gpu": (("gpu", "cuda"), _gpu),
     "xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla),
