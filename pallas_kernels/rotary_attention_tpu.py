@@ -161,8 +161,8 @@ def _forward(setting, q, k, v, positions, kv_positions, rope, ids, offset):
         k_used, tables = rotate(k, kv_positions, rope), (tables[0], None)
     else:
         k_used = k
-    inner = map(inside, (q, k_used, v))
-    out, log_total = _call(setting, q.shape[3], *inner, tables, ids, offset)
+    q_k_v = tuple(map(inside, (q, k_used, v)))
+    out, log_total = _call(setting, q.shape[3], q_k_v, tables, ids, offset)
     out = outside(out, q.shape)
     return out, (q, k, v, positions, kv_positions, rope, ids, offset, out, log_total)
 
@@ -232,11 +232,15 @@ def number_spec(rows: int, at):
 
 def dot(a, b, contract: str):
     """Matrix product into float32: contract "nn" a b, "nt" a b^T, "tn" a^T b."""
-    dims = tuple((int((letter == "n") == (side == 0)),) for side, letter in enumerate(contract))
+    a_axis, b_axis = int(contract[0] == "n"), int(contract[1] == "t")
     # Mosaic's default for float32 is one bfloat16 pass.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(
-        a, b, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32
+        a,
+        b,
+        (((a_axis,), (b_axis,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )
 
 
@@ -366,8 +370,8 @@ def _kernel(
         log_total_ref[...] = log_total.T[:1]
 
 
-def _call(setting, H, q, k, v, tables, ids, offset):
-    q_table, k_table = tables
+def _call(setting, H, q_k_v, tables, ids, offset):
+    (q, k, v), (q_table, k_table) = q_k_v, tables
     (B, T), S = q_table.shape[:2], k.shape[1 if H == LANES else 2]
     heads = lambda x: x.shape[2] // H if H == LANES else x.shape[1]
     N, K = heads(q), heads(k)

@@ -18,18 +18,35 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.ranges import ranges
 from pallas_kernels.rotary_attention import rotate
 from pallas_kernels.rotary_attention_tpu import (
-    LANES, LOWEST, Setting, column, dot, head_spec, inside, inside_shape, lanes, last_seen,
-    number_spec, outside, pairs_seen, parameters, row_ids, table, turn, turn_all, walk,
-)  # fmt: skip
+    LANES,
+    LOWEST,
+    Setting,
+    column,
+    dot,
+    head_spec,
+    inside,
+    inside_shape,
+    lanes,
+    last_seen,
+    number_spec,
+    outside,
+    pairs_seen,
+    parameters,
+    row_ids,
+    table,
+    turn,
+    turn_all,
+    walk,
+)
 
 
 def backward(setting: Setting, residuals, d_out):
     """Gradients of q, k and v, in their dtypes; residuals as the forward pass leaves them."""
     q, k, v, positions, kv_positions, rope, ids, offset, out, log_total = residuals
     k_used = k if setting.backward_k == k.shape[1] else rotate(k, kv_positions, rope)
-    arrays = map(inside, (q, k_used, v, out, d_out))
+    arrays = *map(inside, (q, k_used, v, out, d_out)), log_total
     tables = table(positions, rope), table(kv_positions, rope)
-    grads = _call(setting, q.shape, k.shape, *arrays, log_total, tables, ids, offset)
+    grads = _call(setting, q.shape, k.shape, arrays, tables, ids, offset)
     return tuple(outside(d, x.shape) for d, x in zip(grads, (q, k, v), strict=True))
 
 
@@ -119,9 +136,8 @@ def _kernel(
         lax.fori_loop(0, blocks_k, finish, None)
 
 
-def _call(
-    setting, q_shape, k_shape, q, k, v, out, d_out, log_total, tables, ids, offset
-):  # fmt: skip
+def _call(setting, q_shape, k_shape, arrays, tables, ids, offset):
+    q, k = arrays[:2]
     (B, T, N, H), (_, S, K, _) = q_shape, k_shape
     G, queries, keys = N // K, setting.backward_q, setting.backward_k
     chunks_q, chunks = T // queries, S // keys
@@ -171,6 +187,4 @@ def _call(
         ),
         name="rotary_attention_backward",
         **parameters(setting),
-    )(
-        offset, where.reshape(-1), q, k, v, out, d_out, log_total, *tables, *row_ids(ids)
-    )  # fmt: skip
+    )(offset, where.reshape(-1), *arrays, *tables, *row_ids(ids))  # fmt: skip
