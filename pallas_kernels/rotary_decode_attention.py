@@ -110,4 +110,14 @@ def _append(cache_LBKSH, new_BTKH, layer, lengths_B):
     return jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(cache_LBKSH, new_BKTH, lengths_B)
 
 
-_IMPLEMENTATIONS = {"xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla)}
+def _gpu(*args):
+    # Pallas is imported where it is used: it takes a second.
+    from pallas_kernels.rotary_decode_attention_gpu import gpu
+
+    return gpu(*args)
+
+
+_IMPLEMENTATIONS = {
+    "gpu": (("gpu", "cuda"), _gpu),
+    "xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla),
+}

@@ -1,6 +1,7 @@
 """Programs compiled for GPUs that are not there, by XLA's CUDA compiler on a CPU."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import Rope, rotary_attention
+from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
 from pallas_kernels.chips import gpu_topology
 
 needs_compiler = pytest.mark.usefixtures("compiler")
@@ -19,13 +20,15 @@ def compiler():
     pytest.importorskip("jax_cuda13_plugin", reason="needs jax's CUDA plugin")
 
 
-def compiled_for(gpu, function, *shapes, count=1):
+def compiled_for(gpu, function, *shapes, count=1, donate=()):
     """The function compiled for a GPU by name; shapes are arrays or ShapeDtypeStructs."""
     mesh = Mesh(np.array(gpu_topology(gpu, count)), ("x",), axis_types=(AxisType.Explicit,))
     everywhere = NamedSharding(mesh, PartitionSpec())
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
     with jax.set_mesh(mesh):
-        return jax.jit(function).lower(*jax.tree.map(place, shapes)).compile()
+        return (
+            jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(place, shapes)).compile()
+        )
 
 
 @needs_compiler
@@ -109,3 +112,34 @@ def test_attention_compiles_at_any_length(gpu, B, T, dtype):
     compiled_for(
         gpu, functools.partial(_both_ways, "gpu"), *_arguments(B, T, 4, 2, 128, dtype, True)
     )
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("gpu", "T", "S", "dtype"),
+    [
+        ("h100", 1, 8192, jnp.bfloat16),
+        ("h200", 4, 5000, jnp.bfloat16),
+        ("h100", 300, 4096, jnp.bfloat16),
+        ("h200", 1, 4096, jnp.float32),
+    ],
+)
+def test_decoding_compiles(gpu, T, S, dtype):
+    """The caches are written in place: no memory but the partial results."""
+    B, N, K, H = 4, 32, 8, 128
+    of = jax.ShapeDtypeStruct
+    cache = of((B, K, S, H), dtype)
+    program = compiled_for(
+        gpu,
+        lambda q, k, v, cache_k, cache_v, lengths, inv_freq: rotary_decode_attention(
+            q, k, v, cache_k, cache_v, lengths, Rope(inv_freq, 1.0), implementation="gpu"
+        ),
+        of((B, T, N, H), dtype), of((B, T, K, H), dtype), of((B, T, K, H), dtype), cache, cache,
+        of((B,), jnp.int32), of((H // 2,), jnp.float32),
+        donate=(3, 4),
+    )  # fmt: skip
+    memory = program.memory_analysis()
+    assert "rotary_decode_attention" in program.as_text()
+    assert memory.alias_size_in_bytes == 2 * math.prod(cache.shape) * cache.dtype.itemsize
+    splits_and_rows = (8 if T * N // K <= 64 else 1) * B * K * max(16, T * N // K)
+    assert memory.temp_size_in_bytes < splits_and_rows * (H + 2) * 8 + (1 << 19)
