@@ -31,10 +31,10 @@ PROGRAMS = 264
 """Programs wanted, for the two that each of 132 multiprocessors holds."""
 
 
-def gpu(q, k, v, cache_k, cache_v, lengths, positions, rope, scale):
+def gpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
     """`rotary_decode_attention` in Pallas; arguments as its front door passes them."""
     B, T, N, H = q.shape
-    K, S = cache_k.shape[1:3]
+    K, S = cache_k.shape[2:4]
     G = N // K
     if H not in (32, 64, 128):
         raise NotImplementedError(f"head_dim {H}: the GPU kernels have 32, 64 and 128")
@@ -47,7 +47,7 @@ def gpu(q, k, v, cache_k, cache_v, lengths, positions, rope, scale):
     q_rows = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
     factor = scale * math.log2(math.e)
     sums, top, total, *caches = _call(
-        q_rows, k, v, cache_k, cache_v, lengths, rope, G, rows, row_blocks, splits, factor
+        q_rows, k, v, cache_k, cache_v, layer, lengths, rope, G, rows, row_blocks, splits, factor
     )
     # [B, K, splits, rows]: each split's largest score and sum to the largest of all.
     share = jnp.exp2(top - jnp.max(top, axis=2, keepdims=True))
@@ -57,20 +57,21 @@ def gpu(q, k, v, cache_k, cache_v, lengths, positions, rope, scale):
     return out.reshape(q.shape).astype(q.dtype), *caches
 
 
-def _call(q, k, v, cache_k, cache_v, lengths, rope, G, rows, row_blocks, splits, factor):
-    (B, K, S, H), T = cache_k.shape, k.shape[1]
+def _call(q, k, v, cache_k, cache_v, layer, lengths, rope, G, rows, row_blocks, splits, factor):
+    (L, B, K, S, H), T = cache_k.shape, k.shape[1]
     # Programs: (split, block of rows, row of the batch and key head).
     b, n = lambda z: lax.div(z, K), lambda z: lax.rem(z, K)
     part = (None, None, None, rows)
     index = lambda i, r, z: (b(z), n(z), i, r)
     new = pl.BlockSpec((None, T, None, H), lambda i, r, z: (b(z), 0, n(z), 0))
-    cache = pl.BlockSpec((None, None, S, H), lambda i, r, z: (b(z), n(z), 0, 0))
+    cache = pl.BlockSpec((L, None, None, S, H), lambda i, r, z: (0, b(z), n(z), 0, 0))
     partial = (B, K, splits, row_blocks * rows)
     of = jax.ShapeDtypeStruct
     return pl.pallas_call(
         functools.partial(_kernel, G=G, T=T, splits=splits, factor=factor),
         grid=(splits, row_blocks, B * K),
         in_specs=[
+            pl.BlockSpec((1,), lambda i, r, z: (0,)),
             pl.BlockSpec((1,), lambda i, r, z: (b(z),)),
             pl.BlockSpec((H // 2,), lambda i, r, z: (0,)),
             pl.BlockSpec((1,), lambda i, r, z: (0,)),
@@ -85,23 +86,24 @@ def _call(q, k, v, cache_k, cache_v, lengths, rope, G, rows, row_blocks, splits,
             of((*partial, H), jnp.float32), of(partial, jnp.float32), of(partial, jnp.float32),
             of(cache_k.shape, cache_k.dtype), of(cache_v.shape, cache_v.dtype),
         ],
-        input_output_aliases={6: 3, 7: 4},
+        input_output_aliases={7: 3, 8: 4},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         interpret=dispatch.platform() == "cpu",
         name="rotary_decode_attention",
     )(
-        lengths, rope.inv_freq_H2, jnp.asarray(rope.scale, jnp.float32).reshape(1),
-        q, k, v, cache_k, cache_v,
+        layer.reshape(1), lengths, rope.inv_freq_H2,
+        jnp.asarray(rope.scale, jnp.float32).reshape(1), q, k, v, cache_k, cache_v,
     )  # fmt: skip
 
 
 def _kernel(
-    length_ref, inv_freq_ref, scale_ref, q_ref, k_ref, v_ref, cache_k_ref, cache_v_ref,
+    layer_ref, length_ref, inv_freq_ref, scale_ref, q_ref, k_ref, v_ref, cache_k_ref, cache_v_ref,
     sums_ref, top_ref, total_ref, new_cache_k_ref, new_cache_v_ref, *, G, T, splits, factor,
 ):  # fmt: skip
     split, block = pl.program_id(0), pl.program_id(1)
     rows, H = q_ref.shape
-    h, dtype, length = H // 2, q_ref.dtype, length_ref[0]
+    h, dtype = H // 2, q_ref.dtype
+    layer, length = layer_ref[0], length_ref[0]
     low, high, whole = pl.ds(0, h), pl.ds(h, h), pl.ds(0, H)
 
     def turned(a, b, t):
@@ -131,7 +133,7 @@ def _kernel(
         s = j * BLOCK_K + jnp.arange(BLOCK_K)
         at, live = pl.ds(j * BLOCK_K, BLOCK_K), (s < length)[:, None]
         k_a, k_b, v = (
-            load(ref, (at, half), live).astype(dtype)
+            load(ref, (layer, at, half), live).astype(dtype)
             for ref, half in ((cache_k_ref, low), (cache_k_ref, high), (cache_v_ref, whole))
         )
         return attend(carry, k_a, k_b, v, (s < length)[None, :])
@@ -154,9 +156,9 @@ def _kernel(
     def write(j, _):
         s, k_a, k_b, v = arrived(j)
         at, mask = pl.ds(length + j * size, size), (s < T)[:, None]
-        plt.store(new_cache_k_ref.at[at, low], k_a, mask=mask)
-        plt.store(new_cache_k_ref.at[at, high], k_b, mask=mask)
-        plt.store(new_cache_v_ref.at[at, whole], v, mask=mask)
+        plt.store(new_cache_k_ref.at[layer, at, low], k_a, mask=mask)
+        plt.store(new_cache_k_ref.at[layer, at, high], k_b, mask=mask)
+        plt.store(new_cache_v_ref.at[layer, at, whole], v, mask=mask)
 
     # As many blocks of the live part for each split; for the first, what is new besides.
     blocks = lax.div(length + BLOCK_K - 1, BLOCK_K)

@@ -128,14 +128,14 @@ def test_decoding_compiles(gpu, T, S, dtype):
     """The caches are written in place: no memory but the partial results."""
     B, N, K, H = 4, 32, 8, 128
     of = jax.ShapeDtypeStruct
-    cache = of((B, K, S, H), dtype)
+    cache = of((2, B, K, S, H), dtype)
     program = compiled_for(
         gpu,
-        lambda q, k, v, cache_k, cache_v, lengths, inv_freq: rotary_decode_attention(
-            q, k, v, cache_k, cache_v, lengths, Rope(inv_freq, 1.0), implementation="gpu"
+        lambda q, k, v, cache_k, cache_v, layer, lengths, inv_freq: rotary_decode_attention(
+            q, k, v, cache_k, cache_v, layer, lengths, Rope(inv_freq, 1.0), implementation="gpu"
         ),
         of((B, T, N, H), dtype), of((B, T, K, H), dtype), of((B, T, K, H), dtype), cache, cache,
-        of((B,), jnp.int32), of((H // 2,), jnp.float32),
+        of((), jnp.int32), of((B,), jnp.int32), of((H // 2,), jnp.float32),
         donate=(3, 4),
     )  # fmt: skip
     memory = program.memory_analysis()

@@ -1,13 +1,11 @@
 """What is the GPU implementations' own: documents as cuDNN wants them, and what each refuses."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
+from pallas_kernels import Rope, rotary_attention
 from pallas_kernels.rotary_attention_cudnn import documents
 from pallas_kernels.rotary_attention_gpu import Blocks, Setting, _ranges
 
@@ -169,61 +167,3 @@ def test_attention_and_gradients(case, dtype):
     if case == "blind_queries":
         assert not np.asarray(got[0])[:, :40].any()
         assert not np.asarray(got[1])[:, :40].any()
-
-
-# Decoding against the reference -------------------------------------------------------------------
-
-# (B, T, S, N, K, H), live positions of each row, dtype
-DECODE = {
-    "one": ((3, 1, 700, 4, 2, 64), [0, 699, 300], "float32"),
-    "few": ((2, 4, 524, 6, 2, 32), [520, 63], "float32"),
-    "chunk": ((2, 70, 200, 4, 1, 32), [0, 77], "float32"),
-    "bfloat16": ((2, 1, 300, 8, 2, 128), [299, 5], "bfloat16"),
-}
-
-
-@pytest.mark.parametrize("case", DECODE)
-def test_decoding(case):
-    """As the reference, with NaN in every slot that is not live; which stays there."""
-    (B, T, S, N, K, H), lengths, dtype = DECODE[case]
-    rng = np.random.default_rng(len(case))
-    some = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
-    new = some(B, T, N, H), some(B, T, K, H), some(B, T, K, H)
-    slot, end = np.arange(S), np.array(lengths)[:, None]
-    live, then = ((slot < last)[:, None, :, None] for last in (end, end + T))
-    caches = [jnp.where(live, some(B, K, S, H), jnp.nan) for _ in range(2)]
-    rope = Rope(np.float32(1e4 ** (-np.arange(0, H, 2) / H)), 1.1)
-
-    def run(implementation, arrays):
-        call = functools.partial(rotary_decode_attention, implementation=implementation)
-        return jax.jit(call)(*arrays, jnp.asarray(lengths, jnp.int32), rope)
-
-    want = run("xla", [x.astype(jnp.float32) for x in (*new, *caches)])
-    got = [np.float64(x) for x in run("gpu", [*new, *caches])]
-    want = [np.float64(x) for x in want]
-    for x, exact in zip(got[1:], want[1:], strict=True):
-        np.testing.assert_array_equal(np.isnan(x), np.broadcast_to(~then, x.shape))
-        np.testing.assert_allclose(
-            x[np.isfinite(x)], exact[np.isfinite(x)], rtol=1e-2 if dtype == "bfloat16" else 1e-6,
-            atol=1e-6,
-        )  # fmt: skip
-    limit = 1e-2 if dtype == "bfloat16" else 5e-6
-    assert np.linalg.norm(got[0] - want[0]) < limit * np.linalg.norm(want[0])
-
-
-def test_decoding_after_prefill_is_prefill_of_the_whole():
-    B, S, N, K, H = 2, 40, 4, 2, 32
-    rng = np.random.default_rng(0)
-    some = lambda n: jnp.asarray(rng.standard_normal((B, S, n, H)), jnp.float32)
-    q, k, v = some(N), some(K), some(K)
-    positions = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
-    rope = Rope(np.float32(1e4 ** (-np.arange(0, H, 2) / H)), 1.0)
-    want = rotary_attention(q, k, v, positions, rope, implementation="gpu")
-    run = jax.jit(functools.partial(rotary_decode_attention, implementation="gpu"))
-    cache, out, at = [jnp.full((B, K, S, H), jnp.nan)] * 2, [], 0
-    for n in (37, 1, 1, 1):
-        new = (x[:, at : at + n] for x in (q, k, v))
-        piece, *cache = run(*new, *cache, jnp.full(B, at, jnp.int32), rope)
-        out.append(piece)
-        at += n
-    np.testing.assert_allclose(np.concatenate(out, axis=1), want, atol=2e-6)
