@@ -149,9 +149,9 @@ def _kernel(
         return s, k_a, k_b, load(v_ref, (at, whole), mask).astype(cache_v_ref.dtype)
 
     def new(j, carry):
-        s, *keys_values = arrived(j)
+        s, k_a, k_b, v = arrived(j)
         seen = (s[None, :] <= t[:, None]) & (s < T)[None, :]
-        return attend(carry, *(x.astype(dtype) for x in keys_values), seen)
+        return attend(carry, k_a.astype(dtype), k_b.astype(dtype), v.astype(dtype), seen)
 
     def write(j, _):
         s, k_a, k_b, v = arrived(j)
