@@ -1,0 +1,172 @@
+"""One suite over the implementations of rotary attention, against plain numpy in float64.
+
+`xla` runs anywhere; kernels run in Pallas' interpreter on a CPU. `test_kernels` has the reference,
+heads of other widths, and what the front door refuses.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_kernels import TOLERANCE, normal, reference, relative_l2, rope_for
+
+from pallas_kernels import rotary_attention
+
+IMPLEMENTATIONS = ["xla", "tpu"]
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+# (B, T, S, N, K, H), options: what every implementation can do. Blocks of 128 are met
+# before, on and after the diagonal, whole and in part, with documents that fill blocks or do not.
+CASES = {
+    "one_position": ((2, 1, 1, 2, 1, 64), {}),
+    "blocks": ((1, 256, 256, 2, 2, 64), {}),
+    "eight_heads_a_key": ((1, 200, 200, 8, 1, 128), {"positions": 150}),
+    "documents": ((2, 300, 300, 2, 1, 64), {"documents": 6, "positions": 150}),
+    "document_a_row": ((2, 384, 384, 1, 1, 64), {"documents": 1}),
+    "strewn_documents": ((1, 300, 300, 3, 1, 64), {"strewn": 3, "rope_scale": 1.3}),
+    "shard": ((1, 140, 420, 4, 2, 64), {"documents": 4, "q_offset": 150}),
+    "blind_queries": ((1, 300, 300, 2, 1, 64), {"q_offset": -140}),
+    "not_causal": ((1, 130, 290, 2, 1, 128), {"causal": False, "scale": 0.2}),
+}
+
+
+def _arguments(case, dtype):
+    (B, T, S, N, K, H), options = CASES[case] if isinstance(case, str) else case
+    rng = np.random.default_rng(list(str(case).encode()))
+    q, d_out = normal(rng, (B, T, N, H), dtype), normal(rng, (B, T, N, H), dtype)
+    k, v = normal(rng, (B, S, K, H), dtype), normal(rng, (B, S, K, H), dtype)
+    offset, causal = options.get("q_offset", 0), options.get("causal", True)
+    kv_pos = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
+    if most := options.get("positions"):
+        kv_pos = rng.integers(0, most, (B, S), dtype=np.int32)
+    q_pos = kv_pos if S == T else np.broadcast_to(np.arange(T, dtype=np.int32) + offset, (B, T))
+    segments = kv_segments = None
+    if most := options.get("documents"):
+        kv_segments = np.sort(rng.integers(0, most, (B, S), dtype=np.int32), axis=1)
+        segments = kv_segments if S == T else kv_segments[:, offset : offset + T]
+    if most := options.get("strewn"):
+        kv_segments = rng.integers(0, most, (B, S), dtype=np.int32)
+        segments = rng.integers(0, most + 1, (B, T), dtype=np.int32)
+    rope = rope_for(H, scale=options.get("rope_scale", 1.0))
+    scale = options.get("scale")
+    keywords = dict(
+        kv_positions_BS=kv_pos, segment_ids_BT=segments, kv_segment_ids_BS=kv_segments,
+        q_offset=offset, causal=causal, scale=scale,
+    )  # fmt: skip
+    want = functools.partial(
+        reference, *map(np.float64, (q, k, v, d_out)), q_pos, kv_pos, rope, segments, kv_segments,
+        offset, causal, H**-0.5 if scale is None else scale,
+    )  # fmt: skip
+    return (q, k, v, d_out), q_pos, rope, keywords, want
+
+
+def _both_ways(implementation, q_pos, rope, keywords):
+    """A jitted function of q, k, v, d_out: the output and the gradients. The offset is traced."""
+    keywords = dict(keywords)
+    offset = jnp.int32(keywords.pop("q_offset"))
+
+    @jax.jit
+    def run(q, k, v, d_out, q_offset):
+        attend = lambda q, k, v: rotary_attention(
+            q, k, v, q_pos, rope, **keywords, q_offset=q_offset, implementation=implementation
+        )
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(d_out)
+
+    return lambda *arrays: run(*arrays, offset)
+
+
+def _check(case, dtype, implementation):
+    arrays, q_pos, rope, keywords, want = _arguments(case, dtype)
+    got = _both_ways(implementation, q_pos, rope, keywords)(*arrays)
+    for x, exact, like in zip(got, want(), (arrays[0], *arrays[:3]), strict=True):
+        assert x.dtype == like.dtype
+        assert x.shape == like.shape
+        assert np.isfinite(np.float32(x)).all()
+        if keywords["kv_positions_BS"].shape[1] == 1 and np.abs(exact).max() < 1e-9:
+            # One key has weight 1 whatever the score: no gradient but rounding.
+            assert np.abs(np.float32(x)).max() < 10 * TOLERANCE[dtype]
+        else:
+            assert relative_l2(x, exact) < TOLERANCE[dtype]
+
+
+@implementations
+@pytest.mark.parametrize("case", CASES)
+def test_attention_and_gradients(case, implementation):
+    _check(case, "float32", implementation)
+
+
+@implementations
+def test_attention_in_bfloat16(implementation):
+    _check("documents", "bfloat16", implementation)
+
+
+def _random_case(seed):
+    rng = np.random.default_rng(seed)
+    K, G = rng.choice([1, 2, 3]), rng.integers(1, 9)
+    T = int(rng.integers(1, 400))
+    options = {"positions": int(rng.integers(1, 150)), "documents": int(rng.integers(1, 12))}
+    return (1, T, T, int(K * G), int(K), int(rng.choice([64, 128]))), options
+
+
+@implementations
+@pytest.mark.parametrize("seed", range(2))
+def test_random_shapes(seed, implementation):
+    _check(_random_case(seed), "float32", implementation)
+
+
+@implementations
+def test_a_query_that_sees_nothing_gives_zeros(implementation):
+    (q, k, v, _), q_pos, rope, keywords, _ = _arguments(CASES["blind_queries"], "float32")
+    n = -keywords["q_offset"]
+    run = _both_ways(implementation, q_pos, rope, keywords)
+    out, d_q, d_k, d_v = map(np.asarray, run(q, k, v, np.ones_like(q)))
+    assert (out[:, :n] == 0).all()
+    assert (out[:, n:] != 0).all()
+    assert (d_q[:, :n] == 0).all()
+    # The last n keys are seen by nobody.
+    assert (d_k[:, -n:] == 0).all()
+    assert (d_v[:, -n:] == 0).all()
+
+
+@implementations
+def test_all_blind_gives_zeros_and_no_nan(implementation):
+    arrays, q_pos, rope, keywords, _ = _arguments("document_a_row", "float32")
+    keywords |= dict(segment_ids_BT=np.ones_like(q_pos), kv_segment_ids_BS=np.zeros_like(q_pos))
+    for x in _both_ways(implementation, q_pos, rope, keywords)(*arrays):
+        assert (np.asarray(x) == 0).all()
+
+
+@implementations
+def test_large_scores_do_not_overflow(implementation):
+    (q, k, v, d_out), q_pos, rope, keywords, _ = _arguments("blocks", "float32")
+    run = _both_ways(implementation, q_pos, rope, keywords)
+    out, *grads = map(np.asarray, run(q * 1e4, k * 1e4, v, d_out))
+    assert all(np.isfinite(x).all() for x in (out, *grads))
+    # So sharp a softmax picks values: each output is a row of v.
+    per_head = np.repeat(v, q.shape[2] // v.shape[2], axis=2)
+    nearest = np.abs(out[:, :, None] - per_head[:, None]).max(-1).min(2)
+    assert np.median(nearest) < 1e-6
+
+
+@implementations
+def test_default_positions_and_segments_are_the_queries(implementation):
+    (q, k, v, _), q_pos, rope, keywords, _ = _arguments("documents", "float32")
+    explicit = rotary_attention(q, k, v, q_pos, rope, **keywords, implementation=implementation)
+    ids = dict(segment_ids_BT=keywords["segment_ids_BT"])
+    short = rotary_attention(q, k, v, q_pos, rope, **ids, implementation=implementation)
+    assert (np.asarray(explicit) == np.asarray(short)).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_far_positions_as_the_reference(implementation):
+    """Float32 angles of positions about a million: far from float64's, the same everywhere."""
+    case = (1, 150, 150, 2, 1, 64), {"positions": 1 << 20}
+    arrays, q_pos, rope, keywords, _ = _arguments(case, "float32")
+    want = _both_ways("xla", q_pos, rope, keywords)(*arrays)
+    for x, exact in zip(
+        _both_ways(implementation, q_pos, rope, keywords)(*arrays), want, strict=True
+    ):
+        assert relative_l2(x, np.float64(exact)) < TOLERANCE["float32"]

@@ -1,0 +1,134 @@
+"""What is the TPU implementation's own: chunks, races, sizes, refusals, and the model over it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from test_kernels import relative_l2
+
+from pallas_kernels import Rope, rotary_attention
+from pallas_kernels.ranges import ranges
+from pallas_kernels.rotary_attention_tpu import Setting, pairs_seen, sizes
+
+
+def _inputs(T, N, K, H, documents):
+    rng = np.random.default_rng(0)
+    some = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    arrays = some(1, T, N, H), some(1, T, K, H), some(1, T, K, H), some(1, T, N, H)
+    ids = np.sort(rng.integers(0, documents, (1, T), dtype=np.int32), axis=1)
+    return arrays, ids
+
+
+def _both_ways(implementation, arrays, ids):
+    q, k, v, d_out = arrays
+    positions = np.arange(q.shape[1], dtype=np.int32)[None]
+    rope = Rope(np.float32(1e4 ** (-np.arange(0, q.shape[3], 2) / q.shape[3])), 1.0)
+
+    @jax.jit
+    def run(q, k, v, d_out):
+        attend = lambda q, k, v: rotary_attention(
+            q, k, v, positions, rope, segment_ids_BT=ids, implementation=implementation
+        )
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(d_out)
+
+    return run(q, k, v, d_out)
+
+
+def _in_chunks(monkeypatch, T):
+    """Keys and queries in VMEM in halves, blocks of 128, as a long sequence has them."""
+    chosen = (128, 128, T // 2, T // 2, T // 2, 60 << 20, True)
+    monkeypatch.setattr("pallas_kernels.rotary_attention_tpu.sizes", lambda *_: chosen)
+
+
+def test_streamed_in_chunks(monkeypatch):
+    arrays, ids = _inputs(512, 4, 2, 64, 3)
+    want = _both_ways("xla", arrays, ids)
+    _in_chunks(monkeypatch, 512)
+    for got, exact in zip(_both_ways("tpu", arrays, ids), want, strict=True):
+        assert relative_l2(got, np.float64(exact)) < 5e-6
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_no_races_and_no_unset_memory(chunked, monkeypatch):
+    """In the interpreter that keeps time: memory nobody wrote is NaN, and races are found."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    arrays, ids = _inputs(256, 2, 1, 128, 3)
+    want = _both_ways("xla", arrays, ids)
+    if chunked:
+        _in_chunks(monkeypatch, 256)
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    with pltpu.force_tpu_interpret_mode(params):
+        got = _both_ways("tpu", arrays, ids)
+        jax.block_until_ready(got)
+    assert interpret_pallas_call.races is not None
+    assert not interpret_pallas_call.races.races_found
+    for x, exact in zip(got, want, strict=True):
+        assert relative_l2(x, np.float64(exact)) < 5e-6
+
+
+@pytest.mark.parametrize("offset", [0, 24, -40, 1000, -1000])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_ranges_hold_all_that_is_seen(offset, documents, causal):
+    """Against the whole mask: nothing seen is outside, nothing in the clear is hidden."""
+    B, T, S, keys, rng = 2, 96, 128, 117, np.random.default_rng(0)
+    q_ids = np.sort(rng.integers(0, 4, (B, T)), axis=1) if documents else None
+    k_ids = rng.integers(0, 4, (B, S)) if documents else None
+    mask = np.broadcast_to(np.arange(S) < keys, (B, T, S)).copy()
+    if causal:
+        mask &= np.arange(S) <= np.arange(T)[:, None] + offset
+    if documents:
+        mask &= q_ids[:, :, None] == k_ids[:, None, :]
+    tiles = mask.reshape(B, T // 32, 32, S // 16, 16)
+    as_jax = lambda x: None if x is None else jnp.asarray(x)
+    for of, axes in (("q", (0, 1, 3, 2, 4)), ("k", (0, 3, 1, 2, 4))):
+        found = ranges(of, 32, 16, (B, T, S), keys, causal, offset, as_jax(q_ids), as_jax(k_ids))
+        assert found.shape == (B, *tiles.transpose(axes).shape[1:2], 4)
+        for row, tiles_of_row in zip(found, tiles.transpose(axes), strict=True):
+            for (start, clear, masked, stop), line in zip(row, tiles_of_row, strict=True):
+                assert 0 <= start <= clear <= masked <= stop <= len(line)
+                assert not line[:start].any()
+                assert not line[stop:].any()
+                assert line[clear:masked].all()
+
+
+@pytest.mark.parametrize("offset", [0, 5, -3, 100, -100])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (7, 7), (4, 12), (12, 4)])
+def test_cost_counts_the_pairs_that_are_seen(T, S, offset):
+    setting = Setting(True, 1.0, offset, T, S, 128, 128, S, T, S, 0, True)
+    seen = np.arange(S)[None] <= np.arange(T)[:, None] + offset
+    assert pairs_seen(setting) == seen.sum()
+    assert pairs_seen(setting._replace(offset=None)) == T * S
+    assert pairs_seen(setting._replace(causal=False)) == T * S
+
+
+@pytest.mark.parametrize("kind", ["TPU v5", "TPU v6 lite"])
+@pytest.mark.parametrize("T", [1, 128, 600, 2048, 4096, 8192, 32768])
+def test_sizes_cover_the_sequence(T, kind, monkeypatch):
+    monkeypatch.setattr("pallas_kernels.dispatch.device_kind", lambda: kind)
+    block_q, block_k, forward_k, backward_q, backward_k, _, _ = sizes(T, T, 128, 2)
+    padded = T + -T % block_q
+    assert padded - T <= max(T // 8, 127)
+    for chunk, block in ((forward_k, block_k), (backward_q, block_q), (backward_k, block_k)):
+        assert padded % chunk == 0
+        assert chunk % block == 0
+    if T <= 4096:
+        assert (forward_k, backward_q, backward_k) == (padded,) * 3
+
+
+@pytest.mark.parametrize(
+    ("H", "dtype", "platform", "why"),
+    [
+        (48, "float32", "cpu", "head_dim 48: the TPU kernels have 64 and 128"),
+        (64, "float16", "cpu", "float16: the TPU kernels have float32 and bfloat16"),
+        (64, "float32", "gpu", "run on TPU and, interpreted, on CPU; not on gpu"),
+    ],
+)
+def test_refuses(H, dtype, platform, why, monkeypatch):
+    monkeypatch.setattr("pallas_kernels.dispatch.platform", lambda: platform)
+    q, positions = jnp.zeros((1, 8, 2, H), dtype), jnp.zeros((1, 8), jnp.int32)
+    with pytest.raises(NotImplementedError, match=why):
+        rotary_attention(q, q, q, positions, Rope(jnp.zeros(H // 2), 1.0), implementation="tpu")
