@@ -1,6 +1,7 @@
 """Plan a run before renting anything: does it fit, how fast can it be, what does it cost.
 
     python -m llama_jax.plan RECIPE.toml --on v5p:8x8x8 [section.key=value ...]
+    python -m llama_jax.plan RECIPE.toml --on h100:64 --search
     python -m llama_jax.plan llama-7b --sample --on h200:1 --dtype int8 --batch 16
     python -m llama_jax.plan --table
     python -m llama_jax.plan --budget 1e22 --served-tokens 1e12
@@ -20,10 +21,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from llama_jax.config import ConfigError, load_recipe
+from tqdm import tqdm
+
+from llama_jax.config import ConfigError, Recipe, load_recipe, to_toml
 from llama_jax.planning import budget, sampling
-from llama_jax.planning.machines import EXAMPLES, PlanError, machine
+from llama_jax.planning.machines import EXAMPLES, Machine, PlanError, machine
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,6 +60,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"{args.what[0]}: on which machine? give --on, as {EXAMPLES}")
     if args.sample and len(args.what) > 1:
         parser.error(f"--sample takes one model, not {' '.join(args.what)}")
+    if args.search and (args.sample or not args.what):
+        parser.error("--search goes with a recipe")
+    if args.search and args.on.startswith("cpu"):
+        parser.error("--search needs a machine whose rates are known, not cpu")
     for name in ("dtype", "context", "batch"):
         if getattr(args, name) is not None and not args.sample:
             parser.error(f"--{name} goes with --sample")
@@ -100,8 +108,12 @@ def _plan(args: argparse.Namespace) -> int:
         from llama_jax.planning.compiled import compile_step
         from llama_jax.planning.report import figures, text
 
-        print(f"compiling {path} for {on.name} ...", file=sys.stderr, flush=True)
-        compiled = compile_step(recipe, on)
+        if args.search:
+            compiled = _search(recipe, on, path)
+        else:
+            print(f"compiling {path} for {on.name} ...", file=sys.stderr, flush=True)
+            compiled = compile_step(recipe, on)
+    recipe = compiled.recipe
     plan = figures(compiled, args.power, args.price)
     sizes = " x ".join(f"{a} {n}" for a, n in compiled.mesh.items() if n > 1) or "one device"
     train = recipe.train
@@ -117,6 +129,25 @@ def _plan(args: argparse.Namespace) -> int:
     )
     print(f"saved: {out}")
     return 0 if plan["fits"] else 1
+
+
+def _search(recipe: Recipe, on: Machine, path: str) -> Any:
+    """The fastest plan that fits, its recipe written; or the one that lacks least."""
+    from llama_jax.planning.search import search
+
+    fitting, nearest = search(recipe, on, lambda text: tqdm.write(text, file=sys.stderr))
+    if fitting:
+        made = Path(f"{Path(path).stem}-{on.name.replace(':', '-')}.toml")
+        made.write_text(to_toml(fitting[0].recipe), encoding="utf-8")
+        print(f"fastest of {len(fitting)} that fit; recipe written: {made}\n")
+        return fitting[0]
+    if nearest is None:
+        raise PlanError(
+            f"{path} on {on.name}: no mesh of {on.devices} devices divides the batch of "
+            f"{recipe.train.batch_size} and the width of {recipe.model.dim}"
+        )
+    print(f"nothing fits on {on.name}; this comes nearest:\n")
+    return nearest
 
 
 def prepare_jax(cpus: int) -> None:
@@ -147,7 +178,7 @@ def quiet() -> Iterator[None]:
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
-        mine, sys.stderr = sys.stderr, os.fdopen(os.dup(terminal), "w")
+        mine, sys.stderr = sys.stderr, os.fdopen(os.dup(terminal), "w", buffering=1)
         try:
             yield
         except (ConfigError, PlanError, KeyboardInterrupt):
@@ -178,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what to train; with --sample, a model",
     )
     arg("--on", metavar="MACHINE", help="chip and number or grid")
+    arg("--search", action="store_true", help="try meshes, parts and remat; write the fastest")
     arg("--sample", action="store_true", help="generate with a model (llama-7b, ...), not train")
     arg("--dtype", choices=sampling.DTYPES, help="with --sample: of the weights (bfloat16)")
     arg("--context", type=_count, metavar="S", help="with --sample: positions of a sequence")

@@ -1,5 +1,6 @@
 """Plans: what is counted, what is predicted, what it costs, and what cannot be planned."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import plan, train
 from llama_jax.config import MODELS, ConfigError, load_recipe
 from llama_jax.model import Execution, Llama
-from llama_jax.planning import budget, hlo, sampling
+from llama_jax.planning import budget, hlo, sampling, search
 from llama_jax.planning.compiled import compile_step, peak_bytes
 from llama_jax.planning.hlo_text import first_group
 from llama_jax.planning.machines import CHIPS, PlanError, machine
@@ -432,3 +433,44 @@ def test_wrong_arguments_say_what_to_do(args, message, capsys, monkeypatch):
         code = e.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax's CUDA plugin"
+)
+def test_a_search_writes_the_fastest_recipe_that_fits(recipe, capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr(search, "TRIES", 2)
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "plan.json"
+    assert plan.main([str(recipe), "--on", "h100:2", "--search", "--out", str(out)]) == 0
+    made = load_recipe(tmp_path / "recipe-h100-2.toml")
+    found = json.loads(out.read_text())
+    assert (found["accumulate"], found["remat"]) == (made.train.accumulate, made.train.remat)
+    assert made.train.batch_size == 16
+    tried = [float(s) for s in re.findall(r": ([\d.e-]+) s a step", capfd.readouterr().err)]
+    assert len(tried) == 2
+    assert found["time"]["step"] == pytest.approx(min(tried), rel=0.01)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax's CUDA plugin"
+)
+def test_a_search_where_nothing_fits_says_by_how_much(recipe, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    small = dataclasses.replace(CHIPS["h100"], memory=1e-4)
+    monkeypatch.setitem(CHIPS, "h100", small)
+    assert plan.main([str(recipe), "--on", "h100:2", "--search"]) == 1
+    said = capsys.readouterr().out
+    assert "nothing fits on h100:2" in said
+    assert "DOES NOT FIT" in said
+    assert "more than the 0.00 there are" in said
+
+
+def test_candidates_divide_the_recipe():
+    recipe = load_recipe(ROOT / "configs/llama-33b-gpu.toml")
+    found = search.candidates(recipe, machine("h100:64"))
+    assert {c.recipe.mesh.tensor for c in found} == {1, 2, 4}  # 52 heads
+    for c in found:
+        rows = recipe.train.batch_size // c.recipe.train.accumulate
+        assert rows % c.recipe.mesh.fsdp == 0
+    assert [c.seconds for c in found] == sorted(c.seconds for c in found)
