@@ -110,14 +110,23 @@ def _append(cache_LBKSH, new_BTKH, layer, lengths_B):
     return jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(cache_LBKSH, new_BKTH, lengths_B)
 
 
+# Pallas is imported where it is used: it takes a second.
+
+
+def _tpu(*args):
+    from pallas_kernels.rotary_decode_attention_tpu import tpu
+
+    return tpu(*args)
+
+
 def _gpu(*args):
-    # Pallas is imported where it is used: it takes a second.
     from pallas_kernels.rotary_decode_attention_gpu import gpu
 
     return gpu(*args)
 
 
 _IMPLEMENTATIONS = {
+    "tpu": (("tpu",), _tpu),
     "gpu": (("gpu", "cuda"), _gpu),
     "xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla),
 }

@@ -13,9 +13,9 @@ import pytest
 from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
 
 TOLERANCE = {"float32": 5e-6, "bfloat16": 1e-2}
-IMPLEMENTATIONS = ["xla", "gpu"]
+IMPLEMENTATIONS = ["xla", "tpu", "gpu"]
 # Head dimensions of an implementation; all, where nothing is said.
-HEADS = {"gpu": (32, 64, 128)}
+HEADS = {"tpu": (64, 128), "gpu": (32, 64, 128)}
 L = 3  # layers of every cache here; one of them is changed
 
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -174,6 +174,41 @@ def test_decode_after_prefill_equals_attention(chunks, implementation):
         out.append(piece)
         at += n
     assert relative_l2(np.concatenate(out, axis=1), np.float64(want)) < 1e-6
+
+
+def test_tpu_kernel_has_no_races():
+    """Two rows whose new positions cross a tile, in the interpreter that watches every access."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+    from jax.experimental.pallas import tpu as pltpu
+
+    poisoned, clean = (_arguments("h128_few", "float32", dead) for dead in (np.nan, 0.0))
+    rope = rope_for(128)
+    want = decode64(*map(np.float64, clean[:5]), *clean[5:], rope)[0]
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        run = jax.jit(functools.partial(rotary_decode_attention, implementation="tpu"))
+        out = run(*poisoned, rope)[0]
+    assert relative_l2(out, want) < TOLERANCE["float32"]
+    assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize(
+    ("T", "N", "S", "H", "dtype", "cache_dtype", "message"),
+    [
+        (1, 2, 32, 32, "float32", "float32", "head_dim 32: the TPU kernel has 64 and 128"),
+        (1, 2, 32, 64, "float16", "float16", "float16: the TPU kernel has"),
+        (1, 2, 32, 64, "float32", "bfloat16", "a bfloat16 cache for float32 queries"),
+        (1, 2, 40, 64, "float32", "float32", "40 slots: the TPU kernel wants a multiple of 16"),
+        (65, 16, 96, 64, "float32", "float32", "520 queries of a key head"),
+    ],
+)
+def test_tpu_kernel_says_what_it_cannot(T, N, S, H, dtype, cache_dtype, message):
+    q, new = jnp.zeros((1, T, N, H), dtype), jnp.zeros((1, T, 2, H), dtype)
+    cache = jnp.zeros((1, 1, 2, S, H), cache_dtype)
+    lengths = jnp.zeros(1, jnp.int32)
+    with pytest.raises(NotImplementedError, match=message):
+        rotary_decode_attention(
+            q, new, new, cache, cache, 0, lengths, rope_for(H), implementation="tpu"
+        )
 
 
 def _zeros(*shape, dtype=jnp.float32):
