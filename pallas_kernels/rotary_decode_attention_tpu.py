@@ -50,8 +50,8 @@ def tpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
     window = min(ROWS * (pl.cdiv(T - 1, ROWS) + 1), S)
     _check(q.dtype, cache_k.dtype, H, S, rows)
     slots = min(512, S)
-    heads = max(n for n in range(1, K + 1) if K % n == 0 and
-                (n == 1 or n <= 8 and n * slots * H * q.dtype.itemsize <= BLOCK_BYTES))  # fmt: skip
+    most = max(1, min(8, BLOCK_BYTES // (slots * H * q.dtype.itemsize)))
+    heads = max(n for n in range(1, most + 1) if K % n == 0)
     # float32 in one pass of the matrix unit would be bfloat16.
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     setting = Setting(scale, T, slots, window, precision)
