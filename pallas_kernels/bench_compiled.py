@@ -67,12 +67,15 @@ def static(program, arguments, mesh) -> dict[str, float]:
 
 # Instructions that move nothing themselves, and the kernels, whose own reading is not XLA's.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "custom-call",
-         "after-all", "conditional", "while", "iota", "partition-id"}  # fmt: skip
+         "after-all", "copy-done", "conditional", "while", "iota", "partition-id"}  # fmt: skip
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
 def bytes_around(hlo: str) -> int:
-    """Bytes that the instructions of a program's entry read and write, kernels not counted."""
+    """Bytes that the instructions of a program's entry read and write, kernels not counted.
+
+    What a TPU keeps in its vector memory (space 1) is not moved; fetching it there is read once.
+    """
     entry = hlo[hlo.index("\nENTRY ") :]
     sizes, total = {}, 0
     for line in entry.splitlines():
@@ -80,11 +83,12 @@ def bytes_around(hlo: str) -> int:
         if not found:
             continue
         name, kind, opcode, rest = found.groups()
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", kind)
-        sizes[name] = sum(
-            _SIZES.get(dtype, 0) * math.prod(int(d) for d in dims.split(",") if d)
-            for dtype, dims in arrays
-        )
+        arrays = [
+            0 if "S(1)" in layout else _SIZES.get(dtype, 0) * math.prod(map(int, dims.split(",")))
+            for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]+)\](\{[^}]*\})?", kind)
+        ]
+        # The start of a copy names what it makes, what it reads, and a context.
+        sizes[name] = sum(arrays[:1] if opcode == "copy-start" else arrays)
         if opcode not in _FREE:
             operands = re.findall(r"%([\w.-]+)", rest.split(")")[0])
             total += sizes[name] + sum(sizes.get(x, 0) for x in operands)
