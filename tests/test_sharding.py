@@ -218,13 +218,19 @@ devices = tuple(topologies.get_topology_desc(platform="tpu", topology_name="v5e:
 cfg = t.tools.small(vocab_size=1024, dim=1024, num_layers=3, num_heads=8, num_kv_heads=8,
                     head_dim=128, ffn_dim=2048)
 for sizes in [(), (("data", 2),)]:
-    print(dict(t.traffic(t._compiled("fsdp", sizes, devices, "bfloat16", cfg))))
+    program = t._compiled("fsdp", sizes, devices, "bfloat16", cfg)
+    assert "rotary_attention_forward" in program
+    assert "rotary_attention_backward" in program
+    print(dict(t.traffic(program)))
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_tpu_gradients_are_reduce_scattered():
-    """Compiled for eight TPU v5e: no layer's gradient is summed whole; shards cross `data`."""
+    """Compiled for eight TPU v5e, with the rotary attention kernel in it.
+
+    No layer's gradient is summed whole; shards cross `data`.
+    """
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
