@@ -6,7 +6,7 @@ pass before: inside the loop each key would be turned again for every block of q
 
 The method is FlashAttention-2's (arXiv 2307.08691). What a block need not look at (keys after it,
 other documents) and where it need not mask is worked out beforehand by XLA, as four numbers a block
-(`_ranges`), so that documents before a block's own cost nothing.
+(`ranges`), so that documents before a block's own cost nothing.
 
 Letters as in `rotary_attention`; h = H // 2. A head is worked on in its two halves, because that is
 how the rotation pairs it and Triton cannot cut an array that is in registers.
@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import dispatch
+from pallas_kernels.ranges import ranges
 from pallas_kernels.rotary_attention import Rope, rotate
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -104,9 +105,9 @@ def _attention(setting, q, k, v, positions, kv_positions, rope, segments, kv_seg
 
 def _forward(setting, q, k, v, positions, kv_positions, rope, segments, kv_segments, offset):
     cos_sin = _cos_sin(positions, rope)
-    ranges = _ranges(setting, setting.forward, q, k, segments, kv_segments, offset, "q")
+    where = _ranges(setting, setting.forward, q, k, segments, kv_segments, offset, "q")
     out, log_total = _call_forward(
-        setting, ranges, q, rotate(k, kv_positions, rope), v, cos_sin, segments, kv_segments, offset
+        setting, where, q, rotate(k, kv_positions, rope), v, cos_sin, segments, kv_segments, offset
     )
     residuals = (
         q,
@@ -137,13 +138,13 @@ def _backward(setting, residuals, d_out):
         (turned * factor).astype(q.dtype), rotate(k, kv_positions, rope), v, d_out, log_total,
         delta_BNT,
     )  # fmt: skip
-    ranges = _ranges(setting, setting.d_q, q, k, segments, kv_segments, offset, "q")
+    where = _ranges(setting, setting.d_q, q, k, segments, kv_segments, offset, "q")
     d_q = _call_d_q(
-        setting, ranges, *inputs, _cos_sin(positions, rope), segments, kv_segments, offset
+        setting, where, *inputs, _cos_sin(positions, rope), segments, kv_segments, offset
     )
-    ranges = _ranges(setting, setting.d_kv, q, k, segments, kv_segments, offset, "k")
+    where = _ranges(setting, setting.d_kv, q, k, segments, kv_segments, offset, "k")
     d_k, d_v = _call_d_kv(
-        setting, ranges, *inputs, _cos_sin(kv_positions, rope), segments, kv_segments, offset
+        setting, where, *inputs, _cos_sin(kv_positions, rope), segments, kv_segments, offset
     )
     return d_q, d_k, d_v, *(None,) * 6
 
@@ -164,38 +165,11 @@ def _pad(x, multiple: int, mode: str = "constant"):
 
 
 def _ranges(setting: Setting, block: Blocks, q, k, segments, kv_segments, offset, of: str):
-    """Where a block must look: int32 [B, blocks, 4] of (start, clear, masked, stop).
-
-    ``of`` "q": for a block of queries, the blocks of keys that any of them may see are within
-    start to stop, and all of them see all of clear to masked. "k": the same of queries that see a
-    block of keys. Exact about order; about documents, blocks whose ranges of ids do not meet are
-    left out, which is exact where ids rise along the sequence, and never too little.
-    """
-    first_q = jnp.arange(0, q.shape[1], block.q)[None, :, None]
-    first_k = jnp.arange(0, k.shape[1], block.k)[None, None, :]
-    last_q, last_k = first_q + block.q - 1, first_k + block.k - 1
-    some = first_k + 0 * first_q < setting.keys
-    every = last_k + 0 * first_q < setting.keys
-    if setting.causal:
-        some &= first_k <= last_q + offset
-        every &= last_k <= first_q + offset
-    if segments is not None:
-        q_ids = segments.reshape(segments.shape[0], -1, block.q)
-        k_ids = kv_segments.reshape(kv_segments.shape[0], -1, block.k)
-        q_low, q_high = q_ids.min(2)[:, :, None], q_ids.max(2)[:, :, None]
-        k_low, k_high = k_ids.min(2)[:, None], k_ids.max(2)[:, None]
-        some &= (q_low <= k_high) & (k_low <= q_high)
-        every &= (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
-    if of == "k":
-        some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
-    n = some.shape[2]
-    index = jnp.arange(n, dtype=jnp.int32)
-    stop = jnp.max(jnp.where(some, index + 1, 0), axis=2, keepdims=True)
-    start = jnp.minimum(jnp.min(jnp.where(some, index, n), axis=2, keepdims=True), stop)
-    clear = jnp.min(jnp.where(every, index, stop), axis=2, keepdims=True)
-    masked = jnp.min(jnp.where(~every & (index >= clear), index, stop), axis=2, keepdims=True)
-    ranges = jnp.concatenate([start, clear, masked, stop], axis=2)
-    return jnp.broadcast_to(ranges, (q.shape[0], *ranges.shape[1:]))
+    """`ranges` for one of the kernels' blocks."""
+    shape = q.shape[0], q.shape[1], k.shape[1]
+    return ranges(
+        of, block.q, block.k, shape, setting.keys, setting.causal, offset, segments, kv_segments
+    )
 
 
 # Inside the kernels -------------------------------------------------------------------------------
@@ -368,7 +342,7 @@ def _by_query(block: Blocks, T: int, S: int, G: int, H: int, segmented: bool):
     )
 
 
-def _call_forward(setting, ranges, q, k, v, cos_sin, segments, kv_segments, offset):
+def _call_forward(setting, where, q, k, v, cos_sin, segments, kv_segments, offset):
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
     block = setting.forward
     spec = _by_query(block, T, S, N // K, H, segments is not None)
@@ -381,11 +355,11 @@ def _call_forward(setting, ranges, q, k, v, cos_sin, segments, kv_segments, offs
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
         ],
-    )(offset, ranges, q, k, v, *cos_sin, segments, kv_segments)  # fmt: skip
+    )(offset, where, q, k, v, *cos_sin, segments, kv_segments)  # fmt: skip
 
 
 def _call_d_q(
-    setting, ranges, q, k, v, d_out, log_total, delta, cos_sin, segments, kv_segments, offset
+    setting, where, q, k, v, d_out, log_total, delta, cos_sin, segments, kv_segments, offset
 ):
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
     block = setting.d_q
@@ -398,12 +372,12 @@ def _call_d_q(
         out_specs=spec["q"],
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
     )(
-        offset, ranges, q, k, v, d_out, log_total, delta, *cos_sin, segments, kv_segments
+        offset, where, q, k, v, d_out, log_total, delta, *cos_sin, segments, kv_segments
     )  # fmt: skip
 
 
 def _call_d_kv(
-    setting, ranges, q, k, v, d_out, log_total, delta, cos_sin, segments, kv_segments, offset
+    setting, where, q, k, v, d_out, log_total, delta, cos_sin, segments, kv_segments, offset
 ):
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
     block, G, segmented = setting.d_kv, N // K, segments is not None
@@ -425,5 +399,5 @@ def _call_d_kv(
         out_specs=[keys, keys],
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
     )(
-        offset, ranges, q, k, v, d_out, log_total, delta, *cos_sin, segments, kv_segments
+        offset, where, q, k, v, d_out, log_total, delta, *cos_sin, segments, kv_segments
     )  # fmt: skip
