@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from benchmarks.tokenise import machine, write
 from llama_jax.config import load_recipe
 from llama_jax.data import Mixture, eval_batches, open_mixture
-from llama_jax.generate import load
+from llama_jax.loading import load
 from llama_jax.model import Execution
 from llama_jax.quantize import quantize, weight_bytes
 from llama_jax.step import make_eval_step
@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("run", nargs="?", type=Path, default=Path("checkpoints/tiny"))
     run = parser.parse_args().run
     recipe = load_recipe(run / "recipe.toml", [])
-    cfg, params, _ = load(run)
+    llm = load(run, dtype="float32")
+    cfg, params = llm.cfg, llm.params
     mixture = open_mixture(run / "data")
     step = jax.jit(make_eval_step(recipe, Execution(jnp.dtype("float32"))))
     result = {}

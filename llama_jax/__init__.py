@@ -1,1 +1,23 @@
-"""LLaMA in JAX and Flax: train, convert, sample. Importing it loads nothing heavy."""
+"""LLaMA in JAX and Flax: train, convert, sample. Importing it loads nothing heavy.
+
+llm = llama_jax.load("checkpoints/tiny")
+llm.generate("def main(", max_new_tokens=64, sampling=llama_jax.Sample(temperature=0.8))
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_jax.loading import load as load
+    from llama_jax.sampling import Greedy as Greedy
+    from llama_jax.sampling import Sample as Sample
+
+_ROOMS = {"load": "loading", "Greedy": "sampling", "Sample": "sampling"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"llama_jax.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value

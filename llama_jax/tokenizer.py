@@ -102,6 +102,19 @@ class Tokenizer:
                 raise ValueError(f"{name}=True, but tokenizer {self.path} has no {name} id")
         return self._processor.encode_as_numpy(text, add_bos=bos, add_eos=eos)
 
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which the ids that start and end a document are written out (<s>, </s>),
+        as chat templates write them; text of users must not come this way."""
+        marks = {self.mark(i): i for i in (self.bos_id, self.eos_id) if i is not None}
+        ids: list[int] = []
+        for part in re.split("(" + "|".join(map(re.escape, marks)) + ")", text):
+            ids += [marks[part]] if part in marks else self.encode(part)
+        return ids
+
+    def mark(self, token: int | None) -> str:
+        """How a template writes a control id; nothing for None."""
+        return "" if token is None else self._processor.id_to_piece(token)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of ids; control ids (bos, eos) give none, bytes that are no UTF-8 give U+FFFD.
 

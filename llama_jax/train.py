@@ -35,6 +35,7 @@ from llama_jax.checkpoint import (
 from llama_jax.config import ConfigError, Recipe, load_recipe, settings, to_dict, to_toml
 from llama_jax.data import TrainData, eval_batches, held_out, open_mixture
 from llama_jax.feed import Feed
+from llama_jax.model import Execution
 from llama_jax.prepare import prepare_mixture
 from llama_jax.sharding import check_fits, make_mesh
 from llama_jax.step import (
@@ -446,15 +447,20 @@ class Run:
 
     def sample(self) -> None:
         """Continue the recipe's prompts, where one process holds all the weights."""
-        from llama_jax.generate import continue_text
+        from llama_jax.generate import LLM
+        from llama_jax.sampling import Sample
 
         if self.recipe.train.sample_prompts and jax.process_count() == 1:
             params = jax.device_get(self.state.params)
+            how = Execution(np.dtype("float32"), unroll=self.how.unroll)
+            llm = LLM(self.recipe.model, params, self.tokenizer, how)
             prompts = self.recipe.train.sample_prompts
-            for text in continue_text(
-                self.recipe.model, params, self.tokenizer, prompts, seed=self.recipe.train.seed
-            ):
-                self.say("sample:\n" + textwrap.indent(text, "  | "))
+            texts = llm.generate(
+                prompts, max_new_tokens=100, sampling=Sample(temperature=0.7),
+                seed=self.recipe.train.seed,
+            )  # fmt: skip
+            for prompt, text in zip(prompts, texts, strict=True):
+                self.say("sample:\n" + textwrap.indent(prompt + text, "  | "))
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,0 +1,146 @@
+"""A checkpoint folder to a model that samples.
+
+In: a run's folder, or converted weights. Out: :class:`llama_jax.generate.LLM`, its weights in the
+dtype asked for, quantised or split over a mesh. What cannot be loaded says what it is, and the
+command that makes it loadable.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from llama_jax.checkpoint import load_weights, read_about
+from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.generate import LLM, on_mesh
+from llama_jax.model import Execution, Llama
+from llama_jax.quantize import KINDS, weight_bytes
+from llama_jax.quantize import quantize as quantized
+from llama_jax.sharding import PRESETS
+from llama_jax.step import split
+from llama_jax.tokenizer import Tokenizer
+
+DTYPES = ("float32", "bfloat16")
+
+
+def load(
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> LLM:
+    """A model ready to sample from.
+
+    Args:
+      folder: a run of `python -m llama_jax.train`, or what `python -m llama_jax.convert` made.
+      dtype: of weights and computation, "float32" or "bfloat16"; default: float32 on a CPU,
+        bfloat16 elsewhere.
+      quantize: "int8" or "int4": the layers' matrices in fewer bits.
+      mesh: of :func:`llama_jax.sharding.make_mesh`; heads and widths are split over its ``tensor``.
+
+    Raises:
+      ConfigError: no checkpoint of ours there (says what it is), or a damaged one.
+      ValueError: its tokenizer is missing or of another kind; an unknown dtype or quantisation.
+      MemoryError: the weights are larger than the device's memory.
+    """
+    if quantize is not None and quantize not in KINDS:
+        raise ValueError(f"quantize={quantize!r}: there are 'int8' and 'int4'")
+    if dtype is not None and str(dtype) not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: there are 'float32' and 'bfloat16'")
+    folder = Path(folder)
+    cfg, about = _about(folder)
+    tokenizer = Tokenizer.load(folder)
+    devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
+    cpu = devices[0].platform == "cpu"
+    kind = jnp.dtype(dtype or ("float32" if cpu else "bfloat16"))
+    how = Execution(kind, PRESETS["fsdp_tensor"], unroll=cpu)
+    with on_mesh(mesh):
+        abstract = jax.eval_shape(lambda: split(Llama(cfg, how, nnx.Rngs(0)))[1])
+    _check_memory(folder, abstract, quantize or kind.name, devices)
+    _keep_compiled()
+
+    def target(x: Any) -> Any:
+        if mesh is None:
+            return SingleDeviceSharding(devices[0])
+        return NamedSharding(mesh, x.sharding.spec)
+
+    shardings = jax.tree.map(target, abstract)
+    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    stay = quantize is not None and mesh is None
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, kind, sharding=host if stay else s)
+    params = load_weights(folder, jax.tree.map(place, abstract, shardings))
+    if quantize is not None:
+        with on_mesh(mesh):
+            params = quantized(params, quantize)
+        if mesh is None:
+            params = jax.device_put(params, devices[0])
+    ends = about.get("token_ids", {}).get("eos")
+    ends = [ends] if isinstance(ends, int) else ends
+    return LLM(
+        cfg, params, tokenizer, how, eos_ids=ends, mesh=mesh, chat_template=_template(folder)
+    )
+
+
+def _about(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    if (folder / "model.json").is_file() or not folder.exists():
+        if not folder.exists():
+            raise ConfigError(
+                f"{folder} does not exist; `python -m llama_jax.train` makes checkpoints/tiny, "
+                "`python -m llama_jax.convert SOURCE DESTINATION` takes published weights"
+            )
+        return read_about(folder)
+    from llama_jax.conversion.layouts import open_folder
+
+    try:
+        found = open_folder(folder)
+    except (ValueError, OSError) as e:
+        raise ConfigError(f"{folder} is not a checkpoint of llama_jax: {e}") from None
+    names = {"meta": "weights as Meta gives them", "hf": "Hugging Face weights"}
+    raise ConfigError(
+        f"{folder} holds {names.get(found.kind, found.kind)}; convert them first:\n"
+        f"  python -m llama_jax.convert {folder} checkpoints/{folder.resolve().name}"
+    )
+
+
+def _check_memory(folder: Path, abstract: Any, kind: str, devices: list[jax.Device]) -> None:
+    """Raise before reading a byte when the weights alone are larger than the memory."""
+    need = weight_bytes(abstract, kind) / len(devices)
+    stats = devices[0].memory_stats() or {}
+    have = stats.get("bytes_limit")
+    if devices[0].platform == "cpu" and hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+    if have is not None and need > have:
+        smaller = weight_bytes(abstract, "int8") / len(devices)
+        raise MemoryError(
+            f"the weights of {folder} take {need / 1e9:.1f} GB a device in {kind}, and "
+            f'{devices[0].device_kind} has {have / 1e9:.1f} GB: load with quantize="int8" '
+            f'({smaller / 1e9:.1f} GB) or "int4", or with a mesh over more devices'
+        )
+
+
+def _keep_compiled() -> None:
+    """Compiled steps outlive the process, in the user's cache folder."""
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(base / "llama_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _template(folder: Path) -> str | None:
+    """The chat template that came with a model, as Hugging Face keeps it."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file():
+        return None
+    try:
+        template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+    except ValueError as e:
+        raise ConfigError(f"{settings} is damaged: {e}") from None
+    return template if isinstance(template, str) else None

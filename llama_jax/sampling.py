@@ -1,0 +1,146 @@
+"""How the next token is chosen from logits: pure functions, whose settings are arrays.
+
+In: logits [B, V] and a key a row. Out: a token a row. Settings are arguments of the compiled step,
+so that another temperature compiles nothing.
+
+    llm.generate("Once", max_new_tokens=64, sampling=Sample(temperature=0.8, top_p=0.95))
+"""
+
+import dataclasses
+import math
+import numbers
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """The likeliest token, always."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Draw from the model's distribution, reshaped; None leaves a setting out.
+
+    The steps are taken in this order, as Hugging Face's ``generate`` takes them.
+    Tokens as likely as the last one kept are kept too.
+
+    Raises:
+      ValueError: a setting outside its range; names it.
+    """
+
+    repetition_penalty: float | None = None
+    """positive logits of tokens in the prompt or the text so far are divided by it, negative ones
+    multiplied; > 0, 1 changes nothing (arXiv 1909.05858)"""
+    temperature: float = 1.0
+    """logits are divided by it; 0 takes the likeliest token"""
+    top_k: int | None = None
+    """only the k likeliest tokens"""
+    top_p: float | None = None
+    """only the likeliest tokens that together reach this probability (arXiv 1904.09751)"""
+    min_p: float | None = None
+    """only tokens at least this share as likely as the likeliest (arXiv 2407.01082)"""
+
+    def __post_init__(self):
+        limits = {
+            "temperature": (lambda x: x >= 0, "0 (the likeliest token) or more"),
+            "top_p": (lambda x: 0 < x <= 1, "more than 0 and at most 1"),
+            "min_p": (lambda x: 0 <= x <= 1, "0 to 1"),
+            "repetition_penalty": (lambda x: x > 0, "more than 0 (1 changes nothing)"),
+        }
+        for name, (allowed, words) in limits.items():
+            value = getattr(self, name)
+            if value is None and name != "temperature":
+                continue
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not (number and math.isfinite(value) and allowed(value)):
+                raise ValueError(f"{name}={value!r} must be a number, {words}")
+        k = self.top_k
+        if k is not None and not (isinstance(k, int) and not isinstance(k, bool) and k > 0):
+            raise ValueError(f"top_k={k!r} must be a whole number, 1 or more")
+
+
+class Settings(NamedTuple):
+    """A sampler as scalars of the compiled step; those of a setting left out change nothing."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+
+
+def settings_of(sampling: Greedy | Sample) -> Settings:
+    """The scalars of a sampler: float32, top_k int32.
+
+    Raises:
+      ValueError: neither of the two samplers.
+    """
+    if isinstance(sampling, Greedy):
+        sampling = Sample(temperature=0.0)
+    if not isinstance(sampling, Sample):
+        raise ValueError(
+            f"sampling={sampling!r} must be Greedy() or Sample(temperature=..., top_p=...)"
+        )
+    number = lambda x, neutral: jnp.float32(neutral if x is None else x)
+    return Settings(
+        temperature=jnp.float32(sampling.temperature),
+        top_k=jnp.int32(min(sampling.top_k or 2**31 - 1, 2**31 - 1)),
+        top_p=number(sampling.top_p, 1),
+        min_p=number(sampling.min_p, 0),
+        repetition_penalty=number(sampling.repetition_penalty, 1),
+    )
+
+
+def choose(logits_BV: jax.Array, seen_BV: jax.Array, keys_B: jax.Array, s: Settings) -> jax.Array:
+    """The next token of each row, int32 [B].
+
+    Args:
+      logits_BV: float32.
+      seen_BV: bool, tokens of the prompt and of the text so far.
+      keys_B: one key a row; a row's token depends on nothing of another row.
+      s: the sampler.
+    """
+    logits_BV = penalised(logits_BV, seen_BV, s.repetition_penalty)
+
+    def draw():
+        kept_BV = reshaped(logits_BV, s)
+        return jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
+
+    return jax.lax.cond(
+        s.temperature > 0, draw, lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    )
+
+
+def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Logits with those of seen tokens made less likely."""
+    lowered_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return jnp.where(seen_BV, lowered_BV, logits_BV)
+
+
+def reshaped(logits_BV: jax.Array, s: Settings) -> jax.Array:
+    """Logits of the distribution that is drawn from: over the temperature; -inf where left out."""
+    # The largest is taken off first: a small temperature overflows nothing.
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / s.temperature
+    # Sorting a vocabulary costs more than a small model's layer: only where it is asked for.
+    logits_BV = jax.lax.cond(
+        (s.top_k < logits_BV.shape[-1]) | (s.top_p < 1), _likeliest, lambda x, _: x, logits_BV, s
+    )
+    # A share of the largest probability is a distance from the largest logit, which is 0.
+    return jnp.where(logits_BV >= jnp.log(s.min_p), logits_BV, -jnp.inf)
+
+
+def _likeliest(logits_BV: jax.Array, s: Settings) -> jax.Array:
+    """-inf beyond the first top_k, then beyond those that reach top_p."""
+    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    rank_V = jnp.arange(logits_BV.shape[-1])
+    least = jnp.minimum(s.top_k, logits_BV.shape[-1]) - 1
+    limit_B1 = jnp.take(sorted_BV, least[None], axis=-1)
+    p_BV = jax.nn.softmax(jnp.where(sorted_BV >= limit_B1, sorted_BV, -jnp.inf), axis=-1)
+    before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+    # A token stays if those before it do not reach top_p: the first always does.
+    last_B1 = jnp.max(jnp.where(before_BV < s.top_p, rank_V, 0), axis=-1, keepdims=True)
+    limit_B1 = jnp.maximum(limit_B1, jnp.take_along_axis(sorted_BV, last_B1, axis=-1))
+    return jnp.where(logits_BV >= limit_B1, logits_BV, -jnp.inf)
