@@ -6,7 +6,6 @@ chat.say("Who wrote Faust?")
 
 from typing import Any
 
-from llama_jax.generate import LLM
 from llama_jax.sampling import Greedy, Sample
 
 
@@ -19,7 +18,7 @@ class Chat:
       ValueError: the model has no template.
     """
 
-    def __init__(self, llm: LLM, system: str | None = None):
+    def __init__(self, llm: Any, system: str | None = None):
         if llm.chat_template is None:
             raise ValueError(
                 "this checkpoint has no chat template: it is a base model, which continues text; "

@@ -1,6 +1,6 @@
 """A checkpoint folder to a model that samples.
 
-In: a run's folder, or converted weights. Out: :class:`llama_jax.generate.LLM`, its weights in the
+In: a run's folder, or converted weights. Out: :class:`llama_jax.llm.LLM`, its weights in the
 dtype asked for, quantised or split over a mesh. What cannot be loaded says what it is, and the
 command that makes it loadable.
 """
@@ -17,11 +17,11 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from llama_jax.checkpoint import load_weights, read_about
 from llama_jax.config import ConfigError, ModelConfig
-from llama_jax.generate import LLM, on_mesh
+from llama_jax.llm import LLM
 from llama_jax.model import Execution, Llama
 from llama_jax.quantize import KINDS, weight_bytes
 from llama_jax.quantize import quantize as quantized
-from llama_jax.sharding import PRESETS
+from llama_jax.sharding import PRESETS, on_mesh
 from llama_jax.step import split
 from llama_jax.tokenizer import Tokenizer
 

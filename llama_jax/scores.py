@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.generate import LLM, on_mesh
+from llama_jax.sharding import on_mesh
 from llama_jax.step import merge
 
 
@@ -83,7 +83,7 @@ class Scores:
         return axes
 
 
-def score(llm: LLM, text: str) -> Scores:
+def score(llm: Any, text: str) -> Scores:
     """Log p and entropy of every token of ``text``, from the start of a document.
 
     A text longer than the context goes through in windows of the context's length, each with one
@@ -102,7 +102,7 @@ def score(llm: LLM, text: str) -> Scores:
     return Scores(tuple(_pieces(llm, ids)), tuple(ids), tuple(logprobs), tuple(entropies))
 
 
-def perplexity(llm: LLM, texts: str | Sequence[str]) -> float:
+def perplexity(llm: Any, texts: str | Sequence[str]) -> float:
     """exp of the mean of -log p over all tokens of all texts, each from the start of a document."""
     texts = [texts] if isinstance(texts, str) else texts
     scores = [score(llm, text) for text in texts]
@@ -129,7 +129,7 @@ def windows(ids: list[int], bos_id: int | None, context: int) -> list[tuple[list
     return out
 
 
-def _score_window(llm: LLM, inputs: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _score_window(llm: Any, inputs: list[int]) -> tuple[np.ndarray, np.ndarray]:
     size = 64
     while size < len(inputs):
         size *= 2
@@ -145,7 +145,7 @@ def _score(graphdef, params, tokens_1T):
     return logprob_TV, -jnp.sum(jnp.exp(logprob_TV) * logprob_TV, axis=-1)
 
 
-def _pieces(llm: LLM, ids: list[int]) -> list[str]:
+def _pieces(llm: Any, ids: list[int]) -> list[str]:
     decode = functools.lru_cache(maxsize=None)(lambda n: llm.tokenizer.decode(ids[:n]))
     # A character of several bytes is whole, and in the text, with the last of them.
     ends = [len(decode(n).rstrip("\ufffd")) for n in range(len(ids) + 1)]

@@ -13,6 +13,7 @@ The mesh has explicit axis types: a sharding is part of an array's type, and an 
 an error.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
@@ -66,6 +67,11 @@ def splits(axes: tuple[str, ...] | str | None) -> bool:
     """Whether an entry of a spec divides its axis on the mesh that is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[a] for a in _axes(axes)) > 1
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """The context in which arrays lie on ``mesh``; for None, one that changes nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def meshless() -> bool:

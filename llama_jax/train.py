@@ -447,7 +447,7 @@ class Run:
 
     def sample(self) -> None:
         """Continue the recipe's prompts, where one process holds all the weights."""
-        from llama_jax.generate import LLM
+        from llama_jax.llm import LLM
         from llama_jax.sampling import Sample
 
         if self.recipe.train.sample_prompts and jax.process_count() == 1:

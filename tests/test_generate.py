@@ -17,7 +17,8 @@ from model_tools import F32, hf_model, random_weights, small, tree_of
 
 import llama_jax
 from llama_jax import Greedy, Sample
-from llama_jax.generate import LLM, Generation, main
+from llama_jax.generate import main
+from llama_jax.llm import LLM, Generation
 from llama_jax.model import Execution, Llama
 from llama_jax.scores import windows
 from llama_jax.sharding import AXES, PRESETS

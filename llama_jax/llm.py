@@ -1,0 +1,346 @@
+"""A model that samples: prompts read in chunks, then one token at a time for all rows.
+
+In: a run or converted weights, and prompts. Out: their continuations.
+
+    llm = llama_jax.load("checkpoints/tiny")
+    llm.generate("def main(", max_new_tokens=64)           # str -> str; list -> list
+
+Shapes are rounded up (rows, chunks of a prompt, cache slots), and settings are arguments of the
+compiled step: another prompt length, number of tokens or temperature compiles nothing.
+"""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax import decoding
+from llama_jax.config import ModelConfig
+from llama_jax.decoding import STRIDE, Rows
+from llama_jax.model import Execution, KVCache
+from llama_jax.rows import Generation, Row
+from llama_jax.sampling import Greedy, Sample, Settings, settings_of
+from llama_jax.sharding import on_mesh
+from llama_jax.step import structure
+from llama_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llama_jax.chat import Chat
+    from llama_jax.scores import Scores
+
+CHUNKS = (32, 256)
+"""Tokens of a prompt that go through the model at once: the few of a chat's turn, or many."""
+MOST_ROWS = 32
+"""Rows at once; more prompts than that take turns."""
+
+
+class LLM:
+    """A model with its tokenizer, ready to sample from; :func:`llama_jax.load` makes one.
+
+    A row of a batch has its own key, stop and length, and its prompt is read on its own: its text
+    does not depend on the other rows or on its place among them. (Logits of a batch differ from
+    those of a single row in the last bits, as matrix products of another shape do.)
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: dict[str, Any],
+        tokenizer: Tokenizer,
+        how: Execution,
+        *,
+        eos_ids: Sequence[int] | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        chat_template: str | None = None,
+    ):
+        self.cfg, self.params, self.tokenizer, self.mesh = cfg, params, tokenizer, mesh
+        self.how, self.chat_template = how, chat_template
+        ends = [tokenizer.eos_id] if eos_ids is None else eos_ids
+        self.eos_ids = tuple(i for i in ends if i is not None)
+        self._compiled: dict[tuple, Any] = {}
+        with on_mesh(self.mesh):
+            self._graphdef = structure(cfg, self.how)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        sampling: Greedy | Sample = Greedy(),  # noqa: B008 (frozen)
+        n: int = 1,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        logprobs: bool = False,
+    ) -> Any:
+        """Continue a prompt, or each of a list; the continuation alone, without the prompt.
+
+        Args:
+          prompts: text; empty starts a document.
+          max_new_tokens: at most so many; also ends where the model's context does.
+          sampling: :class:`Greedy` or :class:`Sample`.
+          n: continuations of each prompt.
+          seed: the same seed gives the same texts again.
+          stop: ends a row where one of these comes up; it is not part of the text.
+          logprobs: give :class:`Generation` instead of text.
+
+        Returns:
+          For a prompt a text (n > 1: a list of n), for a list a list of these.
+
+        Raises:
+          ValueError: an argument that cannot be, or a prompt that does not fit the context.
+        """
+        single = isinstance(prompts, str) or not isinstance(prompts, Sequence)
+        texts: list[Any] = [prompts] if single else list(prompts)
+        _check(texts, max_new_tokens, n, seed)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if any(not isinstance(s, str) or not s for s in stops):
+            raise ValueError(f"stop={stop!r} must be texts that are not empty")
+        settings = settings_of(sampling)
+        encoded = [self.encode(text) for text in texts]
+        asked = [(ids, sample) for ids in encoded for sample in range(n)]
+        made: list[Generation] = []
+        for first in range(0, len(asked), MOST_ROWS):
+            part = asked[first : first + MOST_ROWS]
+            rows = [Row(self.tokenizer, ids, stops) for ids, _ in part]
+            for _ in self._decode(part, rows, max_new_tokens, settings, seed, STRIDE):
+                pass
+            made += [row.result() for row in rows]
+        out = made if logprobs else [g.text for g in made]
+        grouped = out if n == 1 else [out[i : i + n] for i in range(0, len(out), n)]
+        return grouped[0] if single else grouped
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 128,
+        sampling: Greedy | Sample = Greedy(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[str]:
+        """The text of :meth:`generate` in pieces, as they come.
+
+        A piece never ends inside a character, nor in what may become a stop.
+        """
+        _check([prompt], max_new_tokens, 1, seed)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        ids = self.encode(prompt)
+        row = Row(self.tokenizer, ids, stops)
+        given = ""
+        for _ in self._decode([(ids, 0)], [row], max_new_tokens, settings_of(sampling), seed, 1):
+            text = row.settled()
+            if len(text) > len(given):
+                yield text[len(given) :]
+                given = text
+        if rest := row.result().text[len(given) :]:
+            yield rest
+
+    def score(self, text: str) -> "Scores":
+        """Log p and entropy of each token of a text, nats; coloured text in a notebook."""
+        from llama_jax import scores
+
+        return scores.score(self, text)
+
+    def perplexity(self, texts: str | Sequence[str]) -> float:
+        """exp of the mean of -log p over all tokens of all texts."""
+        from llama_jax import scores
+
+        return scores.perplexity(self, texts)
+
+    def chat(self, system: str | None = None) -> "Chat":
+        """A conversation that keeps the cache; for models with a chat template."""
+        from llama_jax.chat import Chat
+
+        return Chat(self, system)
+
+    def resume(
+        self,
+        ids: list[int],
+        known: list[int],
+        cache: KVCache | None,
+        *,
+        max_new_tokens: int,
+        sampling: Greedy | Sample,
+        seed: int,
+    ) -> tuple[Generation, list[int], KVCache]:
+        """Continue ``ids``, of which a cache may already hold the first ones (``known``).
+
+        Returns:
+          The continuation, the ids that the cache now holds, and the cache.
+
+        Raises:
+          ValueError: they do not fit the context.
+        """
+        _check([], max_new_tokens, 1, seed)
+        self._check_room(ids)
+        if cache is None:
+            cache, known = self.empty_cache(self.cfg.context + CHUNKS[-1]), []
+        same = 0
+        while same < min(len(known), len(ids) - 1) and known[same] == ids[same]:
+            same += 1
+        cache = cache._replace(lengths_B=jnp.full(1, same, jnp.int32))
+        first = self.prefill(ids[same:], cache)
+        row = Row(self.tokenizer, ids, ())
+        state = self._rows([(ids, 0)], [first], seed)
+        making = self._decode(
+            [(ids, 0)], [row], max_new_tokens, settings_of(sampling), seed, STRIDE, state
+        )
+        while True:
+            try:
+                next(making)
+            except StopIteration as end:
+                made = row.result()
+                # What was drawn last is not in the cache when it ended the row.
+                return made, [*ids, *made.ids], end.value.cache
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, with the id that starts a document where the tokenizer has one.
+
+        Raises:
+          ValueError: they leave no room in the context.
+        """
+        ids = self.tokenizer.encode(text, bos=self.tokenizer.bos_id is not None)
+        if not ids:
+            raise ValueError("an empty prompt needs a tokenizer with an id that starts a text")
+        self._check_room(ids)
+        return ids
+
+    def _check_room(self, ids: list[int]) -> None:
+        if len(ids) >= self.cfg.context:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens; the model's context is {self.cfg.context}, of "
+                "which one at least must be left for new ones: shorten the prompt"
+            )
+
+    def prefill(self, ids: Sequence[int], cache: KVCache) -> tuple[Any, KVCache]:
+        """Read tokens into a cache of one row; the logits [V] after the last, and the cache."""
+        done = 0
+        logits_V = None
+        with on_mesh(self.mesh):
+            while done < len(ids):
+                size = next((c for c in CHUNKS if c >= len(ids) - done), CHUNKS[-1])
+                part = list(ids[done : done + size])
+                tokens_1T = np.zeros((1, size), np.int32)
+                tokens_1T[0, : len(part)] = part
+                logits_V, cache = self.run(
+                    "prefill",
+                    decoding.prefill,
+                    (self.params, tokens_1T, np.int32(len(part)), cache),
+                    (3,),
+                )
+                done += len(part)
+        return logits_V, cache
+
+    def empty_cache(self, slots: int) -> KVCache:
+        """A cache of one row with room for ``slots`` positions, rounded up."""
+        room = 2 * CHUNKS[-1]
+        while room < slots:
+            room *= 2
+        with on_mesh(self.mesh):
+            return self.run(
+                "cache", functools.partial(decoding.empty, self.how, self.cfg, room), (), ()
+            )
+
+    def _decode(
+        self, asked, rows: list[Row], most: int, settings: Settings, seed: int, stride: int,
+        state: Rows | None = None,
+    ):  # fmt: skip
+        """Fill ``rows`` with tokens; yields after each stride, until all have ended."""
+        room = [self.cfg.context - len(ids) for ids, _ in asked]
+        most = min(most, max(room))
+        if state is None:
+            longest = self.cfg.context - min(room)
+            # A prompt's last chunk is padded, and a row ends at the context at the latest.
+            slots = max(longest + CHUNKS[-1], min(longest + most, self.cfg.context))
+            state = self._prefilled(asked, slots, seed)
+        ends = np.full(8, -1, np.int32)
+        ends[: len(self.eos_ids)] = self.eos_ids
+        made = 0
+        while made < most and not all(row.finish for row in rows):
+            count = min(stride, most - made)
+            done_B = np.ones(state.done_B.shape, bool)
+            done_B[: len(rows)] = [row.finish is not None for row in rows]
+            args = (
+                self.params,
+                state._replace(done_B=jnp.asarray(done_B)),
+                settings,
+                ends,
+                np.int32(count),
+            )
+            with on_mesh(self.mesh):
+                state, tokens_TB, logprobs_TB = self.run("decode", decoding.decode, args, (1,))
+            tokens_TB, logprobs_TB = np.asarray(tokens_TB), np.asarray(logprobs_TB)
+            for b, row in enumerate(rows):
+                new = (tokens_TB[:count, b], logprobs_TB[:count, b])
+                row.take(*new, self.eos_ids, min(most, room[b]))
+            made += count
+            yield
+        for row in rows:
+            row.finish = row.finish or "length"
+        return state
+
+    def _prefilled(self, asked, slots: int, seed: int) -> Rows:
+        """Each prompt read on its own, several samples of one only once."""
+        firsts: list[Any] = []
+        for i, (ids, _) in enumerate(asked):
+            again = i > 0 and asked[i - 1][0] == ids
+            firsts.append(firsts[-1] if again else self.prefill(ids, self.empty_cache(slots)))
+        return self._rows(asked, firsts, seed)
+
+    def _rows(self, asked, firsts, seed: int) -> Rows:
+        batch = 1
+        while batch < len(asked):
+            batch *= 2
+        root = jax.random.key(seed)
+        logits_V, cache = firsts[0]
+        with on_mesh(self.mesh):
+            make = functools.partial(decoding.empty_rows, self.how, batch)
+            state = self.run(f"rows {batch}", make, (cache, logits_V), ())
+            for b, ((ids, sample), (logits_V, cache)) in enumerate(zip(asked, firsts, strict=True)):
+                seen_V = np.zeros(self.cfg.vocab_size, bool)
+                seen_V[ids] = True
+                row = (np.int32(b), logits_V, cache, seen_V, jax.random.fold_in(root, sample))
+                state = self.run("insert", decoding.insert, (state, *row), (0,))
+        return state
+
+    def run(self, name: str, function, args: tuple, donated: tuple[int, ...] = ()) -> Any:
+        """Call a compiled function; the first call of a shape says that it compiles."""
+        leaves, tree = jax.tree.flatten(args)
+        key = (name, tree, *((x.shape, x.dtype) for x in leaves))
+        if key not in self._compiled:
+            with _notice(name):
+                if name in ("prefill", "decode", "score"):
+                    function = functools.partial(function, self._graphdef)
+                jitted = jax.jit(function, donate_argnums=donated)
+                self._compiled[key] = jitted.lower(*args).compile()
+        return self._compiled[key](*args)
+
+
+@contextlib.contextmanager
+def _notice(name: str):
+    """Says on a terminal that it compiles; a step takes seconds to minutes the first time."""
+    shown = name in ("prefill", "decode", "score") and sys.stderr.isatty()
+    if shown:
+        print(f"compiling {name} ...", end="", file=sys.stderr, flush=True)
+    yield
+    if shown:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _check(texts, max_new_tokens, n, seed) -> None:
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            where = f"prompts[{i}]" if len(texts) > 1 else "the prompt"
+            raise ValueError(f"{where} is a {type(text).__name__}, not text: {text!r:.60}")
+    for name, value, least in (
+        ("max_new_tokens", max_new_tokens, 1),
+        ("n", n, 1),
+        ("seed", seed, 0),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
