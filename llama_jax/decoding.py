@@ -69,6 +69,7 @@ def decode(
       The state; tokens [STRIDE, B] int32; log p of each [STRIDE, B] float32, nats.
     """
     llama = merge(graphdef, params)
+    llama.take_apart()
     B = state.done_B.shape[0]
 
     def going(carry):

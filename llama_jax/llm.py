@@ -227,24 +227,22 @@ class LLM:
                 part = list(ids[done : done + size])
                 tokens_1T = np.zeros((1, size), np.int32)
                 tokens_1T[0, : len(part)] = part
-                logits_V, cache = self.run(
-                    "prefill",
-                    decoding.prefill,
-                    (self.params, tokens_1T, np.int32(len(part)), cache),
-                    (3,),
-                )
+                args = (self.params, tokens_1T, np.int32(len(part)), cache)
+                logits_V, cache = self.run("prefill", decoding.prefill, args, (3,))
                 done += len(part)
         return logits_V, cache
 
     def empty_cache(self, slots: int) -> KVCache:
         """A cache of one row with room for ``slots`` positions, rounded up."""
-        room = 2 * CHUNKS[-1]
+        chunk = CHUNKS[-1]
+        room = 2 * chunk
         while room < slots:
             room *= 2
+        # A doubling beyond the context (and a padded chunk) would be memory for nothing.
+        room = min(room, -(-self.cfg.context // chunk) * chunk + chunk)
+        make = functools.partial(decoding.empty, self.how, self.cfg, room)
         with on_mesh(self.mesh):
-            return self.run(
-                "cache", functools.partial(decoding.empty, self.how, self.cfg, room), (), ()
-            )
+            return self.run(f"cache {room}", make, ())
 
     def _decode(
         self, asked, rows: list[Row], most: int, settings: Settings, seed: int, stride: int,
@@ -265,13 +263,8 @@ class LLM:
             count = min(stride, most - made)
             done_B = np.ones(state.done_B.shape, bool)
             done_B[: len(rows)] = [row.finish is not None for row in rows]
-            args = (
-                self.params,
-                state._replace(done_B=jnp.asarray(done_B)),
-                settings,
-                ends,
-                np.int32(count),
-            )
+            state = state._replace(done_B=jnp.asarray(done_B))
+            args = (self.params, state, settings, ends, np.int32(count))
             with on_mesh(self.mesh):
                 state, tokens_TB, logprobs_TB = self.run("decode", decoding.decode, args, (1,))
             tokens_TB, logprobs_TB = np.asarray(tokens_TB), np.asarray(logprobs_TB)
@@ -300,7 +293,7 @@ class LLM:
         logits_V, cache = firsts[0]
         with on_mesh(self.mesh):
             make = functools.partial(decoding.empty_rows, self.how, batch)
-            state = self.run(f"rows {batch}", make, (cache, logits_V), ())
+            state = self.run(f"rows {batch}", make, (cache, logits_V))
             for b, ((ids, sample), (logits_V, cache)) in enumerate(zip(asked, firsts, strict=True)):
                 seen_V = np.zeros(self.cfg.vocab_size, bool)
                 seen_V[ids] = True

@@ -196,6 +196,21 @@ class Llama(nnx.Module):
         # float32: the softmax over V that follows loses small probabilities in bfloat16.
         return _project(self.how, x_BTD, w, "DV", "BTV", jnp.float32)
 
+    def layers(self) -> list[Block]:
+        """The layers one by one, cut from the stack if they are in one."""
+        if isinstance(self.blocks, nnx.List):
+            return list(self.blocks)
+        return _unstack(self.blocks, self.cfg.num_layers)
+
+    def take_apart(self) -> None:
+        """Cut the stack of layers for good, if they are to run one after the other.
+
+        Before a loop of decoding steps: XLA's CPU compiler would cut, which is to copy all weights,
+        in each step.
+        """
+        if self.how.unroll:
+            self.blocks = nnx.List(self.layers())
+
     def _layers(self, x_BTD, where: Where, cache: KVCache | None):
         def body(carry, block_and_index):
             x, cache = carry
@@ -204,9 +219,9 @@ class Llama(nnx.Module):
 
         body = _remat(body, self.how.remat)
         L = self.cfg.num_layers
-        if self.how.unroll:
+        if self.how.unroll or isinstance(self.blocks, nnx.List):
             carry = (x_BTD, cache)
-            for i, block in enumerate(_unstack(self.blocks, L)):
+            for i, block in enumerate(self.layers()):
                 carry, _ = body(carry, (block, i))
         else:
             carry, _ = jax.lax.scan(body, (x_BTD, cache), (self.blocks, jnp.arange(L)))

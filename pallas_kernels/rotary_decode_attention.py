@@ -103,11 +103,14 @@ def _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
 
 
 def _append(cache_LBKSH, new_BTKH, layer, lengths_B):
+    """A loop over rows: the scatter that vmap makes of it has XLA's CPU compiler copy the cache."""
     new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(cache_LBKSH.dtype)
-    row = lambda cache_LKSH, new_KTH, start: lax.dynamic_update_slice(
-        cache_LKSH, new_KTH[None], (layer, 0, start, 0)
-    )
-    return jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(cache_LBKSH, new_BKTH, lengths_B)
+
+    def row(b, cache):
+        new = lax.dynamic_slice_in_dim(new_BKTH, b, 1)[None]
+        return lax.dynamic_update_slice(cache, new, (layer, b, 0, lengths_B[b], 0))
+
+    return lax.fori_loop(0, new_BTKH.shape[0], row, cache_LBKSH)
 
 
 # Pallas is imported where it is used: it takes a second.

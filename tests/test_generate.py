@@ -22,7 +22,7 @@ from llama_jax.llm import LLM, Generation
 from llama_jax.model import Execution, Llama
 from llama_jax.scores import windows
 from llama_jax.sharding import AXES, PRESETS
-from llama_jax.step import split
+from llama_jax.step import merge, split, structure
 from llama_jax.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -128,15 +128,20 @@ def test_seeds_and_samples(llm):
     ]
 
 
-def test_chunks_of_a_prompt_equal_the_whole(llm):
-    """Logits after a prompt read in chunks, padded, equal those of one pass."""
-    ids = np.random.default_rng(0).integers(3, 300, 300).tolist()
-    logits_V, cache = llm.prefill(ids, llm.empty_cache(400))
-    from llama_jax.step import merge, structure
-
-    whole = merge(structure(llm.cfg, F32), llm.params)(np.asarray([ids]))[0, -1]
+@pytest.mark.parametrize("length", [300, 1000])
+def test_chunks_of_a_prompt_equal_the_whole(tokenizer, length):
+    """A prompt in padded chunks, and what follows it, equal one pass over all of it."""
+    cfg = dataclasses.replace(model(tokenizer).cfg, context=1024)
+    llm = LLM(cfg, split(Llama(cfg, F32, nnx.Rngs(0), 0.3))[1], tokenizer, F32)
+    llm.empty_cache(300)  # a smaller one first: sizes are kept apart
+    ids = np.random.default_rng(0).integers(3, 300, length).tolist()
+    logits_V, cache = llm.prefill(ids, llm.empty_cache(length + 256))
+    whole = merge(structure(cfg, F32), llm.params)(np.asarray([ids]))[0, -1]
     np.testing.assert_allclose(logits_V, whole, atol=1e-5 * float(jnp.ptp(whole)))
-    assert cache.lengths_B.tolist() == [300]
+    assert cache.lengths_B.tolist() == [length]
+    made, *_ = llm.resume(ids, [], None, max_new_tokens=12, sampling=Greedy(), seed=0)
+    whole = merge(structure(cfg, F32), llm.params)(np.asarray([[*ids, *made.ids]]))[0]
+    assert list(made.ids) == np.argmax(whole[length - 1 : -1], axis=-1).tolist()
 
 
 def test_nothing_compiles_again(tokenizer):

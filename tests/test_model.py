@@ -341,3 +341,29 @@ def test_dynamic_rope_follows_the_length(length):
     stretch = max(1.0, 2.0 * length / 64 - 1)
     want = (1e4 * stretch ** (16 / 14)) ** (-np.arange(0, 16, 2) / 16)
     assert np.abs(np.float64(inv_freq) / want - 1).max() < 2e-6
+
+
+def test_layers_taken_apart_decode_the_same():
+    """In a loop of steps, as generation does it."""
+    cfg = tools.small()
+    how = Execution(jnp.dtype(jnp.float32), unroll=True)
+    tokens_TB = np.random.default_rng(0).integers(0, cfg.vocab_size, (5, 2), np.int32)
+
+    def decode(llama, apart):
+        if apart:
+            llama.take_apart()
+
+        def step(cache, tokens_B):
+            logits_BTV, cache = llama(tokens_B[:, None], cache=cache)
+            return cache, logits_BTV[:, 0]
+
+        return jax.lax.scan(step, KVCache.empty(cfg, 2, 8, jnp.float32), tokens_TB)
+
+    graphdef, state = nnx.split(Llama(cfg, how, nnx.Rngs(0)))
+    together, apart = (
+        jax.jit(lambda state, apart=apart: decode(nnx.merge(graphdef, state), apart))(state)
+        for apart in (False, True)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, apart
+    )

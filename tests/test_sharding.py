@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ConfigError, MeshConfig, check_recipe
 from llama_jax.model import Execution, Llama
+from llama_jax.planning.hlo_text import first_group
 from llama_jax.sharding import AXES, PRESETS, check_fits, make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -131,8 +132,7 @@ def traffic(text: str) -> Counter:
             computation = start[1]
         if found := COLLECTIVE.search(line):
             kind = found[2]
-            group = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-            members = len(group[1].split(",")) if group else 0
+            members = len(first_group(line))
             if members == 1:
                 continue
             whole = members if kind == "reduce-scatter" else 1
