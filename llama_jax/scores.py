@@ -74,7 +74,7 @@ class Scores:
             ]
             axes.set_xticks(at, labels, rotation=90, family="monospace", fontsize=8)
         axes.set(ylabel="nats", xlabel="token", xlim=(-0.7, len(at) - 0.3))
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
         axes.spines[["top", "right"]].set_visible(False)
         with warnings.catch_warnings():
             # A script that the font lacks shows as boxes; the text itself is above the plot.

@@ -105,6 +105,7 @@ def _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
 def _append(cache_LBKSH, new_BTKH, layer, lengths_B):
     """A loop over rows: the scatter that vmap makes of it has XLA's CPU compiler copy the cache."""
     new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(cache_LBKSH.dtype)
+    lengths_B = jnp.asarray(lengths_B)
 
     def row(b, cache):
         new = lax.dynamic_slice_in_dim(new_BKTH, b, 1)[None]

@@ -4,6 +4,34 @@ Through the config and not XLA_FLAGS: a program that a test starts keeps its one
 """
 
 import jax
+import pytest
 
 if jax.config.jax_platforms in (None, "", "cpu"):
     jax.config.update("jax_num_cpu_devices", 8)
+
+# Files whose tests take longest start first, so that no worker is left with one at the end.
+LONGEST = ("test_resume", "test_train", "test_plan", "test_rotary_decode_attention")
+
+# Most of the time of these goes into compiling programs that run once, for milliseconds.
+RUN_ONCE = (
+    "test_rotary_attention",
+    "test_rotary_attention_gpu",
+    "test_rotary_attention_tpu",
+    "test_rotary_decode_attention",
+    "test_kernels",
+    "test_train",
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(request):
+    """XLA's own cheap passes where a program runs once; elsewhere what users get."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", request.path.stem in RUN_ONCE)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

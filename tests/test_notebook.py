@@ -27,13 +27,16 @@ def test_it_runs(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     run = tmp_path / "run"
-    (tmp_path / "text.txt").write_text("the cat sat on a mat and saw 12 animals\n" * 400)
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        text = f"the cat sat on mat {i} and saw {i * i} animals\n" * 20
+        (tmp_path / f"text/{i}.txt").write_text(text)
     small = ["dim=32", "num_layers=2", "num_heads=2", "num_kv_heads=2", "head_dim=16", "ffn_dim=64"]
     made = train.main(
         [
             str(NOTEBOOK.parents[1] / "configs/tiny.toml"),
             *(f"model.{s}" for s in [*small, "vocab_size=300"]),
-            f"data.sources={{text = {{path = '{tmp_path / 'text.txt'}'}}}}",
+            f"data.sources={{text = {{path = '{tmp_path / 'text'}'}}}}",
             "data.seq_len=32", "train.steps=2", "train.batch_size=8", "optim.warmup_steps=1",
             "train.sample_prompts=[]", "train.eval_batches=1", f"checkpoint.dir={run}",
         ]
