@@ -97,9 +97,7 @@ class LLM:
         single = isinstance(prompts, str) or not isinstance(prompts, Sequence)
         texts: list[Any] = [prompts] if single else list(prompts)
         _check(texts, max_new_tokens, n, seed)
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if any(not isinstance(s, str) or not s for s in stops):
-            raise ValueError(f"stop={stop!r} must be texts that are not empty")
+        stops = _stops(stop)
         settings = settings_of(sampling)
         encoded = [self.encode(text) for text in texts]
         asked = [(ids, sample) for ids in encoded for sample in range(n)]
@@ -128,7 +126,7 @@ class LLM:
         A piece never ends inside a character, nor in what may become a stop.
         """
         _check([prompt], max_new_tokens, 1, seed)
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = _stops(stop)
         ids = self.encode(prompt)
         row = Row(self.tokenizer, ids, stops)
         given = ""
@@ -337,3 +335,10 @@ def _check(texts, max_new_tokens, n, seed) -> None:
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
+
+
+def _stops(stop: str | Sequence[str]) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if any(not isinstance(s, str) or not s for s in stops):
+        raise ValueError(f"stop={stop!r} must be texts that are not empty")
+    return stops

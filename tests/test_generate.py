@@ -258,6 +258,9 @@ def test_a_chat_keeps_its_cache(llm, tokenizer):
 def test_bad_arguments(llm, prompt, how, message):
     with pytest.raises((ValueError, TypeError), match=message):
         llm.generate(prompt, **how)
+    if isinstance(prompt, str) and "n" not in how:
+        with pytest.raises(ValueError, match=message):
+            next(llm.stream(prompt, **how))
 
 
 def test_what_cannot_be_loaded(tmp_path, capsys):
