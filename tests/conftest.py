@@ -9,8 +9,18 @@ import pytest
 if jax.config.jax_platforms in (None, "", "cpu"):
     jax.config.update("jax_num_cpu_devices", 8)
 
-# Files whose tests take longest start first, so that no worker is left with one at the end.
-LONGEST = ("test_resume", "test_train", "test_plan", "test_rotary_decode_attention")
+# Conversion's limits on memory count the whole process: these files come before what makes it
+# large. Then those that take longest, so that no worker is left with one at the end.
+FIRST = (
+    "test_convert",
+    "test_convert_inputs",
+    "test_convert_logits",
+    "test_convert_settings",
+    "test_resume",
+    "test_train",
+    "test_plan",
+    "test_rotary_decode_attention",
+)
 
 # Most of the time of these goes into compiling programs that run once, for milliseconds.
 RUN_ONCE = (
@@ -24,8 +34,8 @@ RUN_ONCE = (
 
 
 def pytest_collection_modifyitems(items):
-    place = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+    place = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(FIRST)))
 
 
 @pytest.fixture(autouse=True, scope="module")
