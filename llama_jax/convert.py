@@ -42,7 +42,8 @@ def convert(
     verify: bool = False,
     context: int | None = None,
 ) -> Path:
-    """Convert a folder of weights; returns the destination. Arguments as the command line's.
+    """Convert a folder of weights; returns the destination. Arguments as the command line's, but
+    `max_memory`: bytes that conversion may add to what this process holds when it is called.
 
     Raises:
       ValueError: the source cannot be used, or the destination not be written as asked.
@@ -50,6 +51,7 @@ def convert(
     """
     start = time.perf_counter()
     found = layouts.open_folder(Path(source), context)
+    max_memory += transfer.resident()
     plan = make_plan(found, Path(destination), to, dtype, shards, max_memory)
     before = transfer.stamps(found)
     print(describe(found))
@@ -228,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.inspect:
             print(describe(layouts.open_folder(args.inspect, args.context)))
         else:
+            args.max_memory -= transfer.resident()  # given for the whole process
             convert(**{k: v for k, v in vars(args).items() if k != "inspect"})
     except OSError as e:
         hint = "; the same command continues here" if e.errno == errno.ENOSPC else ""

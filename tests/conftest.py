@@ -9,8 +9,7 @@ import pytest
 if jax.config.jax_platforms in (None, "", "cpu"):
     jax.config.update("jax_num_cpu_devices", 8)
 
-# Conversion's limits on memory count the whole process: these files come before what makes it
-# large. Then those that take longest, so that no worker is left with one at the end.
+# Those that take longest come first, so that no worker is left with one at the end.
 FIRST = (
     "test_convert",
     "test_convert_inputs",

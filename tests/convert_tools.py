@@ -17,6 +17,8 @@ from llama_jax.conversion import formats, torch_files
 DTYPES = {d.name: d for d in map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32))}
 DATA = Path(__file__).parents[1] / "../shared/data"
 STORIES = DATA / "stories260k"
+# The command's bound counts the whole process, in which other tests ran before.
+ANY = ["--max-memory", "64GiB"]
 
 
 def small(**changes) -> ModelConfig:

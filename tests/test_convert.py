@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from convert_tools import DTYPES, STORIES, same, small
+from convert_tools import ANY, DTYPES, STORIES, same, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -427,9 +427,8 @@ def test_pieces_of_published_models_fit_the_default_bound(name, dtype):
 def test_the_command_line(tmp_path, capsys):
     cfg = small()
     source = tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
-    assert (
-        main([str(source), str(tmp_path / "out"), "--to", "meta", "--shards", "2", "--verify"]) == 0
-    )
+    command = [str(source), str(tmp_path / "out"), "--to", "meta", "--shards", "2", "--verify"]
+    assert main([*command, *ANY]) == 0
     out = capsys.readouterr().out
     for part in (
         "found:",
@@ -448,6 +447,16 @@ def test_the_command_line(tmp_path, capsys):
     assert main([str(source), str(tmp_path / "o2"), "--max-memory", "1MB"]) == 1
     assert "too little" in capsys.readouterr().err
     assert not (tmp_path / "o2.partial").exists()
+
+
+def test_a_process_that_holds_much_may_convert(tmp_path, monkeypatch, capsys):
+    """A notebook's own memory is not counted; the command line's bound is on the whole process."""
+    cfg = small()
+    source = tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
+    monkeypatch.setattr(transfer, "resident", lambda: 100 << 30)
+    convert(source, tmp_path / "out")
+    assert main([str(source), str(tmp_path / "o2")]) == 1
+    assert "--max-memory 2.1 GB is too little: 10" in capsys.readouterr().err
 
 
 def test_only_light_modules_are_imported(tmp_path):

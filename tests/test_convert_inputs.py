@@ -13,7 +13,7 @@ from pathlib import Path
 import convert_tools as tools
 import numpy as np
 import pytest
-from convert_tools import DTYPES, small
+from convert_tools import ANY, DTYPES, small
 
 from llama_jax import convert as convert_module
 from llama_jax.conversion import layouts, torch_files, weights
@@ -510,13 +510,14 @@ def test_a_disk_that_fills_up(tmp_path, cfg, state, monkeypatch, capsys, to):
         from llama_jax.conversion.orbax_weights import OrbaxWeights as kind
     real = kind.write
     monkeypatch.setattr(kind, "write", full)
-    assert main([str(source), str(tmp_path / "out"), "--to", to]) == 1
+    command = [str(source), str(tmp_path / "out"), "--to", to, *ANY]
+    assert main(command) == 1
     assert "No space left on device; the same command continues" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="partial"):
         layouts.open_folder(tmp_path / "out.partial")
     monkeypatch.setattr(kind, "write", real)
-    assert main([str(source), str(tmp_path / "out"), "--to", to, "--verify"]) == 0
+    assert main([*command, "--verify"]) == 0
 
 
 def test_no_read_permission(tmp_path, cfg, state, capsys):
@@ -530,7 +531,7 @@ def test_no_read_permission(tmp_path, cfg, state, capsys):
         tmp_path.chmod(0o777)
         os.seteuid(65534)
     try:
-        status = main([str(source), str(tmp_path / "out")])
+        status = main([str(source), str(tmp_path / "out"), *ANY])
     finally:
         if root:
             os.seteuid(0)

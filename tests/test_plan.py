@@ -209,7 +209,7 @@ def check(recipe, process, names):
         assert 1.1 * own < f["step"]["operations"] * devices < 1.6 * own
         assert f["memory"]["weights"] < f["memory"]["peak"] < 2**30
         assert {r["kind"] for r in f["step"]["collectives"]} >= {"all-gather"}
-        assert sum(r["calls"] for r in f["step"]["collectives"]) > 20
+        assert sum(r["calls"] for r in f["step"]["collectives"]) > 10
         assert f["time"]["step"] == max(f["time"]["terms"].values()) > 0
         assert 0 < f["time"]["mfu"] < 1
         assert name.split(":")[0] not in ("h100", "a100") or f["run"]["mwh"] > 0

@@ -79,7 +79,7 @@ def budget(plan: Plan) -> tuple[int, int]:
     """(workers, bytes of a piece) that keep this process inside --max-memory."""
     if "orbax" in (plan.to, plan.found.kind):
         import orbax.checkpoint  # noqa: F401  (its 0.2 GB count too)
-    used = _resident() + (64 << 20)
+    used = resident() + (64 << 20)
     workers = min(_WORKERS, (plan.max_memory - used) // (_COPIES * _SMALLEST))
     if workers < 1:
         raise ConvertError(
@@ -89,7 +89,7 @@ def budget(plan: Plan) -> tuple[int, int]:
     return workers, min((plan.max_memory - used) // (workers * _COPIES), _LARGEST)
 
 
-def _resident() -> int:
+def resident() -> int:
     """Bytes of memory that this process has now."""
     try:
         with open("/proc/self/statm") as f:
