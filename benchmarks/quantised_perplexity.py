@@ -13,14 +13,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from benchmarks.tokenise import machine, write
+from llama_jax.checkpoint import load_weights
 from llama_jax.config import load_recipe
 from llama_jax.data import Mixture, eval_batches, open_mixture
-from llama_jax.loading import load
-from llama_jax.model import Execution
+from llama_jax.model import Execution, Llama
 from llama_jax.quantize import quantize, weight_bytes
-from llama_jax.step import make_eval_step
+from llama_jax.step import make_eval_step, split
 
 BATCH = 8
 
@@ -31,10 +32,10 @@ def main() -> None:
     parser.add_argument("run", nargs="?", type=Path, default=Path("checkpoints/tiny"))
     run = parser.parse_args().run
     recipe = load_recipe(run / "recipe.toml", [])
-    llm = load(run, dtype="float32")
-    cfg, params = llm.cfg, llm.params
+    cfg, how = recipe.model, Execution(jnp.dtype("float32"))
+    params = load_weights(run, jax.eval_shape(lambda: split(Llama(cfg, how, nnx.Rngs(0)))[1]))
     mixture = open_mixture(run / "data")
-    step = jax.jit(make_eval_step(recipe, Execution(jnp.dtype("float32"))))
+    step = jax.jit(make_eval_step(recipe, how))
     result = {}
     for kind in ("float32", "int8", "int4"):
         weights = params if kind == "float32" else quantize(params, kind)

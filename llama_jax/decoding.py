@@ -45,10 +45,9 @@ def prefill(
       float32 logits [V] of the token after them, and the cache. Padding lies beyond its length.
     """
     llama = merge(graphdef, params)
-    hidden, after = llama.hidden(tokens_1T, cache=cache)
+    hidden, cache = llama.hidden(tokens_1T, cache=cache, counts_B=count[None])
     last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
-    logits_V = reshard(llama.logits(last), P())[0, 0]
-    return logits_V, after._replace(lengths_B=cache.lengths_B + count)
+    return reshard(llama.logits(last), P())[0, 0], cache
 
 
 def decode(
@@ -69,7 +68,6 @@ def decode(
       The state; tokens [STRIDE, B] int32; log p of each [STRIDE, B] float32, nats.
     """
     llama = merge(graphdef, params)
-    llama.take_apart()
     B = state.done_B.shape[0]
 
     def going(carry):

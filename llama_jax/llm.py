@@ -11,6 +11,7 @@ compiled step: another prompt length, number of tokens or temperature compiles n
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from llama_jax import decoding
 from llama_jax.config import ModelConfig
 from llama_jax.decoding import STRIDE, Rows
 from llama_jax.model import Execution, KVCache
+from llama_jax.quantize import bytes_of
 from llama_jax.rows import Generation, Row
 from llama_jax.sampling import Greedy, Sample, Settings, settings_of
 from llama_jax.sharding import on_mesh
@@ -64,7 +66,8 @@ class LLM:
         self.eos_ids = tuple(i for i in ends if i is not None)
         self._compiled: dict[tuple, Any] = {}
         with on_mesh(self.mesh):
-            self._graphdef = structure(cfg, self.how)
+            apart = 0 in params["blocks"]
+            self._graphdef = structure(cfg, self.how, apart)
 
     def generate(
         self,
@@ -93,6 +96,7 @@ class LLM:
 
         Raises:
           ValueError: an argument that cannot be, or a prompt that does not fit the context.
+          MemoryError: the cache for all these rows cannot fit beside the weights.
         """
         single = isinstance(prompts, str) or not isinstance(prompts, Sequence)
         texts: list[Any] = [prompts] if single else list(prompts)
@@ -102,8 +106,10 @@ class LLM:
         encoded = [self.encode(text) for text in texts]
         asked = [(ids, sample) for ids in encoded for sample in range(n)]
         made: list[Generation] = []
-        for first in range(0, len(asked), MOST_ROWS):
-            part = asked[first : first + MOST_ROWS]
+        # Dynamic rotary frequencies follow the longest row: a row of its own for each.
+        most_rows = 1 if self.cfg.rope.type == "dynamic" else MOST_ROWS
+        for first in range(0, len(asked), most_rows):
+            part = asked[first : first + most_rows]
             rows = [Row(self.tokenizer, ids, stops) for ids, _ in part]
             for _ in self._decode(part, rows, max_new_tokens, settings, seed, STRIDE):
                 pass
@@ -126,17 +132,21 @@ class LLM:
         A piece never ends inside a character, nor in what may become a stop.
         """
         _check([prompt], max_new_tokens, 1, seed)
-        stops = _stops(stop)
         ids = self.encode(prompt)
-        row = Row(self.tokenizer, ids, stops)
-        given = ""
-        for _ in self._decode([(ids, 0)], [row], max_new_tokens, settings_of(sampling), seed, 1):
-            text = row.settled()
-            if len(text) > len(given):
-                yield text[len(given) :]
-                given = text
-        if rest := row.result().text[len(given) :]:
-            yield rest
+        row = Row(self.tokenizer, ids, _stops(stop))
+        making = self._decode([(ids, 0)], [row], max_new_tokens, settings_of(sampling), seed, 1)
+
+        def pieces() -> Iterator[str]:
+            given = 0
+            for _ in making:
+                text = row.settled()
+                if len(text) > given:
+                    yield text[given:]
+                    given = len(text)
+            if rest := row.result().text[given:]:
+                yield rest
+
+        return pieces()
 
     def score(self, text: str) -> "Scores":
         """Log p and entropy of each token of a text, nats; coloured text in a notebook."""
@@ -232,15 +242,16 @@ class LLM:
 
     def empty_cache(self, slots: int) -> KVCache:
         """A cache of one row with room for ``slots`` positions, rounded up."""
-        chunk = CHUNKS[-1]
-        room = 2 * chunk
-        while room < slots:
-            room *= 2
-        # A doubling beyond the context (and a padded chunk) would be memory for nothing.
-        room = min(room, -(-self.cfg.context // chunk) * chunk + chunk)
+        room = self._room(slots)
         make = functools.partial(decoding.empty, self.how, self.cfg, room)
         with on_mesh(self.mesh):
             return self.run(f"cache {room}", make, ())
+
+    def _room(self, slots: int) -> int:
+        chunk = CHUNKS[-1]
+        # A doubling beyond the context (and a padded chunk) would be memory for nothing.
+        most = -(-self.cfg.context // chunk) * chunk + chunk
+        return min(max(_power(slots), 2 * chunk), most)
 
     def _decode(
         self, asked, rows: list[Row], most: int, settings: Settings, seed: int, stride: int,
@@ -277,27 +288,49 @@ class LLM:
 
     def _prefilled(self, asked, slots: int, seed: int) -> Rows:
         """Each prompt read on its own, several samples of one only once."""
-        firsts: list[Any] = []
-        for i, (ids, _) in enumerate(asked):
-            again = i > 0 and asked[i - 1][0] == ids
-            firsts.append(firsts[-1] if again else self.prefill(ids, self.empty_cache(slots)))
-        return self._rows(asked, firsts, seed)
+
+        def firsts():
+            before, first = None, None
+            for ids, _ in asked:
+                if ids != before:
+                    before, first = ids, self.prefill(ids, self.empty_cache(slots))
+                yield first
+
+        self._check_memory(len(asked), self._room(slots))
+        return self._rows(asked, firsts(), seed)
 
     def _rows(self, asked, firsts, seed: int) -> Rows:
-        batch = 1
-        while batch < len(asked):
-            batch *= 2
+        """Prefilled prompts (logits, cache), put in the rows of a batch one after the other."""
+        batch = _power(len(asked))
         root = jax.random.key(seed)
-        logits_V, cache = firsts[0]
+        state: Any = None  # until the shapes of the first row are known
         with on_mesh(self.mesh):
-            make = functools.partial(decoding.empty_rows, self.how, batch)
-            state = self.run(f"rows {batch}", make, (cache, logits_V))
             for b, ((ids, sample), (logits_V, cache)) in enumerate(zip(asked, firsts, strict=True)):
+                if state is None:
+                    make = functools.partial(decoding.empty_rows, self.how, batch)
+                    state = self.run(f"rows {batch}", make, (cache, logits_V))
                 seen_V = np.zeros(self.cfg.vocab_size, bool)
                 seen_V[ids] = True
                 row = (np.int32(b), logits_V, cache, seen_V, jax.random.fold_in(root, sample))
                 state = self.run("insert", decoding.insert, (state, *row), (0,))
         return state
+
+    def _check_memory(self, rows: int, slots: int) -> None:
+        """Raises MemoryError before a cache is made that cannot fit beside the weights."""
+        L, K, H = self.cfg.shape("LKH")
+        batch = _power(rows)
+        cache = 2 * L * K * H * slots * self.how.dtype.itemsize * (batch + 1)  # one being read
+        held = bytes_of(self.params)
+        devices = 1 if self.mesh is None else self.mesh.size
+        device = jax.local_devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        have = memory_of(device, devices)
+        if have is not None and (held + cache) / devices > have:
+            raise MemoryError(
+                f"a cache of {rows} rows of {slots} positions takes {cache / devices / 1e9:.1f} "
+                f"GB a device beside {held / devices / 1e9:.1f} GB of weights, and "
+                f"{device.device_kind} has {have / 1e9:.1f} GB: give fewer prompts at once, "
+                'fewer new tokens, load with quantize="int8", or with a mesh over more devices'
+            )
 
     def run(self, name: str, function, args: tuple, donated: tuple[int, ...] = ()) -> Any:
         """Call a compiled function; the first call of a shape says that it compiles."""
@@ -310,6 +343,18 @@ class LLM:
                 jitted = jax.jit(function, donate_argnums=donated)
                 self._compiled[key] = jitted.lower(*args).compile()
         return self._compiled[key](*args)
+
+
+def memory_of(device: jax.Device, sharing: int = 1) -> float | None:
+    """Bytes of memory for a device's arrays, where it says; a CPU's is shared by ``sharing``."""
+    if device.platform == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / sharing
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _power(least: int) -> int:
+    """The first power of two that is not smaller."""
+    return 1 << max(least - 1, 0).bit_length()
 
 
 @contextlib.contextmanager

@@ -17,12 +17,12 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from llama_jax.checkpoint import load_weights, read_about
 from llama_jax.config import ConfigError, ModelConfig
-from llama_jax.llm import LLM
+from llama_jax.llm import LLM, memory_of
 from llama_jax.model import Execution, Llama
 from llama_jax.quantize import KINDS, weight_bytes
 from llama_jax.quantize import quantize as quantized
 from llama_jax.sharding import PRESETS, on_mesh
-from llama_jax.step import split
+from llama_jax.step import split, take_apart
 from llama_jax.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
@@ -57,9 +57,9 @@ def load(
     cfg, about = _about(folder)
     tokenizer = Tokenizer.load(folder)
     devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
-    cpu = devices[0].platform == "cpu"
+    cpu, tpu = (devices[0].platform == name for name in ("cpu", "tpu"))
     kind = jnp.dtype(dtype or ("float32" if cpu else "bfloat16"))
-    how = Execution(kind, PRESETS["fsdp_tensor"], unroll=cpu)
+    how = Execution(kind, PRESETS["fsdp_tensor"], unroll=not tpu)
     with on_mesh(mesh):
         abstract = jax.eval_shape(lambda: split(Llama(cfg, how, nnx.Rngs(0)))[1])
     _check_memory(folder, abstract, quantize or kind.name, devices)
@@ -80,6 +80,9 @@ def load(
             params = quantized(params, quantize)
         if mesh is None:
             params = jax.device_put(params, devices[0])
+    if how.unroll:
+        with on_mesh(mesh):
+            params = take_apart(params)
     ends = about.get("token_ids", {}).get("eos")
     ends = [ends] if isinstance(ends, int) else ends
     return LLM(
@@ -111,10 +114,7 @@ def _about(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 def _check_memory(folder: Path, abstract: Any, kind: str, devices: list[jax.Device]) -> None:
     """Raise before reading a byte when the weights alone are larger than the memory."""
     need = weight_bytes(abstract, kind) / len(devices)
-    stats = devices[0].memory_stats() or {}
-    have = stats.get("bytes_limit")
-    if devices[0].platform == "cpu" and hasattr(os, "sysconf"):
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+    have = memory_of(devices[0], len(devices))
     if have is not None and need > have:
         smaller = weight_bytes(abstract, "int8") / len(devices)
         raise MemoryError(

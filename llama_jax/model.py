@@ -62,18 +62,26 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, how: Execution, init_std: float, rngs: nnx.Rngs):
         w = functools.partial(_weight, cfg, how.rules, rngs)
-        self.q = w("DNH", init_std)
-        self.k = w("DKH", init_std)
-        self.v = w("DKH", init_std)
-        self.o = w("NHD", init_std / math.sqrt(2 * cfg.num_layers))
-        self.how = how
+        # Heads side by side, as matrices: on a TPU, H = 64 or few heads as axes of their own would
+        # be padded, and [D, N, H] turned whole before each product.
+        self.q = w("DQ", init_std)
+        self.k = w("DE", init_std)
+        self.v = w("DE", init_std)
+        self.o = w("QD", init_std / math.sqrt(2 * cfg.num_layers))
+        self.how, self.head_dim = how, cfg.head_dim
 
     def __call__(self, x_BTD, where: "Where", cache=None, layer=None):
-        q_BTNH = _project(self.how, x_BTD, self.q, "DNH", "BTNH")
-        k_BTKH = _project(self.how, x_BTD, self.k, "DKH", "BTKH")
-        v_BTKH = _project(self.how, x_BTD, self.v, "DKH", "BTKH")
+        q_BTNH = self._heads(_project(self.how, x_BTD, self.q, "DQ", "BTQ"))
+        k_BTKH = self._heads(_project(self.how, x_BTD, self.k, "DE", "BTE"))
+        v_BTKH = self._heads(_project(self.how, x_BTD, self.v, "DE", "BTE"))
         out_BTNH, cache = _attend(self.how, q_BTNH, k_BTKH, v_BTKH, where, cache, layer)
-        return _project(self.how, out_BTNH, self.o, "NHD", "BTD"), cache
+        return _project(self.how, out_BTNH, self.o, "QD", "BTD"), cache
+
+    def _heads(self, x_BTQ):
+        shape = (*x_BTQ.shape[:2], -1, self.head_dim)
+        if meshless():
+            return x_BTQ.reshape(shape)
+        return x_BTQ.reshape(shape, out_sharding=self.how.rules.act("BTNH"))
 
 
 class MLP(nnx.Module):
@@ -178,8 +186,11 @@ class Llama(nnx.Module):
         if positions_BT is None:
             start = 0 if cache is None else cache.lengths_B[:, None]
             positions_BT = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (B, T))
+        last = None
+        if self.cfg.rope.type == "dynamic":
+            real_BT = jnp.arange(T) < (T if counts_B is None else counts_B[:, None])
+            last = jnp.max(jnp.where(real_BT, positions_BT, 0))
         positions_BT = reshard(positions_BT, self.how.rules.operand("BT"))
-        last = jnp.max(positions_BT) if self.cfg.rope.type == "dynamic" else None
         where = Where(rope_of(self.cfg, last), positions_BT, segment_ids_BT)
         x_BTD = _embed(self.how, self.embed[...], tokens_BT)
         x_BTD, cache = self._layers(x_BTD, where, cache)
@@ -203,13 +214,8 @@ class Llama(nnx.Module):
         return _unstack(self.blocks, self.cfg.num_layers)
 
     def take_apart(self) -> None:
-        """Cut the stack of layers for good, if they are to run one after the other.
-
-        Before a loop of decoding steps: XLA's CPU compiler would cut, which is to copy all weights,
-        in each step.
-        """
-        if self.how.unroll:
-            self.blocks = nnx.List(self.layers())
+        """Cut the stack of layers for good."""
+        self.blocks = nnx.List(self.layers())
 
     def _layers(self, x_BTD, where: Where, cache: KVCache | None):
         def body(carry, block_and_index):
@@ -339,25 +345,22 @@ def _embed(how: Execution, embed_VD, tokens_BT):
 
 
 def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=None):
-    """Matrix product of activations (B, T, in) and a weight (in, out); letters say which axes meet.
+    """Matrix product of activations (B, T, ...) and a weight (in, out), [B, T, out].
 
     The weight is cast, then gathered over ``fsdp``. Where no axis splits T, the product is one of
     two dimensions over B * T tokens: the form that every platform's matrix library is tuned for, in
     the backward pass too.
     """
-    inner = [letter for letter in w_letters if letter not in out_letters]
     B, T = x.shape[:2]
     # A weight of the model, or a matrix made of one; either may stand for small integers.
     w = (w.get_value() if isinstance(w, nnx.Variable) else w).astype(how.dtype)
-    inner_size, out_shape = math.prod(w.shape[: len(inner)]), w.shape[len(inner) :]
-    w = w.reshape(inner_size, -1)
     product = functools.partial(jnp.einsum, preferred_element_type=out_dtype or how.dtype)
     if meshless():
-        y = product("xi,io->xo", x.reshape(B * T, -1), w).reshape(B, T, *out_shape)
+        y = product("xi,io->xo", x.reshape(B * T, -1), w).reshape(B, T, -1)
         return checkpoint_name(y, "matmul")
     tokens, out = how.rules.operand("BT"), how.rules.act(out_letters)
     flat = not splits(tokens[1])
-    gathered = how.rules.gathered(inner[0] + w_letters[len(inner)], tokens[:1] if flat else tokens)
+    gathered = how.rules.gathered(w_letters, tokens[:1] if flat else tokens)
     w_in, w_out = gathered.partitions
     w = gather(w, gathered)
     # Over heads or widths that lie on several devices, each has a partial sum; it is summed into
@@ -367,10 +370,9 @@ def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=N
     if flat:
         x = x.reshape(B * T, -1, out_sharding=P(tokens[0], w_in))
         y = product("xi,io->xo", x, w, out_sharding=P(tokens[0], w_out, unreduced=partial))
+        y = y.reshape(B, T, -1, out_sharding=P(*tokens, w_out, unreduced=partial))
     else:
         y = product("BTi,io->BTo", x, w, out_sharding=P(*tokens, w_out, unreduced=partial))
-    rest = (None,) * (len(out_shape) - 1)
-    y = y.reshape(B, T, *out_shape, out_sharding=P(*tokens, w_out, *rest, unreduced=partial))
     return checkpoint_name(reshard(y, out), "matmul")
 
 
@@ -427,13 +429,18 @@ def _remat(body, policy: str):
     return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
 
 
-def _unstack(blocks: Block, L: int) -> list[Block]:
-    """The layers one by one.
+def cut(w_L: jax.Array) -> list[jax.Array]:
+    """The layers of a stacked weight.
 
     `split` and not indexing: its gradient is one concatenation, not L sums of padded zeros.
     """
+    return [x.squeeze(0) for x in jax.lax.split(w_L, [1] * w_L.shape[0])]
+
+
+def _unstack(blocks: Block, L: int) -> list[Block]:
+    """The layers one by one."""
     graphdef, state = nnx.split(blocks)
-    pieces = jax.tree.map(lambda w: [x.squeeze(0) for x in jax.lax.split(w, [1] * L)], state)
+    pieces = jax.tree.map(cut, state)
     is_list = lambda x: isinstance(x, list)
     layer = lambda i: jax.tree.map(lambda p: p[i], pieces, is_leaf=is_list)
     return [nnx.merge(graphdef, layer(i)) for i in range(L)]

@@ -91,7 +91,8 @@ class RopeConfig:
 class ModelConfig:
     """A LLaMA: the sizes that make its weights and the numbers that make its output.
 
-    The letters of each size are those of every shape in the code (``shape("LDNH")``).
+    The letters of each size are those of every shape in the code (``shape("LDF")``). Two stand for
+    heads side by side, as weights have them: Q = N H, all queries; E = K H, all keys or values.
     """
 
     vocab_size: Positive
@@ -126,19 +127,21 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
 
     def size(self, letter: str) -> int:
-        """Length of the axis called ``letter`` (one of L D N K G H F V)."""
+        """Length of the axis called ``letter`` (one of L D N K G H Q E F V)."""
         if letter == "G":
             return self.num_heads // self.num_kv_heads
+        if letter in "QE":
+            return self.head_dim * (self.num_heads if letter == "Q" else self.num_kv_heads)
         return getattr(self, _FIELD_OF_LETTER[letter])
 
     def shape(self, letters: str) -> tuple[int, ...]:
-        """Shape of a weight, ``shape("LDNH")``."""
+        """Shape of a weight, ``shape("LDF")``."""
         return tuple(map(self.size, letters))
 
     @property
     def num_params(self) -> int:
         """Exact number of weights."""
-        per_layer = ("D", "DNH", "DKH", "DKH", "NHD", "D", "DF", "DF", "FD")
+        per_layer = ("D", "DQ", "DE", "DE", "QD", "D", "DF", "DF", "FD")
         whole = ("VD", "D") if self.tie_embeddings else ("VD", "D", "DV")
         count = lambda words: sum(math.prod(self.shape(w)) for w in words)
         return self.num_layers * count(per_layer) + count(whole)

@@ -12,74 +12,60 @@ feedback). Both are symmetric: round(w / scale), scale = largest / 127 or 7.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from llama_jax.sharding import meshless, ways
+
 KINDS = ("int8", "int4")
 GROUP = 64
-"""Inputs that share a scale in int4: the widest that every head dimension of LLaMA is a multiple
-of, so that no group crosses a head and none is cut by tensor parallelism."""
-
-# The stacked matrices of a layer, and how many of their axes (after L) are summed over.
-_INPUT_AXES: Mapping[str, Mapping[str, int]] = {
-    "attention": {"q": 1, "k": 1, "v": 1, "o": 2},
-    "mlp": {"gate": 1, "up": 1, "down": 1},
-}
+"""inputs that share a scale in int4"""
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["q", "scale"], meta_fields=["groups"]
+    jax.tree_util.register_dataclass, data_fields=["q", "scale"], meta_fields=["grouped"]
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
     """A matrix (in, out) as small integers times scales.
 
-    ``scale`` (float32) has 1 on the axes that share it. In int4 the last input axis is split in
-    (groups, inputs of a group), in ``q`` and in ``scale``.
+    ``q`` is [in, out] with a ``scale`` [1, out] in float32; or, ``grouped``, [groups, inputs of a
+    group, out] with [groups, 1, out]. Layers may be stacked in front of both.
     """
 
     q: jax.Array
     scale: jax.Array
-    groups: int | None
-    """axis of the groups, counted from the last; None: one scale for all inputs"""
+    grouped: bool
 
     def astype(self, dtype: jnp.dtype) -> jax.Array:
-        """The weight, in its own shape; a product's compiler fuses this into its operand."""
+        """The weight of one layer, [in, out]; a product's compiler fuses this into its operand."""
         w = self.q.astype(dtype) * self.scale.astype(dtype)
-        if self.groups is None:
+        if not self.grouped:
             return w
-        i = w.ndim + self.groups
-        spec = jax.typeof(w).sharding.spec
-        return _reshape(
-            w, (*w.shape[:i], w.shape[i] * w.shape[i + 1], *w.shape[i + 2 :]),
-            (*spec[: i + 1], *spec[i + 2 :]),
-        )  # fmt: skip
+        groups, _, out = jax.typeof(w).sharding.spec
+        return _reshape(w, (-1, w.shape[-1]), (groups, out))
 
 
-@functools.partial(jax.jit, static_argnames=("inputs", "kind"))
-def quantize_weight(w: jax.Array, inputs: int, kind: str) -> QuantizedWeight:
-    """One matrix; its first ``inputs`` axes are summed over in a product."""
-    w = w.astype(jnp.float32)
-    most, dtype, shared, groups = 127, jnp.int8, tuple(range(inputs)), None
+@functools.partial(jax.jit, static_argnames="kind")
+def quantize_weight(w_IO: jax.Array, kind: str) -> QuantizedWeight:
+    """One matrix (in, out)."""
+    w = w_IO.astype(jnp.float32)
+    most, dtype = 127, jnp.int8
     if kind == "int4":
-        most, dtype, shared, groups = 7, jnp.int4, (inputs,), inputs - 2 - w.ndim
-        # A width that 64 does not divide (small models) gets the widest groups that fit it.
-        size, spec = w.shape[inputs - 1], jax.typeof(w).sharding.spec
-        group = math.gcd(size, GROUP)
-        w = _reshape(
-            w, (*w.shape[: inputs - 1], size // group, group, *w.shape[inputs:]),
-            (*spec[:inputs], None, *spec[inputs:]),
-        )  # fmt: skip
-    largest = jnp.max(jnp.abs(w), axis=shared, keepdims=True)
+        most, dtype = 7, jnp.int4
+        inputs, out = jax.typeof(w).sharding.spec
+        # The widest group that divides what a device has of the inputs.
+        group = math.gcd(w.shape[0] // (1 if meshless() else ways(inputs)), GROUP)
+        w = _reshape(w, (-1, group, w.shape[1]), (inputs, None, out))
+    largest = jnp.max(jnp.abs(w), axis=-2, keepdims=True)
     scale = jnp.where(largest == 0, 1, largest / most)
-    return QuantizedWeight(jnp.round(w / scale).astype(dtype), scale, groups)
+    return QuantizedWeight(jnp.round(w / scale).astype(dtype), scale, kind == "int4")
 
 
 def _reshape(w: jax.Array, shape: tuple[int, ...], spec: tuple) -> jax.Array:
-    if not any(spec):
+    if meshless():
         return w.reshape(shape)
     return w.reshape(shape, out_sharding=jax.sharding.PartitionSpec(*spec))
 
@@ -95,13 +81,13 @@ def quantize(params: dict[str, Any], kind: str) -> dict[str, Any]:
     """
     if kind not in KINDS:
         raise ValueError(f"quantize={kind!r}: there are 'int8' and 'int4'")
+    one = functools.partial(quantize_weight, kind=kind)
+    stack = jax.jit(functools.partial(jax.lax.map, one))
     blocks = dict(params["blocks"])
-    for room, matrices in _INPUT_AXES.items():
+    for room in ("attention", "mlp"):
         blocks[room] = dict(blocks[room])
-        for name, inputs in matrices.items():
-            layers = blocks[room].pop(name)
-            one = functools.partial(quantize_weight, inputs=inputs, kind=kind)
-            blocks[room][name] = jax.jit(functools.partial(jax.lax.map, one))(layers)
+        for name in list(blocks[room]):
+            blocks[room][name] = stack(blocks[room].pop(name))
     return {**params, "blocks": blocks}
 
 
@@ -118,6 +104,12 @@ def weight_bytes(abstract_params: Any, kind: str) -> int:
         else:
             bits += x.size * floating.itemsize * 8
     return bits // 8
+
+
+def bytes_of(params: Any) -> int:
+    """Bytes that weights take as they are; two numbers of 4 bits take one."""
+    bits = lambda x: 4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize
+    return sum(x.size * bits(x) for x in jax.tree.leaves(params)) // 8
 
 
 def is_quantized(x: Any) -> bool:

@@ -140,8 +140,10 @@ def environment() -> str:
     except OSError:  # no git
         commit = ""
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
-    return f"commit {commit or 'unknown'} | Python {platform.python_version()}, {versions} | "
-    f"{platform.platform()}"
+    return (
+        f"commit {commit or 'unknown'} | Python {platform.python_version()}, {versions} | "
+        f"{platform.platform()}"
+    )
 
 
 def memory_gib() -> float:

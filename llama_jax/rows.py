@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from llama_jax.tokenizer import Tokenizer
 
+_BEHIND = 4
+"""Tokens decoded again before new ones: a character has at most 4 bytes, of a token each."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
@@ -26,12 +29,14 @@ class Row:
     """A text on its way: ids so far, and where they end."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]):
-        self.prompt = list(prompt)
         self.finish: str | None = None
         self._tokenizer, self._stops = tokenizer, stops
-        self._ids: list[int] = []
+        self._all = list(prompt)
         self._logprobs: list[float] = []
-        self._prompt_text = tokenizer.decode(prompt)
+        self._prompt_length = len(self._all)
+        # Text up to token `_read` is made. The next is decoded behind the tokens from `_since` on:
+        # a piece's leading space shows only after another piece.
+        self._since, self._read = max(0, len(self._all) - _BEHIND), len(self._all)
         self._text = ""
 
     def take(self, ids, logprobs, ends, limit: int) -> None:
@@ -42,22 +47,26 @@ class Row:
             if int(token) in ends:
                 self.finish = "end"
                 return
-            self._ids.append(int(token))
+            self._all.append(int(token))
             self._logprobs.append(float(logprob))
             if self._stops:
                 self._find_stop()
-            if not self.finish and len(self._ids) >= limit:
+            if not self.finish and len(self._logprobs) >= limit:
                 self.finish = "length"
-        if not self._stops:
-            self._text = self._decoded()
 
-    def _decoded(self) -> str:
-        # With the prompt: a piece's leading space is part of it only after other pieces.
-        return self._tokenizer.decode([*self.prompt, *self._ids])[len(self._prompt_text) :]
+    def _advance(self) -> None:
+        """Take the text of new tokens over, unless they end inside a character."""
+        before = self._tokenizer.decode(self._all[self._since : self._read])
+        after = self._tokenizer.decode(self._all[self._since :])
+        if not after.endswith("\ufffd"):
+            self._text += after[len(before) :]
+            self._since, self._read = max(0, self._read - _BEHIND), len(self._all)
 
     def _find_stop(self) -> None:
-        self._text = self._decoded()
-        found = [i for i in (self._text.find(s) for s in self._stops) if i >= 0]
+        # A stop that this token completes begins at most its own length before.
+        start = max(0, len(self._text) - max(map(len, self._stops)))
+        self._advance()
+        found = [i for i in (self._text.find(s, start) for s in self._stops) if i >= 0]
         if found:
             self._text, self.finish = self._text[: min(found)], "stop"
 
@@ -65,16 +74,18 @@ class Row:
         """The text that later tokens cannot change."""
         if self.finish:
             return self.result().text
-        text = self._text.rstrip("\ufffd")
+        if not self._stops:
+            self._advance()
         held = max(
-            (k for s in self._stops for k in range(1, len(s)) if text.endswith(s[:k])), default=0
+            (k for s in self._stops for k in range(1, len(s)) if self._text.endswith(s[:k])),
+            default=0,
         )
-        return text[: len(text) - held]
+        return self._text[: len(self._text) - held]
 
     def result(self) -> Generation:
         """What has been made."""
-        if self.finish != "stop":
-            self._text = self._decoded()
-        return Generation(
-            self._text, tuple(self._ids), tuple(self._logprobs), self.finish or "length"
-        )
+        ids, text = tuple(self._all[self._prompt_length :]), self._text
+        if self.finish != "stop":  # bytes that became no character included
+            prompt = self._tokenizer.decode(self._all[: self._prompt_length])
+            text = self._tokenizer.decode(self._all)[len(prompt) :]
+        return Generation(text, ids, tuple(self._logprobs), self.finish or "length")

@@ -1,7 +1,7 @@
 """Where arrays live: the mesh, and the one table from letters to mesh axes.
 
 A *sharding rule* maps a letter of a shape (D, N, F, ...) to mesh axes. A weight's sharding is
-``rules.weight("DNH")``, an activation's ``rules.act("BTNH")``; nothing else in the project names a
+``rules.weight("DF")``, an activation's ``rules.act("BTNH")``; nothing else in the project names a
 mesh axis. The axes:
 
   data     whole copies of the model; only gradients cross it
@@ -63,10 +63,15 @@ class Rules:
         return _spec(letters, rules)
 
 
+def ways(axes: tuple[str, ...] | str | None) -> int:
+    """Into how many parts an entry of a spec divides its axis on the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[a] for a in _axes(axes))
+
+
 def splits(axes: tuple[str, ...] | str | None) -> bool:
     """Whether an entry of a spec divides its axis on the mesh that is set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[a] for a in _axes(axes)) > 1
+    return ways(axes) > 1
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
@@ -110,7 +115,7 @@ def first_position(T: int) -> jax.Array | int:
 
 
 # Letters of an activation in the order in which they claim a mesh axis.
-_PRIORITY = "NKFVBT"
+_PRIORITY = "NKQEFVBT"
 
 
 def _spec(letters: str, rules: dict[str, tuple[str, ...]], **kwargs) -> P:
@@ -123,7 +128,7 @@ def _spec(letters: str, rules: dict[str, tuple[str, ...]], **kwargs) -> P:
 
 
 def _rules(tensor: bool, sequence: bool) -> Rules:
-    wide = {letter: ("tensor",) for letter in "NKFV"} if tensor else {}
+    wide = {letter: ("tensor",) for letter in "NKQEFV"} if tensor else {}
     positions = ("context", "tensor") if sequence else ("context",)
     return Rules(
         weights=tuple({"D": ("fsdp",), **wide}.items()),

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig, Recipe
-from llama_jax.model import Execution, Llama
+from llama_jax.model import Execution, Llama, cut
 from llama_jax.optim import make_optimizer, make_schedule
 from llama_jax.quantize import is_quantized
 from llama_jax.sharding import PRESETS, meshless, reshard
@@ -129,11 +129,47 @@ def merge(graphdef: Any, params: Params) -> Llama:
     return nnx.merge(shape, jax.tree.unflatten(state, filled))
 
 
-def structure(cfg: ModelConfig, how: Execution) -> Any:
-    """What :func:`merge` needs to make a model of its arrays: no arrays."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(cfg, how, nnx.Rngs(0))))
+def structure(cfg: ModelConfig, how: Execution, apart: bool = False) -> Any:
+    """What :func:`merge` needs to make a model of its arrays: no arrays. ``apart``: of arrays that
+    :func:`take_apart` has cut."""
+
+    def build() -> Llama:
+        llama = Llama(cfg, how, nnx.Rngs(0))
+        if apart:
+            llama.take_apart()
+        return llama
+
+    graphdef, state = nnx.split(nnx.eval_shape(build))
     # Whole variables: the value of one may be an array or a quantised matrix.
     return graphdef, *jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def take_apart(params: Params) -> Params:
+    """The stack of layers cut into one dict a layer.
+
+    For programs that run the layers one after the other again and again: cut inside, all weights
+    would be copied each time, as XLA does on CPU and GPU. The matrices are taken out of ``params``
+    one by one, so that what goes and what comes are never all held at once.
+    """
+
+    def pieces(tree: dict) -> dict:
+        out = {}
+        for name in list(tree):
+            x = tree.pop(name)
+            out[name] = pieces(x) if isinstance(x, dict) else _layers_of(x)
+        return out
+
+    cut_up = pieces(params["blocks"])
+    L = len(cut_up["mlp_norm"])
+    layer = lambda i: jax.tree.map(lambda x: x[i], cut_up, is_leaf=lambda x: isinstance(x, list))
+    return {**params, "blocks": {i: layer(i) for i in range(L)}}
+
+
+@jax.jit
+def _layers_of(w_L: Any) -> list[Any]:
+    leaves, tree = jax.tree.flatten(w_L)
+    layers = zip(*map(cut, leaves), strict=True)
+    return [jax.tree.unflatten(tree, layer) for layer in layers]
 
 
 def _count(opt_state: Any) -> jax.Array:

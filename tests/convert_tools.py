@@ -92,11 +92,10 @@ def hf_state(state: dict, cfg: ModelConfig) -> dict:
 def our_tree(state: dict, cfg: ModelConfig) -> dict:
     """The same weights as our nested parameters."""
     hf = hf_state(state, cfg)
-    D, N, K, H = cfg.shape("DNKH")
 
-    def stack(name, shape=None):
+    def stack(name):
         layers = [hf[f"model.layers.{i}.{name}.weight"] for i in range(cfg.num_layers)]
-        return np.stack([w.T if shape is None else w.T.reshape(shape) for w in layers])
+        return np.stack([w.T for w in layers])
 
     tree = {
         "embed": hf["model.embed_tokens.weight"],
@@ -105,10 +104,10 @@ def our_tree(state: dict, cfg: ModelConfig) -> dict:
             "attention_norm": stack("input_layernorm"),
             "mlp_norm": stack("post_attention_layernorm"),
             "attention": {
-                "q": stack("self_attn.q_proj", (D, N, H)),
-                "k": stack("self_attn.k_proj", (D, K, H)),
-                "v": stack("self_attn.v_proj", (D, K, H)),
-                "o": stack("self_attn.o_proj", (N, H, D)),
+                "q": stack("self_attn.q_proj"),
+                "k": stack("self_attn.k_proj"),
+                "v": stack("self_attn.v_proj"),
+                "o": stack("self_attn.o_proj"),
             },
             "mlp": {
                 "gate": stack("mlp.gate_proj"),

@@ -61,10 +61,10 @@ GRID: dict[str, tuple[ModelConfig, int, int]] = {
 WEIGHTS = {
     "embed": ("VD", "model.embed_tokens.weight"),
     "blocks.attention_norm": ("LD", "model.layers.{}.input_layernorm.weight"),
-    "blocks.attention.q": ("LDNH", "model.layers.{}.self_attn.q_proj.weight"),
-    "blocks.attention.k": ("LDKH", "model.layers.{}.self_attn.k_proj.weight"),
-    "blocks.attention.v": ("LDKH", "model.layers.{}.self_attn.v_proj.weight"),
-    "blocks.attention.o": ("LNHD", "model.layers.{}.self_attn.o_proj.weight"),
+    "blocks.attention.q": ("LDQ", "model.layers.{}.self_attn.q_proj.weight"),
+    "blocks.attention.k": ("LDE", "model.layers.{}.self_attn.k_proj.weight"),
+    "blocks.attention.v": ("LDE", "model.layers.{}.self_attn.v_proj.weight"),
+    "blocks.attention.o": ("LQD", "model.layers.{}.self_attn.o_proj.weight"),
     "blocks.mlp_norm": ("LD", "model.layers.{}.post_attention_layernorm.weight"),
     "blocks.mlp.gate": ("LDF", "model.layers.{}.mlp.gate_proj.weight"),
     "blocks.mlp.up": ("LDF", "model.layers.{}.mlp.up_proj.weight"),
@@ -175,10 +175,7 @@ _HF_ROPE = dict(
 
 def _to_hf(name: str, w: np.ndarray) -> np.ndarray:
     """One layer's weight: inputs first in ours, outputs first in theirs; the embedding as it is."""
-    if w.ndim == 1 or name == "embed":
-        return w
-    inputs = w.shape[0] * w.shape[1] if name.endswith(".o") else w.shape[0]
-    return w.reshape(inputs, -1).T.copy()
+    return w if w.ndim == 1 or name == "embed" else w.T.copy()
 
 
 def from_hf(cfg: ModelConfig, name: str, layers: list[np.ndarray]) -> np.ndarray:

@@ -273,6 +273,7 @@ def test_configs_do_not_change(load):
 def test_shapes_by_letter():
     cfg = MODELS["llama3-8b"]
     assert cfg.shape("LDNH") == (32, 4096, 32, 128)
+    assert cfg.shape("QE") == (4096, 1024)
     assert cfg.shape("KGFV") == (8, 4, 14336, 128256)
 
 

@@ -20,9 +20,10 @@ from llama_jax import Greedy, Sample
 from llama_jax.generate import main
 from llama_jax.llm import LLM, Generation
 from llama_jax.model import Execution, Llama
+from llama_jax.rows import Row
 from llama_jax.scores import windows
 from llama_jax.sharding import AXES, PRESETS
-from llama_jax.step import merge, split, structure
+from llama_jax.step import merge, split, structure, take_apart
 from llama_jax.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,9 @@ def tokenizer(tmp_path_factory):
     return train_tokenizer([t for t in TEXT for _ in range(50)], 300, path)
 
 
+UNROLLED = Execution(jnp.dtype("float32"), unroll=True)
+
+
 def model(tokenizer, seed=0, std=0.3, how=F32, **changes):
     """A random model whose logits differ enough to make text of."""
     cfg = small(vocab_size=300, context=400, **changes)
@@ -46,6 +50,17 @@ def model(tokenizer, seed=0, std=0.3, how=F32, **changes):
 @pytest.fixture(scope="module")
 def llm(tokenizer):
     return model(tokenizer)
+
+
+def test_layers_apart_make_the_same_text(llm, tokenizer):
+    """As weights are loaded on CPU and GPU; nothing of the stack is left."""
+    stacked = split(Llama(llm.cfg, F32, nnx.Rngs(0), 0.3))[1]
+    held = stacked["blocks"]
+    apart = LLM(llm.cfg, take_apart(stacked), tokenizer, UNROLLED)
+    assert sorted(apart.params["blocks"]) == [0, 1]
+    assert held == {}
+    prompts = ["the cat", "some animals saw 12 cats"]
+    assert apart.generate(prompts, max_new_tokens=24) == llm.generate(prompts, max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +186,21 @@ def test_a_stream_joins_to_the_text(llm, seed):
     assert "".join(llm.stream("日本", stop=stop, **how)) == stopped
 
 
+def test_text_is_made_of_new_tokens_alone(tokenizer, monkeypatch):
+    """Decoding all of a text for each of its tokens would cost the square of its length."""
+    decoded = []
+    decode = type(tokenizer).decode
+    count = lambda self, ids: decoded.append(len(ids)) or decode(self, ids)
+    ids = tokenizer.encode("some animals saw 12 cats on a mat " * 40)
+    row = Row(tokenizer, [1], ["dog"])
+    monkeypatch.setattr(type(tokenizer), "decode", count)
+    for token in ids:
+        row.take([token], [0.0], (), 10**6)
+        row.settled()
+    assert max(decoded) < 16
+    assert row.result().text == decode(tokenizer, ids)
+
+
 def test_ends(llm, tokenizer):
     (g,) = llm.generate(["the cat"], max_new_tokens=3, logprobs=True)
     assert isinstance(g, Generation)
@@ -260,7 +290,16 @@ def test_bad_arguments(llm, prompt, how, message):
         llm.generate(prompt, **how)
     if isinstance(prompt, str) and "n" not in how:
         with pytest.raises(ValueError, match=message):
-            next(llm.stream(prompt, **how))
+            llm.stream(prompt, **how)
+
+
+def test_a_cache_too_large(llm, monkeypatch):
+    """Refused before it is made, with what it takes and what there is."""
+    monkeypatch.setattr("llama_jax.llm.memory_of", lambda *_: 3e6)
+    assert llm.generate("the cat", max_new_tokens=2)
+    message = r"cache of 32 rows of 512 positions takes .* has 0.0 GB: give fewer prompts"
+    with pytest.raises(MemoryError, match=message):
+        llm.generate(["the cat"] * 32, max_new_tokens=2)
 
 
 def test_what_cannot_be_loaded(tmp_path, capsys):

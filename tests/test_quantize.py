@@ -27,30 +27,25 @@ def shapes(name):
     return split(nnx.eval_shape(lambda: Llama(MODELS[name], F32, nnx.Rngs(0))))[1]
 
 
-@pytest.mark.parametrize(("shape", "inputs"), [((128, 6, 8), 1), ((4, 64, 32), 2), ((96, 40), 1)])
+@pytest.mark.parametrize("shape", [(128, 48), (256, 32), (96, 40)])
 @pytest.mark.parametrize(("kind", "most"), [("int8", 127), ("int4", 7)])
-def test_each_weight_is_within_half_a_step(shape, inputs, kind, most):
+def test_each_weight_is_within_half_a_step(shape, kind, most):
     w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    whole = quantize_weight(w, inputs, kind)
+    whole = quantize_weight(w, kind)
     back = np.asarray(whole.astype(jnp.float32))
     assert back.shape == shape
     step = np.broadcast_to(whole.scale, whole.q.shape).reshape(shape)
     assert (np.abs(back - w) <= step * 0.5001).all()
     assert np.abs(np.asarray(whole.q, np.int8)).max() == most
     # One scale for each output, and in int4 for each group of inputs.
-    outputs = np.prod(shape[inputs:])
-    groups = (
-        1
-        if kind == "int8"
-        else np.prod(shape[: inputs - 1]) * (shape[inputs - 1] // (32 if shape[0] == 96 else 64))
-    )
-    assert whole.scale.size == outputs * groups
+    groups = 1 if kind == "int8" else shape[0] // (32 if shape[0] == 96 else 64)
+    assert whole.scale.size == shape[1] * groups
 
 
 def test_a_channel_of_zeros_stays_zero():
     w = jnp.zeros((64, 3)).at[:, 1].set(1.0)
     for kind in ("int8", "int4"):
-        np.testing.assert_array_equal(quantize_weight(w, 1, kind).astype(jnp.float32), w)
+        np.testing.assert_array_equal(quantize_weight(w, kind).astype(jnp.float32), w)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -92,6 +87,7 @@ def test_bytes_are_those_of_the_arrays():
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_sharded_equals_one_device(kind):
+    """Groups as wide as one device's share of the inputs allows: here the same on both sides."""
     cfg = small(num_heads=4, num_kv_heads=4, dim=32, head_dim=64, ffn_dim=256)
     tokens_BT = jnp.arange(16).reshape(2, 8)
     params = jax.tree.map(np.asarray, split(Llama(cfg, F32, nnx.Rngs(0)))[1])
@@ -116,6 +112,6 @@ def test_unknown_kind():
 
 
 def test_is_a_tree():
-    whole = quantize_weight(jnp.ones((64, 2)), 1, "int8")
+    whole = quantize_weight(jnp.ones((64, 2)), "int8")
     assert isinstance(jax.tree.map(lambda x: x, whole), QuantizedWeight)
     assert len(jax.tree.leaves(whole)) == 2

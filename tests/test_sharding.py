@@ -165,7 +165,7 @@ def _compiled(preset, sizes, devices=None, dtype="float32", cfg=WIDE, remat="ful
 def _weight_bytes(cfg, size):
     """(matrices of a layer, embedding or output matrix, all norms) in bytes."""
     word = lambda *words: size * sum(math.prod(cfg.shape(w)) for w in words)
-    layer = word("DNH", "DKH", "DKH", "NHD", "DF", "DF", "FD")
+    layer = word("DQ", "DE", "DE", "QD", "DF", "DF", "FD")
     return layer, word("VD"), 4 * (2 * cfg.num_layers + 1) * cfg.dim
 
 

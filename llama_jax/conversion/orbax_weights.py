@@ -34,14 +34,12 @@ class OrbaxWeights:
 
     def read(self, unit: Unit, start: int, stop: int) -> np.ndarray:
         """Rows start to stop of a unit."""
-        step = unit.step(self.cfg)
-        array = self._of(unit)[start // step : stop // step]
+        array = self._of(unit)[start:stop]
         return np.asarray(array.read().result()).reshape(stop - start, unit.shape(self.cfg)[1])
 
     def write(self, unit: Unit, start: int, piece: np.ndarray) -> None:
         """Write rows of a unit; whole chunks, so that nothing has to be read first."""
-        step = unit.step(self.cfg)
-        array = self._of(unit)[start // step : (start + len(piece)) // step]
+        array = self._of(unit)[start : start + len(piece)]
         array.write(
             piece.reshape(array.shape), can_reference_source_data_indefinitely=True
         ).result()
@@ -82,7 +80,7 @@ class _Declared:
 
     def __init__(self, unit: Unit, cfg: ModelConfig, dtype: np.dtype):
         shape = cfg.shape(unit.row.letters)
-        rows = rows_per_chunk(unit, cfg, dtype) // unit.step(cfg)
+        rows = rows_per_chunk(unit, cfg, dtype)
         stack = unit.layer is not None
         self.shape = (cfg.num_layers,) * stack + shape
         self.chunk = (1,) * stack + (rows, *shape[1:])

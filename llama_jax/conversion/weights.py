@@ -50,10 +50,10 @@ class Row(NamedTuple):
 TABLE = [
     Row("embed",                 "VD",  "tok_embeddings",  "model.embed_tokens",        1),
     Row("blocks/attention_norm", "D",   "attention_norm",  "input_layernorm",          -1),
-    Row("blocks/attention/q",    "DNH", "attention.wq",    "self_attn.q_proj",          0, True),
-    Row("blocks/attention/k",    "DKH", "attention.wk",    "self_attn.k_proj",          0, True),
-    Row("blocks/attention/v",    "DKH", "attention.wv",    "self_attn.v_proj",          0),
-    Row("blocks/attention/o",    "NHD", "attention.wo",    "self_attn.o_proj",          1),
+    Row("blocks/attention/q",    "DQ",  "attention.wq",    "self_attn.q_proj",          0, True),
+    Row("blocks/attention/k",    "DE",  "attention.wk",    "self_attn.k_proj",          0, True),
+    Row("blocks/attention/v",    "DE",  "attention.wv",    "self_attn.v_proj",          0),
+    Row("blocks/attention/o",    "QD",  "attention.wo",    "self_attn.o_proj",          1),
     Row("blocks/mlp_norm",       "D",   "ffn_norm",        "post_attention_layernorm", -1),
     Row("blocks/mlp/gate",       "DF",  "feed_forward.w1", "mlp.gate_proj",             0),
     Row("blocks/mlp/up",         "DF",  "feed_forward.w3", "mlp.up_proj",               0),
@@ -84,9 +84,8 @@ class Unit(NamedTuple):
     def shape(self, cfg: ModelConfig) -> tuple[int, int]:
         """(in, out) as the matrix that pieces are rows of; (V, D) for the embedding, (D, 1) for
         a norm."""
-        letters = self.row.letters
-        split = 2 if letters == "NHD" else 1
-        return math.prod(cfg.shape(letters[:split])), math.prod(cfg.shape(letters[split:]))
+        rows, *columns = cfg.shape(self.row.letters)
+        return rows, math.prod(columns)
 
     def torch_shape(self, cfg: ModelConfig) -> tuple[int, ...]:
         """Shape in torch's files, whole."""
@@ -94,10 +93,6 @@ class Unit(NamedTuple):
         if self.row.letters == "D":
             return (rows,)
         return (rows, columns) if self.row.path == "embed" else (columns, rows)
-
-    def step(self, cfg: ModelConfig) -> int:
-        """Pieces begin at multiples of this row: whole heads of the attention output."""
-        return cfg.head_dim if self.row.letters == "NHD" else 1
 
 
 def units(cfg: ModelConfig) -> list[Unit]:
@@ -127,9 +122,8 @@ else"""
 def rows_per_chunk(unit: Unit, cfg: ModelConfig, dtype: np.dtype) -> int:
     """Rows of a unit in one chunk: parts of about equal length."""
     rows, columns = unit.shape(cfg)
-    step = unit.step(cfg)
     pieces = math.ceil(rows * columns * dtype.itemsize / CHUNK)
-    return math.ceil(rows / step / pieces) * step
+    return math.ceil(rows / pieces)
 
 
 # --- copying ---

@@ -18,6 +18,7 @@ from llama_jax.planning.hlo_text import (
     called,
     first_group,
     item_bytes,
+    memory_bytes,
     num_bytes,
     parse,
     trip_count,
@@ -103,7 +104,7 @@ class _Walker:
         flops = _product_flops(table, op)
         flops += self._fused(inner, called(op, "calls"), times)
         self._collective(op, "", times)
-        moved: float = 0 if op.kind in _FREE else _moved(table, op, inner)
+        moved: float = 0 if op.kind in _FREE else self._moved(table, op, inner)
         cycles = _estimated_cycles(op)
         is_product = flops > 0
         if op.kind == "custom-call" and (declared := _kernel(op)) is not None:
@@ -113,7 +114,7 @@ class _Walker:
             self.cost.kernels[_kernel_name(op)] += times
             self.cost.silent_kernels += 0 if kernel_flops or flops else times
             flops += kernel_flops
-            moved = kernel_bytes or moved
+            moved = kernel_bytes or moved - _in_place(table, op)
             if not cycles and self.cycle_flops:
                 cycles = max(kernel_flops / self.cycle_flops, moved / self.cycle_bytes)
         self.cost.flops += flops * times
@@ -154,6 +155,45 @@ class _Walker:
         self.cost.collectives[collective] += size * times
         self.cost.collective_counts[collective] += times
 
+    def _moved(self, table: dict[str, Op], op: Op, inner: dict[str, Op]) -> float:
+        """Bytes an instruction reads and writes in main memory; of arrays that it only cuts or
+        updates, that part."""
+        if op.kind.endswith("-done") or op.kind.removesuffix("-start") in COLLECTIVES:
+            return 0.0
+        if op.kind == "dynamic-slice":
+            stack = table[op.operands[0]].type
+            return memory_bytes(op.type) + (num_bytes(op.type) if memory_bytes(stack) else 0.0)
+        if op.kind == "dynamic-update-slice":
+            return 2.0 * memory_bytes(table[op.operands[1]].type)
+        parameters = [x for x in inner.values() if x.kind == "parameter"]
+        if not parameters:
+            read = math.fsum(memory_bytes(table[x].type) for x in op.operands if x in table)
+            return read + memory_bytes(op.type)
+        read = math.fsum(self._read(inner, x) for x in parameters)
+        root = next(x for x in inner.values() if x.line.startswith("ROOT"))
+        roots = [inner[x] for x in root.operands] if root.kind == "tuple" else [root]
+        return read + math.fsum(_written(inner, x) for x in roots)
+
+    def _read(self, inner: dict[str, Op], op: Op) -> float:
+        """Bytes that a fused computation reads of one of its parameters, or of a view of it."""
+        total, whole = 0.0, memory_bytes(op.type)
+        for user in inner.values() if whole else ():
+            for i, name in enumerate(user.operands):
+                if name != op.name:
+                    continue
+                if user.kind == "bitcast":
+                    total += self._read(inner, user)
+                elif user.kind in ("dynamic-slice", "slice", "gather") and i == 0:
+                    total += num_bytes(user.type)
+                elif user.kind == "dynamic-update-slice" and i == 0:
+                    continue
+                elif user.kind == "fusion":
+                    deeper = self.computations[called(user, "calls")]
+                    total += self._read(deeper, _parameter(deeper, i))
+                else:
+                    return whole
+        return min(total, whole)
+
 
 def _whole(op: Op, members: int) -> int:
     """Bytes of the whole array that a collective gathers, sums or moves."""
@@ -190,48 +230,18 @@ def _product_flops(table: dict[str, Op], op: Op) -> float:
     return 2.0 * math.sqrt(product / batch)
 
 
-def _moved(table: dict[str, Op], op: Op, inner: dict[str, Op]) -> float:
-    """Bytes an instruction reads and writes; of arrays that it only cuts or updates, that part."""
-    if op.kind.endswith("-done") or op.kind.removesuffix("-start") in COLLECTIVES:
-        return 0.0
-    if op.kind == "dynamic-slice":
-        return 2.0 * num_bytes(op.type)
-    if op.kind == "dynamic-update-slice":
-        return 2.0 * num_bytes(table[op.operands[1]].type)
-    parameters = [x for x in inner.values() if x.kind == "parameter"]
-    if not parameters:
-        read = math.fsum(num_bytes(table[x].type) for x in op.operands if x in table)
-        return read + num_bytes(op.type)
-    users: dict[str, list[Op]] = {}
-    for each in inner.values():
-        for name in each.operands:
-            users.setdefault(name, []).append(each)
-    read = math.fsum(_read(inner, users, x) for x in parameters)
-    root = next(x for x in inner.values() if x.line.startswith("ROOT"))
-    roots = [inner[x] for x in root.operands] if root.kind == "tuple" else [root]
-    return read + math.fsum(_written(inner, x) for x in roots)
-
-
-def _read(inner: dict[str, Op], users: dict[str, list[Op]], op: Op) -> float:
-    total = 0.0
-    for user in users.get(op.name, ()):
-        if user.kind == "bitcast":
-            total += _read(inner, users, user)
-        elif user.kind in ("dynamic-slice", "slice", "gather") and user.operands[0] == op.name:
-            total += num_bytes(user.type)
-        elif user.kind == "dynamic-update-slice" and user.operands[0] == op.name:
-            continue
-        else:
-            return num_bytes(op.type)
-    return min(total, num_bytes(op.type))
+def _parameter(inner: dict[str, Op], number: int) -> Op:
+    return next(
+        x for x in inner.values() if x.kind == "parameter" and f"parameter({number})" in x.line
+    )
 
 
 def _written(inner: dict[str, Op], op: Op) -> float:
     while op.kind == "bitcast":
         op = inner[op.operands[0]]
     if op.kind == "dynamic-update-slice":
-        return num_bytes(inner[op.operands[1]].type)
-    return num_bytes(op.type) if op.kind != "parameter" else 0.0
+        return memory_bytes(inner[op.operands[1]].type)
+    return memory_bytes(op.type) if op.kind != "parameter" else 0.0
 
 
 def _estimated_cycles(op: Op) -> float:
@@ -251,6 +261,14 @@ def _kernel(op: Op) -> tuple[float, float] | None:
     found = re.search(r'"cost_estimate":(\{[^}]*\})', op.line)
     declared = json.loads(found[1]) if found else {}
     return float(declared.get("flops", 0)), float(declared.get("bytes_accessed", 0))
+
+
+def _in_place(table: dict[str, Op], op: Op) -> float:
+    """Bytes of the arrays that a kernel changes in place, in and out: of a cache, say, it touches a
+    part that only it knows."""
+    pairs = re.search(r"output_to_operand_aliasing=\{(.*?\)\})", op.line)
+    indices = re.findall(r"\((\d+), \{\}", pairs[1]) if pairs else []
+    return 2.0 * math.fsum(memory_bytes(table[op.operands[int(i)]].type) for i in indices)
 
 
 def _cudnn_flops(table: dict[str, Op], op: Op) -> float:

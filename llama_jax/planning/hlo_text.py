@@ -72,6 +72,11 @@ def num_bytes(type_: str) -> int:
     return sum(item_bytes(dtype) * math.prod(shape) for dtype, shape in arrays(type_))
 
 
+def memory_bytes(type_: str) -> int:
+    """As :func:`num_bytes`, without what a TPU holds in the chip's own memory (space 1)."""
+    return num_bytes(re.sub(r"\b\w+\[[\d,]*\]\{[^}]*S\(1\)[^}]*\}", "", type_))
+
+
 def item_bytes(dtype: str) -> int:
     """Bytes of one number; 0 for what is none (a token)."""
     return 1 if dtype.startswith("f8") else SIZES.get(dtype, 0)

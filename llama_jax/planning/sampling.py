@@ -34,12 +34,10 @@ def weight_bytes(cfg: ModelConfig, dtype: str) -> float:
     """
     if dtype in ("float32", "bfloat16"):
         return cfg.num_params * (4 if dtype == "float32" else 2)
-    # Letters of each matrix: what is summed over, and what comes out.
-    matrices = ["D NH", "D KH", "D KH", "NH D", "D F", "D F", "F D"]
     total, whole = 0.0, 0
-    for inputs, outputs in map(str.split, matrices):
-        n, m = math.prod(cfg.shape(inputs)), math.prod(cfg.shape(outputs))
-        scales = m if dtype == "int8" else m * n / math.gcd(cfg.size(inputs[-1]), GROUP)
+    for matrix in ("DQ", "DE", "DE", "QD", "DF", "DF", "FD"):
+        n, m = cfg.shape(matrix)
+        scales = m if dtype == "int8" else m * n / math.gcd(n, GROUP)
         total += cfg.num_layers * (n * m * (1 if dtype == "int8" else 0.5) + 4 * scales)
         whole += cfg.num_layers * n * m
     return total + 2 * (cfg.num_params - whole)

@@ -1,0 +1,94 @@
+"""How long until a fresh process prints its first token? 110M parameters, on this machine's CPU.
+
+    pip install -e '.[check]' && python -m benchmarks.first_token [--rounds 7]
+
+Random weights with a 32,000 piece tokenizer trained on Python's library, as our checkpoint and as
+Hugging Face's, converted from ours. The time is of the whole process, `python` to its end, for one
+new token of a short prompt: `python -m llama_jax.generate` with an empty compilation cache (once)
+and with the one that this left, and transformers' `generate`, taking turns. The files have just
+been written, so they come from memory. Result: benchmarks/results/first_token.json.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+
+from benchmarks.tokenise import machine, write
+from llama_jax.checkpoint import Checkpoints, write_about
+from llama_jax.config import MODELS
+from llama_jax.model import Execution, Llama
+from llama_jax.step import split
+from llama_jax.tokenizer import train_tokenizer
+
+MODEL, PROMPT = "stories110m", "def main("
+PEER = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer(sys.argv[2], return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0]))
+"""
+
+
+def make(folder: Path) -> Path:
+    """The checkpoint."""
+    cfg = MODELS[MODEL]
+    folder.mkdir()
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py"))
+    texts = (file.read_text(encoding="utf-8", errors="ignore") for file in files)
+    tokenizer = train_tokenizer(texts, cfg.vocab_size, folder / "tokenizer.model")
+    params = split(Llama(cfg, Execution(jnp.dtype("float32")), nnx.Rngs(0)))[1]
+    saver = Checkpoints(folder, keep=1)
+    saver.save(0, params, {"count": jnp.zeros(())}, {})
+    saver.close()
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    write_about(folder, cfg, tokenizer.path, ids)
+    return folder
+
+
+def seconds(command: list[str], env: dict[str, str]) -> float:
+    """Of a whole process."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *command], env=env, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as temporary:
+        here = Path(temporary)
+        ours = make(here / "ours")
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(here / "cache")}
+        theirs = here / "theirs"
+        subprocess.run(
+            [sys.executable, "-m", "llama_jax.convert", str(ours), str(theirs), "--to", "hf"],
+            check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        jax_command = ["-m", "llama_jax.generate", str(ours), PROMPT, "--max-new-tokens", "1"]
+        cold = seconds(jax_command, env)
+        warm, peer = [], []
+        for _ in range(rounds):
+            warm.append(seconds(jax_command, env))
+            peer.append(seconds(["-c", PEER, str(theirs), PROMPT], env))
+    for name, times in (("cold", [cold]), ("warm", warm), ("transformers", peer)):
+        print(f"{name:13} {statistics.median(times):.1f} s ({min(times):.1f} to {max(times):.1f})")
+    question = "seconds of a process that prints one new token, 110M parameters, float32"
+    result = {"cold": [cold], "warm": warm, "transformers": peer}
+    write("first_token", {"question": question, **result, **machine()})
+
+
+if __name__ == "__main__":
+    main()
