@@ -55,6 +55,7 @@ def jax_generate(cfg, batch: int):
     from llama_jax.llm import LLM
     from llama_jax.model import Execution
     from llama_jax.sampling import Greedy, settings_of
+    from llama_jax.step import take_apart
 
     w, ones = random_weights(cfg), lambda *shape: np.ones(cfg.shape(*shape), np.float32)
     block = dict(
@@ -62,6 +63,7 @@ def jax_generate(cfg, batch: int):
         attention_norm=ones("LD"), mlp_norm=ones("LD"),
     )  # fmt: skip
     params = jax.tree.map(jnp.asarray, dict(embed=w["embed"], blocks=block, norm=ones("D")))
+    params = take_apart(params)  # as llama_jax.load does
     how = Execution(jnp.dtype("float32"), unroll=True)
     llm = LLM(cfg, params, None, how, eos_ids=())
     asked = [(ids, 0) for ids in prompts(cfg, batch).tolist()]

@@ -57,15 +57,17 @@ def decode(
     settings: Settings,
     ends: jax.Array,
     count: jax.Array,
+    logprobs: jax.Array,
 ) -> tuple[Rows, jax.Array, jax.Array]:
     """Up to ``count`` tokens for each row, fewer when all rows have ended.
 
     Args:
       ends: int32, ids that end a row; -1 where there are fewer.
       count: int32 scalar, at most STRIDE.
+      logprobs: bool scalar, whether log p is wanted: a sum over the vocabulary for each token.
 
     Returns:
-      The state; tokens [STRIDE, B] int32; log p of each [STRIDE, B] float32, nats.
+      The state; tokens [STRIDE, B] int32; log p of each [STRIDE, B] float32, nats, or zeros.
     """
     llama = merge(graphdef, params)
     B = state.done_B.shape[0]
@@ -78,8 +80,8 @@ def decode(
         i, state, tokens_TB, logprobs_TB = carry
         keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.made)
         token_B = choose(state.logits_BV, state.seen_BV, keys_B, settings)
-        picked_B = jnp.take_along_axis(state.logits_BV, token_B[:, None], axis=-1)[:, 0]
-        logprob_B = picked_B - jax.nn.logsumexp(state.logits_BV, axis=-1)
+        blank_B = jnp.zeros(B, jnp.float32)
+        logprob_B = jax.lax.cond(logprobs, _logprob, lambda *_: blank_B, state.logits_BV, token_B)
         done_B = state.done_B | jnp.any(token_B[:, None] == ends, axis=-1)
         logits_BTV, cache = llama(token_B[:, None], cache=state.cache)
         # A row that has ended stays where it is.
@@ -97,6 +99,11 @@ def decode(
     blank = jnp.zeros((STRIDE, B), jnp.int32), jnp.zeros((STRIDE, B), jnp.float32)
     _, state, tokens_TB, logprobs_TB = jax.lax.while_loop(going, one, (0, state, *blank))
     return state, tokens_TB, logprobs_TB
+
+
+def _logprob(logits_BV, token_B):
+    picked_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+    return picked_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
 def empty(how: Execution, cfg: ModelConfig, slots: int) -> KVCache:

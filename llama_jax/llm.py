@@ -111,7 +111,10 @@ class LLM:
         for first in range(0, len(asked), most_rows):
             part = asked[first : first + most_rows]
             rows = [Row(self.tokenizer, ids, stops) for ids, _ in part]
-            for _ in self._decode(part, rows, max_new_tokens, settings, seed, STRIDE):
+            making = self._decode(
+                part, rows, max_new_tokens, settings, seed, STRIDE, logprobs=logprobs
+            )
+            for _ in making:
                 pass
             made += [row.result() for row in rows]
         out = made if logprobs else [g.text for g in made]
@@ -196,7 +199,7 @@ class LLM:
         row = Row(self.tokenizer, ids, ())
         state = self._rows([(ids, 0)], [first], seed)
         making = self._decode(
-            [(ids, 0)], [row], max_new_tokens, settings_of(sampling), seed, STRIDE, state
+            [(ids, 0)], [row], max_new_tokens, settings_of(sampling), seed, STRIDE, state, True
         )
         while True:
             try:
@@ -255,7 +258,7 @@ class LLM:
 
     def _decode(
         self, asked, rows: list[Row], most: int, settings: Settings, seed: int, stride: int,
-        state: Rows | None = None,
+        state: Rows | None = None, logprobs: bool = False,
     ):  # fmt: skip
         """Fill ``rows`` with tokens; yields after each stride, until all have ended."""
         room = [self.cfg.context - len(ids) for ids, _ in asked]
@@ -273,7 +276,7 @@ class LLM:
             done_B = np.ones(state.done_B.shape, bool)
             done_B[: len(rows)] = [row.finish is not None for row in rows]
             state = state._replace(done_B=jnp.asarray(done_B))
-            args = (self.params, state, settings, ends, np.int32(count))
+            args = (self.params, state, settings, ends, np.int32(count), np.bool_(logprobs))
             with on_mesh(self.mesh):
                 state, tokens_TB, logprobs_TB = self.run("decode", decoding.decode, args, (1,))
             tokens_TB, logprobs_TB = np.asarray(tokens_TB), np.asarray(logprobs_TB)

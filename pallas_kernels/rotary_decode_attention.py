@@ -94,7 +94,9 @@ def _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
     seen_BTS = slots <= positions[:, :, None]
     q_BKGTH = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     dot = lambda equation, a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-    scores = dot("BKGTH,BKSH->BKGTS", q_BKGTH, keys.astype(q.dtype)) * scale
+    # Keys on the left: on the right, XLA's CPU compiler would turn all of them for each product.
+    scores = dot("BKSH,BKGTH->BKSGT", keys.astype(q.dtype), q_BKGTH).transpose(0, 1, 3, 4, 2)
+    scores = scores * scale
     scores = jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     out = dot("BKGTS,BKSH->BKGTH", weights.astype(q.dtype), values)

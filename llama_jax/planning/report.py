@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from llama_jax.config import Recipe
 from llama_jax.planning.budget import PAPER_CARBON, PAPER_PUE, energy
 from llama_jax.planning.compiled import Compiled
 from llama_jax.planning.machines import GIB
@@ -46,6 +47,7 @@ def figures(c: Compiled, watts: float | None, price: float | None) -> dict[str, 
         "tokens": tokens,
         "operations": c.cost.flops,
         "model_operations": own,
+        "recomputed_operations": recomputed(recipe) * tokens / c.machine.devices,
         "memory_bytes": c.cost.bytes,
         "collectives": collectives(c),
         "kernels": {k: int(n) for k, n in c.cost.kernels.items()},
@@ -60,6 +62,22 @@ def figures(c: Compiled, watts: float | None, price: float | None) -> dict[str, 
         out["run"] |= energy(hours, watts or chip.watts, PAPER_PUE, PAPER_CARBON)
         out["run"] |= {"price_a_chip_hour": price, "money": price and price * hours}
     return out
+
+
+def recomputed(recipe: Recipe) -> float:
+    """Operations of a training token that the backward pass does a second time.
+
+    Attention's scores always (a kernel keeps none): half of its forward pass. Under remat "matmuls"
+    all of its forward pass as well; under "full" also the products of a layer but the last, which
+    nothing needs again. With train.loss_chunk, the logits.
+    """
+    cfg, remat = recipe.model, recipe.train.remat
+    attention = 2.0 * math.prod(cfg.shape("LQ")) * recipe.data.seq_len  # forward, causal: half
+    total = attention / 2 + (attention if remat != "none" else 0.0)
+    if remat == "full":
+        words = ("DQ", "DE", "DE", "QD", "DF", "DF")
+        total += 2.0 * cfg.num_layers * sum(math.prod(cfg.shape(w)) for w in words)
+    return total + (2.0 * math.prod(cfg.shape("DV")) if recipe.train.loss_chunk else 0.0)
 
 
 def _run(tokens: int, hours: float, chips: int) -> dict[str, Any]:
@@ -165,10 +183,11 @@ def _memory_lines(f: dict[str, Any]) -> list[str]:
 def _work_lines(f: dict[str, Any]) -> list[str]:
     step = f["step"]
     ratio = step["operations"] / step["model_operations"]
+    again = step["recomputed_operations"] / step["model_operations"]
     lines = [
         f"A step of {step['tokens']:,} tokens, on each device:",
         f"  {step['operations'] / 1e12:,.4g} TFLOP of matrix products and kernels: {ratio:.2f} x "
-        "the model's own (the rest is recomputed, or attention's masked half)",
+        f"the model's own, of which the backward pass does {again:.2f} again",
         *(f"  {n:,} calls of kernel {k}" for k, n in step["kernels"].items()),
     ]
     if step["kernels_that_declare_nothing"]:
