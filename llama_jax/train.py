@@ -3,9 +3,8 @@
     python -m llama_jax.train [RECIPE.toml] [section.key=value ...]
 
 The same code runs on a laptop and on a pod: the recipe's mesh says how arrays lie over the
-devices, and a job of several
-hosts is started by what starts such jobs (see the README). Starting the same recipe again
-continues the run.
+devices, and a job of several hosts is started by what starts such jobs (see the README).
+Starting the same recipe again continues the run.
 """
 
 import argparse

@@ -29,6 +29,11 @@ RUN_ONCE = (
     "test_rotary_decode_attention",
     "test_kernels",
     "test_train",
+    "test_sharding",
+    "test_model",
+    "test_layers",
+    "test_plan",
+    "test_quantize",
 )
 
 

@@ -456,6 +456,7 @@ def test_a_search_writes_the_fastest_recipe_that_fits(recipe, capfd, monkeypatch
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax's CUDA plugin"
 )
 def test_a_search_where_nothing_fits_says_by_how_much(recipe, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(search, "TRIES", 1)
     monkeypatch.chdir(tmp_path)
     small = dataclasses.replace(CHIPS["h100"], memory=1e-4)
     monkeypatch.setitem(CHIPS, "h100", small)
