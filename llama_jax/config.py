@@ -43,8 +43,8 @@ class DataConfig:
     sources: dict[str, SourceConfig]
     """the mixture, one table a source: [data.sources.NAME] with path and weight"""
     tokenizer: str = ""
-    """a SentencePiece .model; empty: train one of model.vocab_size pieces on the sources, as
-    LLaMA's was"""
+    """its file: SentencePiece, tokenizer.json or tiktoken; empty: train one of model.vocab_size
+    pieces on the sources, as LLaMA's was"""
     seq_len: Positive
     """T, tokens a training sequence"""
     packing: Literal["concat", "segments"] = "concat"

@@ -56,7 +56,7 @@ SAMPLE_BYTES = 10_000_000  # text a tokenizer is trained on
 def prepare_mixture(data: DataConfig, vocab_size: int, out_dir: str | Path) -> Path:
     """Make tokenizer and shards of every source, or find them made.
 
-    Call it in one process of a run. It encodes in threads (SentencePiece releases the GIL), so it
+    Call it in one process of a run. It encodes in threads (tokenizers release the GIL), so it
     starts no process beside a live JAX backend.
 
     Args:
@@ -461,7 +461,8 @@ def main(arguments: list[str] | None = None) -> None:
     source_help = f"repeatable; PATH: a folder, {KNOWN}, python:code or python:prose"
     add("--source", action="append", required=True, metavar="NAME=PATH[:WEIGHT]", help=source_help)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--tokenizer", default="", help="SentencePiece .model to use")
+    kinds = "SentencePiece, tokenizer.json or tiktoken"
+    which.add_argument("--tokenizer", default="", help=f"a tokenizer's file: {kinds}")
     which.add_argument("--vocab-size", type=int, help="train a tokenizer of that many pieces")
     add("--holdout", type=float, default=0.02, help="share of documents kept out (default 0.02)")
     add("--workers", type=int, default=0, help="threads (default: one a core)")

@@ -1,17 +1,18 @@
-"""Text to token ids and back, with SentencePiece; and how LLaMA's tokenizer was trained.
+"""Text to token ids and back; and how LLaMA's tokenizer was trained.
 
-In comes a ``tokenizer.model`` (or text to train one on); out come ids, text, and how many bytes
-each id stands for.
+In comes a tokenizer's file (or text to train one on); out come ids, text, and how many bytes each
+id stands for. SentencePiece is here, Llama 3's kinds are in :mod:`llama_jax.tokenizer_json`.
 
     from llama_jax.tokenizer import Tokenizer
     Tokenizer.load("tokenizer.model").encode("Hello", bos=True)
 """
 
+import contextlib
 import functools
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,58 +39,90 @@ TRAINER = dict(
 )
 # SentencePiece drops lines of more than 4192 bytes from training; a character has at most 4.
 LONGEST_LINE = 1000
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
 class Tokenizer:
-    """A SentencePiece model. Several threads may encode at once, and do so in parallel."""
+    """Text to ids and back. Several threads may encode at once, and do so in parallel."""
 
-    def __init__(self, processor: Any, path: Path):
-        self._processor = processor
-        self.path = path
+    path: Path
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a SentencePiece model: a file, or the ``tokenizer.model`` in a folder.
+    @staticmethod
+    def load(path: str | Path) -> "Tokenizer":
+        """Read a tokenizer: a file, or ``tokenizer.model`` or ``tokenizer.json`` in a folder.
+
+        SentencePiece (LLaMA, Llama 2), ``tokenizer.json`` or tiktoken (Llama 3), by its content.
 
         Raises:
           ValueError: missing, or by its content something else; says what it is and what to do.
         """
-        path = Path(path)
-        if path.is_dir():
-            path = path / FILE_NAME
+        path = _file_of(Path(path))
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             raise ValueError(f"tokenizer {path} does not exist{_other_tokenizers(path)}") from None
         except OSError as e:
             raise ValueError(f"tokenizer {path} cannot be read: {e.strerror}") from None
-        if what := _not_sentencepiece(content):
-            raise ValueError(f"tokenizer {path} {what}")
+        if not content:
+            raise ValueError(f"tokenizer {path} is empty; copy it again")
+        if content.startswith(b"version https://git-lfs"):
+            raise ValueError(
+                f"tokenizer {path} is a Git LFS pointer, not the file itself; run `git lfs pull` "
+                "where it came from"
+            )
+        if content.lstrip()[:1] in (b"{", b"["):
+            from llama_jax.tokenizer_json import from_json
+
+            return from_json(content, path)
+        if _TIKTOKEN.match(content):
+            from llama_jax.tokenizer_json import from_tiktoken
+
+            return from_tiktoken(path)
         try:
             processor = _sentencepiece().SentencePieceProcessor(model_proto=content)
         except RuntimeError:
             processor = None
         if processor is None or processor.vocab_size() == 0:
             raise ValueError(
-                f"tokenizer {path} is not a SentencePiece model (other binary data, or damaged); "
-                "give a SentencePiece .model file, or none to train one on the data"
+                f"tokenizer {path} is not a SentencePiece model, a tokenizer.json or tiktoken text "
+                "(other data, or damaged); give the file published with the weights, or none to "
+                "train one on the data"
             )
-        return cls(processor, path)
+        return SentencePiece(processor, path)
 
     @property
     def vocab_size(self) -> int:
         """Number of ids."""
-        return self._processor.vocab_size()
+        raise NotImplementedError
 
     @property
     def bos_id(self) -> int | None:
-        """Id that starts a document, None if the model has none."""
-        return _id_or_none(self._processor.bos_id())
+        """Id that starts a document, None if there is none."""
+        raise NotImplementedError
 
     @property
     def eos_id(self) -> int | None:
-        """Id that ends a document, None if the model has none."""
-        return _id_or_none(self._processor.eos_id())
+        """Id that ends a document, None if there is none."""
+        raise NotImplementedError
+
+    @property
+    def controls(self) -> Mapping[str, int]:
+        """Ids that stand for no text, by the names that chat templates write."""
+        raise NotImplementedError
+
+    @property
+    def bytes_of_id_V(self) -> np.ndarray:
+        """UTF-8 bytes of text that each id stands for, int32 (V,); control ids 0.
+
+        The ids of a text sum to its bytes plus :attr:`prefix_bytes`.
+        """
+        raise NotImplementedError
+
+    def _encode(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def _decode(self, ids: list[int]) -> str:
+        raise NotImplementedError
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of a text, on request with the id that starts and the one that ends a document."""
@@ -100,20 +133,26 @@ class Tokenizer:
         for wanted, name, token in ((bos, "bos", self.bos_id), (eos, "eos", self.eos_id)):
             if wanted and token is None:
                 raise ValueError(f"{name}=True, but tokenizer {self.path} has no {name} id")
-        return self._processor.encode_as_numpy(text, add_bos=bos, add_eos=eos)
+        ids = self._encode(text)
+        if not bos and not eos:
+            return ids
+        before, after = [self.bos_id] * bos, [self.eos_id] * eos
+        return np.concatenate([np.array(before, np.int32), ids, np.array(after, np.int32)])
 
     def encode_marked(self, text: str) -> list[int]:
-        """Ids of a text in which the ids that start and end a document are written out (<s>, </s>),
-        as chat templates write them; text of users must not come this way."""
-        marks = {self.mark(i): i for i in (self.bos_id, self.eos_id) if i is not None}
+        """Ids of a text in which control ids are written out (<s>, <|eot_id|>), as chat templates
+        write them; text of users must not come this way."""
+        if not self.controls:
+            return self.encode(text)
+        names = sorted(self.controls, key=len, reverse=True)
         ids: list[int] = []
-        for part in re.split("(" + "|".join(map(re.escape, marks)) + ")", text):
-            ids += [marks[part]] if part in marks else self.encode(part)
+        for part in re.split("(" + "|".join(map(re.escape, names)) + ")", text):
+            ids += [self.controls[part]] if part in self.controls else self.encode(part)
         return ids
 
     def mark(self, token: int | None) -> str:
         """How a template writes a control id; nothing for None."""
-        return "" if token is None else self._processor.id_to_piece(token)
+        return next((name for name, i in self.controls.items() if i == token), "")
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of ids; control ids (bos, eos) give none, bytes that are no UTF-8 give U+FFFD.
@@ -126,14 +165,46 @@ class Tokenizer:
             raise ValueError(
                 f"token id {bad[0]} is outside the vocabulary of {self.vocab_size} ({self.path})"
             )
+        return self._decode(ids)
+
+    @functools.cached_property
+    def prefix_bytes(self) -> int:
+        """Bytes that ids stand for beyond their text: 1 if a space goes before it (LLaMA), or 0."""
+        return int(self.bytes_of_id_V[self.encode_array("a")].sum()) - 1
+
+
+class SentencePiece(Tokenizer):
+    """LLaMA's and Llama 2's."""
+
+    def __init__(self, processor: Any, path: Path):
+        self._processor = processor
+        self.path = path
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    @property
+    def bos_id(self) -> int | None:
+        return _id_or_none(self._processor.bos_id())
+
+    @property
+    def eos_id(self) -> int | None:
+        return _id_or_none(self._processor.eos_id())
+
+    @functools.cached_property
+    def controls(self) -> Mapping[str, int]:
+        ids = [i for i in (self.bos_id, self.eos_id) if i is not None]
+        return {self._processor.id_to_piece(i): i for i in ids}
+
+    def _encode(self, text: str) -> np.ndarray:
+        return self._processor.encode_as_numpy(text)
+
+    def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
 
     @functools.cached_property
     def bytes_of_id_V(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for, int32 (V,); control ids 0.
-
-        The ids of a text sum to its bytes plus :attr:`prefix_bytes`.
-        """
         sp = self._processor
         lengths = np.zeros(self.vocab_size, np.int32)
         for i in range(self.vocab_size):
@@ -142,11 +213,6 @@ class Tokenizer:
             elif not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)):
                 lengths[i] = len(sp.id_to_piece(i).replace("▁", " ").encode())
         return lengths
-
-    @functools.cached_property
-    def prefix_bytes(self) -> int:
-        """Bytes that ids stand for beyond their text: 1 if a space goes before it (LLaMA), or 0."""
-        return int(self.bytes_of_id_V[self.encode_array("a")].sum()) - 1
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
@@ -202,30 +268,23 @@ def _training_problem(message: str, vocab_size: int) -> str:
     return f"training a tokenizer of vocab_size={vocab_size} failed: {message}"
 
 
-def _not_sentencepiece(content: bytes) -> str | None:
-    """What a file is, by its content, if it is something people give instead of a .model."""
-    if not content:
-        return "is empty; copy it again"
-    if content.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from"
-    if content.lstrip()[:1] in (b"{", b"["):
-        return (
-            "is JSON (a Hugging Face tokenizer.json?), not a SentencePiece model; "
-            "give the tokenizer.model published with LLaMA and Llama 2 weights"
-        )
-    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content):
-        return (
-            "is a list of base64 pieces with ranks (tiktoken, as published with Llama 3), "
-            "not a SentencePiece model; give a SentencePiece .model file"
-        )
-    return None
+def _file_of(path: Path) -> Path:
+    """The tokenizer of a folder: SentencePiece, else the fuller of Llama 3's two files."""
+    if not path.is_dir():
+        return path
+    model, other = path / FILE_NAME, path / "tokenizer.json"
+    if not other.is_file():
+        return model
+    with contextlib.suppress(OSError), model.open("rb") as f:
+        return other if _TIKTOKEN.match(f.read(100)) else model
+    return other
 
 
 def _other_tokenizers(path: Path) -> str:
     folder = path.parent
     found = sorted(p.name for p in folder.glob("*token*")) if folder.is_dir() else []
     listed = f" (the folder has {', '.join(found)})" if found else ""
-    return f"{listed}; give a SentencePiece .model file or a folder with a {FILE_NAME}"
+    return f"{listed}; give a tokenizer's file, or a folder with a {FILE_NAME} or tokenizer.json"
 
 
 def _id_or_none(token: int) -> int | None:

@@ -1,16 +1,14 @@
 """Other people's settings arrive whole (RoPE schemas, params.json, tokenizers) or are refused."""
 
 import base64
-import collections
 import contextlib
 import dataclasses
-import itertools
 import json
-import re
 
 import convert_tools as tools
 import numpy as np
 import pytest
+import tiktoken_tools
 from convert_tools import DTYPES, small
 
 from llama_jax.config import MODELS, RopeConfig
@@ -390,61 +388,18 @@ def test_the_tokenizer_and_its_company_go_along(tmp_path):
     assert (four / "tokenizer.model").read_bytes() == data
 
 
-def byte_pair_file(text: bytes, merges: int) -> dict[bytes, int]:
-    """Ranks of a byte-pair encoding trained on a text, as a tiktoken file has them."""
-    ranks = {bytes([i]): i for i in range(256)}
-    words = [[bytes([b]) for b in word] for word in re.findall(rb" ?[^ ]+", text)]
-    for _ in range(merges):
-        pairs = collections.Counter(p for w in words for p in itertools.pairwise(w))
-        (a, b), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
-        ranks[a + b] = len(ranks)
-        words = [merge(w, lambda x, y, a=a, b=b: (x, y) == (a, b)) for w in words]
-    return ranks
-
-
-def merge(word: list[bytes], joins) -> list[bytes]:
-    out: list[bytes] = []
-    for piece in word:
-        if out and joins(out[-1], piece):
-            out[-1] += piece
-        else:
-            out.append(piece)
-    return out
-
-
-def encode(word: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """tiktoken's rule: the whole word if it is known, else join the pair of lowest rank, repeat."""
-    pieces = [word] if word in ranks else [bytes([b]) for b in word]
-    while True:
-        joined = [a + b for a, b in itertools.pairwise(pieces)]
-        known = [(ranks[j], i) for i, j in enumerate(joined) if j in ranks]
-        if not known:
-            return [ranks[p] for p in pieces]
-        i = min(known)[1]
-        pieces[i : i + 2] = [joined[i]]
-
-
 def test_llama_3s_tokenizer_works_in_transformers(tmp_path):
     """tokenizer.json made of tiktoken text: ids by tiktoken's own rule, and the special tokens."""
     transformers = pytest.importorskip("transformers")
-    sample = "the theatre then thawed there, others breathe; l'été 漢字 12 3456 they're".encode()
-    ranks = byte_pair_file(sample, 40)
+    ranks, ids = tiktoken_tools.ranks(), tiktoken_tools.ids()
     cfg = small(vocab_size=len(ranks) + 256)
     source = tools.make_meta(tmp_path / "meta", tools.meta_state(cfg, DTYPES["bfloat16"]), cfg)
-    lines = [base64.b64encode(word) + b" %d\n" % rank for word, rank in ranks.items()]
-    (source / "tokenizer.model").write_bytes(b"".join(lines))
+    (source / "tokenizer.model").write_bytes(tiktoken_tools.content())
     out = convert(source, tmp_path / "out", to="hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    text = "others breathe the théatre: 12345 漢字\n\n  they're 'Thawed'\t!"
-    # Meta's split of this text, by hand.
-    words = ["others", " breathe", " the", " théatre", ":", " ", "123", "45", " 漢字", "\n\n", " ",
-             " they", "'re", " '", "Thawed", "'", "\t", "!"]  # fmt: skip
-    assert "".join(words) == text
-    ids = [id for word in words for id in encode(word.encode(), ranks)]
     n = len(ranks)
-    assert len({i for i in ids if i > 255}) > 4
-    assert tokenizer(text).input_ids == [n, *ids]
-    assert tokenizer.decode(ids) == text
+    assert tokenizer(tiktoken_tools.TEXT).input_ids == [n, *ids]
+    assert tokenizer.decode(ids) == tiktoken_tools.TEXT
     assert tokenizer("<|eot_id|>", add_special_tokens=False).input_ids == [n + 9]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (n, n + 1)
     assert len(tokenizer) == cfg.vocab_size

@@ -163,8 +163,8 @@ RANKS = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (RANKS, "tiktoken"),
-        (b'{"version": "1.0", "model": {}}', "tokenizer.json"),
+        (RANKS[:-9], "tiktoken.* damaged"),
+        (b'{"version": "1.0", "model": {}}', "no tokenizer.json that can be used"),
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (bytes(range(256)) * 4, "not a SentencePiece model"),
@@ -189,8 +189,8 @@ def test_a_damaged_model_is_an_error(tmp_path, trained):
 
 
 def test_missing_file_lists_what_is_there(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"does not exist \(the folder has tokenizer.json\)"):
+    (tmp_path / "tokenizer.bin").write_text("{}")
+    with pytest.raises(ValueError, match=r"does not exist \(the folder has tokenizer.bin\)"):
         Tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match=r"nothing.model does not exist; give"):
         Tokenizer.load(tmp_path / "no" / "nothing.model")
