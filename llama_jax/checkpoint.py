@@ -2,10 +2,9 @@
 for everyone else.
 
 A run folder (see checkpoints/README.md) holds ``model.json`` and the tokenizer beside
-``steps/STEP/``: ``model`` (the weights),
-``optimizer``, ``run`` (step and data position) and ``checksums.json``. Saving is asynchronous; a
-step has its name only
-when it is whole, and what was half-written when a process died is removed at the next start.
+``steps/STEP/``: ``model`` (the weights), ``optimizer``, ``run`` (step and data position) and
+``checksums.json``. Saving is asynchronous; a step has its name only when it is whole, and what was
+half-written when a process died is removed at the next start.
 """
 
 import json
@@ -13,15 +12,17 @@ import logging
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from llama_jax.config import ConfigError, ModelConfig, check_model, to_dict
-from llama_jax.conversion.orbax_weights import ORBAX
+from llama_jax.conversion.orbax_weights import ORBAX, open_array
 
 CHECKSUMS = "checksums.json"
 ITEMS = ("model", "optimizer", "run")
@@ -191,29 +192,56 @@ def read_about(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     return check_model(about["model"], str(path)), about
 
 
-def load_weights(folder: str | Path, abstract_params: Any) -> Any:
+def load_weights(folder: str | Path, abstract_params: Any, partial: bool = False) -> Any:
     """The newest weights of a run or converted checkpoint, as ``abstract_params`` says (shape,
-    dtype, sharding).
+    dtype, sharding): all of them, or ``partial``.
 
     Raises:
       ConfigError: no whole step, or weights of other shapes.
     """
-    steps = Path(folder).resolve() / "steps"
-    there = (
-        sorted(int(p.name) for p in steps.iterdir() if p.name.isdigit()) if steps.is_dir() else []
-    )
-    if not there:
-        raise ConfigError(f"{folder} holds no finished step")
+    item = _newest(folder)
     logging.getLogger("absl").setLevel(logging.ERROR)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**ORBAX)) as reader:
-        item = steps / str(there[-1]) / "model"
         args = ocp.args.PyTreeRestore(
-            abstract_params, ocp.checkpoint_utils.construct_restore_args(abstract_params)
+            abstract_params,
+            ocp.checkpoint_utils.construct_restore_args(abstract_params),
+            partial_restore=partial,
         )
         try:
             return reader.restore(item, args=args)
         except (ValueError, OSError, KeyError) as e:
-            raise ConfigError(f"the weights in {item} cannot be read: {_first_line(e)}") from e
+            raise _unreadable(item, e) from e
+
+
+def load_layers(folder: str | Path, name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """One layer after the other of a stacked weight, say "blocks/mlp/up" of ``shape`` [L, ...], as
+    it is stored; no more than one is held, or one chunk of the file.
+
+    Raises:
+      ConfigError: no whole step, or a weight of another shape.
+    """
+    item = _newest(folder)
+    try:
+        array = open_array(item, name)
+        if array.shape != shape:
+            raise ValueError(f"{name} is {array.shape}, not {shape}")
+        at_once = array.chunk_layout.read_chunk.shape[0]
+        for first in range(0, shape[0], at_once):
+            yield from np.asarray(array[first : first + at_once].read().result())
+    except (ValueError, OSError) as e:
+        raise _unreadable(item, e) from e
+
+
+def _newest(folder: str | Path) -> Path:
+    steps = Path(folder).resolve() / "steps"
+    there = [int(p.name) for p in steps.iterdir() if p.name.isdigit()] if steps.is_dir() else []
+    if not there:
+        raise ConfigError(f"{folder} holds no finished step")
+    return steps / str(max(there)) / "model"
+
+
+def _unreadable(item: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"the weights in {item} cannot be read: {_first_line(error)}")
 
 
 def write_whole(path: Path, content: bytes) -> None:

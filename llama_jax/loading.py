@@ -13,14 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from tqdm import tqdm
 
-from llama_jax.checkpoint import load_weights, read_about
+from llama_jax.checkpoint import load_layers, load_weights, read_about
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.llm import LLM, memory_of
 from llama_jax.model import Execution, Llama
-from llama_jax.quantize import KINDS, weight_bytes
-from llama_jax.quantize import quantize as quantized
+from llama_jax.quantize import KINDS, MATRICES, quantize_weight, weight_bytes
 from llama_jax.sharding import PRESETS, on_mesh
 from llama_jax.step import split, take_apart
 from llama_jax.tokenizer import Tokenizer
@@ -65,29 +65,56 @@ def load(
     _check_memory(folder, abstract, quantize or kind.name, devices)
     _keep_compiled()
 
-    def target(x: Any) -> Any:
-        if mesh is None:
-            return SingleDeviceSharding(devices[0])
-        return NamedSharding(mesh, x.sharding.spec)
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        spec = NamedSharding(mesh, x.sharding.spec) if mesh else SingleDeviceSharding(devices[0])
+        return jax.ShapeDtypeStruct(x.shape, kind, sharding=spec)
 
-    shardings = jax.tree.map(target, abstract)
-    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    stay = quantize is not None and mesh is None
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, kind, sharding=host if stay else s)
-    params = load_weights(folder, jax.tree.map(place, abstract, shardings))
-    if quantize is not None:
-        with on_mesh(mesh):
-            params = quantized(params, quantize)
-        if mesh is None:
-            params = jax.device_put(params, devices[0])
-    if how.unroll:
-        with on_mesh(mesh):
-            params = take_apart(params)
+    like = jax.tree.map(place, abstract)
+    with on_mesh(mesh):
+        if quantize is not None:
+            params = _load_quantized(folder, like, quantize, how.unroll)
+        else:
+            params = load_weights(folder, like)
+            if how.unroll:
+                params = take_apart(params)
     ends = about.get("token_ids", {}).get("eos")
     ends = [ends] if isinstance(ends, int) else ends
     return LLM(
         cfg, params, tokenizer, how, eos_ids=ends, mesh=mesh, chat_template=_template(folder)
     )
+
+
+def _load_quantized(folder: Path, like: Any, kind: str, apart: bool) -> dict[str, Any]:
+    """The weights, matrices of the layers quantised one by one as they are read: what is held is
+    what the model will be, and a matrix."""
+    stacks = {room: like["blocks"][room] for room in MATRICES}
+    norms = {name: x for name, x in like["blocks"].items() if name not in MATRICES}
+    params = load_weights(folder, {**like, "blocks": norms}, partial=True)
+    if apart:
+        params = take_apart(params)
+    blocks = params["blocks"]
+    names = [(room, name) for room in MATRICES for name in stacks[room]]
+    total = sum(stacks[room][name].shape[0] for room, name in names)
+    with tqdm(total=total, desc=f"quantising to {kind}", unit="matrix", disable=None) as bar:
+        for room, name in names:
+            x, made = stacks[room][name], []
+            for w in load_layers(folder, f"blocks/{room}/{name}", x.shape):
+                made.append(jax.block_until_ready(quantize_weight(_put(w, x), kind)))
+                bar.update()
+            if apart:
+                for i, whole in enumerate(made):
+                    blocks[i].setdefault(room, {})[name] = whole
+            else:
+                blocks.setdefault(room, {})[name] = jax.tree.map(lambda *x: jnp.stack(x), *made)
+    return params
+
+
+def _put(w: Any, stack: jax.ShapeDtypeStruct) -> jax.Array:
+    """A layer's matrix where its stack would lie."""
+    sharding = stack.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.device_put(w, sharding).astype(stack.dtype)
 
 
 def _about(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:

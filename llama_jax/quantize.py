@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from llama_jax.sharding import meshless, ways
 
 KINDS = ("int8", "int4")
+MATRICES = ("attention", "mlp")
+"""parts of a layer whose weights are all matrices"""
 GROUP = 64
 """inputs that share a scale in int4"""
 
@@ -84,7 +86,7 @@ def quantize(params: dict[str, Any], kind: str) -> dict[str, Any]:
     one = functools.partial(quantize_weight, kind=kind)
     stack = jax.jit(functools.partial(jax.lax.map, one))
     blocks = dict(params["blocks"])
-    for room in ("attention", "mlp"):
+    for room in MATRICES:
         blocks[room] = dict(blocks[room])
         for name in list(blocks[room]):
             blocks[room][name] = stack(blocks[room].pop(name))

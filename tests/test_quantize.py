@@ -1,14 +1,22 @@
 """Weight-only quantisation: error bounds, products, sizes, loss, and the same under a mesh."""
 
+import shutil
+
+import convert_tools as tools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from model_tools import F32, small
 
-from llama_jax.config import MODELS
+from llama_jax import loading
+from llama_jax.checkpoint import load_layers, load_weights
+from llama_jax.config import MODELS, ConfigError
+from llama_jax.conversion.orbax_weights import ORBAX, open_array
+from llama_jax.convert import convert
 from llama_jax.model import Execution, KVCache, Llama
 from llama_jax.quantize import (
     QuantizedWeight,
@@ -18,7 +26,7 @@ from llama_jax.quantize import (
     weight_bytes,
 )
 from llama_jax.sharding import AXES, PRESETS
-from llama_jax.step import merge, split, structure
+from llama_jax.step import merge, split, structure, take_apart
 
 GB = 1e9
 
@@ -104,6 +112,54 @@ def test_sharded_equals_one_device(kind):
         assert q.addressable_shards[0].data.size * 4 == q.size
         got = jax.jit(lambda p, t: merge(structure(cfg, how), p)(t))(quantized, tokens_BT)
     np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+@pytest.fixture(scope="module", params=["a layer a chunk", "one chunk"])
+def checkpoint(request, tmp_path_factory):
+    """Settings, and the folder of a checkpoint as conversion writes it, or as a run does."""
+    cfg = tools.small(dim=64, head_dim=16, num_heads=4, ffn_dim=96)
+    folder = tmp_path_factory.mktemp("weights")
+    state = tools.meta_state(cfg, tools.DTYPES["float32"], make=tools.random_values)
+    made = convert(tools.make_meta(folder / "meta", state, cfg), folder / "made")
+    item = made / "steps/0/model"
+    if request.param == "one chunk":
+        whole = load_weights(made, split(Llama(cfg, F32, nnx.Rngs(0)))[1])
+        shutil.rmtree(item)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**ORBAX)) as files:
+            files.save(item, whole)
+    chunk = open_array(item, "blocks/mlp/up").chunk_layout.read_chunk.shape
+    assert chunk[0] == (cfg.num_layers if request.param == "one chunk" else 1)
+    return cfg, made
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_quantised_while_loading_equals_afterwards(checkpoint, kind, tensor):
+    cfg, folder = checkpoint
+    mesh = jax.make_mesh(
+        (1, 1, tensor, 1), AXES, (AxisType.Explicit,) * 4, devices=jax.devices()[:tensor]
+    )
+    with jax.set_mesh(mesh):
+        how = Execution(jnp.dtype("float32"), PRESETS["fsdp_tensor"])
+        like = split(nnx.eval_shape(lambda: Llama(cfg, how, nnx.Rngs(0))))[1]
+        place = lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
+        )
+        like = jax.tree.map(place, like)
+        want = quantize(load_weights(folder, like), kind)
+        stacked = loading._load_quantized(folder, like, kind, apart=False)
+        apart = loading._load_quantized(folder, like, kind, apart=True)
+        same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        jax.tree.map(same, stacked, want)
+        jax.tree.map(same, apart, take_apart(want))
+        q = apart["blocks"][1]["mlp"]["up"].q
+        assert q.addressable_shards[0].data.size * tensor == q.size
+
+
+def test_weights_of_another_shape_are_an_error(checkpoint):
+    _, folder = checkpoint
+    with pytest.raises(ConfigError, match=r"blocks/mlp/up is .*, not \(3, 4, 5\)"):
+        list(load_layers(folder, "blocks/mlp/up", (3, 4, 5)))
 
 
 def test_unknown_kind():
