@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax import config as cf
+from llama_jax import tiktoken_text
 from llama_jax.conversion import foreign, layouts, targets, tokenizer_files, transfer
 from llama_jax.conversion import verify as verification
 from llama_jax.conversion.layouts import FLOATS, NAMES, Found, Kind, changed
@@ -200,7 +201,8 @@ def _write_hf_settings(plan: Plan) -> None:
         )
     if [t.kind for t in found.tokenizers] == ["tiktoken"]:
         newer = found.cfg.rope.type == "llama3"
-        _dump(folder / "tokenizer.json", tokenizer_files.hf_tokenizer(found.tokenizers[0], newer))
+        ranks = tiktoken_text.ranks_of(found.tokenizers[0].path.read_bytes())
+        _dump(folder / "tokenizer.json", tiktoken_text.to_json(ranks, newer))
 
 
 def _dump(path: Path, tree: dict[str, Any]) -> None:

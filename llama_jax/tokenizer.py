@@ -1,7 +1,7 @@
 """Text to token ids and back; and how LLaMA's tokenizer was trained.
 
 In comes a tokenizer's file (or text to train one on); out come ids, text, and how many bytes each
-id stands for. SentencePiece is here, Llama 3's kinds are in :mod:`llama_jax.tokenizer_json`.
+id stands for: SentencePiece (LLaMA, Llama 2), ``tokenizer.json`` and tiktoken (Llama 3).
 
     from llama_jax.tokenizer import Tokenizer
     Tokenizer.load("tokenizer.model").encode("Hello", bos=True)
@@ -10,6 +10,7 @@ id stands for. SentencePiece is here, Llama 3's kinds are in :mod:`llama_jax.tok
 import contextlib
 import functools
 import io
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from llama_jax import tiktoken_text
 
 FILE_NAME = "tokenizer.model"
 
@@ -39,6 +42,9 @@ TRAINER = dict(
 )
 # SentencePiece drops lines of more than 4192 bytes from training; a character has at most 4.
 LONGEST_LINE = 1000
+# Control ids that start and end a document, by the names that model families use.
+_STARTS = ("<|begin_of_text|>", "<s>")
+_ENDS = ("<|end_of_text|>", "</s>")
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
@@ -71,13 +77,9 @@ class Tokenizer:
                 "where it came from"
             )
         if content.lstrip()[:1] in (b"{", b"["):
-            from llama_jax.tokenizer_json import from_json
-
-            return from_json(content, path)
+            return JsonTokenizer(content.decode(errors="replace"), path)
         if _TIKTOKEN.match(content):
-            from llama_jax.tokenizer_json import from_tiktoken
-
-            return from_tiktoken(path)
+            return JsonTokenizer(_json_of(content, path), path)
         try:
             processor = _sentencepiece().SentencePieceProcessor(model_proto=content)
         except RuntimeError:
@@ -215,6 +217,76 @@ class SentencePiece(Tokenizer):
         return lengths
 
 
+class JsonTokenizer(Tokenizer):
+    """Llama 3's, and any other ``tokenizer.json``, through Hugging Face's ``tokenizers``.
+
+    What looks like a control id in a text is text.
+
+    Raises:
+      ValueError: the content is something else, or damaged.
+    """
+
+    def __init__(self, content: str, path: Path):
+        import tokenizers
+
+        self.path = path
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+        except Exception as e:  # the library raises nothing narrower
+            raise ValueError(
+                f"tokenizer {path} is JSON, but no tokenizer.json that can be used: {e}"
+            ) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._controls = {t.content: i for i, t in added.items() if t.special}
+        # How GPT-2's vocabularies, and all since, spell the byte of a space.
+        self._spells_bytes = self._tokenizer.token_to_id("Ġ") is not None
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @functools.cached_property
+    def bos_id(self) -> int | None:
+        # The template of a tokenizer.json says what goes before a text.
+        first = self._tokenizer.encode("").ids[:1]
+        known = [i for i in first if i in self._controls.values() and i != self.eos_id]
+        return known[0] if known else self._named(_STARTS)
+
+    @functools.cached_property
+    def eos_id(self) -> int | None:
+        return self._named(_ENDS)
+
+    def _named(self, names: Sequence[str]) -> int | None:
+        return next((self._controls[n] for n in names if n in self._controls), None)
+
+    @property
+    def controls(self) -> Mapping[str, int]:
+        return self._controls
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    @functools.cached_property
+    def bytes_of_id_V(self) -> np.ndarray:
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for piece, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if piece in self._controls:
+                continue
+            if self._spells_bytes:  # each by a character
+                lengths[i] = len(piece)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                lengths[i] = 1
+            else:
+                lengths[i] = len(piece.replace("▁", " ").encode())
+        return lengths
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
     """Train a tokenizer of ``vocab_size`` pieces as LLaMA's was, and write it to ``path``.
 
@@ -278,6 +350,22 @@ def _file_of(path: Path) -> Path:
     with contextlib.suppress(OSError), model.open("rb") as f:
         return other if _TIKTOKEN.match(f.read(100)) else model
     return other
+
+
+def _json_of(content: bytes, path: Path) -> str:
+    """The ``tokenizer.json`` of tiktoken text, with Llama 3's control ids behind its pieces."""
+    try:
+        ranks = tiktoken_text.ranks_of(content)
+    except ValueError:
+        ranks = {}
+    # Of a list without each byte, text would vanish.
+    whole = sorted(ranks.values()) == list(range(len(ranks)))
+    if not whole or not all(bytes([b]) in ranks for b in range(256)):
+        raise ValueError(
+            f"tokenizer {path} is a list of base64 pieces with ranks (tiktoken), and damaged; "
+            "copy it again"
+        )
+    return json.dumps(tiktoken_text.to_json(ranks, newer=True))
 
 
 def _other_tokenizers(path: Path) -> str:

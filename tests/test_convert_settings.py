@@ -11,6 +11,7 @@ import pytest
 import tiktoken_tools
 from convert_tools import DTYPES, small
 
+from llama_jax import tiktoken_text
 from llama_jax.config import MODELS, RopeConfig
 from llama_jax.conversion import foreign, layouts, tokenizer_files
 from llama_jax.convert import convert
@@ -406,7 +407,7 @@ def test_llama_3s_tokenizer_works_in_transformers(tmp_path):
 
 
 def test_special_tokens_of_llama_3_and_later():
-    old, new = tokenizer_files.special_tokens(False), tokenizer_files.special_tokens(True)
+    old, new = tiktoken_text.special_tokens(False), tiktoken_text.special_tokens(True)
     assert old[:5] == [
         "<|begin_of_text|>",
         "<|end_of_text|>",

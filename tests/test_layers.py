@@ -13,7 +13,7 @@ HEAVY = {"torch", "transformers", "matplotlib", "tensorboard", "safetensors", "p
 
 # Floors, from the ground up. A room not listed here stands with `train`, above what it imports.
 FLOORS = [
-    {"config", "model_config"},
+    {"config", "model_config", "tiktoken_text"},
     {"sharding", "tokenizer", "optim"},
     {"model", "prepare", "data"},
     {"checkpoint"},

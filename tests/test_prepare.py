@@ -21,7 +21,7 @@ from llama_jax import prepare
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.prepare import main, parse_source, prepare_mixture
 from llama_jax.text import find_files, read_documents
-from llama_jax.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.tokenizer import SentencePiece, Tokenizer, train_tokenizer
 
 WORDS = ["every", "good", "boy", "does", "fine", "and", "then", "some", "123", "été", "日本", "x y"]
 
@@ -135,7 +135,7 @@ def test_shards_are_the_same_for_any_number_of_workers(tmp_path, model, monkeypa
 
 
 def test_a_big_vocabulary_takes_four_bytes(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "vocab_size", property(lambda self: 70000))
+    monkeypatch.setattr(SentencePiece, "vocab_size", property(lambda self: 70000))
     out = prepare_mixture(
         config(model, a=jsonl(tmp_path / "a.jsonl", texts(30))), 70000, tmp_path / "out"
     )

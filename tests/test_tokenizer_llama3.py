@@ -11,14 +11,14 @@ import tiktoken_tools
 from convert_tools import DTYPES, small
 
 import llama_jax
+from llama_jax import tiktoken_text
 from llama_jax.config import DataConfig, SourceConfig
-from llama_jax.conversion import tokenizer_files
 from llama_jax.convert import convert
 from llama_jax.prepare import prepare_mixture
-from llama_jax.tokenizer import Tokenizer
-from llama_jax.tokenizer_json import JsonTokenizer
+from llama_jax.tokenizer import JsonTokenizer, Tokenizer
 
 N = len(tiktoken_tools.ranks())
+AS_JSON = json.dumps(tiktoken_text.to_json(tiktoken_tools.ranks(), newer=True))
 TEXTS = [
     "",
     "the",
@@ -38,9 +38,7 @@ def folder(tmp_path):
 @pytest.fixture(params=["tiktoken", "json"])
 def tokenizer(request, folder) -> Tokenizer:
     if request.param == "json":
-        found = tokenizer_files.recognise(folder / "tokenizer.model")
-        made = json.dumps(tokenizer_files.hf_tokenizer(found, newer=True))
-        (folder / "tokenizer.json").write_text(made)
+        (folder / "tokenizer.json").write_text(AS_JSON)
     loaded = Tokenizer.load(folder)
     assert isinstance(loaded, JsonTokenizer)
     assert loaded.path.suffix == {"tiktoken": ".model", "json": ".json"}[request.param]
@@ -77,9 +75,7 @@ def test_templates_write_controls(tokenizer):
 def test_ids_are_those_of_transformers(tokenizer, folder):
     transformers = pytest.importorskip("transformers")
     path = folder / "tokenizer.json"
-    if not path.exists():
-        found = tokenizer_files.recognise(folder / "tokenizer.model")
-        path.write_text(json.dumps(tokenizer_files.hf_tokenizer(found, newer=True)))
+    path.write_text(AS_JSON)
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
     for text in TEXTS[:5]:
         assert tokenizer.encode(text, bos=True) == theirs(text)["input_ids"]

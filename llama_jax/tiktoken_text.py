@@ -1,0 +1,87 @@
+"""Meta's tiktoken text (a line a piece: base64 and rank), and the ``tokenizer.json`` that says the
+same.
+
+In comes a file's content; out come ranks of pieces, Llama 3's control tokens, and the JSON.
+"""
+
+import base64
+from typing import Any
+
+# How Llama 3 splits text before merging, from Meta's tokenizer.py.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def ranks_of(content: bytes) -> dict[bytes, int]:
+    """Each piece and its rank, which is its id.
+
+    Raises:
+      ValueError: the content is something else.
+    """
+    lines = (line.split() for line in content.decode("ascii").split("\n") if line)
+    return {base64.b64decode(word, validate=True): int(rank) for word, rank in lines}
+
+
+def special_tokens(newer: bool) -> list[str]:
+    """Llama 3's 256 special tokens in order; ``newer``: as Llama 3.1 and later named them."""
+    named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id"}
+    named[9] = "eot_id"
+    if newer:
+        named |= {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
+    spare = iter(range(256))
+    names = [named.get(i) or f"reserved_special_token_{next(spare)}" for i in range(256)]
+    return [f"<|{name}|>" for name in names]
+
+
+def to_json(ranks: dict[bytes, int], newer: bool) -> dict[str, Any]:
+    """``tokenizer.json`` that makes the same ids of the same text; ``newer`` as above."""
+    merges = []
+    for word, rank in ranks.items():
+        cuts = [(word[:i], word[i:]) for i in range(1, len(word))]
+        known = [(a, b) for a, b in cuts if a in ranks and b in ranks]
+        merges += [
+            (rank, a, b) for a, b in sorted(known, key=lambda ab: (ranks[ab[0]], ranks[ab[1]]))
+        ]
+    merges.sort(key=lambda merge: merge[0])
+    text = _byte_characters()
+    spell = lambda word: "".join(text[b] for b in word)
+    special = special_tokens(newer)
+    added = [
+        {"id": len(ranks) + i, "content": name, "special": True, "normalized": False}
+        | {"single_word": False, "lstrip": False, "rstrip": False}
+        for i, name in enumerate(special)
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    split = {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Isolated", "invert": False}
+    before = [split, level | {"use_regex": False}]
+    start = {"SpecialToken": {"id": special[0], "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    begin = {special[0]: {"id": special[0], "ids": [len(ranks)], "tokens": [special[0]]}}
+    template = {"type": "TemplateProcessing", "single": [start, first], "special_tokens": begin}
+    template["pair"] = [start, first, {"SpecialToken": {"id": special[0], "type_id": 1}}, second]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": before},
+        "post_processor": template,
+        "decoder": level | {"use_regex": True},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": True,  # a whole word of the vocabulary is one token, as in tiktoken
+            "vocab": {spell(word): rank for word, rank in ranks.items()},
+            "merges": [[spell(a), spell(b)] for _, a, b in merges],
+        },
+    }  # fmt: skip
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in GPT-2's vocabularies."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
