@@ -215,7 +215,7 @@ def load_weights(folder: str | Path, abstract_params: Any, partial: bool = False
 
 def load_layers(folder: str | Path, name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """One layer after the other of a stacked weight, say "blocks/mlp/up" of ``shape`` [L, ...], as
-    it is stored; no more than one is held, or one chunk of the file.
+    it is stored; the next is read meanwhile, and no more is held (or two chunks of the file).
 
     Raises:
       ConfigError: no whole step, or a weight of another shape.
@@ -226,8 +226,11 @@ def load_layers(folder: str | Path, name: str, shape: tuple[int, ...]) -> Iterat
         if array.shape != shape:
             raise ValueError(f"{name} is {array.shape}, not {shape}")
         at_once = array.chunk_layout.read_chunk.shape[0]
-        for first in range(0, shape[0], at_once):
-            yield from np.asarray(array[first : first + at_once].read().result())
+        read = lambda first: array[first : first + at_once].read()
+        coming = read(0)
+        for first in range(at_once, shape[0] + at_once, at_once):
+            here, coming = coming, read(first) if first < shape[0] else None
+            yield from here.result()
     except (ValueError, OSError) as e:
         raise _unreadable(item, e) from e
 

@@ -86,7 +86,7 @@ def load(
 
 def _load_quantized(folder: Path, like: Any, kind: str, apart: bool) -> dict[str, Any]:
     """The weights, matrices of the layers quantised one by one as they are read: what is held is
-    what the model will be, and a matrix."""
+    what the model will be, and two matrices."""
     stacks = {room: like["blocks"][room] for room in MATRICES}
     norms = {name: x for name, x in like["blocks"].items() if name not in MATRICES}
     params = load_weights(folder, {**like, "blocks": norms}, partial=True)
@@ -95,11 +95,11 @@ def _load_quantized(folder: Path, like: Any, kind: str, apart: bool) -> dict[str
     blocks = params["blocks"]
     names = [(room, name) for room in MATRICES for name in stacks[room]]
     total = sum(stacks[room][name].shape[0] for room, name in names)
-    with tqdm(total=total, desc=f"quantising to {kind}", unit="matrix", disable=None) as bar:
+    with tqdm(total=total, desc=f"to {kind}", unit="matrix", disable=None, delay=2) as bar:
         for room, name in names:
             x, made = stacks[room][name], []
-            for w in load_layers(folder, f"blocks/{room}/{name}", x.shape):
-                made.append(jax.block_until_ready(quantize_weight(_put(w, x), kind)))
+            for read in load_layers(folder, f"blocks/{room}/{name}", x.shape):
+                made.append(jax.block_until_ready(quantize_weight(_put(read, x), kind)))
                 bar.update()
             if apart:
                 for i, whole in enumerate(made):

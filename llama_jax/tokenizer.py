@@ -246,7 +246,8 @@ class JsonTokenizer(Tokenizer):
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        return 1 + max(ids, default=-1)
 
     @functools.cached_property
     def bos_id(self) -> int | None:

@@ -132,8 +132,7 @@ def checkpoint(request, tmp_path_factory):
     return cfg, made
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize(("kind", "tensor"), [("int8", 1), ("int8", 4), ("int4", 4)])
 def test_quantised_while_loading_equals_afterwards(checkpoint, kind, tensor):
     cfg, folder = checkpoint
     mesh = jax.make_mesh(
