@@ -29,6 +29,7 @@ from llama_jax import tiktoken_text
 from llama_jax.conversion import foreign, layouts, targets, tokenizer_files, transfer
 from llama_jax.conversion import verify as verification
 from llama_jax.conversion.layouts import FLOATS, NAMES, Found, Kind, changed
+from llama_jax.conversion.quantised import MOST, dtype_of
 from llama_jax.conversion.transfer import ConvertError, Plan, human
 from llama_jax.conversion.weights import units
 
@@ -42,6 +43,7 @@ def convert(
     max_memory: int = 2 << 30,
     verify: bool = False,
     context: int | None = None,
+    quantize: str | None = None,
 ) -> Path:
     """Convert a folder of weights; returns the destination. Arguments as the command line's, but
     `max_memory`: bytes that conversion may add to what this process holds when it is called.
@@ -53,11 +55,12 @@ def convert(
     start = time.perf_counter()
     found = layouts.open_folder(Path(source), context)
     max_memory += transfer.resident()
-    plan = make_plan(found, Path(destination), to, dtype, shards, max_memory)
+    plan = make_plan(found, Path(destination), to, dtype, shards, max_memory, quantize)
     before = transfer.stamps(found)
     print(describe(found))
     size = plan.num_bytes
-    print(f"writing: {plan.destination} ({NAMES[plan.to]}), {human(size)}, {_kinds(plan.dtypes)}")
+    what = _kinds(plan.dtypes, quantize)
+    print(f"writing: {plan.destination} ({NAMES[plan.to]}), {human(size)}, {what}")
     _check_space(plan)
     with transfer.open_progress(plan) as progress:
         sums = transfer.write_weights(plan, progress)
@@ -65,11 +68,7 @@ def convert(
         if transfer.stamps(found) != before:
             raise ConvertError(f"{source} changed while it was being converted; start again")
         if verify:
-            result = transfer.verify(plan)
-            print(f"verified: {len(sums)} tensors equal the source bit for bit")
-            print(
-                f"verified: {verification.compare_logits(found, result, plan.dtypes, max_memory)}"
-            )
+            _verify(plan)
         _sync(plan.partial)
         (plan.partial / "progress.jsonl").unlink()
     if plan.destination.exists():
@@ -84,6 +83,20 @@ def convert(
     return plan.destination
 
 
+def _verify(plan: Plan) -> None:
+    result, count = transfer.verify(plan), len(plan.units)
+    if plan.quantize is None:
+        print(f"verified: {count} tensors equal the source bit for bit")
+        said = verification.compare_logits(plan.found, result, plan.dtypes, plan.max_memory)
+    else:
+        print(f"verified: {count} tensors are the source's in {plan.quantize}, bit for bit")
+        # The settings are the source's; before rounding, its logits are transformers' or not.
+        dtypes = plan.found.dtypes()
+        said = verification.compare_logits(plan.found, plan.found, dtypes, plan.max_memory)
+        said = f"the source's {said}"
+    print(f"verified: {said}")
+
+
 def make_plan(
     found: Found,
     destination: Path,
@@ -91,9 +104,19 @@ def make_plan(
     dtype: str,
     shards: int | None,
     max_memory: int,
+    quantize: str | None = None,
 ) -> Plan:
     """Settle what will be written; raises ValueError for what cannot be, before any work."""
-    to = to or ("hf" if found.kind == "orbax" else "orbax")
+    if found.quantize is not None:
+        raise ConvertError(
+            f"{found.path} holds matrices in {found.quantize}, which cannot be turned back into "
+            "what they were made of: convert that instead"
+        )
+    to = to or ("hf" if found.kind == "orbax" and quantize is None else "orbax")
+    if quantize is not None and quantize not in MOST:
+        raise ConvertError(f"quantize={quantize!r}: there are 'int8' and 'int4'")
+    if quantize is not None and to != "orbax":
+        raise ConvertError(f"--quantize is for Orbax; {NAMES[to]} files hold whole weights")
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise ConvertError(f"{destination} exists; remove it or choose another name")
     if not destination.absolute().parent.is_dir():
@@ -102,7 +125,9 @@ def make_plan(
     dtypes = found.dtypes()
     if dtype != "keep":
         dtypes = dict.fromkeys(dtypes, next(d for d in FLOATS if d.name == dtype))
-    plan = Plan(found, destination, to, dtypes, shards, max_memory)
+    rows = {u.row: 0 for u in units(found.cfg, quantize)}
+    dtypes = {r.path: dtypes[r.path] if r.quantized is None else dtype_of(r) for r in rows}
+    plan = Plan(found, destination, to, dtypes, shards, max_memory, quantize)
     transfer.budget(plan)
     if to == "hf":
         foreign.hf_from_model(found.cfg, "float32", {})
@@ -111,7 +136,10 @@ def make_plan(
     return plan
 
 
-def _kinds(dtypes: dict[str, np.dtype]) -> str:
+def _kinds(dtypes: dict[str, np.dtype], quantize: str | None) -> str:
+    if quantize is not None:
+        whole = {path: d for path, d in dtypes.items() if not path.endswith(("/q", "/scale"))}
+        return f"the layers' matrices {quantize}, all else {_kinds(whole, None)}"
     return " and ".join(n for n, _ in Counter(d.name for d in dtypes.values()).most_common())
 
 
@@ -122,7 +150,7 @@ def describe(found: Found) -> str:
     rope = {k: v for k, v in cf.to_dict(cfg.rope).items() if v is not None}
     lines = [
         f"found: {found.path}: {NAMES[found.kind]} layout, {len(found.files)} file(s)",
-        f"  model: {cfg.num_params:,} parameters, {_kinds(found.dtypes())}"
+        f"  model: {cfg.num_params:,} parameters, {_kinds(found.dtypes(), found.quantize)}"
         + (f", as {known[0]}" if known else ""),
         f"  sizes: vocab {cfg.vocab_size}, dim {cfg.dim}, layers {cfg.num_layers}, "
         f"heads {cfg.num_heads} (kv {cfg.num_kv_heads}) of {cfg.head_dim}, "
@@ -161,6 +189,8 @@ def _write_settings(plan: Plan, sums: dict[str, str]) -> None:
         shutil.copyfile(tokenizer.path, folder / name)
     about = {"format": 1, "rotary_layout": "half", "model": cf.to_dict(found.cfg)}
     about["token_ids"] = found.ids
+    if plan.quantize is not None:
+        about["quantize"] = plan.quantize
     if plan.to == "orbax":
         _dump(folder / "model.json", about)
     elif plan.to == "meta":
@@ -179,9 +209,9 @@ def _write_settings(plan: Plan, sums: dict[str, str]) -> None:
 def _manifest(plan: Plan, sums: dict[str, str]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     cfg = plan.found.cfg
-    for unit in units(cfg):
+    for unit in plan.units:
         row = unit.row
-        shape = [cfg.num_layers] * row.stacked + list(cfg.shape(row.letters))
+        shape = [cfg.num_layers] * row.stacked + list(row.shape(cfg))
         fresh = {"shape": shape, "dtype": plan.dtypes[row.path].name, "sha256": []}
         tensors.setdefault(row.path, fresh)["sha256"].append(sums[unit.name])
     return tensors
@@ -261,6 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     arg("--to", choices=list(NAMES), help="what to write (default: orbax, or hf from orbax)")
     kinds = ["keep", *(d.name for d in FLOATS)]
     arg("--dtype", choices=kinds, default="keep", help="of the result (default: keep)")
+    arg("--quantize", choices=list(MOST), help="the layers' matrices in 8 or 4 bits (Orbax only)")
     arg("--shards", type=int, metavar="N", help="files (default: Meta 1, HF at most 5 GB each)")
     arg("--max-memory", type=_memory, default="2GiB", help="of this process (default: 2GiB)")
     arg("--verify", action="store_true", help="read the result back, compare it with the source")

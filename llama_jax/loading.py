@@ -5,8 +5,10 @@ dtype asked for, quantised or split over a mesh. What cannot be loaded says what
 command that makes it loadable.
 """
 
+import functools
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,18 @@ from tqdm import tqdm
 
 from llama_jax.checkpoint import load_layers, load_weights, read_about
 from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.conversion.weights import TABLE
 from llama_jax.llm import LLM, memory_of
 from llama_jax.model import Execution, Llama
-from llama_jax.quantize import KINDS, MATRICES, quantize_weight, weight_bytes
-from llama_jax.sharding import PRESETS, on_mesh
+from llama_jax.quantize import (
+    KINDS,
+    MATRICES,
+    QuantizedWeight,
+    from_stored,
+    quantize_weight,
+    weight_bytes,
+)
+from llama_jax.sharding import PRESETS, on_mesh, ways
 from llama_jax.step import split, take_apart
 from llama_jax.tokenizer import Tokenizer
 
@@ -41,12 +51,14 @@ def load(
       folder: a run of `python -m llama_jax.train`, or what `python -m llama_jax.convert` made.
       dtype: of weights and computation, "float32" or "bfloat16"; default: float32 on a CPU,
         bfloat16 elsewhere.
-      quantize: "int8" or "int4": the layers' matrices in fewer bits.
+      quantize: "int8" or "int4": the layers' matrices in fewer bits; a checkpoint that
+        `convert --quantize` made has them already.
       mesh: of :func:`llama_jax.sharding.make_mesh`; heads and widths are split over its ``tensor``.
 
     Raises:
       ConfigError: no checkpoint of ours there (says what it is), or a damaged one.
-      ValueError: its tokenizer is missing or of another kind; an unknown dtype or quantisation.
+      ValueError: its tokenizer is missing or of another kind; an unknown dtype or quantisation, or
+        another one than the checkpoint's.
       MemoryError: the weights are larger than the device's memory.
     """
     if quantize is not None and quantize not in KINDS:
@@ -55,6 +67,13 @@ def load(
         raise ValueError(f"dtype={dtype!r}: there are 'float32' and 'bfloat16'")
     folder = Path(folder)
     cfg, about = _about(folder)
+    stored = about.get("quantize")
+    if stored is not None and quantize not in (None, stored):
+        raise ValueError(
+            f"quantize={quantize!r}, but {folder} holds {stored}: leave quantize out, or load the "
+            "weights that it was made of"
+        )
+    quantize = quantize or stored
     tokenizer = Tokenizer.load(folder)
     devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
     cpu, tpu = (devices[0].platform == name for name in ("cpu", "tpu"))
@@ -72,7 +91,9 @@ def load(
     like = jax.tree.map(place, abstract)
     with on_mesh(mesh):
         if quantize is not None:
-            params = _load_quantized(folder, like, quantize, how.unroll)
+            whole = functools.partial(_quantized_now, folder)
+            read = whole if stored is None else functools.partial(_quantized_before, folder, cfg)
+            params = _load_quantized(folder, like, quantize, how.unroll, read)
         else:
             params = load_weights(folder, like)
             if how.unroll:
@@ -84,9 +105,11 @@ def load(
     )
 
 
-def _load_quantized(folder: Path, like: Any, kind: str, apart: bool) -> dict[str, Any]:
-    """The weights, matrices of the layers quantised one by one as they are read: what is held is
-    what the model will be, and two matrices."""
+def _load_quantized(
+    folder: Path, like: Any, kind: str, apart: bool, read: Callable[..., Iterator[QuantizedWeight]]
+) -> dict[str, Any]:
+    """The weights, matrices of the layers read one by one and quantised: what is held is what the
+    model will be, and two matrices."""
     stacks = {room: like["blocks"][room] for room in MATRICES}
     norms = {name: x for name, x in like["blocks"].items() if name not in MATRICES}
     params = load_weights(folder, {**like, "blocks": norms}, partial=True)
@@ -95,11 +118,11 @@ def _load_quantized(folder: Path, like: Any, kind: str, apart: bool) -> dict[str
     blocks = params["blocks"]
     names = [(room, name) for room in MATRICES for name in stacks[room]]
     total = sum(stacks[room][name].shape[0] for room, name in names)
-    with tqdm(total=total, desc=f"to {kind}", unit="matrix", disable=None, delay=2) as bar:
+    with tqdm(total=total, desc=kind, unit="matrix", disable=None, delay=2) as bar:
         for room, name in names:
             x, made = stacks[room][name], []
-            for read in load_layers(folder, f"blocks/{room}/{name}", x.shape):
-                made.append(jax.block_until_ready(quantize_weight(_put(read, x), kind)))
+            for w in read(f"blocks/{room}/{name}", x, kind):
+                made.append(jax.block_until_ready(w))
                 bar.update()
             if apart:
                 for i, whole in enumerate(made):
@@ -109,12 +132,43 @@ def _load_quantized(folder: Path, like: Any, kind: str, apart: bool) -> dict[str
     return params
 
 
-def _put(w: Any, stack: jax.ShapeDtypeStruct) -> jax.Array:
-    """A layer's matrix where its stack would lie."""
+def _quantized_now(
+    folder: Path, name: str, stack: jax.ShapeDtypeStruct, kind: str
+) -> Iterator[QuantizedWeight]:
+    """A matrix of each layer, of whole weights."""
+    for w_IO in load_layers(folder, name, stack.shape):
+        yield quantize_weight(_put(w_IO, stack, *_spec(stack)), kind)
+
+
+def _quantized_before(
+    folder: Path, cfg: ModelConfig, name: str, stack: jax.ShapeDtypeStruct, kind: str
+) -> Iterator[QuantizedWeight]:
+    """A matrix of each layer, as `convert --quantize` stored it."""
+    row = next(row for row in TABLE if row.path == name)
+    shapes = [(part.path, (cfg.num_layers, *part.shape(cfg))) for part in row.parts(kind)]
+    scales, integers = (load_layers(folder, *of) for of in shapes)
+    inputs, out = _spec(stack)
+    grouped = kind == "int4"
+    spec = (inputs, None, out) if grouped else (inputs, out)
+    of_scale = spec if grouped else (None, out)
+    parts = 1 if inputs is None else ways(inputs)
+    for scale, q in zip(scales, integers, strict=True):
+        q, scale = from_stored(q, scale, kind, stack.shape[1], parts)
+        yield QuantizedWeight(_put(q, stack, *spec), _put(scale, stack, *of_scale), grouped)
+
+
+def _spec(stack: jax.ShapeDtypeStruct) -> tuple:
+    """How a layer of a stacked matrix is split."""
+    sharding = stack.sharding
+    return tuple(sharding.spec[1:]) if isinstance(sharding, NamedSharding) else (None, None)
+
+
+def _put(x: Any, stack: jax.ShapeDtypeStruct, *spec: Any) -> jax.Array:
+    """An array of one layer on the devices of its stack."""
     sharding = stack.sharding
     if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return jax.device_put(w, sharding).astype(stack.dtype)
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return jax.device_put(x, sharding)
 
 
 def _about(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:

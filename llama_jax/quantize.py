@@ -6,7 +6,7 @@ matrix stay as they are: they are few, and the loss feels them most.
 
 int8 has one scale for each output (LLM.int8(), arXiv 2208.07339, without its outliers); int4 one
 for each output and group of up to 64 inputs (as GPTQ, arXiv 2210.17323, without its error
-feedback). Both are symmetric: round(w / scale), scale = largest / 127 or 7.
+feedback). Both are symmetric: round(w / scale), scale = largest times 1 / 127 or 1 / 7.
 """
 
 import dataclasses
@@ -16,14 +16,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from llama_jax.conversion.quantised import MOST, unpack
+from llama_jax.conversion.weights import GROUP
 from llama_jax.sharding import meshless, ways
 
-KINDS = ("int8", "int4")
+KINDS = tuple(MOST)
 MATRICES = ("attention", "mlp")
 """parts of a layer whose weights are all matrices"""
-GROUP = 64
-"""inputs that share a scale in int4"""
 
 
 @functools.partial(
@@ -54,16 +55,34 @@ class QuantizedWeight:
 def quantize_weight(w_IO: jax.Array, kind: str) -> QuantizedWeight:
     """One matrix (in, out)."""
     w = w_IO.astype(jnp.float32)
-    most, dtype = 127, jnp.int8
+    dtype = jnp.int8
     if kind == "int4":
-        most, dtype = 7, jnp.int4
+        dtype = jnp.int4
         inputs, out = jax.typeof(w).sharding.spec
         # The widest group that divides what a device has of the inputs.
         group = math.gcd(w.shape[0] // (1 if meshless() else ways(inputs)), GROUP)
         w = _reshape(w, (-1, group, w.shape[1]), (inputs, None, out))
     largest = jnp.max(jnp.abs(w), axis=-2, keepdims=True)
-    scale = jnp.where(largest == 0, 1, largest / most)
+    # A product: some compilers make one of a division by a constant, and all are to agree.
+    scale = jnp.where(largest == 0, 1, largest * (1 / MOST[kind]))
     return QuantizedWeight(jnp.round(w / scale).astype(dtype), scale, kind == "int4")
+
+
+def from_stored(
+    q: np.ndarray, scale: np.ndarray, kind: str, inputs: int, devices: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """``q`` and ``scale`` of a matrix of a quantised checkpoint, for so many devices along its
+    ``inputs``.
+
+    A group of int4 that would lie on two devices becomes two with the same scale.
+    """
+    if kind == "int8":
+        return q, scale
+    q = unpack(q, inputs)
+    had = inputs // len(scale)
+    group = math.gcd(inputs // devices, had)
+    scale = np.repeat(scale, had // group, axis=0)[:, None]
+    return q.reshape(-1, group, q.shape[1]).astype(jnp.int4), scale
 
 
 def _reshape(w: jax.Array, shape: tuple[int, ...], spec: tuple) -> jax.Array:

@@ -236,7 +236,12 @@ class Run:
             functools.partial(init_state, self.recipe, self.how), out_shardings=shardings
         )()
         if self.recipe.train.init_from:
-            cfg, _ = read_about(self.recipe.train.init_from)
+            cfg, about = read_about(self.recipe.train.init_from)
+            if kind := about.get("quantize"):
+                raise ConfigError(
+                    f"train.init_from={self.recipe.train.init_from} holds {kind} matrices, which "
+                    "are for sampling; give the weights that it was made of"
+                )
             if changes := differences(to_dict(cfg), to_dict(self.recipe.model)):
                 raise ConfigError(
                     f"train.init_from={self.recipe.train.init_from} is another model:\n  "

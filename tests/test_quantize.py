@@ -1,5 +1,6 @@
 """Weight-only quantisation: error bounds, products, sizes, loss, and the same under a mesh."""
 
+import functools
 import shutil
 
 import convert_tools as tools
@@ -146,8 +147,9 @@ def test_quantised_while_loading_equals_afterwards(checkpoint, kind, tensor):
         )
         like = jax.tree.map(place, like)
         want = quantize(load_weights(folder, like), kind)
-        stacked = loading._load_quantized(folder, like, kind, apart=False)
-        apart = loading._load_quantized(folder, like, kind, apart=True)
+        read = functools.partial(loading._quantized_now, folder)
+        stacked = loading._load_quantized(folder, like, kind, False, read)
+        apart = loading._load_quantized(folder, like, kind, True, read)
         same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
         jax.tree.map(same, stacked, want)
         jax.tree.map(same, apart, take_apart(want))

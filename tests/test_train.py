@@ -172,6 +172,12 @@ def test_training_starts_from_given_weights(run, place):
     )
     assert code == 2
     assert "ffn_dim: was 32, now 48" in err
+    about = json.loads((place / "run/model.json").read_text())
+    (place / "q").mkdir()
+    (place / "q/model.json").write_text(json.dumps(about | {"quantize": "int8"}))
+    code, _, err = run(f"train.init_from={place}/q", f"checkpoint.dir={place}/t4")
+    assert code == 2
+    assert "holds int8 matrices, which are for sampling; give the weights" in err
 
 
 @pytest.mark.parametrize("mask", [False, True])

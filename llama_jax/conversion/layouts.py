@@ -20,6 +20,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.conversion import foreign, formats, tokenizer_files, torch_files, weights
 from llama_jax.conversion.formats import Region
 from llama_jax.conversion.orbax_weights import OrbaxWeights
+from llama_jax.conversion.quantised import MOST
 from llama_jax.conversion.tokenizer_files import Tokenizer
 from llama_jax.conversion.weights import Part, TorchWeights, Unit, Weights, units
 
@@ -53,10 +54,12 @@ class Found:
     extras: list[Path]
     """small files that go along: tokenizer settings, chat template, generation settings"""
     remarks: list[str]
+    quantize: str | None = None
+    """"int8" or "int4", if that is what the layers' matrices are in"""
 
     def dtypes(self) -> dict[str, np.dtype]:
         """dtype of each row of the table."""
-        return {u.row.path: self.weights.dtype(u) for u in units(self.cfg)}
+        return {u.row.path: self.weights.dtype(u) for u in units(self.cfg, self.quantize)}
 
 
 def open_folder(path: Path, context: int | None = None) -> Found:
@@ -420,11 +423,13 @@ def _open_orbax(root: Path, path: Path) -> Found:
     folder = steps / str(step) / "model"
     metadata = _json(folder / "_METADATA").get("tree_metadata", {})
     have = {"/".join(str(k["key"]) for k in v["key_metadata"]) for v in metadata.values()}
-    shapes = {
-        u.row.path: (cfg.num_layers,) * u.row.stacked + cfg.shape(u.row.letters) for u in units(cfg)
-    }
+    quantize = settings.get("quantize")
+    if quantize not in (None, *MOST):
+        raise LayoutError(f"{root}/model.json: quantize={quantize!r}: there are 'int8' and 'int4'")
+    rows = {u.row: 0 for u in units(cfg, quantize)}
+    shapes = {r.path: (cfg.num_layers,) * r.stacked + r.shape(cfg) for r in rows}
     _stop_at(_check_names(have, set(shapes), folder))
-    opened = OrbaxWeights(folder, cfg)
+    opened = OrbaxWeights(folder, cfg, quantize)
     problems = [
         f"{folder}: {name} has shape {list(opened.arrays[name].shape)}, model.json makes it "
         f"{list(shape)}"
@@ -435,11 +440,11 @@ def _open_orbax(root: Path, path: Path) -> Found:
         f"{folder}: {name} is {a.dtype.name}: only float16, bfloat16 and float32 weights are "
         "supported"
         for name, a in opened.arrays.items()
-        if a.dtype.numpy_dtype not in FLOATS
+        if a.dtype.numpy_dtype not in FLOATS and not name.endswith("/q")
     ]
     _stop_at(problems)
     remarks = [f"step {step} of {', '.join(map(str, there))}"] if len(there) > 1 else []
     return Found(
         "orbax", path, cfg, opened, [folder], dict(settings.get("token_ids", {})),
-        tokenizer_files.find(root), _extras(root), remarks,
+        tokenizer_files.find(root), _extras(root), remarks, quantize,
     )  # fmt: skip

@@ -24,10 +24,11 @@ ORBAX = dict(use_ocdbt=False, use_zarr3=True, use_compression=False)
 class OrbaxWeights:
     """One of our checkpoints: a tensorstore array a row of the table."""
 
-    def __init__(self, folder: Path, cfg: ModelConfig):
+    def __init__(self, folder: Path, cfg: ModelConfig, quantize: str | None = None):
         self.cfg = cfg
         self.folder = folder
-        self.arrays = {r.path: open_array(folder, r.path) for r in {u.row: 0 for u in units(cfg)}}
+        rows = {u.row: 0 for u in units(cfg, quantize)}
+        self.arrays = {r.path: open_array(folder, r.path) for r in rows}
 
     def dtype(self, unit: Unit) -> np.dtype:
         return self.arrays[unit.row.path].dtype.numpy_dtype
@@ -79,7 +80,7 @@ class _Declared:
     value."""
 
     def __init__(self, unit: Unit, cfg: ModelConfig, dtype: np.dtype):
-        shape = cfg.shape(unit.row.letters)
+        shape = unit.row.shape(cfg)
         rows = rows_per_chunk(unit, cfg, dtype)
         stack = unit.layer is not None
         self.shape = (cfg.num_layers,) * stack + shape
@@ -104,7 +105,9 @@ class _Declared:
         ts.open(spec, create=True).result()
 
 
-def create(steps: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype]) -> OrbaxWeights:
+def create(
+    steps: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype], quantize: str | None = None
+) -> OrbaxWeights:
     """A checkpoint of step 0 whose arrays are all there and empty, made by Orbax itself so that a
     stock restore reads it.
 
@@ -130,7 +133,7 @@ def create(steps: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype]) -> OrbaxW
             return []
 
     tree: dict[str, Any] = {}
-    for unit in units(cfg):
+    for unit in units(cfg, quantize):
         if unit.layer in (None, 0):
             *parents, name = unit.row.path.split("/")
             node = tree
@@ -150,4 +153,4 @@ def create(steps: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype]) -> OrbaxW
             manager.save(0, args=ocp.args.Composite(model=ocp.args.PyTreeSave(tree)))
     finally:
         log.setLevel(level)
-    return OrbaxWeights(steps / "0" / "model", cfg)
+    return OrbaxWeights(steps / "0" / "model", cfg, quantize)

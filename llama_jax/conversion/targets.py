@@ -75,12 +75,14 @@ def create(
     dtypes: dict[str, np.dtype],
     shards: int | None,
     by_rows: bool,
+    quantize: str | None = None,
 ) -> Target:
     """Lay a folder out; every file gets its final size and place before the first byte.
 
     Args:
       shards: files; None: one Meta shard, Hugging Face files of 5 GB at most.
       by_rows: Meta's embedding is cut along the vocabulary (Llama 3), not along the width.
+      quantize: Orbax's matrices, "int8" or "int4".
     """
     if kind == "meta":
         return _create_meta(folder, cfg, dtypes, shards or 1, by_rows)
@@ -88,10 +90,10 @@ def create(
         return _create_hf(folder, cfg, dtypes, shards)
     model = folder / "steps" / "0" / "model"
     if (model / "_METADATA").exists():
-        return Target(OrbaxWeights(model, cfg), lambda unit: None, lambda: None)
-    return Target(
-        orbax_weights.create(folder / "steps", cfg, dtypes), lambda unit: None, lambda: None
-    )
+        out = OrbaxWeights(model, cfg, quantize)
+    else:
+        out = orbax_weights.create(folder / "steps", cfg, dtypes, quantize)
+    return Target(out, lambda unit: None, lambda: None)
 
 
 def _create_meta(

@@ -8,6 +8,7 @@ is trusted: its units are read back and their SHA-256 compared.
 import concurrent.futures
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -24,7 +25,8 @@ from tqdm import tqdm
 from llama_jax import config as cf
 from llama_jax.conversion import foreign, layouts, targets
 from llama_jax.conversion.layouts import Found, Kind
-from llama_jax.conversion.weights import Unit, rows_per_chunk, units
+from llama_jax.conversion.quantised import Quantizing
+from llama_jax.conversion.weights import Unit, Weights, rows_per_chunk, units
 
 _WORKERS = min(4, os.cpu_count() or 1)
 _COPIES = 4
@@ -51,6 +53,18 @@ class Plan:
     """of each row of the table, as written"""
     shards: int | None
     max_memory: int
+    quantize: str | None = None
+
+    @functools.cached_property
+    def source(self) -> Weights:
+        """The weights as they will be written, but for their dtype."""
+        weights = self.found.weights
+        return Quantizing(weights, self.found.cfg) if self.quantize else weights
+
+    @property
+    def units(self) -> list[Unit]:
+        """What will be written."""
+        return units(self.found.cfg, self.quantize)
 
     @property
     def partial(self) -> Path:
@@ -64,7 +78,7 @@ class Plan:
     @property
     def num_bytes(self) -> int:
         """Bytes of the weights to be written."""
-        every = units(self.found.cfg)
+        every = self.units
         twice = every[:1] if self.to == "meta" and self.found.cfg.tie_embeddings else []
         return sum(map(self.unit_bytes, every + twice))  # Meta's files repeat a tied embedding
 
@@ -103,14 +117,14 @@ def _pieces(plan: Plan, unit: Unit, limit: int) -> list[tuple[int, int]]:
     cfg, dtype = plan.found.cfg, plan.dtypes[unit.row.path]
     rows, columns = unit.shape(cfg)
     chunk = rows_per_chunk(unit, cfg, dtype)
-    widest = max(dtype.itemsize, plan.found.weights.dtype(unit).itemsize)
+    widest = max(dtype.itemsize, plan.source.dtype(unit).itemsize)
     step = chunk * max(1, limit // (chunk * columns * widest))
     return [(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
 def _read(plan: Plan, unit: Unit, start: int, stop: int) -> np.ndarray:
     """Rows of the source, as they will be written."""
-    piece, dtype = plan.found.weights.read(unit, start, stop), plan.dtypes[unit.row.path]
+    piece, dtype = plan.source.read(unit, start, stop), plan.dtypes[unit.row.path]
     if piece.dtype == dtype:
         return piece
     with np.errstate(over="ignore"):
@@ -134,7 +148,9 @@ def write_weights(plan: Plan, progress: IO[str]) -> dict[str, str]:
     """Write every unit that a killed run has not written; SHA-256 of each, by name."""
     found, sums = plan.found, _finished(progress)
     by_rows = targets.cuts_rows(found)
-    target = targets.create(plan.to, plan.partial, found.cfg, plan.dtypes, plan.shards, by_rows)
+    target = targets.create(
+        plan.to, plan.partial, found.cfg, plan.dtypes, plan.shards, by_rows, plan.quantize
+    )
     workers, limit = budget(plan)
 
     def pieces(unit: Unit) -> Iterator[np.ndarray]:
@@ -186,7 +202,7 @@ def _in_parallel(
     work: Callable[[Unit], Any], plan: Plan, workers: int, title: str
 ) -> Iterator[Any]:
     """Results of `work(unit)` as they come, with a bar in bytes; the first error stops the rest."""
-    every = units(plan.found.cfg)
+    every = plan.units
     total = sum(map(plan.unit_bytes, every))
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, leave=False, disable=None)
     with bar, concurrent.futures.ThreadPoolExecutor(workers) as pool:

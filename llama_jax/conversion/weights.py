@@ -23,6 +23,9 @@ from llama_jax.config import ModelConfig
 from llama_jax.conversion import formats
 from llama_jax.conversion.formats import Region
 
+GROUP = 64
+"""inputs that share a scale in int4, at most"""
+
 
 class Row(NamedTuple):
     """One line of the table: a tensor under its three names."""
@@ -40,10 +43,34 @@ class Row(NamedTuple):
     it"""
     rotary: bool = False
     """rows are rotary pairs of heads, interleaved in Meta's files"""
+    quantized: str | None = None
+    """"int8" or "int4": the integers of a matrix, or its scales, in a quantised checkpoint"""
+    scales: bool = False
 
     @property
     def stacked(self) -> bool:
         return self.path.startswith("blocks/")
+
+    def shape(self, cfg: ModelConfig) -> tuple[int, ...]:
+        """As one of our checkpoints holds it, without the layers."""
+        shape = cfg.shape(self.letters)
+        if self.quantized is None:
+            return shape
+        if self.scales:
+            return shape[0] // self.group(cfg), shape[1]
+        return shape if self.quantized == "int8" else (-(-shape[0] // 2), shape[1])
+
+    def group(self, cfg: ModelConfig) -> int:
+        """Inputs that share a scale."""
+        inputs = cfg.shape(self.letters)[0]
+        return inputs if self.quantized == "int8" else math.gcd(inputs, GROUP)
+
+    def parts(self, quantize: str | None) -> list["Row"]:
+        """What a checkpoint keeps of it: itself, or a matrix of a layer as scales and integers."""
+        if quantize is None or not self.stacked or self.letters == "D":
+            return [self]
+        scales = self._replace(path=f"{self.path}/scale", quantized=quantize, scales=True)
+        return [scales, self._replace(path=f"{self.path}/q", quantized=quantize)]
 
 
 # fmt: off
@@ -84,7 +111,7 @@ class Unit(NamedTuple):
     def shape(self, cfg: ModelConfig) -> tuple[int, int]:
         """(in, out) as the matrix that pieces are rows of; (V, D) for the embedding, (D, 1) for
         a norm."""
-        rows, *columns = cfg.shape(self.row.letters)
+        rows, *columns = self.row.shape(cfg)
         return rows, math.prod(columns)
 
     def torch_shape(self, cfg: ModelConfig) -> tuple[int, ...]:
@@ -94,10 +121,17 @@ class Unit(NamedTuple):
             return (rows,)
         return (rows, columns) if self.row.path == "embed" else (columns, rows)
 
+    def whole(self) -> "Unit":
+        """The matrix that this is the integers or the scales of."""
+        path = self.row.path.rpartition("/")[0]
+        return Unit(self.row._replace(path=path, quantized=None, scales=False), self.layer)
 
-def units(cfg: ModelConfig) -> list[Unit]:
-    """Every unit of a model, in the order of the files: embedding, layers, norm, output."""
-    rows = [r for r in TABLE if not (cfg.tie_embeddings and r.path == "unembed")]
+
+def units(cfg: ModelConfig, quantize: str | None = None) -> list[Unit]:
+    """Every unit of a model, in the order of the files: embedding, layers, norm, output; of a
+    checkpoint quantised to "int8" or "int4"."""
+    kept = [r for r in TABLE if not (cfg.tie_embeddings and r.path == "unembed")]
+    rows = [part for r in kept for part in r.parts(quantize)]
     whole = [Unit(r, None) for r in rows if not r.stacked]
     layers = [Unit(r, i) for i in range(cfg.num_layers) for r in rows if r.stacked]
     return whole[:1] + layers + whole[1:]

@@ -1,0 +1,173 @@
+"""Checkpoints of matrices in 8 or 4 bits: what loading would make of the weights, on the disk."""
+
+import functools
+import hashlib
+import json
+
+import convert_tools as tools
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+
+import llama_jax
+from llama_jax import loading
+from llama_jax.conversion import layouts, quantised
+from llama_jax.conversion.orbax_weights import ORBAX
+from llama_jax.conversion.quantised import pack, unpack
+from llama_jax.convert import convert, main
+from llama_jax.model import Execution, Llama
+from llama_jax.quantize import is_quantized
+from llama_jax.sharding import AXES, PRESETS
+from llama_jax.step import split
+from llama_jax.tokenizer import train_tokenizer
+
+# Groups of 64, 32 (of an odd number of pairs of rows a device) and 48 // 16 of int4.
+CFG = tools.small(vocab_size=300, dim=48, head_dim=16, num_heads=4, num_kv_heads=2, ffn_dim=96)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def folders(request, tmp_path_factory):
+    """A checkpoint of whole weights, and those of 8 and 4 bits made of the same source."""
+    folder = tmp_path_factory.mktemp("weights")
+    state = tools.meta_state(CFG, tools.DTYPES[request.param], make=tools.random_values)
+    state["layers.1.feed_forward.w1.weight"][5] = 0  # an output that is always zero
+    tools.make_meta(folder / "meta", state, CFG)
+    train_tokenizer(["the cat sat on a mat", "12 cats"] * 50, 300, folder / "tokenizer.model")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(quantised, "BLOCK", 1000)  # a matrix is more than one block
+        for kind in (None, "int8", "int4"):
+            convert(folder / "meta", folder / str(kind), verify=kind == "int4", quantize=kind)
+    return folder
+
+
+def loaded(folder, kind, tensor=1, stored=True, dtype="float32"):
+    mesh = jax.make_mesh(
+        (1, 1, tensor, 1), AXES, (AxisType.Explicit,) * 4, devices=jax.devices()[:tensor]
+    )
+    with jax.set_mesh(mesh):
+        how = Execution(jnp.dtype(dtype), PRESETS["fsdp_tensor"])
+        like = split(nnx.eval_shape(lambda: Llama(CFG, how, nnx.Rngs(0))))[1]
+        place = lambda x: jax.ShapeDtypeStruct(
+            x.shape, dtype, sharding=NamedSharding(mesh, x.sharding.spec)
+        )
+        read = functools.partial(loading._quantized_now, folder / "None")
+        if stored:
+            folder = folder / kind
+            read = functools.partial(loading._quantized_before, folder, CFG)
+        else:
+            folder = folder / "None"
+        return loading._load_quantized(folder, jax.tree.map(place, like), kind, False, read)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+    assert jax.tree.map(lambda x: (x.dtype, x.sharding), a) == jax.tree.map(
+        lambda x: (x.dtype, x.sharding), b
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor", "dtype"), [("int8", 2, "float32"), ("int4", 1, "float32"),
+                                  ("int4", 1, "bfloat16")],
+)  # fmt: skip
+def test_bits_are_those_of_quantising_at_load(folders, kind, tensor, dtype):
+    same(loaded(folders, kind, tensor, True, dtype), loaded(folders, kind, tensor, False, dtype))
+
+
+def test_devices_that_cut_a_group_share_its_scale(folders):
+    whole = lambda x: x.astype(jnp.float32) if is_quantized(x) else x
+    one, two = (
+        jax.tree.map(jax.vmap(whole), loaded(folders, "int4", n)["blocks"], is_leaf=is_quantized)
+        for n in (1, 2)
+    )
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(two), jax.device_get(one))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_texts_are_those_of_quantising_at_load(folders, kind):
+    stored = llama_jax.load(folders / kind)
+    again = llama_jax.load(folders / "None", quantize=kind)
+    prompts = ["the cat", "12"]
+    ask = lambda llm: llm.generate(prompts, max_new_tokens=12, logprobs=True)
+    assert ask(stored) == ask(again)
+    same(llama_jax.load(folders / kind, quantize=kind).params, stored.params)
+    other = {"int8": "int4", "int4": "int8"}[kind]
+    with pytest.raises(ValueError, match=f"quantize='{other}', but .* holds {kind}: leave"):
+        llama_jax.load(folders / kind, quantize=other)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("int4", 4)])
+def test_what_lies_on_the_disk(folders, kind, bits, capsys):
+    """Sizes, the manifest's sums over what a stock restore reads, and what --inspect says."""
+    folder = folders / kind
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**ORBAX)) as files:
+        tree = files.restore(folder / "steps/0/model")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["quantize"] == kind
+    for path, entry in manifest["tensors"].items():
+        array = functools.reduce(dict.__getitem__, path.split("/"), tree)
+        assert (list(array.shape), array.dtype.name) == (entry["shape"], entry["dtype"])
+        layers = array if path.startswith("blocks/") else [array]
+        sums = [hashlib.sha256(np.ascontiguousarray(w).tobytes()).hexdigest() for w in layers]
+        assert sums == entry["sha256"], path
+    up = tree["blocks"]["mlp"]["up"]
+    assert up["q"].nbytes * 8 == CFG.num_layers * CFG.dim * CFG.ffn_dim * bits
+    assert up["scale"].shape == (CFG.num_layers, CFG.dim // (48 if bits == 8 else 16), CFG.ffn_dim)
+    assert main(["--inspect", str(folder)]) == 0
+    assert f"the layers' matrices {kind}, all else " in capsys.readouterr().out
+
+
+def test_it_is_for_sampling(folders, tmp_path, capsys):
+    """Nothing whole comes back out of it, and errors say so."""
+    out = str(tmp_path / "out")
+    for arguments, said in [
+        ([str(folders / "int8"), out, "--to", "hf"], "holds matrices in int8, which cannot be"),
+        ([str(folders / "int8"), out, "--quantize", "int4"], "holds matrices in int8"),
+        ([str(folders / "meta"), out, "--to", "hf", "--quantize", "int4"], "Orbax; Hugging Face"),
+    ]:
+        assert main(arguments) == 1
+        assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="quantize='int2': there are 'int8' and 'int4'"):
+        convert(folders / "meta", tmp_path / "out", quantize="int2")
+
+
+def test_a_stopped_run_continues(folders, tmp_path, monkeypatch):
+    read, done = quantised.Quantizing.read, []
+
+    def stops(self, unit, start, stop):
+        done.append(unit.name)
+        if len(done) == 20:
+            raise KeyboardInterrupt
+        return read(self, unit, start, stop)
+
+    monkeypatch.setattr(quantised.Quantizing, "read", stops)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folders / "meta", tmp_path / "out", quantize="int8")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(layouts.LayoutError):
+        layouts.open_folder(tmp_path / "out.partial")
+    monkeypatch.setattr(quantised.Quantizing, "read", read)
+    convert(folders / "None", tmp_path / "other", quantize="int8")  # from Orbax as well
+    convert(folders / "meta", tmp_path / "out", quantize="int8")
+    sums = lambda name: json.loads((name / "manifest.json").read_text())["tensors"]
+    assert sums(tmp_path / "out") == sums(folders / "int8") == sums(tmp_path / "other")
+
+
+def test_numbers_without_a_scale_are_an_error(tmp_path):
+    state = tools.meta_state(CFG, tools.DTYPES["float32"], make=tools.random_values)
+    state["layers.0.attention.wo.weight"][3, 4] = np.inf
+    tools.make_meta(tmp_path / "meta", state, CFG)
+    with pytest.raises(ValueError, match="blocks/attention/o/0 holds numbers that are not finite"):
+        convert(tmp_path / "meta", tmp_path / "out", quantize="int4")
+
+
+@pytest.mark.parametrize("rows", [6, 7])
+def test_two_rows_a_byte(rows):
+    q = np.random.default_rng(0).integers(-8, 8, (rows, 5)).astype(np.int8)
+    assert pack(q).shape == (-(-rows // 2), 5)
+    np.testing.assert_array_equal(unpack(pack(q), rows), q)
