@@ -344,7 +344,11 @@ class LLM:
                 if name in ("prefill", "decode", "score"):
                     function = functools.partial(function, self._graphdef)
                 jitted = jax.jit(function, donate_argnums=donated)
-                self._compiled[key] = jitted.lower(*args).compile()
+                # jax 0.10 calls no program compiled ahead with arrays of 4 bits: it takes them to
+                # be laid out in another way.
+                ahead = all(x.dtype != jnp.int4 for x in leaves)
+                self._compiled[key] = jitted.lower(*args).compile() if ahead else jitted
+                return self._compiled[key](*args)
         return self._compiled[key](*args)
 
 

@@ -154,7 +154,9 @@ def _quantized_before(
     parts = 1 if inputs is None else ways(inputs)
     for scale, q in zip(scales, integers, strict=True):
         q, scale = from_stored(q, scale, kind, stack.shape[1], parts)
-        yield QuantizedWeight(_put(q, stack, *spec), _put(scale, stack, *of_scale), grouped)
+        # Narrowed where it lies: an array of 4 bits from the host is laid out in another way.
+        q_there = _put(q, stack, *spec).astype(kind)
+        yield QuantizedWeight(q_there, _put(scale, stack, *of_scale), grouped)
 
 
 def _spec(stack: jax.ShapeDtypeStruct) -> tuple:

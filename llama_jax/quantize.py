@@ -63,16 +63,16 @@ def quantize_weight(w_IO: jax.Array, kind: str) -> QuantizedWeight:
         group = math.gcd(w.shape[0] // (1 if meshless() else ways(inputs)), GROUP)
         w = _reshape(w, (-1, group, w.shape[1]), (inputs, None, out))
     largest = jnp.max(jnp.abs(w), axis=-2, keepdims=True)
-    # A product: some compilers make one of a division by a constant, and all are to agree.
+    # Products: XLA makes such of these divisions anyway, and conversion is to give the same bits.
     scale = jnp.where(largest == 0, 1, largest * (1 / MOST[kind]))
-    return QuantizedWeight(jnp.round(w / scale).astype(dtype), scale, kind == "int4")
+    return QuantizedWeight(jnp.round(w * (1 / scale)).astype(dtype), scale, kind == "int4")
 
 
 def from_stored(
     q: np.ndarray, scale: np.ndarray, kind: str, inputs: int, devices: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``q`` and ``scale`` of a matrix of a quantised checkpoint, for so many devices along its
-    ``inputs``.
+    """``q`` (int8) and ``scale`` of a matrix of a quantised checkpoint, for so many devices along
+    its ``inputs``.
 
     A group of int4 that would lie on two devices becomes two with the same scale.
     """
@@ -82,7 +82,7 @@ def from_stored(
     had = inputs // len(scale)
     group = math.gcd(inputs // devices, had)
     scale = np.repeat(scale, had // group, axis=0)[:, None]
-    return q.reshape(-1, group, q.shape[1]).astype(jnp.int4), scale
+    return q.reshape(-1, group, q.shape[1]), scale
 
 
 def _reshape(w: jax.Array, shape: tuple[int, ...], spec: tuple) -> jax.Array:

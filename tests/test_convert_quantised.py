@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 import llama_jax
 from llama_jax import loading
 from llama_jax.conversion import layouts, quantised
+from llama_jax.conversion import verify as verification
 from llama_jax.conversion.orbax_weights import ORBAX
 from llama_jax.conversion.quantised import pack, unpack
 from llama_jax.convert import convert, main
@@ -25,22 +26,28 @@ from llama_jax.sharding import AXES, PRESETS
 from llama_jax.step import split
 from llama_jax.tokenizer import train_tokenizer
 
-# Groups of 64, 32 (of an odd number of pairs of rows a device) and 48 // 16 of int4.
-CFG = tools.small(vocab_size=300, dim=48, head_dim=16, num_heads=4, num_kv_heads=2, ffn_dim=96)
+# In int4 groups of 64 and of 32; over two devices of 32 and 16.
+CFG = tools.small(vocab_size=300, dim=64, head_dim=16, num_heads=4, num_kv_heads=4, ffn_dim=96)
+
+TEXT = ["the cat sat on a mat", "some animals saw 12 cats", "日本 and é", "def main(argv):"]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def folders(request, tmp_path_factory):
-    """A checkpoint of whole weights, and those of 8 and 4 bits made of the same source."""
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint of whole weights, and those of 8 and 4 bits made of the same source.
+
+    In bfloat16 many numbers lie exactly between two integers: rounding has to agree.
+    """
     folder = tmp_path_factory.mktemp("weights")
-    state = tools.meta_state(CFG, tools.DTYPES[request.param], make=tools.random_values)
+    state = tools.meta_state(CFG, tools.DTYPES["bfloat16"], make=tools.random_values)
     state["layers.1.feed_forward.w1.weight"][5] = 0  # an output that is always zero
     tools.make_meta(folder / "meta", state, CFG)
-    train_tokenizer(["the cat sat on a mat", "12 cats"] * 50, 300, folder / "tokenizer.model")
+    train_tokenizer(TEXT * 50, 300, folder / "tokenizer.model")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(quantised, "BLOCK", 1000)  # a matrix is more than one block
+        patched.setattr(verification, "compare_logits", lambda *_: "logits compared")
         for kind in (None, "int8", "int4"):
-            convert(folder / "meta", folder / str(kind), verify=kind == "int4", quantize=kind)
+            convert(folder / "meta", folder / str(kind), verify=kind is not None, quantize=kind)
     return folder
 
 
@@ -71,9 +78,8 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tensor", "dtype"), [("int8", 2, "float32"), ("int4", 1, "float32"),
-                                  ("int4", 1, "bfloat16")],
-)  # fmt: skip
+    ("kind", "tensor", "dtype"), [("int8", 2, "float32"), ("int4", 1, "bfloat16")]
+)
 def test_bits_are_those_of_quantising_at_load(folders, kind, tensor, dtype):
     same(loaded(folders, kind, tensor, True, dtype), loaded(folders, kind, tensor, False, dtype))
 
@@ -87,17 +93,14 @@ def test_devices_that_cut_a_group_share_its_scale(folders):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(two), jax.device_get(one))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_texts_are_those_of_quantising_at_load(folders, kind):
-    stored = llama_jax.load(folders / kind)
-    again = llama_jax.load(folders / "None", quantize=kind)
-    prompts = ["the cat", "12"]
-    ask = lambda llm: llm.generate(prompts, max_new_tokens=12, logprobs=True)
+def test_texts_are_those_of_quantising_at_load(folders):
+    stored = llama_jax.load(folders / "int4")
+    again = llama_jax.load(folders / "None", quantize="int4")
+    ask = lambda llm: llm.generate("the cat", max_new_tokens=12, logprobs=True)
     assert ask(stored) == ask(again)
-    same(llama_jax.load(folders / kind, quantize=kind).params, stored.params)
-    other = {"int8": "int4", "int4": "int8"}[kind]
-    with pytest.raises(ValueError, match=f"quantize='{other}', but .* holds {kind}: leave"):
-        llama_jax.load(folders / kind, quantize=other)
+    same(llama_jax.load(folders / "int4", quantize="int4").params, stored.params)
+    with pytest.raises(ValueError, match=r"quantize='int8', but .* holds int4: leave quantize out"):
+        llama_jax.load(folders / "int4", quantize="int8")
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("int4", 4)])
@@ -105,7 +108,10 @@ def test_what_lies_on_the_disk(folders, kind, bits, capsys):
     """Sizes, the manifest's sums over what a stock restore reads, and what --inspect says."""
     folder = folders / kind
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**ORBAX)) as files:
-        tree = files.restore(folder / "steps/0/model")
+        tree = files.metadata(folder / "steps/0/model").item_metadata.tree
+        as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        args = ocp.args.PyTreeRestore(restore_args=as_arrays)
+        tree = files.restore(folder / "steps/0/model", args=args)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["quantize"] == kind
     for path, entry in manifest["tensors"].items():
@@ -116,7 +122,7 @@ def test_what_lies_on_the_disk(folders, kind, bits, capsys):
         assert sums == entry["sha256"], path
     up = tree["blocks"]["mlp"]["up"]
     assert up["q"].nbytes * 8 == CFG.num_layers * CFG.dim * CFG.ffn_dim * bits
-    assert up["scale"].shape == (CFG.num_layers, CFG.dim // (48 if bits == 8 else 16), CFG.ffn_dim)
+    assert up["scale"].shape == (CFG.num_layers, 1, CFG.ffn_dim)
     assert main(["--inspect", str(folder)]) == 0
     assert f"the layers' matrices {kind}, all else " in capsys.readouterr().out
 

@@ -100,7 +100,7 @@ def _scale(largest: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _round(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    w = np.divide(w, scale, out=w)
+    w = np.multiply(w, 1 / scale, out=w)
     return np.rint(w, out=w).astype(np.int8)
 
 
