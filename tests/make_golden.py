@@ -20,16 +20,24 @@ def sample(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1)[np.random.default_rng(x.size).integers(0, x.size, SAMPLES)]
 
 
+def golden_of(case: str) -> dict[str, np.ndarray]:
+    """What the file holds of one case of the grid."""
+    logits, grads = tools.hf_run(*tools.GRID[case])
+    names = sorted(grads)
+    return {
+        f"{case}/range": np.array([logits.min(), logits.max()]),
+        f"{case}/logits": sample(logits),
+        f"{case}/grads": np.stack([sample(grads[name]) for name in names]),
+        f"{case}/norms": np.array([np.linalg.norm(grads[name]) for name in names]),
+    }
+
+
 def main() -> None:
     """Write the golden file."""
-    out = {}
-    for case, (cfg, batch, length) in tools.GRID.items():
-        logits, grads = tools.hf_run(cfg, batch, length)
-        out[f"{case}/range"] = np.array([logits.min(), logits.max()])
-        out[f"{case}/logits"] = sample(logits)
-        out[f"{case}/grads"] = np.stack([sample(grads[name]) for name in sorted(grads)])
-        out[f"{case}/norms"] = np.array([np.linalg.norm(grads[name]) for name in sorted(grads)])
     GOLDEN.parent.mkdir(exist_ok=True)
+    out: dict[str, np.ndarray] = {}
+    for case in tools.GRID:
+        out |= golden_of(case)
     np.savez_compressed(GOLDEN, **out)
 
 
