@@ -11,6 +11,7 @@ compiled step: another prompt length, number of tokens or temperature compiles n
 
 import contextlib
 import functools
+import numbers
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.decoding import STRIDE, Rows
 from llama_jax.model import Execution, KVCache
 from llama_jax.quantize import bytes_of
-from llama_jax.rows import Generation, Row
+from llama_jax.rows import Generation, Row, check_text
 from llama_jax.sampling import Greedy, Sample, Settings, settings_of
 from llama_jax.sharding import on_mesh
 from llama_jax.step import structure
@@ -98,12 +99,12 @@ class LLM:
           ValueError: an argument that cannot be, or a prompt that does not fit the context.
           MemoryError: the cache for all these rows cannot fit beside the weights.
         """
-        single = isinstance(prompts, str) or not isinstance(prompts, Sequence)
+        single = isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence)
         texts: list[Any] = [prompts] if single else list(prompts)
         _check(texts, max_new_tokens, n, seed)
         stops = _stops(stop)
         settings = settings_of(sampling)
-        encoded = [self.encode(text) for text in texts]
+        encoded = [self.encode(text, where) for where, text in _named(texts)]
         asked = [(ids, sample) for ids in encoded for sample in range(n)]
         made: list[Generation] = []
         # Dynamic rotary frequencies follow the longest row: a row of its own for each.
@@ -209,8 +210,9 @@ class LLM:
                 # What was drawn last is not in the cache when it ended the row.
                 return made, [*ids, *made.ids], end.value.cache
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, with the id that starts a document where the tokenizer has one.
+    def encode(self, text: str, where: str = "the prompt") -> list[int]:
+        """Ids of a prompt, which errors call ``where``, with the id that starts a document where
+        the tokenizer has one.
 
         Raises:
           ValueError: they leave no room in the context.
@@ -218,13 +220,13 @@ class LLM:
         ids = self.tokenizer.encode(text, bos=self.tokenizer.bos_id is not None)
         if not ids:
             raise ValueError("an empty prompt needs a tokenizer with an id that starts a text")
-        self._check_room(ids)
+        self._check_room(ids, where)
         return ids
 
-    def _check_room(self, ids: list[int]) -> None:
+    def _check_room(self, ids: list[int], where: str = "the prompt") -> None:
         if len(ids) >= self.cfg.context:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens; the model's context is {self.cfg.context}, of "
+                f"{where} has {len(ids)} tokens; the model's context is {self.cfg.context}, of "
                 "which one at least must be left for new ones: shorten the prompt"
             )
 
@@ -375,22 +377,29 @@ def _notice(name: str):
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _check(texts, max_new_tokens, n, seed) -> None:
+def _named(texts: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Each prompt, and what errors call it."""
     for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            where = f"prompts[{i}]" if len(texts) > 1 else "the prompt"
-            raise ValueError(f"{where} is a {type(text).__name__}, not text: {text!r:.60}")
+        yield f"prompts[{i}]" if len(texts) > 1 else "the prompt", text
+
+
+def _check(texts, max_new_tokens, n, seed) -> None:
+    for where, text in _named(texts):
+        check_text(where, text)
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 1),
         ("n", n, 1),
         ("seed", seed, 0),
     ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not whole or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
+    if seed >= 2**32:  # a key is made of 32 bits: others would repeat those of smaller seeds
+        raise ValueError(f"seed={seed} must be less than 2**32")
 
 
 def _stops(stop: str | Sequence[str]) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else list(stop)
+    stops = [stop] if isinstance(stop, str) or not isinstance(stop, Sequence) else list(stop)
     if any(not isinstance(s, str) or not s for s in stops):
         raise ValueError(f"stop={stop!r} must be texts that are not empty")
     return stops

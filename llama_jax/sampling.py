@@ -58,7 +58,8 @@ class Sample:
             if not (number and math.isfinite(value) and allowed(value)):
                 raise ValueError(f"{name}={value!r} must be a number, {words}")
         k = self.top_k
-        if k is not None and not (isinstance(k, int) and not isinstance(k, bool) and k > 0):
+        whole = isinstance(k, numbers.Integral) and not isinstance(k, bool)
+        if k is not None and not (whole and k > 0):
             raise ValueError(f"top_k={k!r} must be a whole number, 1 or more")
 
 

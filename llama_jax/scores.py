@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.rows import check_text
 from llama_jax.sharding import on_mesh
 from llama_jax.step import merge
 
@@ -89,8 +90,7 @@ def score(llm: Any, text: str) -> Scores:
     A text longer than the context goes through in windows of the context's length, each with one
     token of the last; the last window is full, and counts only what is new.
     """
-    if not isinstance(text, str):
-        raise ValueError(f"the text is a {type(text).__name__}, not text: {text!r:.60}")
+    check_text("the text", text)
     ids = llm.tokenizer.encode(text)
     logprobs: list[float] = []
     entropies: list[float] = []
@@ -104,7 +104,7 @@ def score(llm: Any, text: str) -> Scores:
 
 def perplexity(llm: Any, texts: str | Sequence[str]) -> float:
     """exp of the mean of -log p over all tokens of all texts, each from the start of a document."""
-    texts = [texts] if isinstance(texts, str) else texts
+    texts = [texts] if isinstance(texts, str) or not isinstance(texts, Sequence) else texts
     scores = [score(llm, text) for text in texts]
     tokens = sum(len(s.ids) for s in scores)
     if not tokens:
