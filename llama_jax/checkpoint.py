@@ -209,8 +209,8 @@ def load_weights(folder: str | Path, abstract_params: Any, partial: bool = False
         )
         try:
             return reader.restore(item, args=args)
-        except (ValueError, OSError, KeyError) as e:
-            raise _unreadable(item, e) from e
+        except Exception as e:  # Orbax raises no other for a file that is missing or cut off
+            raise _unreadable(item, e.__cause__ or e) from e
 
 
 def load_layers(folder: str | Path, name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
@@ -243,7 +243,7 @@ def _newest(folder: str | Path) -> Path:
     return steps / str(max(there)) / "model"
 
 
-def _unreadable(item: Path, error: Exception) -> ConfigError:
+def _unreadable(item: Path, error: BaseException) -> ConfigError:
     return ConfigError(f"the weights in {item} cannot be read: {_first_line(error)}")
 
 

@@ -7,8 +7,11 @@ python -m llama_jax.generate checkpoints/tiny - --json < prompts.txt
 import argparse
 import dataclasses
 import json
+import os
 import sys
+from typing import Any
 
+from llama_jax.llm import LLM
 from llama_jax.loading import load
 from llama_jax.sampling import Greedy, Sample
 
@@ -18,11 +21,15 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return _answer(args)
-    except (ValueError, MemoryError) as e:
+    except BrokenPipeError:
+        # Who read has enough, as `| head -1`; what is still in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, MemoryError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         return 130
 
 
@@ -33,23 +40,34 @@ def _answer(args: argparse.Namespace) -> int:
     if args.temperature is not None or any(x is not None for x in chosen.values()):
         heat = 1.0 if args.temperature is None else args.temperature
         sampling = Sample(temperature=heat, **chosen)
-    more = dict(max_new_tokens=args.max_new_tokens, seed=args.seed, stop=args.stop)
+    more: dict[str, Any] = dict(max_new_tokens=args.max_new_tokens, seed=args.seed, stop=args.stop)
     llm = load(args.checkpoint, dtype=args.dtype, quantize=args.quantize)
-    prompts = (line.rstrip("\n") for line in sys.stdin) if args.prompt == "-" else [args.prompt]
-    for prompt in prompts:
-        if args.json:
-            made = llm.generate([prompt], sampling=sampling, n=args.n, logprobs=True, **more)[0]
-            for g in made if args.n > 1 else [made]:
-                print(json.dumps({"prompt": prompt, **dataclasses.asdict(g)}), flush=True)
-        elif args.n > 1:
-            for text in llm.generate(prompt, sampling=sampling, n=args.n, **more):
-                print(prompt + text, end="\n\n", flush=True)
-        else:
-            print(prompt, end="", flush=True)
-            for piece in llm.stream(prompt, sampling=sampling, **more):
-                print(piece, end="", flush=True)
-            print()
+    more["sampling"] = sampling
+    if args.prompt != "-":
+        _continue(llm, args.prompt, args, more)
+        return 0
+    for number, line in enumerate(sys.stdin, 1):
+        try:
+            _continue(llm, line.rstrip("\n"), args, more)
+        except ValueError as e:
+            raise ValueError(f"line {number}: {e}") from None
     return 0
+
+
+def _continue(llm: LLM, prompt: str, args: argparse.Namespace, more: dict[str, Any]) -> None:
+    if args.json:
+        made = llm.generate([prompt], n=args.n, logprobs=True, **more)[0]
+        for g in made if args.n > 1 else [made]:
+            print(json.dumps({"prompt": prompt, **dataclasses.asdict(g)}), flush=True)
+    elif args.n > 1:
+        for text in llm.generate(prompt, n=args.n, **more):
+            print(prompt + text, end="\n\n", flush=True)
+    else:
+        pieces = llm.stream(prompt, **more)
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

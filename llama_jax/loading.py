@@ -8,6 +8,7 @@ command that makes it loadable.
 import functools
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -187,10 +188,14 @@ def _about(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         found = open_folder(folder)
     except (ValueError, OSError) as e:
         raise ConfigError(f"{folder} is not a checkpoint of llama_jax: {e}") from None
+    if found.kind == "orbax":
+        root = next(p for p in folder.resolve().parents if (p / "model.json").is_file())
+        raise ConfigError(f"{folder} is one step of a checkpoint: load {root}, its newest")
     names = {"meta": "weights as Meta gives them", "hf": "Hugging Face weights"}
+    command = shlex.join([str(folder), f"checkpoints/{folder.resolve().name}"])
     raise ConfigError(
-        f"{folder} holds {names.get(found.kind, found.kind)}; convert them first:\n"
-        f"  python -m llama_jax.convert {folder} checkpoints/{folder.resolve().name}"
+        f"{folder} holds {names[found.kind]}; convert them first:\n"
+        f"  python -m llama_jax.convert {command}"
     )
 
 

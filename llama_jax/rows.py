@@ -29,7 +29,7 @@ class Generation:
 def check_text(where: str, text: Any) -> None:
     """Raise ValueError for what is no text, or cannot be written as UTF-8."""
     if not isinstance(text, str):
-        raise ValueError(f"{where} is not text but {type(text).__name__}: {text!r:.60}")
+        raise ValueError(f"{where} must be a string, not {type(text).__name__}: {text!r:.60}")
     try:
         text.encode()
     except UnicodeEncodeError as e:

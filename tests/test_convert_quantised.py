@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import shutil
 
 import convert_tools as tools
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import llama_jax
 from llama_jax import loading
+from llama_jax.config import ConfigError
 from llama_jax.conversion import layouts, quantised
 from llama_jax.conversion import verify as verification
 from llama_jax.conversion.orbax_weights import ORBAX
@@ -140,6 +142,18 @@ def test_it_is_for_sampling(folders, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="quantize='int2': there are 'int8' and 'int4'"):
         convert(folders / "meta", tmp_path / "out", quantize="int2")
+
+
+def test_weights_that_are_damaged_or_one_step_of_some(folders, tmp_path):
+    with pytest.raises(ConfigError, match=r"one step of a checkpoint: load .*/None, its newest"):
+        llama_jax.load(folders / "None/steps/0")
+    for name, kind in (("None", None), ("int8", "int8")):
+        shutil.copytree(folders / name, tmp_path / name)
+        path = f"blocks.mlp.up{'.q' if kind else ''}/c"
+        chunk = next(p for p in (tmp_path / name).rglob(f"{path}/1/**/*") if p.is_file())
+        chunk.write_bytes(chunk.read_bytes()[:10])
+        with pytest.raises(ConfigError, match=r"the weights in .* cannot be read: .*mlp.up"):
+            llama_jax.load(tmp_path / name)
 
 
 def test_a_stopped_run_continues(folders, tmp_path, monkeypatch):

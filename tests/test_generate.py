@@ -1,6 +1,7 @@
 """Continuations: a real model's text, transformers' ids, rows that do not depend on each other."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -275,9 +276,9 @@ def test_a_chat_keeps_its_cache(llm, tokenizer):
 @pytest.mark.parametrize(
     ("prompt", "how", "message"),
     [
-        (5, {}, "not text"),
-        (["a", None], {}, r"prompts\[1\] is not text but NoneType"),
-        (b"a", {}, "the prompt is not text but bytes: b'a'"),
+        (5, {}, "the prompt must be a string, not int: 5"),
+        (["a", None], {}, r"prompts\[1\] must be a string, not NoneType"),
+        (b"a", {}, "the prompt must be a string, not bytes: b'a'"),
         ("a\ud800", {}, "the prompt holds half a character, .* at 1"),
         (["a", "cat " * 400], {}, r"prompts\[1\] has \d+ tokens"),
         # As large as its key would be another's.
@@ -306,6 +307,18 @@ def test_a_cache_too_large(llm, monkeypatch):
     message = r"cache of 32 rows of 512 positions takes .* has 0.0 GB: give fewer prompts"
     with pytest.raises(MemoryError, match=message):
         llm.generate(["the cat"] * 32, max_new_tokens=2)
+
+
+def test_lines_that_cannot_be_read_and_readers_that_leave(llm, monkeypatch, capsys):
+    monkeypatch.setattr("llama_jax.generate.load", lambda *_, **__: llm)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n" + "cat " * 400))
+    assert main(["x", "-", "--max-new-tokens", "1"]) == 2
+    assert "error: line 2: the prompt has" in capsys.readouterr().err
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        assert main(["x", "a", "--max-new-tokens", "1"]) == 141
 
 
 def test_what_cannot_be_loaded(tmp_path, capsys):
