@@ -59,7 +59,7 @@ def load(
     Raises:
       ConfigError: no checkpoint of ours there (says what it is), or a damaged one.
       ValueError: its tokenizer is missing or of another kind; an unknown dtype or quantisation, or
-        another one than the checkpoint's.
+        another one than the checkpoint's; a mesh that does not divide the model.
       MemoryError: the weights are larger than the device's memory.
     """
     if quantize is not None and quantize not in KINDS:
@@ -75,6 +75,8 @@ def load(
             "weights that it was made of"
         )
     quantize = quantize or stored
+    if mesh is not None:
+        _check_mesh(cfg, mesh)
     tokenizer = Tokenizer.load(folder)
     devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
     cpu, tpu = (devices[0].platform == name for name in ("cpu", "tpu"))
@@ -82,7 +84,7 @@ def load(
     how = Execution(kind, PRESETS["fsdp_tensor"], unroll=not tpu)
     with on_mesh(mesh):
         abstract = jax.eval_shape(lambda: split(Llama(cfg, how, nnx.Rngs(0)))[1])
-    _check_memory(folder, abstract, quantize or kind.name, devices)
+        _check_memory(folder, abstract, quantize or kind.name, devices)
     _keep_compiled()
 
     def place(x: Any) -> jax.ShapeDtypeStruct:
@@ -197,6 +199,19 @@ def _about(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         f"{folder} holds {names[found.kind]}; convert them first:\n"
         f"  python -m llama_jax.convert {command}"
     )
+
+
+def _check_mesh(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    wide = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1 and axis != "tensor"]
+    if wide:
+        raise ValueError(
+            f"the mesh has {', '.join(wide)}: sampling splits a model over tensor alone; "
+            "make_mesh(MeshConfig(preset='fsdp_tensor', fsdp=1, tensor=-1)) takes every device"
+        )
+    ways = mesh.shape["tensor"]
+    sizes = dict(num_kv_heads=cfg.num_kv_heads, ffn_dim=cfg.ffn_dim, vocab_size=cfg.vocab_size)
+    if bad := [f"{name}={size}" for name, size in sizes.items() if size % ways]:
+        raise ValueError(f"the mesh's tensor={ways} does not divide {', '.join(bad)} of this model")
 
 
 def _check_memory(folder: Path, abstract: Any, kind: str, devices: list[jax.Device]) -> None:

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import llama_jax
 from llama_jax import loading
-from llama_jax.config import ConfigError
+from llama_jax.config import ConfigError, MeshConfig
 from llama_jax.conversion import layouts, quantised
 from llama_jax.conversion import verify as verification
 from llama_jax.conversion.orbax_weights import ORBAX
@@ -24,7 +24,7 @@ from llama_jax.conversion.quantised import pack, unpack
 from llama_jax.convert import convert, main
 from llama_jax.model import Execution, Llama
 from llama_jax.quantize import is_quantized
-from llama_jax.sharding import AXES, PRESETS
+from llama_jax.sharding import AXES, PRESETS, make_mesh
 from llama_jax.step import split
 from llama_jax.tokenizer import train_tokenizer
 
@@ -142,6 +142,20 @@ def test_it_is_for_sampling(folders, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="quantize='int2': there are 'int8' and 'int4'"):
         convert(folders / "meta", tmp_path / "out", quantize="int2")
+
+
+def test_over_several_devices(folders):
+    mesh = lambda devices, **sizes: make_mesh(
+        MeshConfig(preset="fsdp_tensor", **sizes), jax.devices()[:devices]
+    )
+    for name in ("None", "int4"):
+        llm = llama_jax.load(folders / name, quantize="int4", mesh=mesh(2, fsdp=1, tensor=2))
+        assert llm.params["blocks"][0]["mlp"]["down"].q.dtype == jnp.int4
+    with pytest.raises(ValueError, match=r"the mesh has fsdp=8: sampling splits .* tensor alone"):
+        llama_jax.load(folders / "int4", mesh=mesh(8))
+    message = "tensor=8 does not divide num_kv_heads=4, vocab_size=300 of this model"
+    with pytest.raises(ValueError, match=message):
+        llama_jax.load(folders / "None", mesh=mesh(8, fsdp=1, tensor=8))
 
 
 def test_weights_that_are_damaged_or_one_step_of_some(folders, tmp_path):
