@@ -1,9 +1,9 @@
-"""How many instructions does attention execute on a TPU, counted without one?
+"""Bundles of our attention on a TPU beside splash attention's, counted without one.
 
-Compiles our kernel and splash attention for a v5p at the heads of Llama 3 8B and T = 4096, has
-libtpu write down its final schedule, and counts the bundles (one issues a cycle) of each loop times
-the loop's turns: cycles without waits for memory. Branches not taken count as if they were, for
-both. Splash is told rotated queries and keys, so the count of its rotary is not in it.
+Compiles our kernel and splash attention for a v5p at the heads of Llama 3 8B and T = 4096, and
+counts the bundles of each loop of libtpu's schedule times the loop's turns
+(`pallas_kernels.bench_schedule`). Splash is told rotated queries and keys, so the count of its
+rotary is not in it. Our kernels at all shapes: ``python -m pallas_kernels.bench``.
 
     python -m benchmarks.tpu_static      writes benchmarks/results/tpu_static.json
 """
@@ -11,27 +11,16 @@ both. Splash is told rotated queries and keys, so the count of its rotary is not
 import argparse
 import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from benchmarks.tokenise import machine, write
+from pallas_kernels.bench_schedule import Blocks, Loop, a_head, by_loop, compiler_options, take
 
 CHIP, T, G, H = "v5p", 4096, 4, 128
-FORWARD = ("program", "turn_k", "clear", "masked")
-BACKWARD = ("program", "turn_k", "prepare", "keys", "clear", "masked", "finish_q", "finish_k")
-"""Loops of our kernels in the order of their code; the first is the grid's."""
 SPLASH_BLOCK = 1024
-
-
-class Loop(NamedTuple):
-    """Addresses of a loop's first bundle and of the one after its last."""
-
-    start: int
-    stop: int
 
 
 def main() -> None:
@@ -67,23 +56,13 @@ def main() -> None:
 # Counting -----------------------------------------------------------------------------------------
 
 
-def ours(kernels: dict[str, list[Loop]]) -> dict:
-    """Bundles a query head; the turning of keys and their gradients is shared by G of them."""
-    n = T // 512
-    pairs = {"clear": n * (n - 1) // 2, "masked": n}
-    turns = {
-        "forward": {"program": n, "turn_k": n / G, **pairs},
-        "backward": {"program": 1, "turn_k": n / G, "prepare": n, "keys": n, **pairs,
-                     "finish_q": n, "finish_k": n / G},
-    }  # fmt: skip
+def ours(kernels: dict[str, Sequence[Loop]]) -> dict:
+    """Bundles a query head, whose keys and queries are in VMEM whole."""
     found: dict = {"loops": {}}
-    for way, names in (("forward", FORWARD), ("backward", BACKWARD)):
+    for way in ("forward", "backward"):
         loops = next(x for name, x in kernels.items() if f"attention_{way}" in name)
-        if len(loops) != len(names):
-            raise ValueError(f"{way} kernel: {len(loops)} loops where {names} are known")
-        own = dict(zip(names, map(own_bundles(loops), loops), strict=True))
-        found["loops"][way] = own
-        found[way] = round(sum(own[name] * turns[way][name] for name in names))
+        found["loops"][way] = by_loop(way, loops)
+        found[way] = a_head(way, found["loops"][way], Blocks(G, T // 512, 1, (1, 1)))
     return found
 
 
@@ -96,51 +75,15 @@ def splash(kernels: dict[str, list[Loop]]) -> dict:
     return {"loops": bodies, "forward": forward, "backward": sum(total.values()) - forward}
 
 
-def own_bundles(loops: list[Loop]):
-    """A function: the bundles of a loop that are in none of the loops inside it."""
-
-    def count(loop: Loop) -> int:
-        inside = lambda a, b: a != b and b.start <= a.start and a.stop <= b.stop
-        inner = [x for x in loops if inside(x, loop)]
-        direct = [x for x in inner if not any(inside(x, y) for y in inner)]
-        return loop.stop - loop.start - sum(x.stop - x.start for x in direct)
-
-    return count
-
-
 def schedules(name: str) -> dict[str, list[Loop]]:
-    """The loops of each Pallas kernel of a program, from libtpu's dump of its compilation."""
+    """The loops of each Pallas kernel of a program, compiled in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {
-            "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
-        }  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.tpu_static", "--compile", name]
+        env = os.environ | compiler_options(folder)
         run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if run.returncode:
             raise RuntimeError(f"{name} did not compile:\n{run.stderr[-2000:]}")
-        kernels = {}
-        for path in sorted(Path(folder).glob("*-final_bundles.txt")):
-            kernel = re.fullmatch(r"\d+-(.*?)-\d+-final_bundles.txt", path.name)
-            if kernel and re.search("rotary|splash", kernel[1]):
-                kernels[kernel[1]] = loops_of(path.read_text())
-    return kernels
-
-
-def loops_of(schedule: str) -> list[Loop]:
-    """Loops by address: a bundle marked as a loop's body, and the branch back to its region."""
-    address, body, starts, loops = 0, False, {}, []
-    for line in schedule.splitlines():
-        if found := re.match(r"\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?.*\{", line):
-            address, body = int(found[1], 16), found[2] == "LB"
-        for region in re.findall(r"Start region (\d+)", line):
-            if body:
-                starts.setdefault(region, address)
-        for region in re.findall(r"sbr\.rel \([^)]*\) target = \$region(\d+)", line):
-            if region in starts:
-                # Four more bundles issue before the branch is taken.
-                loops.append(Loop(starts[region], address + 5))
-    return sorted(loops, key=lambda x: (x.start, -x.stop))
+        return take(folder)
 
 
 # Compiling ----------------------------------------------------------------------------------------

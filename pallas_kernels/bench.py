@@ -5,35 +5,35 @@ LLaMA 7B, 8B and 70B and 16384 tokens, each implementation beside the best publi
 platform (splash attention on TPU; cuDNN after XLA's rotary on GPU, which is our ``cudnn``; tokamax
 where it is installed), with the error against a float32 reference; then decoding. Without a TPU or
 GPU, or with ``--chips``, the same programs are compiled for chips that are not there, and what is
-known without running is told: temporary memory, and bytes that XLA moves around the kernel.
+known without running is told: temporary memory, bytes that XLA moves around the kernels, and on a
+TPU the bundles of the kernels' inner loops (`bench_schedule`).
 
 Rates count the scores that a query may see: 4 * H operations each forward, 2.5 times that backward.
 """
 
 import argparse
 import functools
-import json
 import math
-import platform
-import re
 import statistics
+import subprocess
+import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import bench_compiled, chips, dispatch, rotary_attention
+from pallas_kernels import chips, dispatch, rotary_attention
 from pallas_kernels.bench_cases import (
     CACHES,
-    LENGTHS,
     MODELS,
+    add_arguments,
     both_ways,
     candidates,
     cases,
     decode,
+    keep,
     rope_of,
     shapes,
 )  # fmt: skip
@@ -42,34 +42,17 @@ from pallas_kernels.bench_cases import (
 def main() -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     arguments.add_argument("--chips", nargs="+", help="compile for these instead of timing")
-    arguments.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    arguments.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
-    arguments.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    args = arguments.parse_args()
-    here = jax.devices()[0]
-    if args.chips is None and here.platform != "cpu":
-        report(args, here.device_kind, timed(args, here))
+    args = add_arguments(arguments).parse_args()
+    if args.chips is None and jax.devices()[0].platform != "cpu":
+        here = jax.devices()[0]
+        keep(args, here.device_kind, timed(args, here))
         return
-    for name in args.chips or ("h100", "v5p"):
-        try:
-            device = chips.topology(name)[0]
-        except RuntimeError as e:
-            print(f"{name}: {e}")
-            continue
-        report(args, f"{name} (compiled only)", bench_compiled.compiled(args, device))
-
-
-def report(args, machine: str, rows: list[dict[str, Any]]) -> None:
-    """Print the rows as they were made, and keep them with machine and versions."""
-    kept = {
-        "machine": machine, "jax": jax.__version__, "python": platform.python_version(),
-        "command": "python -m pallas_kernels.bench", "models": args.models, "rows": rows,
-    }  # fmt: skip
-    name = "kernels-" + re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json"
-    path = args.results / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1) + "\n")
-    print(f"{machine}, jax {jax.__version__}: {path}\n")
+    for chip in args.chips or ("v5p", "h100"):
+        # A process each: a TPU's compiler reads its options once.
+        command = [sys.executable, "-m", "pallas_kernels.bench_compiled", chip]
+        for name in ("models", "lengths"):
+            command += [f"--{name}", *map(str, getattr(args, name))]
+        subprocess.run([*command, "--results", str(args.results)], check=True)
 
 
 # Timed --------------------------------------------------------------------------------------------

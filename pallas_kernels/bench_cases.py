@@ -1,9 +1,15 @@
 """What the benchmark of the kernels runs: shapes, our implementations, and others' kernels."""
 
+import argparse
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import json
+import platform
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +23,30 @@ TOKENS = 16384
 MODELS = {"7B": (32, 32, 128), "8B": (32, 8, 128), "70B": (64, 8, 128)}  # N, K, H
 LENGTHS = (2048, 4096, 8192, 16384)
 CACHES = ((16, 4096), (16, 16384), (2, 131072))  # B, S; decoding has the 8B's heads
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The options that timing and compiling share."""
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    return parser
+
+
+def keep(args, machine: str, rows: list[dict[str, Any]]) -> None:
+    """Write the rows down with machine and versions, and say where."""
+    versions = {"jax": jax.__version__, "python": platform.python_version()}
+    if importlib.util.find_spec("libtpu"):
+        versions["libtpu"] = importlib.metadata.version("libtpu")
+    kept = {
+        "machine": machine, **versions, "command": "python -m pallas_kernels.bench",
+        "models": args.models, "rows": rows,
+    }  # fmt: skip
+    name = "kernels-" + re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json"
+    path = args.results / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+    print(f"{machine}, {', '.join(f'{k} {v}' for k, v in versions.items())}: {path}\n")
 
 
 def cases(args) -> Iterator[tuple[str, int, bool]]:
@@ -38,17 +68,19 @@ def rope_of(H: int) -> Rope:
     return Rope(jnp.asarray(5e5 ** (-np.arange(0, H, 2) / H), jnp.float32), 1.0)
 
 
-def candidates(op: str, where: str) -> dict[str, Callable[..., Any]]:
+def candidates(op: str, where: str, others: bool = True) -> dict[str, Callable[..., Any]]:
     """name -> function(q, k, v, positions, rope, ids): ours for the platform, then others'."""
     table = importlib.import_module(f"pallas_kernels.{op}")._IMPLEMENTATIONS
     ours = [name for name, (platforms, _) in table.items() if where in platforms]
     found = {
         name: functools.partial(_ours, name) for name in ours if name != "xla" or len(ours) == 1
     }
-    others = {"tpu": {"splash": _splash}}.get(where, {})
-    if importlib.util.find_spec("tokamax"):
-        others = others | {"tokamax": _tokamax}
-    return found | others
+    if others and op == "rotary_attention":
+        if where == "tpu":
+            found["splash"] = _splash
+        if importlib.util.find_spec("tokamax"):
+            found["tokamax"] = _tokamax
+    return found
 
 
 def _ours(implementation, q, k, v, positions, rope, ids):

@@ -26,8 +26,9 @@ from pallas_kernels import dispatch
 
 ROWS = 16  # slots that a copy into the cache starts and ends on: a tile of bfloat16
 LOWEST = float(jnp.finfo(jnp.float32).min)
+FEW = 8  # new positions that a loop over them is written out for
 MOST_QUERIES = 512  # rows of queries of a key head; beyond, scores crowd out the cache in VMEM
-BLOCK_BYTES = 1 << 19  # of keys in flight: long enough that a step's 0.4 us do not show
+BLOCK_BYTES = 1 << 20  # of keys in flight: long enough that a step's 0.4 us do not show
 
 
 class Setting(NamedTuple):
@@ -50,28 +51,33 @@ def tpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
     rows = N // K * T
     window = min(ROWS * (pl.cdiv(T - 1, ROWS) + 1), S)
     _check(q.dtype, cache_k.dtype, H, S, rows)
-    slots, interpret = min(512, S), dispatch.platform() == "cpu"
+    few, heads = T <= FEW, _heads(K, T)
+    slots = min(512, S, max(1, BLOCK_BYTES // (ROWS * heads * H * q.dtype.itemsize)) * ROWS)
+    interpret = dispatch.platform() == "cpu"
     if interpret and jax.__version_info__ >= (0, 11):
         # That interpreter pads an aliased input to whole blocks, and its output not.
         slots = math.gcd(slots, S)
-    most = max(1, min(8, BLOCK_BYTES // (slots * H * q.dtype.itemsize)))
-    heads = max(n for n in range(1, most + 1) if K % n == 0)
     # float32 in one pass of the matrix unit would be bfloat16.
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     setting = Setting(scale, T, slots, window, precision)
 
-    q_BKRH = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, rows, H)
-    k_BKTH, v_BKTH = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    # A few positions are taken as they come: another layout would be a copy in main memory.
+    inside = lambda x: x if few else _by_head(x, K)
+    if few:
+        by_head = lambda n: pl.BlockSpec(
+            (None, T, heads * n // T, H), lambda b, h, j, *_: (b, 0, h, 0)
+        )
+    else:
+        by_head = lambda n: pl.BlockSpec((None, heads, n, H), lambda b, h, j, *_: (b, h, 0, 0))
     turns_B2TH = _turns(lengths, T, rope)
-    # Row g * T + t turns as position t; a single position serves all rows as it is.
-    q_turns = turns_B2TH if T == 1 else jnp.tile(turns_B2TH, (1, 1, N // K, 1))
+    # By head, row g * T + t turns as position t.
+    q_turns = turns_B2TH if few else jnp.tile(turns_B2TH, (1, 1, N // K, 1))
 
     def block(b, h, j, layer, lengths):  # past the live part: the last block again, not fetched
         last = lax.div(jnp.maximum(lengths[b] - 1, 0), jnp.int32(slots))
         return layer[0], b, h, jnp.minimum(j, last), 0
 
     per_row = lambda n: pl.BlockSpec((None, 2, n, H), lambda b, h, j, *_: (b, 0, 0, 0))
-    per_head = lambda n: pl.BlockSpec((None, heads, n, H), lambda b, h, j, *_: (b, h, 0, 0))
     cached = pl.BlockSpec((None, None, heads, slots, H), block)
     whole = pl.BlockSpec(memory_space=pl.ANY)
     float32 = lambda *shape: pltpu.VMEM((heads, *shape), jnp.float32)
@@ -80,28 +86,42 @@ def tpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(B, K // heads, pl.cdiv(S, slots)),
-            in_specs=[per_head(rows), per_head(T), per_head(T), per_row(q_turns.shape[2]),
+            in_specs=[by_head(rows), by_head(T), by_head(T), per_row(q_turns.shape[2]),
                       per_row(T), cached, cached],
-            out_specs=[per_head(rows), whole, whole],
+            out_specs=[by_head(rows), whole, whole],
             scratch_shapes=[
+                pltpu.VMEM((heads, rows, H), q.dtype),
                 float32(rows, 1), float32(rows, 1), float32(rows, H),
                 float32(window, H), float32(window, H),
                 pltpu.VMEM((2, heads, window, H), q.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BKRH, cache_k, cache_v)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inside(q), cache_k, cache_v)],
         input_output_aliases={7: 1, 8: 2},
-        cost_estimate=_cost(q_BKRH, k, cache_k),
+        cost_estimate=_cost(q, k, cache_k),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         interpret=interpret,
         name="rotary_decode_attention",
-    )(layer[None], lengths.astype(jnp.int32), q_BKRH, k_BKTH, v_BKTH, q_turns, turns_B2TH,
+    )(layer[None], lengths.astype(jnp.int32), *map(inside, (q, k, v)), q_turns, turns_B2TH,
       cache_k, cache_v)  # fmt: skip
-    out = out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(q.shape)
-    return out, cache_k, cache_v
+    if not few:
+        out = out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4)
+    return out.reshape(q.shape), cache_k, cache_v
+
+
+def _heads(K: int, T: int) -> int:
+    """Key heads of a block. Of a few positions heads are rows of a tile: eight of them, or all."""
+    most = max(n for n in range(1, 9) if K % n == 0)
+    return K if T <= FEW and most not in (8, K) else most
+
+
+def _by_head(x_BTNH, K):
+    """[B, K, G * T, H]: what reads one key head is one operand."""
+    B, T, N, H = x_BTNH.shape
+    return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
 
 
 def _check(dtype, cache_dtype, H, S, rows):
@@ -119,11 +139,11 @@ def _check(dtype, cache_dtype, H, S, rows):
         )
 
 
-def _cost(q_BKRH, k, cache):
+def _cost(q, k, cache):
     """As if every slot were live: lengths are not known here."""
-    (B, K, R, H), S = q_BKRH.shape, cache.shape[3]
-    moved = 2 * B * K * S * H * cache.dtype.itemsize + 2 * q_BKRH.nbytes + 2 * k.nbytes
-    scores = B * K * R * S
+    (B, T, N, H), (K, S) = q.shape, cache.shape[2:4]
+    moved = 2 * B * K * S * H * cache.dtype.itemsize + 2 * q.nbytes + 2 * k.nbytes
+    scores = B * N * T * S
     return pl.CostEstimate(flops=4 * scores * H, transcendentals=scores, bytes_accessed=moved)
 
 
@@ -143,11 +163,13 @@ def _turned(x, turns):
 
 def _kernel(
     setting, layer_ref, lengths_ref, q_ref, k_ref, v_ref, q_turns, k_turns, keys_ref, values_ref,
-    out_ref, cache_k, cache_v, top_ref, total_ref, sum_ref, new_k, new_v, window,
+    out_ref, cache_k, cache_v, q_s, top_ref, total_ref, sum_ref, new_k, new_v, window,
     sems,
 ):  # fmt: skip
     b, h, j = (pl.program_id(i) for i in range(3))
-    length, heads = lengths_ref[b], range(q_ref.shape[0])
+    length, heads = lengths_ref[b], range(sum_ref.shape[0])
+    new, R = setting.new, sum_ref.shape[1]
+    few, G = new <= FEW, R // new
     start = jnp.minimum(
         lax.div(length, jnp.int32(ROWS)) * ROWS, cache_k.shape[3] - setting.window
     )  # fmt: skip
@@ -159,10 +181,22 @@ def _kernel(
     fetch = functools.partial(copies, pltpu.make_async_copy)
     put = functools.partial(copies, lambda c, w, s: pltpu.make_async_copy(w, c, s))
 
+    def rows_of(ref, n, each, turns=None):
+        """Rows of head n, turned, in float32; of a few positions, t * each + g."""
+        if not few:
+            return _turned(ref[n], turns) if turns is not None else ref[n].astype(jnp.float32)
+        at = pl.ds(n * each, each)
+        parts = [ref[t, at, :].astype(jnp.float32) for t in range(new)]
+        if turns is not None:
+            parts = [_turned(x, turns[:, t : t + 1]) for t, x in enumerate(parts)]
+        return jnp.concatenate(parts, axis=0)
+
     @pl.when(j == 0)
     def _start():
         top_ref[...] = jnp.full_like(top_ref, LOWEST)
         total_ref[...], sum_ref[...] = jnp.zeros_like(total_ref), jnp.zeros_like(sum_ref)
+        for n in heads:
+            q_s[n] = rows_of(q_ref, n, G, q_turns).astype(q_s.dtype)
         for copy in fetch():
             copy.start()
 
@@ -171,8 +205,7 @@ def _kernel(
         dot = functools.partial(
             lax.dot_general, precision=setting.precision, preferred_element_type=jnp.float32
         )
-        q = _turned(q_ref[n], q_turns).astype(q_ref.dtype)
-        scores = dot(q, keys, (((1,), (1,)), ((), ()))) * setting.scale
+        scores = dot(q_s[n], keys, (((1,), (1,)), ((), ()))) * setting.scale
         if seen is not None:
             scores = jnp.where(seen, scores, LOWEST)
         top = jnp.maximum(top_ref[n], jnp.max(scores, axis=1, keepdims=True))
@@ -191,7 +224,7 @@ def _kernel(
 
     @pl.when((first < length) & (length < first + setting.slots))
     def _last_block():
-        rows = (q_ref.shape[1], setting.slots)
+        rows = (R, setting.slots)
         seen = first + lax.broadcasted_iota(jnp.int32, rows, 1) < length
         live = first + lax.broadcasted_iota(jnp.int32, values_ref.shape[1:], 0) < length
         for n in heads:
@@ -202,21 +235,27 @@ def _kernel(
     def _finish():
         for copy in fetch():
             copy.wait()
-        rows = (q_ref.shape[1], setting.window)
-        t_query = lax.rem(lax.broadcasted_iota(jnp.int32, rows, 0), jnp.int32(setting.new))
+        rows = (R, setting.window)
+        row = lax.broadcasted_iota(jnp.int32, rows, 0)
+        t_query = lax.div(row, jnp.int32(G)) if few else lax.rem(row, jnp.int32(new))
         seen = lax.broadcasted_iota(jnp.int32, rows, 1) <= t_query
         shape = new_k.shape[1:]
         at = start + lax.broadcasted_iota(jnp.int32, shape, 0)
-        is_new = (at >= length) & (at < length + setting.new)
+        is_new = (at >= length) & (at < length + new)
         new_k[...], new_v[...] = jnp.zeros_like(new_k), jnp.zeros_like(new_v)
         for n in heads:
-            new_k[n, : setting.new] = _turned(k_ref[n], k_turns)
-            new_v[n, : setting.new] = v_ref[n].astype(jnp.float32)
+            new_k[n, :new] = rows_of(k_ref, n, 1, k_turns)
+            new_v[n, :new] = rows_of(v_ref, n, 1)
             attend(n, new_k[n].astype(q_ref.dtype), new_v[n].astype(q_ref.dtype), seen)
-            for i, new in enumerate((new_k, new_v)):
-                placed = pltpu.roll(new[n], length - start, 0).astype(window.dtype)
+            for i, arrived in enumerate((new_k, new_v)):
+                placed = pltpu.roll(arrived[n], length - start, 0).astype(window.dtype)
                 window[i, n] = jnp.where(is_new, placed, window[i, n])
-            out_ref[n] = (sum_ref[n] / total_ref[n]).astype(out_ref.dtype)
+            out = (sum_ref[n] / total_ref[n]).astype(out_ref.dtype)
+            if few:
+                for t in range(new):
+                    out_ref[t, pl.ds(n * G, G), :] = out[t * G : (t + 1) * G]
+            else:
+                out_ref[n] = out
         for copy in put():
             copy.start()
         for copy in put():

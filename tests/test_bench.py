@@ -26,7 +26,7 @@ def _once(run):
 
 def test_timed(small, tmp_path, capsys):
     args = argparse.Namespace(models=["8B"], lengths=[512], results=tmp_path)
-    bench.report(args, "a Machine (of kind 3)", bench.timed(args, jax.devices()[0]))
+    bench.keep(args, "a Machine (of kind 3)", bench.timed(args, jax.devices()[0]))
     kept = json.loads((tmp_path / "kernels-a-machine-of-kind-3.json").read_text())
     plain, documents, decode = kept["rows"]
     for row in (plain, documents):
@@ -65,3 +65,28 @@ def test_bytes_around():
     assert bench_compiled.bytes_around(program.as_text()) == 64 * 32 * (2 + 4)
     nothing = jax.jit(lambda x: x).lower(x).compile()
     assert bench_compiled.bytes_around(nothing.as_text()) <= 2 * 64 * 32 * 2
+
+
+def test_compiled(small, tmp_path, capsys, monkeypatch):
+    """The whole of it for chips that are there: none of a TPU's schedules, all of the rest."""
+    monkeypatch.setattr(bench_compiled, "CACHES", ((2, 64),))
+    args = argparse.Namespace(models=["8B"], lengths=[512], results=tmp_path)
+    rows = bench_compiled.compiled(args, jax.devices()[0], str(tmp_path))
+    plain, documents, decode = rows
+    for row in (plain, documents):
+        assert 0 < row["forward"]["moved_mb"] < row["both"]["moved_mb"]
+    # Both caches read, at the least.
+    assert decode["decode"]["moved_mb"] > 0.0
+    assert "  3/3   8B decode, 2 rows of 64" in capsys.readouterr().out
+
+
+def test_a_line_says_the_loops():
+    both = dict(temporary_mib=96.04, moved_mb=143.4)
+    loops = dict(program=1, clear=1132, masked=1137, a_head=49654)
+    row = dict(
+        model="8B", T=4096, implementation="tpu", both=both | {"bundles": {"forward": loops}}
+    )
+    assert bench_compiled.line(row).split(" | ") == [
+        "  8B T   4096                tpu      both 96.0 MiB, 143 MB",
+        "forward bundles: clear 1,132, masked 1,137, 49,654 a head",
+    ]

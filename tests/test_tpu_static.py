@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks import tpu_static
-from benchmarks.tpu_static import Loop
+from pallas_kernels import bench_schedule
+from pallas_kernels.bench_schedule import Loop
 
 SCHEDULE = """
 LB: loop body
@@ -18,10 +19,22 @@ LB: loop body
 
 
 def test_loops_are_branches_back():
-    outer, inner = loops = tpu_static.loops_of(SCHEDULE)
+    loops = bench_schedule.loops_of(SCHEDULE)
     assert loops == [Loop(0x5, 0x19), Loop(0x8, 0x10)]
-    own = tpu_static.own_bundles(loops)
-    assert (own(outer), own(inner)) == (0x14 - 8, 8)
+    assert bench_schedule.own_bundles(loops) == [0x14 - 8, 8]
+
+
+def test_a_head_is_its_loops_times_their_turns():
+    """Eight blocks: 28 pairs in the clear, 8 on the diagonal; keys turned once for two heads."""
+    loops = [Loop(0, 1000), *(Loop(at, at + 10) for at in (100, 200, 300))]
+    own = bench_schedule.by_loop("forward", loops)
+    assert own == {"program": 970, "turn_k": 10, "clear": 10, "masked": 10}
+    whole = bench_schedule.Blocks(2, 8, 1, (1, 1))
+    assert bench_schedule.a_head("forward", own, whole) == 8 * 970 + 4 * 10 + 28 * 10 + 8 * 10
+    streamed = bench_schedule.by_loop("forward", loops[:-1])
+    assert list(streamed) == ["program", "clear", "masked"]
+    parts = whole._replace(forward=2)
+    assert bench_schedule.a_head("forward", streamed, parts) == 16 * 980 + 36 * 10
 
 
 def test_a_head_of_splash_is_the_blocks_of_a_triangle():
