@@ -36,13 +36,19 @@ def call(
 
     Raises:
       ValueError: no implementation of that name.
-      NotImplementedError: the named one cannot do this; the message says why.
+      NotImplementedError: the named one cannot do this, or not here; the message says why. (On a
+        CPU kernels run in Pallas' interpreter; those that cannot say so themselves.)
     """
     if implementation is not None:
         if implementation not in table:
             known = ", ".join(table)
             raise ValueError(f"{op}: no implementation {implementation!r}; there are {known}")
-        return table[implementation][1](*args, **kwargs)
+        platforms, function = table[implementation]
+        if platform() not in (*platforms, "cpu"):
+            raise NotImplementedError(
+                f"{op}: {implementation!r} runs on {', '.join(platforms)}, not on {platform()}"
+            )
+        return function(*args, **kwargs)
     reasons = []
     for name, (platforms, function) in table.items():
         if platform() in platforms:

@@ -46,28 +46,32 @@ def rotary_attention(
       q_BTNH: queries before rotation, float32 or bfloat16.
       k_BSKH: keys before rotation; K divides N, query head n reads key head n // G.
       v_BSKH: values.
-      positions_BT: int32, what each query is rotated by.
+      positions_BT: int32, what each query is rotated by: any value, there is no table to leave.
       rope: frequencies, see :class:`Rope`.
       kv_positions_BS: int32, what each key is rotated by; default: ``positions_BT`` (S = T).
-      segment_ids_BT: int32; a query sees keys of its own id only (packed documents). Default: one
+      segment_ids_BT: int32; a query sees keys of its own id only (packed documents). A negative id
+        is padding: it gives zeros and no gradient, and may hold anything, NaN too. Default: one
         document.
-      kv_segment_ids_BS: ids of the keys; default: ``segment_ids_BT``.
+      kv_segment_ids_BS: ids of the keys; default: ``segment_ids_BT`` (S = T).
       q_offset: index of query 0 among the keys, for a shard of a longer sequence.
       causal: query t sees key s only if s <= t + q_offset. Order is that of the array, not of the
         positions.
       scale: factor on the scores; default: H ** -0.5.
-      implementation: a name in the table below; default: the best one for the platform that can do
-        it.
+      implementation: "tpu", "cudnn", "gpu" or "xla"; default: the first of them, in this order,
+        that runs on the platform and can do it. On a GPU cuDNN comes before our own kernel, whose
+        speed has not been measured. On a CPU "tpu" and "gpu", named, run in Pallas' interpreter.
 
     Returns:
       [B, T, N, H] in q's dtype. Scores, softmax and sums are float32. A query that sees no key
-      gives zeros.
+      gives zeros. What a query does not see must be finite all the same, but for padding: it may
+      share a block, where its weight is 0.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
       NotImplementedError: the implementation named cannot do this.
     """
     _check(q_BTNH, k_BSKH, v_BSKH, positions_BT, rope)
+    _check_numbers("q_offset", q_offset, ())
     if kv_positions_BS is None:
         if k_BSKH.shape[1] != q_BTNH.shape[1]:
             raise ValueError(
@@ -77,12 +81,26 @@ def rotary_attention(
         kv_positions_BS = positions_BT
     if kv_segment_ids_BS is None:
         kv_segment_ids_BS = segment_ids_BT
-    return dispatch.call(
+    if (segment_ids_BT is None) != (kv_segment_ids_BS is None):
+        raise ValueError("kv_segment_ids_BS without segment_ids_BT: give the queries' ids too")
+    _check_numbers("kv_positions_BS", kv_positions_BS, k_BSKH.shape[:2])
+    if segment_ids_BT is not None:
+        _check_numbers("segment_ids_BT", segment_ids_BT, q_BTNH.shape[:2])
+        _check_numbers("kv_segment_ids_BS", kv_segment_ids_BS, k_BSKH.shape[:2])
+        q_BTNH = _without_padding(q_BTNH, segment_ids_BT)
+        k_BSKH, v_BSKH = (_without_padding(x, kv_segment_ids_BS) for x in (k_BSKH, v_BSKH))
+    out_BTNH = dispatch.call(
         "rotary_attention", _IMPLEMENTATIONS, implementation,
         q_BTNH, k_BSKH, v_BSKH, positions_BT, kv_positions_BS, rope,
         segment_ids_BT, kv_segment_ids_BS, q_offset, causal,
         scale if scale is not None else q_BTNH.shape[-1] ** -0.5,
     )  # fmt: skip
+    return out_BTNH if segment_ids_BT is None else _without_padding(out_BTNH, segment_ids_BT)
+
+
+def _without_padding(x_BTNH, ids_BT):
+    """Zeros at negative ids, where its gradient is 0 too: a weight of 0 would not silence a NaN."""
+    return jnp.where((ids_BT < 0)[:, :, None, None], 0, x_BTNH)
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
@@ -189,6 +207,8 @@ def _check(q, k, v, positions, rope) -> None:
         )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {q.shape} and k {k.shape} must agree in B (axis 0) and H (axis 3)")
+    if 0 in (*q.shape, *k.shape) or q.shape[3] % 2:
+        raise ValueError(f"want no empty axis and an even H (axis 3); got q {q.shape}, k {k.shape}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     floating = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -196,14 +216,17 @@ def _check(q, k, v, positions, rope) -> None:
         raise ValueError(
             f"q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    if positions.shape != q.shape[:2] or not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise ValueError(
-            f"positions must be integers [B,T] = {q.shape[:2]}; "
-            f"got {positions.dtype} {positions.shape}"
-        )
+    _check_numbers("positions_BT", positions, q.shape[:2])
     if rope.inv_freq_H2.shape != (q.shape[3] // 2,):
         raise ValueError(
             f"rope.inv_freq_H2 must have shape ({q.shape[3] // 2},); got {rope.inv_freq_H2.shape}"
+        )
+
+
+def _check_numbers(name: str, x, shape: tuple[int, ...]) -> None:
+    if jnp.shape(x) != shape or not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+        raise ValueError(
+            f"{name} must be integers of shape {shape}; got {jnp.result_type(x)} {jnp.shape(x)}"
         )
 
 

@@ -56,7 +56,9 @@ def documents(segments_BT, most: int):
 
 def _refuse(q, segments, kv_segments, q_offset, causal) -> None:
     if dispatch.platform() not in ("gpu", "cuda"):
-        raise NotImplementedError(f"cuDNN runs on NVIDIA GPUs, not on {dispatch.platform()}")
+        raise NotImplementedError(
+            f"cuDNN runs on NVIDIA GPUs, not on {dispatch.platform()}; there, xla does the same"
+        )
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"cuDNN has bfloat16 and float16, not {q.dtype}")
     if causal and not (isinstance(q_offset, int) and q_offset == 0):

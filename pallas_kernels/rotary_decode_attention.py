@@ -8,10 +8,11 @@ so that a layer's call changes it in place and nothing of it is copied.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import dispatch
-from pallas_kernels.rotary_attention import Rope, _check, rotate
+from pallas_kernels.rotary_attention import Rope, _check, _check_numbers, rotate
 
 
 def rotary_decode_attention(
@@ -30,7 +31,8 @@ def rotary_decode_attention(
     """Append T new keys and values to one layer's cache at each row's length; attend over the live.
 
     New position t of row b has index and rotary position ``lengths_B[b] + t``, and sees indices 0
-    to its own. The caller keeps ``lengths_B + T <= S``. Slots beyond a row's new positions may hold
+    to its own. The caller keeps ``lengths_B + T <= S``, which is an error only where lengths are
+    known: not inside jit. Slots beyond a row's new positions may hold
     anything: they change no output. A row with fewer than T real new positions has them first; what
     follows them is written beyond its length, dead until it is overwritten.
 
@@ -48,14 +50,18 @@ def rotary_decode_attention(
       sums are float32.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
+      ValueError: shapes or dtypes that do not fit together, known lengths or a known layer that are
+        not in the cache, or an unknown implementation.
       NotImplementedError: the implementation named cannot do this.
     """
-    B, T, K, H = k_BTKH.shape
-    if lengths_B.shape != (B,) or not jnp.issubdtype(lengths_B.dtype, jnp.integer):
+    if q_BTNH.ndim != 4 or k_BTKH.ndim != 4 or q_BTNH.shape[:2] != k_BTKH.shape[:2]:
         raise ValueError(
-            f"lengths must be integers [B] = ({B},); got {lengths_B.dtype} {lengths_B.shape}"
+            "want q [B,T,N,H] and k, v [B,T,K,H] of the same new positions; "
+            f"got q {q_BTNH.shape}, k {k_BTKH.shape}"
         )
+    B, T, K, H = k_BTKH.shape
+    _check_numbers("lengths_B", lengths_B, (B,))
+    _check_numbers("layer", layer, ())
     positions_BT = lengths_B[:, None] + jnp.arange(q_BTNH.shape[1], dtype=lengths_B.dtype)
     _check(q_BTNH, k_BTKH, v_BTKH, positions_BT, rope)
     shape = cache_k_LBKSH.shape
@@ -69,12 +75,23 @@ def rotary_decode_attention(
         )
     if shape[3] < T:
         raise ValueError(f"{T} new positions do not fit a cache of {shape[3]}")
+    _check_within("lengths_B", lengths_B, shape[3] - T, f"{T} new positions in {shape[3]} slots")
+    _check_within("layer", layer, shape[0] - 1, f"{shape[0]} layers")
     return dispatch.call(
         "rotary_decode_attention", _IMPLEMENTATIONS, implementation,
         q_BTNH, k_BTKH, v_BTKH, cache_k_LBKSH, cache_v_LBKSH,
         jnp.asarray(layer, jnp.int32), lengths_B, rope,
         scale if scale is not None else H**-0.5,
     )  # fmt: skip
+
+
+def _check_within(name: str, x, most: int, why: str) -> None:
+    """Where the values are known: inside jit they are not, nor all of them on one of many hosts."""
+    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+        return
+    x = np.asarray(x)
+    if ((x < 0) | (x > most)).any():
+        raise ValueError(f"{name} must be from 0 to {most} ({why}); got {x.tolist()}")
 
 
 def _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):

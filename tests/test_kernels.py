@@ -229,8 +229,14 @@ def _zeros(*shape, dtype=jnp.float32):
         (dict(q=_zeros(3, 4, 4, 8), positions=jnp.zeros((3, 4), jnp.int32)), "agree in B"),
         (dict(q=_zeros(2, 4, 3, 8)), "3 query heads are not a multiple of 2 key heads"),
         (dict(q=_zeros(2, 4, 4, 8, dtype=jnp.bfloat16)), "share one floating dtype"),
-        (dict(positions=jnp.zeros((2, 5), jnp.int32)), r"positions must be integers \[B,T\]"),
-        (dict(positions=_zeros(2, 4)), "positions must be integers"),
+        (dict(positions=jnp.zeros((2, 5), jnp.int32)), r"positions_BT must be integers of shape"),
+        (dict(positions=_zeros(2, 4)), "positions_BT must be integers"),
+        (dict(kv_positions_BS=jnp.zeros((2, 5), jnp.int32)), r"kv_positions_BS .* \(2, 4\)"),
+        (dict(segment_ids_BT=_zeros(2, 4)), "segment_ids_BT must be integers"),
+        (dict(kv_segment_ids_BS=jnp.zeros((2, 4), jnp.int32)), "give the queries' ids too"),
+        (dict(q_offset=0.5), "q_offset must be integers"),
+        (dict(q=_zeros(2, 4, 4, 7), k=_zeros(2, 4, 2, 7), v=_zeros(2, 4, 2, 7)), "an even H"),
+        (dict(q=_zeros(0, 4, 4, 8), k=_zeros(0, 4, 2, 8), v=_zeros(0, 4, 2, 8)), "no empty axis"),
         (dict(rope=rope_for(16)), r"inv_freq_H2 must have shape \(4,\)"),
         (dict(k=_zeros(2, 6, 2, 8), v=_zeros(2, 6, 2, 8)), "6 keys for 4 queries"),
         (dict(implementation="nonsense"), "no implementation 'nonsense'; there are .*xla"),
@@ -239,11 +245,11 @@ def _zeros(*shape, dtype=jnp.float32):
 def test_attention_refuses(changes, message):
     arguments = dict(
         q=_zeros(2, 4, 4, 8), k=_zeros(2, 4, 2, 8), v=_zeros(2, 4, 2, 8),
-        positions=jnp.zeros((2, 4), jnp.int32), rope=rope_for(8), implementation=None,
+        positions=jnp.zeros((2, 4), jnp.int32), rope=rope_for(8),
     ) | changes  # fmt: skip
-    implementation = arguments.pop("implementation")
+    keywords = {name: arguments.pop(name) for name in [*arguments][5:]}
     with pytest.raises(ValueError, match=message):
-        rotary_attention(*arguments.values(), implementation=implementation)
+        rotary_attention(*arguments.values(), **keywords)
 
 
 def _cannot(*args):
@@ -256,6 +262,12 @@ def test_dispatch_tries_the_next_but_never_for_a_name():
     assert dispatch.call("op", table, "plain", 1) == 2
     with pytest.raises(NotImplementedError, match="only even days"):
         dispatch.call("op", table, "best", 1)
+
+
+def test_dispatch_refuses_a_name_of_another_platform(monkeypatch):
+    monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
+    with pytest.raises(NotImplementedError, match="'best' runs on gpu, cuda, not on tpu"):
+        dispatch.call("op", {"best": (("gpu", "cuda"), lambda x: x)}, "best", 1)
 
 
 def test_dispatch_says_why_nothing_can():

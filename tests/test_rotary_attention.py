@@ -1,7 +1,8 @@
 """One suite over the implementations of rotary attention, against plain numpy in float64.
 
 `xla` runs anywhere; kernels run in Pallas' interpreter on a CPU. `test_kernels` has the reference,
-heads of other widths, and what the front door refuses.
+heads of other widths, and what the front door refuses; `test_rotary_attention_gpu` what is around
+cuDNN, which runs on a GPU alone.
 """
 
 import functools
@@ -14,7 +15,7 @@ from test_kernels import TOLERANCE, normal, reference, relative_l2, rope_for
 
 from pallas_kernels import rotary_attention
 
-IMPLEMENTATIONS = ["xla", "tpu"]
+IMPLEMENTATIONS = ["xla", "tpu", "gpu"]
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 # (B, T, S, N, K, H), options: what every implementation can do. Blocks of 128 are met
@@ -92,8 +93,14 @@ def _check(case, dtype, implementation):
             assert relative_l2(x, exact) < TOLERANCE[dtype]
 
 
-@implementations
-@pytest.mark.parametrize("case", CASES)
+# Compiling a kernel's interpreter takes seconds; what is left out differs for the TPU's alone.
+LEFT_OUT = {"gpu": ("blocks", "document_a_row", "strewn_documents")}
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [(case, x) for x in IMPLEMENTATIONS for case in CASES if case not in LEFT_OUT.get(x, ())],
+)
 def test_attention_and_gradients(case, implementation):
     _check(case, "float32", implementation)
 
@@ -111,8 +118,9 @@ def _random_case(seed):
     return (1, T, T, int(K * G), int(K), int(rng.choice([64, 128]))), options
 
 
-@implementations
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("seed", "implementation"), [*((n, x) for x in ("xla", "tpu") for n in range(2)), (0, "gpu")]
+)
 def test_random_shapes(seed, implementation):
     _check(_random_case(seed), "float32", implementation)
 
@@ -137,6 +145,24 @@ def test_all_blind_gives_zeros_and_no_nan(implementation):
     keywords |= dict(segment_ids_BT=np.ones_like(q_pos), kv_segment_ids_BS=np.zeros_like(q_pos))
     for x in _both_ways(implementation, q_pos, rope, keywords)(*arrays):
         assert (np.asarray(x) == 0).all()
+
+
+@implementations
+def test_padding_never_leaks(implementation):
+    """Negative ids: whatever is there, and whatever comes back to it, changes nothing elsewhere."""
+    arrays, q_pos, rope, keywords, _ = _arguments("documents", "float32")
+    ids = keywords["segment_ids_BT"].copy()
+    ids[0, 170:], ids[1, :30] = -1, -2
+    keywords |= dict(segment_ids_BT=ids, kv_segment_ids_BS=ids)
+    run = _both_ways(implementation, q_pos, rope, keywords)
+    padding = (ids < 0)[:, :, None, None]
+    clean, poisoned = (
+        run(*(np.where(padding, np.float32(x), y) for y in arrays)) for x in (0, np.nan)
+    )
+    for x, y in zip(clean, poisoned, strict=True):
+        assert (np.asarray(x) == np.asarray(y)).all()
+        assert (np.asarray(y)[ids < 0] == 0).all()
+        assert (np.asarray(y)[ids >= 0] != 0).any()
 
 
 @implementations

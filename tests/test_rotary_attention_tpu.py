@@ -124,7 +124,7 @@ def test_sizes_cover_the_sequence(T, kind, monkeypatch):
     [
         (48, "float32", "cpu", "head_dim 48: the TPU kernels have 64 and 128"),
         (64, "float16", "cpu", "float16: the TPU kernels have float32 and bfloat16"),
-        (64, "float32", "gpu", "run on TPU and, interpreted, on CPU; not on gpu"),
+        (64, "float32", "gpu", "'tpu' runs on tpu, not on gpu"),
     ],
 )
 def test_refuses(H, dtype, platform, why, monkeypatch):
