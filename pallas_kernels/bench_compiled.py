@@ -143,7 +143,8 @@ def line(row: dict[str, Any]) -> str:
         if way in row:
             said = row[way]
             parts.append(f"{way} {said['temporary_mib']:.1f} MiB, {said['moved_mb']:.0f} MB")
-    for kernel, own in row[way].get("bundles", {}).items():
+    most = row["both" if "both" in row else "decode"]
+    for kernel, own in most.get("bundles", {}).items():
         loops = [f"{name} {own[name]:,}" for name in ("clear", "masked", "step") if name in own]
         head_of = f", {own['a_head']:,} a head" if "a_head" in own else ""
         parts.append(f"{kernel} bundles: {', '.join(loops)}{head_of}")
