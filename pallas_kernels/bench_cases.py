@@ -72,7 +72,7 @@ def candidates(op: str, where: str, others: bool = True) -> dict[str, Callable[.
     """name -> function(q, k, v, positions, rope, ids): ours for the platform, then others'."""
     table = importlib.import_module(f"pallas_kernels.{op}")._IMPLEMENTATIONS
     ours = [name for name, (platforms, _) in table.items() if where in platforms]
-    found = {
+    found: dict[str, Callable[..., Any]] = {
         name: functools.partial(_ours, name) for name in ours if name != "xla" or len(ours) == 1
     }
     if others and op == "rotary_attention":

@@ -64,8 +64,8 @@ def compiled(args, device: jax.Device, folder: str) -> list[dict[str, Any]]:
     for n, (row, blocks, programs) in enumerate(todo, 1):
         started = time.perf_counter()
         try:
-            for way, program in programs.items():
-                row[way] = static(*program, mesh, blocks, folder)
+            for way, (program, arguments) in programs.items():
+                row[way] = static(program, arguments, mesh, blocks, folder)
         except (NotImplementedError, jax.errors.JaxRuntimeError) as e:
             row["cannot"] = str(e)[:200]
         rows.append(row)

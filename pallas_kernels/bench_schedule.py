@@ -56,7 +56,8 @@ def take(folder: str) -> dict[str, list[Loop]]:
 
 def loops_of(schedule: str) -> list[Loop]:
     """Loops by address: a bundle marked as a loop's body, and the branch back to its region."""
-    address, body, starts, loops = 0, False, {}, []
+    address, body, loops = 0, False, []
+    starts: dict[str, int] = {}
     for line in schedule.splitlines():
         if found := re.match(r"\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?.*\{", line):
             address, body = int(found[1], 16), found[2] == "LB"
@@ -88,7 +89,7 @@ def by_loop(way: str, loops: Sequence[Loop]) -> dict[str, int]:
     Raises:
       ValueError: the kernel's loops are not those that are known here.
     """
-    names = FORWARD if way == "forward" else BACKWARD
+    names: tuple[str, ...] = FORWARD if way == "forward" else BACKWARD
     if len(loops) == len(names) - 1:
         names = tuple(name for name in names if name != "turn_k")
     if len(loops) != len(names):
