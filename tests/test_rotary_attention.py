@@ -93,8 +93,8 @@ def _check(case, dtype, implementation):
             assert relative_l2(x, exact) < TOLERANCE[dtype]
 
 
-# Compiling a kernel's interpreter takes seconds; what is left out differs for the TPU's alone.
-LEFT_OUT = {"gpu": ("blocks", "document_a_row", "strewn_documents")}
+# Compiling an interpreted kernel takes seconds: left out is what other tests here see of it.
+LEFT_OUT = {"gpu": ("blocks", "document_a_row", "strewn_documents", "blind_queries")}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def _random_case(seed):
 
 
 @pytest.mark.parametrize(
-    ("seed", "implementation"), [*((n, x) for x in ("xla", "tpu") for n in range(2)), (0, "gpu")]
+    ("seed", "implementation"), [(0, "xla"), (1, "xla"), (0, "tpu"), (1, "gpu")]
 )
 def test_random_shapes(seed, implementation):
     _check(_random_case(seed), "float32", implementation)
@@ -175,15 +175,6 @@ def test_large_scores_do_not_overflow(implementation):
     per_head = np.repeat(v, q.shape[2] // v.shape[2], axis=2)
     nearest = np.abs(out[:, :, None] - per_head[:, None]).max(-1).min(2)
     assert np.median(nearest) < 1e-6
-
-
-@implementations
-def test_default_positions_and_segments_are_the_queries(implementation):
-    (q, k, v, _), q_pos, rope, keywords, _ = _arguments("documents", "float32")
-    explicit = rotary_attention(q, k, v, q_pos, rope, **keywords, implementation=implementation)
-    ids = dict(segment_ids_BT=keywords["segment_ids_BT"])
-    short = rotary_attention(q, k, v, q_pos, rope, **ids, implementation=implementation)
-    assert (np.asarray(explicit) == np.asarray(short)).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
