@@ -38,6 +38,7 @@ MESHES = {
 }
 CASES = [(preset, mesh) for preset, meshes in MESHES.items() for mesh in meshes]
 REMATS = ["full", "matmuls", "none"]
+CONTEXT = [("fsdp", "none"), ("fsdp_tensor", "full"), ("tensor_sequence", "none")]
 
 
 def _name(case):
@@ -86,8 +87,8 @@ def _one_device(cfg):
         (case, REMATS[i % 3], i % 4 == 1, TIED if i % 2 else CFG)
         for i, case in enumerate(CASES)
     ]
-    # Every remat of each preset; "matmuls" of these is above.
-    + [((p, MESHES[p][-1]), remat, False, CFG) for p in MESHES for remat in ("full", "none")],
+    # Every remat of each preset is above; one more of each where the sequence is split.
+    + [((p, MESHES[p][-1]), remat, False, CFG) for p, remat in CONTEXT],
     ids=lambda x: _name(x) if isinstance(x, tuple) else "",
 )
 def test_equals_one_device(case, remat, unroll, cfg, capfd):
