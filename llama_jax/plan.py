@@ -58,6 +58,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--served-tokens goes with --budget")
     if args.what and not args.on:
         parser.error(f"{args.what[0]}: on which machine? give --on, as {EXAMPLES}")
+    if args.what and args.what[0] in sampling.MODELS and not args.sample:
+        parser.error(f"{args.what[0]} is a model: give its recipe, or --sample to generate with it")
     if args.sample and len(args.what) > 1:
         parser.error(f"--sample takes one model, not {' '.join(args.what)}")
     if args.search and (args.sample or not args.what):

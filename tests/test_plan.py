@@ -24,7 +24,7 @@ from llama_jax.model import Execution, Llama
 from llama_jax.planning import budget, hlo, sampling, search
 from llama_jax.planning.compiled import compile_step, peak_bytes
 from llama_jax.planning.hlo_text import first_group
-from llama_jax.planning.machines import CHIPS, PlanError, machine
+from llama_jax.planning.machines import CHIPS, PlanError, devices, machine, wraps
 from llama_jax.quantize import weight_bytes
 from llama_jax.step import split
 
@@ -259,7 +259,7 @@ def no_gpus(name, count):
     ("name", "message"),
     [
         ("v9:2x2", "no chip 'v9'; known: v5e, v5p, v6e, tpu7x, a100, h100, h200, cpu"),
-        ("h100", "give the number of chips or their grid"),
+        ("v5p", "give the number of chips or their grid"),
         ("h100:8x8", "give the number of chips"),
         ("h100:0", "give the number of chips"),
         ("v5p:64", "grid of 3 axes"),
@@ -270,6 +270,21 @@ def no_gpus(name, count):
 def test_machines_that_are_none(name, message):
     with pytest.raises(PlanError, match=re.escape(message)):
         machine(name)
+
+
+def test_which_slices_close_to_a_ring():
+    """As Google's pages say: cubes of 4 x 4 x 4, and axes as long as a pod of 16 x 16."""
+    grids = [(2, 2, 1), (2, 4, 4), (4, 4, 4), (8, 8, 16), (8, 16), (16, 16), (4, 4)]
+    t, f = True, False
+    assert [wraps(g)[: len(g)] for g in grids] == [
+        (f, f, f), (f, f, f), (t, t, t), (t, t, t), (f, t), (t, t), (f, f)
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("name", [f"{k}:1" for k, c in CHIPS.items() if c.grids])
+def test_one_chip_alone(name):
+    assert len(devices(machine(name))) == CHIPS[name[:-2]].devices
 
 
 def test_machines():
@@ -406,6 +421,7 @@ def test_the_plan_on_the_terminal(recipe, capsys, tmp_path):
     ("args", "message"),
     [
         ([], "give RECIPE --on MACHINE"),
+        (["llama-7b", "--on", "h100:8"], "llama-7b is a model"),
         (["llama-9b", "--sample", "--on", "h100:1"], "no model 'llama-9b'; known: llama-7b"),
         (["llama-7b", "--sample", "--on", "abacus:1"], "no chip 'abacus'; known: v5e"),
         (["llama-7b", "--sample", "--on", "h100:3"], "do not divide the model's 32 heads"),

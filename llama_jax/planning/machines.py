@@ -40,6 +40,8 @@ class Chip:
     """GHz, to turn the compiler's cycles into seconds"""
     devices: int = 1
     """JAX devices of one chip; hours, watts and prices are of a chip"""
+    grids: str = ""
+    """of a TPU's slices, those that can be had (same pages; of large ones, some)"""
     int8_tops: float | None = None
     """dense int8 TOP/s, where products of int8 weights run faster"""
 
@@ -52,11 +54,13 @@ class Chip:
 # one way, maximum power); a host's network: 8 x 200 Gb/s (DGX A100) and 8 x 400 Gb/s (DGX H100,
 # H200). Memory: 92% of what the device has; XLA_PYTHON_CLIENT_MEM_FRACTION=.92 leaves the rest to
 # CUDA and NCCL.
+_FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
+_DEEP = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
 CHIPS: dict[str, Chip] = {
-    "v5e": Chip("TPU v5e", "tpu", 197, 15.75, 819, 200, clock=1.5),
-    "v5p": Chip("TPU v5p", "tpu", 459, 95.74, 2765, 600, clock=1.75),
-    "v6e": Chip("TPU v6e", "tpu", 918, 31.25, 1638, 400),
-    "tpu7x": Chip("TPU7x", "tpu", 1153.5, 94.75, 3690, 300, devices=2),
+    "v5e": Chip("TPU v5e", "tpu", 197, 15.75, 819, 200, clock=1.5, grids=_FLAT),
+    "v5p": Chip("TPU v5p", "tpu", 459, 95.74, 2765, 600, clock=1.75, grids=_DEEP),
+    "v6e": Chip("TPU v6e", "tpu", 918, 31.25, 1638, 400, grids=_FLAT),
+    "tpu7x": Chip("TPU7x", "tpu", 1153.5, 94.75, 3690, 300, devices=2, grids=_DEEP),
     "a100": Chip("A100 80 GB SXM", "gpu", 312, 0.92 * 79.25, 2039, 300, 25, 400, int8_tops=624),
     "h100": Chip("H100 80 GB SXM", "gpu", 989, 0.92 * 79.11, 3352, 450, 50, 700, int8_tops=1979),
     "h200": Chip("H200 141 GB SXM", "gpu", 989, 0.92 * 141.0, 4800, 450, 50, 700, int8_tops=1979),
@@ -96,18 +100,37 @@ def machine(name: str, chips: Mapping[str, Chip] = CHIPS) -> Machine:
     kind, colon, size = name.partition(":")
     if kind not in chips:
         known = ", ".join(chips)
-        raise PlanError(f"--on {name}: no chip {kind!r}; known: {known} (as {EXAMPLES})")
+        raise PlanError(f"--on {name}: no chip {kind!r}; known: {known} (as v5p:8x8x8, h100:64)")
     chip = chips[kind]
     sizes = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size)
     if not colon or not sizes or (chip.platform != "tpu" and "x" in size):
-        raise PlanError(f"--on {name}: give the number of chips or their grid, as {EXAMPLES}")
+        what = f" or their grid, one of {chip.grids}" if chip.grids else f", as in {kind}:8"
+        raise PlanError(f"--on {name}: give the number of chips{what}")
     grid = [int(n) for n in size.split("x")]
-    axes = 3 if kind in ("v5p", "tpu7x") else 2
+    axes = grid_axes(kind)
     if chip.platform == "tpu" and len(grid) != axes and grid != [1]:
         raise PlanError(
-            f"--on {name}: chips of a {kind} lie in a grid of {axes} axes, as in {EXAMPLES}"
+            f"--on {name}: chips of a {kind} lie in a grid of {axes} axes, as in {chip.grids}"
         )
     return Machine(name, chip, math.prod(grid))
+
+
+def grid_axes(kind: str) -> int:
+    """Dimensions of the grid in which a TPU's chips lie."""
+    return 3 if kind in ("v5p", "tpu7x") else 2
+
+
+def wraps(grid: tuple[int, ...]) -> tuple[bool, bool, bool]:
+    """Along which axes the last chip of a TPU slice has a link to the first (same pages): in three
+    dimensions along all from one cube of 4 x 4 x 4 on, in two along an axis as long as a pod's, 16.
+
+    libtpu takes a slice for a mesh without such links unless it is told; over more than 32 chips it
+    then makes each gather a sum of arrays filled up with zeros, at twice the traffic.
+    """
+    if len(grid) == 3:
+        return (all(n % 4 == 0 for n in grid),) * 3
+    x, y = grid
+    return x == 16, y == 16, False
 
 
 def devices(of: Machine) -> list[Any]:
@@ -139,13 +162,16 @@ def devices(of: Machine) -> list[Any]:
         )
     from jax.experimental import topologies
 
-    small = {} if of.chips > 3 else {"chips_per_host_bounds": tuple(map(int, size.split("x")))}
+    grid = tuple(map(int, size.split("x"))) if of.chips > 1 else (1,) * grid_axes(kind)
+    name, options = f"{kind}:{'x'.join(map(str, grid))}", {"wrap": wraps(grid)}
+    if of.chips < 4:  # less than a host
+        options["chips_per_host_bounds"] = (*grid, 1)[:3]
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=of.name, **small)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as e:  # jaxlib's own type, which it does not export on every version
         reason = str(e).split("\n")[0]
         raise PlanError(
-            f"--on {of.name}: the TPU compiler knows no such grid ({reason}); known are, for "
-            f"example, {EXAMPLES}, and v5e:2x2, v5p:2x2x1, 2x2x2, 4x4x4, 4x4x8, 8x8x16, v6e:4x4"
+            f"--on {of.name}: the TPU compiler knows no such grid ({reason}); there are "
+            f"{of.chip.grids}"
         ) from e
     return list(topology.devices)
