@@ -264,6 +264,7 @@ def no_gpus(name, count):
         ("h100:0", "give the number of chips"),
         ("v5p:64", "grid of 3 axes"),
         ("v5e:2x2x2", "grid of 2 axes"),
+        ("v6e:32x16", "the largest slice of v6e has 256 chips"),
         ("v5p:", "give the number of chips"),
     ],
 )

@@ -42,6 +42,8 @@ class Chip:
     """JAX devices of one chip; hours, watts and prices are of a chip"""
     grids: str = ""
     """of a TPU's slices, those that can be had (same pages; of large ones, some)"""
+    most: int | None = None
+    """chips of the largest slice"""
     int8_tops: float | None = None
     """dense int8 TOP/s, where products of int8 weights run faster"""
 
@@ -57,10 +59,10 @@ class Chip:
 _FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
 _DEEP = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
 CHIPS: dict[str, Chip] = {
-    "v5e": Chip("TPU v5e", "tpu", 197, 15.75, 819, 200, clock=1.5, grids=_FLAT),
-    "v5p": Chip("TPU v5p", "tpu", 459, 95.74, 2765, 600, clock=1.75, grids=_DEEP),
-    "v6e": Chip("TPU v6e", "tpu", 918, 31.25, 1638, 400, grids=_FLAT),
-    "tpu7x": Chip("TPU7x", "tpu", 1153.5, 94.75, 3690, 300, devices=2, grids=_DEEP),
+    "v5e": Chip("TPU v5e", "tpu", 197, 15.75, 819, 200, clock=1.5, grids=_FLAT, most=256),
+    "v5p": Chip("TPU v5p", "tpu", 459, 95.74, 2765, 600, clock=1.75, grids=_DEEP, most=6144),
+    "v6e": Chip("TPU v6e", "tpu", 918, 31.25, 1638, 400, grids=_FLAT, most=256),
+    "tpu7x": Chip("TPU7x", "tpu", 1153.5, 94.75, 3690, 300, devices=2, grids=_DEEP, most=9216),
     "a100": Chip("A100 80 GB SXM", "gpu", 312, 0.92 * 79.25, 2039, 300, 25, 400, int8_tops=624),
     "h100": Chip("H100 80 GB SXM", "gpu", 989, 0.92 * 79.11, 3352, 450, 50, 700, int8_tops=1979),
     "h200": Chip("H200 141 GB SXM", "gpu", 989, 0.92 * 141.0, 4800, 450, 50, 700, int8_tops=1979),
@@ -112,6 +114,8 @@ def machine(name: str, chips: Mapping[str, Chip] = CHIPS) -> Machine:
         raise PlanError(
             f"--on {name}: chips of a {kind} lie in a grid of {axes} axes, as in {chip.grids}"
         )
+    if chip.most and math.prod(grid) > chip.most:
+        raise PlanError(f"--on {name}: the largest slice of {kind} has {chip.most:,} chips")
     return Machine(name, chip, math.prod(grid))
 
 
