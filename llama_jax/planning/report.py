@@ -45,7 +45,7 @@ def figures(c: Compiled, watts: float | None, price: float | None) -> dict[str, 
     own = recipe.model.flops_per_token(recipe.data.seq_len) * tokens / c.machine.devices
     out["step"] = {
         "tokens": tokens,
-        "operations": c.cost.flops,
+        "operations": operations(c),
         "model_operations": own,
         "recomputed_operations": recomputed(recipe) * tokens / c.machine.devices,
         "memory_bytes": c.cost.bytes,
@@ -71,13 +71,30 @@ def recomputed(recipe: Recipe) -> float:
     all of its forward pass as well; under "full" also the products of a layer but the last, which
     nothing needs again. With train.loss_chunk, the logits.
     """
-    cfg, remat = recipe.model, recipe.train.remat
-    attention = 2.0 * math.prod(cfg.shape("LQ")) * recipe.data.seq_len  # forward, causal: half
+    cfg, remat, attention = recipe.model, recipe.train.remat, _attention(recipe)
     total = attention / 2 + (attention if remat != "none" else 0.0)
     if remat == "full":
         words = ("DQ", "DE", "DE", "QD", "DF", "DF")
         total += 2.0 * cfg.num_layers * sum(math.prod(cfg.shape(w)) for w in words)
     return total + (2.0 * math.prod(cfg.shape("DV")) if recipe.train.loss_chunk else 0.0)
+
+
+def operations(c: Compiled) -> float:
+    """Operations of a step on one device: what was counted in the program, and those of attention's
+    kernels where these declare none (Triton's cannot), from shapes."""
+    assert c.cost is not None
+    if not c.cost.silent_kernels:
+        return c.cost.flops
+    recipe = c.recipe
+    tokens = recipe.train.batch_size * recipe.data.seq_len / c.machine.devices
+    # Forward, backward twice that, and what is computed again: see `recomputed`.
+    times = 3.5 + (recipe.train.remat != "none")
+    return c.cost.flops + times * _attention(recipe) * tokens
+
+
+def _attention(recipe: Recipe) -> float:
+    """Operations of a token in attention's two products, forward; causal: half."""
+    return 2.0 * math.prod(recipe.model.shape("LQ")) * recipe.data.seq_len
 
 
 def _run(tokens: int, hours: float, chips: int) -> dict[str, Any]:
@@ -118,7 +135,7 @@ def _time(c: Compiled, own: float) -> dict[str, Any]:
     chip, rows = c.machine.chip, collectives(c)
     peak = chip.tflops * 1e12
     terms = {
-        "compute": c.cost.flops / peak,
+        "compute": operations(c) / peak,
         "memory": least_traffic(c) / (chip.bandwidth * 1e9),
         "links": sum(r["link_bytes"] for r in rows) / (chip.link * 1e9),
     }
@@ -191,7 +208,7 @@ def _work_lines(f: dict[str, Any]) -> list[str]:
         *(f"  {n:,} calls of kernel {k}" for k, n in step["kernels"].items()),
     ]
     if step["kernels_that_declare_nothing"]:
-        lines.append("  (kernels that declare no operations are not in that figure)")
+        lines.append("  (attention's kernels declare no operations here; counted by their shapes)")
     for r in step["collectives"]:
         where = ", on several hosts" if r["between_hosts"] else ""
         lines.append(
