@@ -167,7 +167,8 @@ def devices(of: Machine) -> list[Any]:
     from jax.experimental import topologies
 
     grid = tuple(map(int, size.split("x"))) if of.chips > 1 else (1,) * grid_axes(kind)
-    name, options = f"{kind}:{'x'.join(map(str, grid))}", {"wrap": wraps(grid)}
+    name = f"{kind}:{'x'.join(map(str, grid))}"
+    options: dict[str, Any] = {"wrap": wraps(grid)}
     if of.chips < 4:  # less than a host
         options["chips_per_host_bounds"] = (*grid, 1)[:3]
     try:
