@@ -32,6 +32,7 @@ RUN_ONCE = (
     "test_sharding",
     "test_model",
     "test_layers",
+    "test_generate",
     "test_plan",
     "test_quantize",
 )
