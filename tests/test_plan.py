@@ -214,7 +214,7 @@ def check(recipe, process, names):
         assert sum(r["calls"] for r in f["step"]["collectives"]) > 10
         assert f["time"]["step"] == max(f["time"]["terms"].values()) > 0
         assert 0 < f["time"]["mfu"] < 1
-        assert name.split(":")[0] not in ("h100", "a100") or f["run"]["mwh"] > 0
+        assert name.split(":")[0] not in ("h200", "a100") or f["run"]["mwh"] > 0
     return out, err
 
 
@@ -236,9 +236,10 @@ def test_every_tpu_family_and_two_plans_at_once(recipe):
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax's CUDA plugin"
 )
 def test_every_gpu_and_two_hosts(recipe):
-    names = ["a100:8", "h100:16", "h200:2"]
+    """But an H100, for which the searches below compile."""
+    names = ["a100:8", "h200:16"]
     check(recipe, plans(recipe, *names), names)
-    rows = json.loads((recipe.parent / "h100-16.json").read_text())["step"]["collectives"]
+    rows = json.loads((recipe.parent / "h200-16.json").read_text())["step"]["collectives"]
     assert any(r["between_hosts"] for r in rows)
 
 
@@ -466,6 +467,7 @@ def test_a_search_writes_the_fastest_recipe_that_fits(recipe, capfd, monkeypatch
     found = json.loads(out.read_text())
     assert (found["accumulate"], found["remat"]) == (made.train.accumulate, made.train.remat)
     assert made.train.batch_size == 16
+    assert found["run"]["mwh"] > 0
     tried = [float(s) for s in re.findall(r": ([\d.e-]+) s a step", capfd.readouterr().err)]
     assert len(tried) == 2
     assert found["time"]["step"] == pytest.approx(min(tried), rel=0.01)
@@ -475,7 +477,8 @@ def test_a_search_writes_the_fastest_recipe_that_fits(recipe, capfd, monkeypatch
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax's CUDA plugin"
 )
 def test_a_search_where_nothing_fits_says_by_how_much(recipe, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(search, "TRIES", 1)
+    every = search.candidates
+    monkeypatch.setattr(search, "candidates", lambda *a: every(*a)[:1])
     monkeypatch.chdir(tmp_path)
     small = dataclasses.replace(CHIPS["h100"], memory=1e-4)
     monkeypatch.setitem(CHIPS, "h100", small)
