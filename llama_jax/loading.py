@@ -33,7 +33,7 @@ from llama_jax.quantize import (
     weight_bytes,
 )
 from llama_jax.sharding import PRESETS, on_mesh, ways
-from llama_jax.step import split, take_apart
+from llama_jax.step import join, split, take_apart
 from llama_jax.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
@@ -132,6 +132,10 @@ def _load_quantized(
                     blocks[i].setdefault(room, {})[name] = whole
             else:
                 blocks.setdefault(room, {})[name] = jax.tree.map(lambda *x: jnp.stack(x), *made)
+            del made, w
+    if apart:
+        for layer in blocks.values():
+            join(layer)
     return params
 
 

@@ -71,11 +71,19 @@ class Attention(nnx.Module):
         self.how, self.head_dim = how, cfg.head_dim
 
     def __call__(self, x_BTD, where: "Where", cache=None, layer=None):
-        q_BTNH = self._heads(_project(self.how, x_BTD, self.q, "DQ", "BTQ"))
-        k_BTKH = self._heads(_project(self.how, x_BTD, self.k, "DE", "BTE"))
-        v_BTKH = self._heads(_project(self.how, x_BTD, self.v, "DE", "BTE"))
+        q_BTNH, k_BTKH, v_BTKH = map(self._heads, self._qkv(x_BTD))
         out_BTNH, cache = _attend(self.how, q_BTNH, k_BTKH, v_BTKH, where, cache, layer)
         return _project(self.how, out_BTNH, self.o, "QD", "BTD"), cache
+
+    def _qkv(self, x_BTD):
+        if hasattr(self, "qkv"):  # joined by Llama.take_apart
+            qkv = _project(self.how, x_BTD, self.qkv, "DQ", "BTQ")
+            Q = self.o.shape[0]
+            return jnp.split(qkv, (Q, (Q + qkv.shape[-1]) // 2), axis=-1)
+        q_BTQ = _project(self.how, x_BTD, self.q, "DQ", "BTQ")
+        k_BTE = _project(self.how, x_BTD, self.k, "DE", "BTE")
+        v_BTE = _project(self.how, x_BTD, self.v, "DE", "BTE")
+        return q_BTQ, k_BTE, v_BTE
 
     def _heads(self, x_BTQ):
         shape = (*x_BTQ.shape[:2], -1, self.head_dim)
@@ -95,8 +103,12 @@ class MLP(nnx.Module):
         self.how = how
 
     def __call__(self, x_BTD):
-        gate_BTF = _project(self.how, x_BTD, self.gate, "DF", "BTF")
-        up_BTF = _project(self.how, x_BTD, self.up, "DF", "BTF")
+        if hasattr(self, "gate_up"):  # joined by Llama.take_apart
+            gate_up = _project(self.how, x_BTD, self.gate_up, "DF", "BTF")
+            gate_BTF, up_BTF = jnp.split(gate_up, 2, axis=-1)
+        else:
+            gate_BTF = _project(self.how, x_BTD, self.gate, "DF", "BTF")
+            up_BTF = _project(self.how, x_BTD, self.up, "DF", "BTF")
         return _project(self.how, jax.nn.silu(gate_BTF) * up_BTF, self.down, "FD", "BTD")
 
 
@@ -125,6 +137,12 @@ class Where(NamedTuple):
     rope: Rope
     positions_BT: jax.Array | None
     segment_ids_BT: jax.Array | None
+
+
+JOINED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
+"""Matrices with the same operand, side by side in one when layers are taken apart for sampling:
+fewer and wider products. Not of sharded ones: a device's part of the whole would not be its parts
+of the matrices."""
 
 
 class Llama(nnx.Module):
@@ -214,8 +232,16 @@ class Llama(nnx.Module):
         return _unstack(self.blocks, self.cfg.num_layers)
 
     def take_apart(self) -> None:
-        """Cut the stack of layers for good."""
-        self.blocks = nnx.List(self.layers())
+        """Cut the stack of layers for good; on one device, join matrices of one operand."""
+        blocks = self.layers()
+        for block in blocks if meshless() else ():
+            for room, (whole, parts) in JOINED.items():
+                module = getattr(block, room)
+                matrices = [getattr(module, part)[...] for part in parts]
+                setattr(module, whole, nnx.Param(jnp.concatenate(matrices, axis=-1)))
+                for part in parts:
+                    delattr(module, part)
+        self.blocks = nnx.List(blocks)
 
     def _layers(self, x_BTD, where: Where, cache: KVCache | None):
         def body(carry, block_and_index):

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig, Recipe
-from llama_jax.model import Execution, Llama, cut
+from llama_jax.model import JOINED, Execution, Llama, cut
 from llama_jax.optim import make_optimizer, make_schedule
 from llama_jax.quantize import is_quantized
 from llama_jax.sharding import PRESETS, meshless, reshard
@@ -161,8 +161,26 @@ def take_apart(params: Params) -> Params:
 
     cut_up = pieces(params["blocks"])
     L = len(cut_up["mlp_norm"])
-    layer = lambda i: jax.tree.map(lambda x: x[i], cut_up, is_leaf=lambda x: isinstance(x, list))
-    return {**params, "blocks": {i: layer(i) for i in range(L)}}
+    is_list = lambda x: isinstance(x, list)
+    layers = {}
+    for i in range(L):
+        layers[i] = join(jax.tree.map(lambda x: x.pop(0), cut_up, is_leaf=is_list))
+    return {**params, "blocks": layers}
+
+
+def join(layer: Params) -> Params:
+    """A layer's weights, on one device with matrices joined as in
+    :data:`llama_jax.model.JOINED`; changed in place."""
+    for room, (whole, parts) in JOINED.items() if meshless() else ():
+        if room in layer:
+            matrices = [layer[room].pop(part) for part in parts]
+            layer[room][whole] = _side_by_side(*matrices)
+    return layer
+
+
+@jax.jit
+def _side_by_side(*matrices: Any) -> Any:
+    return jax.tree.map(lambda *w: jnp.concatenate(w, axis=-1), *matrices)
 
 
 @jax.jit

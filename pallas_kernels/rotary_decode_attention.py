@@ -94,31 +94,52 @@ def _check_within(name: str, x, most: int, why: str) -> None:
         raise ValueError(f"{name} must be from 0 to {most} ({why}); got {x.tolist()}")
 
 
+BLOCK = 128
+"""Slots that the reference reads at a time."""
+
+
 def _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
-    """The reference: reads all of the layer's slots."""
+    """The reference: block after block of slots, as far as the longest row, with a running maximum
+    (online softmax, arXiv 1805.02867)."""
     B, T, N, H = q.shape
+    K, S = cache_k.shape[2:4]
     positions = lengths[:, None] + jnp.arange(T, dtype=lengths.dtype)
     q, k = rotate(q, positions, rope), rotate(k, positions, rope)
     cache_k, cache_v = (
         _append(cache, new, layer, lengths) for cache, new in ((cache_k, k), (cache_v, v))
     )
-    keys, values = (lax.dynamic_index_in_dim(c, layer, 0, False) for c in (cache_k, cache_v))
-    K, S = keys.shape[1:3]
-    slots = jnp.arange(S)
-    # Dead slots may hold anything, NaN too: a weight of zero would not silence a NaN value.
-    live_BS = slots < lengths[:, None] + T
-    values = jnp.where(live_BS[:, None, :, None], values, 0).astype(q.dtype)
-    seen_BTS = slots <= positions[:, :, None]
     q_BKGTH = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    size = min(BLOCK, S)
     dot = lambda equation, a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-    # Keys on the left: on the right, XLA's CPU compiler would turn all of them for each product.
-    scores = dot("BKSH,BKGTH->BKSGT", keys.astype(q.dtype), q_BKGTH).transpose(0, 1, 3, 4, 2)
-    scores = scores * scale
-    scores = jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    out = dot("BKGTS,BKSH->BKGTH", weights.astype(q.dtype), values)
-    out = out / jnp.sum(weights, axis=-1, keepdims=True)
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype), cache_k, cache_v
+
+    def block(i, carry):
+        most, total, out = carry
+        start = jnp.minimum(i * size, S - size)  # the last block ends where the cache does,
+        slots = start + jnp.arange(size)
+        fresh = slots >= i * size  # and may begin in the one before
+        keys, values = (
+            lax.dynamic_slice(c, (layer, 0, 0, start, 0), (1, B, K, size, H))[0].astype(q.dtype)
+            for c in (cache_k, cache_v)
+        )
+        # Dead slots may hold anything, NaN too: a weight of zero would not silence a NaN value.
+        live_BS = fresh & (slots < lengths[:, None] + T)
+        values = jnp.where(live_BS[:, None, :, None], values, 0)
+        # Keys on the left: on the right, XLA's CPU compiler would turn all of them.
+        scores = dot("BKSH,BKGTH->BKSGT", keys, q_BKGTH).transpose(0, 1, 3, 4, 2)
+        seen_BTS = fresh & (slots <= positions[:, :, None])
+        scores = jnp.where(seen_BTS[:, None, None], scores * scale, -jnp.inf)
+        higher = jnp.maximum(most, jnp.max(scores, axis=-1, keepdims=True))
+        weights, shrink = jnp.exp(scores - higher), jnp.exp(most - higher)
+        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+        out = out * shrink + dot("BKGTS,BKSH->BKGTH", weights.astype(q.dtype), values)
+        return higher, total, out
+
+    blank = jnp.zeros_like(q_BKGTH, jnp.float32)
+    start = blank[..., :1] - jnp.inf, blank[..., :1], blank
+    blocks = (jnp.max(lengths) + T + size - 1) // size
+    _, total, out = lax.fori_loop(0, blocks, block, start)
+    out = (out / total).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return out.astype(q.dtype), cache_k, cache_v
 
 
 def _append(cache_LBKSH, new_BTKH, layer, lengths_B):
