@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llama_jax.config import MODELS
 from llama_jax.model import Execution, KVCache, Llama
 from llama_jax.planning.hlo import count
-from llama_jax.sharding import AXES, PRESETS
+from llama_jax.sharding import AXES, PRESETS, on_mesh, reshard
 from llama_jax.step import merge, split, structure, take_apart
-from pallas_kernels import Rope, rotary_decode_attention
+from pallas_kernels import Rope, dispatch, rotary_decode_attention
 from pallas_kernels.chips import topology
 
 CFG = MODELS["llama2-7b"]
@@ -82,23 +82,30 @@ def test_the_whole_step(name, chips, B, monkeypatch):
     pytest.importorskip(package, reason="needs the compiler")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-    mesh = mesh_of(topology(name)[:chips])
-    # As `llama_jax.load` does it: layers apart on a GPU, stacked on a TPU.
+    devices = topology(name)[:chips]
+    mesh = None if gpu else mesh_of(devices)
+    if gpu:
+        monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+        monkeypatch.setattr(dispatch, "device_kind", lambda: devices[0].device_kind)
+    # As `llama_jax.load` does it: on one GPU no mesh and layers apart, on a TPU stacked.
     how = Execution(jnp.dtype(jnp.bfloat16), PRESETS["fsdp_tensor"], unroll=gpu)
     graphdef = structure(CFG, how, apart=gpu)
     place = lambda x, spec, dtype=None: jax.ShapeDtypeStruct(
-        x.shape, dtype or x.dtype, sharding=NamedSharding(mesh, spec)
+        x.shape,
+        dtype or x.dtype,
+        sharding=SingleDeviceSharding(devices[0]) if gpu else NamedSharding(mesh, spec),
     )
 
     def step(params, tokens_BT, cache):
         logits_BTV, cache = merge(graphdef, params)(tokens_BT, cache=cache)
-        whole_BTV = jax.sharding.reshard(logits_BTV, PartitionSpec())
+        whole_BTV = reshard(logits_BTV, PartitionSpec())
         return jnp.argmax(whole_BTV, axis=-1).astype(jnp.int32), cache
 
-    with jax.set_mesh(mesh):
+    spec_of = lambda x: None if gpu else x.sharding.spec
+    with on_mesh(mesh):
         weights = jax.eval_shape(lambda: split(Llama(CFG, how, nnx.Rngs(0)))[1])
         weights = jax.eval_shape(take_apart, weights) if gpu else weights
-        params = jax.tree.map(lambda x: place(x, x.sharding.spec, jnp.bfloat16), weights)
+        params = jax.tree.map(lambda x: place(x, spec_of(x), jnp.bfloat16), weights)
         cache = jax.eval_shape(lambda: KVCache.empty(CFG, B, SLOTS, jnp.bfloat16))
         act = how.rules.act
         specs = KVCache(act("LBKSH"), act("LBKSH"), act("B"))
