@@ -69,6 +69,8 @@ class Attention(nnx.Module):
         self.v = w("DE", init_std)
         self.o = w("QD", init_std / math.sqrt(2 * cfg.num_layers))
         self.how, self.head_dim = how, cfg.head_dim
+        Q, E = cfg.shape("QE")
+        self.bounds = Q, Q + E
 
     def __call__(self, x_BTD, where: "Where", cache=None, layer=None):
         q_BTNH, k_BTKH, v_BTKH = map(self._heads, self._qkv(x_BTD))
@@ -78,8 +80,7 @@ class Attention(nnx.Module):
     def _qkv(self, x_BTD):
         if hasattr(self, "qkv"):  # joined by Llama.take_apart
             qkv = _project(self.how, x_BTD, self.qkv, "DQ", "BTQ")
-            Q = self.o.shape[0]
-            return jnp.split(qkv, (Q, (Q + qkv.shape[-1]) // 2), axis=-1)
+            return jnp.split(qkv, self.bounds, axis=-1)
         q_BTQ = _project(self.how, x_BTD, self.q, "DQ", "BTQ")
         k_BTE = _project(self.how, x_BTD, self.k, "DE", "BTE")
         v_BTE = _project(self.how, x_BTD, self.v, "DE", "BTE")
