@@ -49,9 +49,8 @@ def rotary_attention(
       positions_BT: int32, what each query is rotated by: any value, there is no table to leave.
       rope: frequencies, see :class:`Rope`.
       kv_positions_BS: int32, what each key is rotated by; default: ``positions_BT`` (S = T).
-      segment_ids_BT: int32; a query sees keys of its own id only (packed documents). A negative id
-        is padding: it gives zeros and no gradient, and may hold anything, NaN too. Default: one
-        document.
+      segment_ids_BT: int32; a query sees keys of its own id only (packed documents; padding has an
+        id of its own). Default: one document.
       kv_segment_ids_BS: ids of the keys; default: ``segment_ids_BT`` (S = T).
       q_offset: index of query 0 among the keys, for a shard of a longer sequence.
       causal: query t sees key s only if s <= t + q_offset. Order is that of the array, not of the
@@ -63,8 +62,8 @@ def rotary_attention(
 
     Returns:
       [B, T, N, H] in q's dtype. Scores, softmax and sums are float32. A query that sees no key
-      gives zeros. What a query does not see must be finite all the same, but for padding: it may
-      share a block, where its weight is 0.
+      gives zeros. What a query does not see must be finite all the same: it may share a block,
+      where its weight is 0.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
@@ -87,20 +86,12 @@ def rotary_attention(
     if segment_ids_BT is not None:
         _check_numbers("segment_ids_BT", segment_ids_BT, q_BTNH.shape[:2])
         _check_numbers("kv_segment_ids_BS", kv_segment_ids_BS, k_BSKH.shape[:2])
-        q_BTNH = _without_padding(q_BTNH, segment_ids_BT)
-        k_BSKH, v_BSKH = (_without_padding(x, kv_segment_ids_BS) for x in (k_BSKH, v_BSKH))
-    out_BTNH = dispatch.call(
+    return dispatch.call(
         "rotary_attention", _IMPLEMENTATIONS, implementation,
         q_BTNH, k_BSKH, v_BSKH, positions_BT, kv_positions_BS, rope,
         segment_ids_BT, kv_segment_ids_BS, q_offset, causal,
         scale if scale is not None else q_BTNH.shape[-1] ** -0.5,
     )  # fmt: skip
-    return out_BTNH if segment_ids_BT is None else _without_padding(out_BTNH, segment_ids_BT)
-
-
-def _without_padding(x_BTNH, ids_BT):
-    """Zeros at negative ids, where its gradient is 0 too: a weight of 0 would not silence a NaN."""
-    return jnp.where((ids_BT < 0)[:, :, None, None], 0, x_BTNH)
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:

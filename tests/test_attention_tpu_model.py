@@ -67,19 +67,20 @@ def _layer(device, B, T):
         )
         state = jax.tree.map(lambda x: of(x, jnp.bfloat16), state)
         x_BTD = of(jax.ShapeDtypeStruct((B, T, cfg.dim), jnp.bfloat16), jnp.bfloat16)
-        positions = of(jax.ShapeDtypeStruct((B, T), jnp.int32), jnp.int32)
+        ids = of(jax.ShapeDtypeStruct((B, T), jnp.int32), jnp.int32)
 
-        def both_ways(state, x_BTD, d_out, positions):
-            where = Where(rope_of(cfg), positions, None)
+        def both_ways(state, x_BTD, d_out, positions, segments):
+            where = Where(rope_of(cfg), positions, segments)
             run = lambda state, x: nnx.merge(graph, state)(x, where)[0]
             out, pull = jax.vjp(run, state, x_BTD)
             return out, *pull(jax.sharding.reshard(d_out, jax.typeof(out).sharding.spec))
 
-        return jax.jit(both_ways).lower(state, x_BTD, x_BTD, positions).compile()
+        return jax.jit(both_ways).lower(state, x_BTD, x_BTD, ids, ids).compile()
 
 
 def test_fused_layer_moves_little(v5p):
-    """16384 tokens of the 8B: what XLA reads and writes around the kernels, and memory."""
+    """16384 tokens of the 8B in packed documents: what XLA reads and writes around the kernels, and
+    memory."""
     program = _layer(v5p, 4, 4096)
     text = program.as_text()
     assert "rotary_attention_forward" in text
