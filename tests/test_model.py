@@ -185,21 +185,22 @@ def _decoder(cfg: ModelConfig, unroll: bool):
     return jax.jit(lambda params, tokens, cache: build(params)(tokens, cache=cache))
 
 
-def _chunks(text: str) -> list[int]:
-    return [int(n) for n in text.split("+")]
+@functools.cache
+def _prefilled(cfg: ModelConfig) -> tuple[dict, np.ndarray, np.ndarray]:
+    """(weights, tokens, their logits at once)."""
+    tokens, params = tools.random_tokens(cfg, 2, 17), tools.tree_of(tools.random_weights(cfg))
+    return params, tokens, np.asarray(jax.jit(lambda p: tools.model_of(cfg)(p)(tokens))(params))
 
 
 @pytest.mark.parametrize("unroll", [False, True], ids=["scan", "unroll"])
-@pytest.mark.parametrize("chunks", ["17", "+".join(["1"] * 17), "8+1+5+3"])
+@pytest.mark.parametrize("chunks", ["17", "+".join(["1"] * 17), "8+1+8"])
 @pytest.mark.parametrize("case", ["heads", "grouped"])
 def test_decode_equals_prefill(case, chunks, unroll):
     cfg = tools.GRID[case][0]
-    tokens = tools.random_tokens(cfg, 2, 17)
-    params = tools.tree_of(tools.random_weights(cfg))
-    want = np.asarray(jax.jit(lambda p: tools.model_of(cfg)(p)(tokens))(params))
+    params, tokens, want = _prefilled(cfg)
     cache = KVCache.empty(cfg, 2, DECODE_SLOTS, jnp.float32)
     out, at = [], 0
-    for n in _chunks(chunks):
+    for n in map(int, chunks.split("+")):
         logits, cache = _decoder(cfg, unroll)(params, tokens[:, at : at + n], cache)
         out.append(logits)
         at += n
@@ -246,7 +247,7 @@ def test_cache_takes_no_positions():
 
 def test_packed_equals_unpacked():
     """Documents in one row, told apart by segment ids, give what each gives alone; grads too."""
-    lengths = [7, 1, 12, 4]
+    lengths = [7, 1, 12, 7]
     tokens = tools.random_tokens(GQA, 1, sum(lengths))
     segments = np.repeat(np.arange(1, 5, dtype=np.int32), lengths)[None]
     positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])[None]
@@ -254,19 +255,19 @@ def test_packed_equals_unpacked():
     params = tools.tree_of(tools.random_weights(GQA))
     build = tools.model_of(GQA)
 
-    def pulled(run, d):
-        logits, pull = jax.vjp(run, params)
-        return logits, tools.flat_of(pull(d)[0])
+    @jax.jit
+    def run(tokens, d_logits, **documents):
+        logits, pull = jax.vjp(lambda p: build(p)(tokens, **documents), params)
+        return logits, pull(d_logits)[0]
 
-    packed = jax.jit(lambda p: build(p)(tokens, segment_ids_BT=segments, positions_BT=positions))
-    logits, grads = pulled(packed, d_logits)
+    logits, grads = run(tokens, d_logits, segment_ids_BT=segments, positions_BT=positions)
+    grads = tools.flat_of(grads)
     sums = dict.fromkeys(grads, 0.0)
     for at, n in zip(np.cumsum([0, *lengths]), lengths, strict=False):
         here = slice(at, at + n)
-        alone = jax.jit(lambda p, here=here: build(p)(tokens[:, here]))
-        want, want_grads = pulled(alone, d_logits[:, here])
+        want, want_grads = run(tokens[:, here], d_logits[:, here])
         assert tools.logit_error(logits[:, here], np.asarray(want)) < 1e-6
-        sums = {name: sums[name] + want_grads[name] for name in sums}
+        sums = {name: sums[name] + x for name, x in tools.flat_of(want_grads).items()}
     for name, want in sums.items():
         assert tools.relative_l2(grads[name], want) < 2e-6, name
 
