@@ -253,9 +253,10 @@ class Llama(nnx.Module):
         body = _remat(body, self.how.remat)
         L = self.cfg.num_layers
         if self.how.unroll or isinstance(self.blocks, nnx.List):
+            body = body if cache is None else jax.jit(body)  # sampling: traced once for all layers
             carry = (x_BTD, cache)
             for i, block in enumerate(self.layers()):
-                carry, _ = body(carry, (block, i))
+                carry, _ = body(carry, (block, jnp.int32(i)))
         else:
             carry, _ = jax.lax.scan(body, (x_BTD, cache), (self.blocks, jnp.arange(L)))
         return carry
@@ -422,19 +423,15 @@ def _attend(how: Execution, q, k, v, where: Where, cache: KVCache | None, layer)
     positions, segments = where.positions_BT, where.segment_ids_BT
     if cache is not None:
         heads, stack = act("BTNH"), act("LBKSH")
-        layer = jnp.asarray(layer, jnp.int32)  # an array: traced once for all layers
         new = (q, k, v, cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, where.rope)
         specs = (heads, act("BTKH"), act("BTKH"), stack, stack, P(), act("B"), P())
         out_specs = (heads, stack, stack)
-        out, *stacks = _on_each_device(_decode_attention, new, specs, out_specs)
+        out, *stacks = _on_each_device(rotary_decode_attention, new, specs, out_specs)
         return out, cache._replace(k_LBKSH=stacks[0], v_LBKSH=stacks[1])
     args = (q, k, v, positions, positions, segments, segments, where.rope)
     BT, BS = how.rules.operand("BT"), act("BS")
     in_specs = (act("BTNH"), act("BSKH"), act("BSKH"), BT, BS, BT, BS, P())
     return _on_each_device(train, args, in_specs, act("BTNH")), None
-
-
-_decode_attention = jax.jit(rotary_decode_attention)
 
 
 def _on_each_device(function, args, in_specs, out_specs):
