@@ -9,16 +9,20 @@ import pytest
 if jax.config.jax_platforms in (None, "", "cpu"):
     jax.config.update("jax_num_cpu_devices", 8)
 
-# Those that take longest come first, so that no worker is left with one at the end.
+# Files that take longest come first, so that no worker is left with one at the end.
 FIRST = (
+    "test_resume",
     "test_convert",
+    "test_rotary_decode_attention",
+    "test_rotary_attention",
+    "test_train",
+    "test_sharding",
+    "test_model",
+    "test_generate",
+    "test_plan",
     "test_convert_inputs",
     "test_convert_logits",
     "test_convert_settings",
-    "test_resume",
-    "test_train",
-    "test_plan",
-    "test_rotary_decode_attention",
 )
 
 # Most of the time of these goes into compiling programs that run once, for milliseconds.
