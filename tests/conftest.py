@@ -39,6 +39,9 @@ RUN_ONCE = (
     "test_generate",
     "test_plan",
     "test_quantize",
+    "test_convert_quantised",
+    "test_sampling",
+    "test_tokenizer_llama3",
 )
 
 

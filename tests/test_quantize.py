@@ -70,13 +70,16 @@ def test_the_model_multiplies_what_the_weights_stand_for(kind):
     )  # fmt: skip
     assert jax.tree.map(jnp.shape, rounded) == jax.tree.map(jnp.shape, params)
     tokens_BT = jnp.arange(12).reshape(2, 6)
-    results = []
-    for weights in (quantized, rounded):
+
+    @jax.jit
+    def logits(weights):
         llama = merge(graphdef, weights)
         first, cache = llama(tokens_BT, cache=KVCache.empty(cfg, 2, 8, jnp.dtype("float32")))
-        results.append(jnp.concatenate([first, llama(tokens_BT[:, :1], cache=cache)[0]], axis=1))
-    np.testing.assert_allclose(results[0], results[1], atol=2e-6)
-    assert not np.allclose(results[0][:, :6], merge(graphdef, params)(tokens_BT), atol=1e-6)
+        return jnp.concatenate([first, llama(tokens_BT[:, :1], cache=cache)[0]], axis=1)
+
+    of_quantized = logits(quantized)
+    np.testing.assert_allclose(of_quantized, logits(rounded), atol=2e-6)
+    assert not np.allclose(of_quantized, logits(params), atol=1e-6)
 
 
 def test_sizes_of_the_published_models():
