@@ -11,7 +11,6 @@ compiled step: another prompt length, number of tokens or temperature compiles n
 
 import contextlib
 import functools
-import numbers
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from llama_jax.decoding import STRIDE, Rows
 from llama_jax.model import Execution, KVCache
 from llama_jax.quantize import bytes_of
 from llama_jax.rows import Generation, Row, check_text
-from llama_jax.sampling import Greedy, Sample, Settings, settings_of
+from llama_jax.sampling import Greedy, Sample, Settings, check_whole, settings_of
 from llama_jax.sharding import on_mesh
 from llama_jax.step import structure
 from llama_jax.tokenizer import Tokenizer
@@ -386,14 +385,9 @@ def _named(texts: list[Any]) -> Iterator[tuple[str, Any]]:
 def _check(texts, max_new_tokens, n, seed) -> None:
     for where, text in _named(texts):
         check_text(where, text)
-    for name, value, least in (
-        ("max_new_tokens", max_new_tokens, 1),
-        ("n", n, 1),
-        ("seed", seed, 0),
-    ):
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not whole or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
+    check_whole("max_new_tokens", max_new_tokens, 1)
+    check_whole("n", n, 1)
+    check_whole("seed", seed, 0)
     if seed >= 2**32:  # a key is made of 32 bits: others would repeat those of smaller seeds
         raise ValueError(f"seed={seed} must be less than 2**32")
 

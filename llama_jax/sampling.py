@@ -9,7 +9,7 @@ so that another temperature compiles nothing.
 import dataclasses
 import math
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +57,15 @@ class Sample:
             number = isinstance(value, numbers.Real) and not isinstance(value, bool)
             if not (number and math.isfinite(value) and allowed(value)):
                 raise ValueError(f"{name}={value!r} must be a number, {words}")
-        k = self.top_k
-        whole = isinstance(k, numbers.Integral) and not isinstance(k, bool)
-        if k is not None and not (whole and k > 0):
-            raise ValueError(f"top_k={k!r} must be a whole number, 1 or more")
+        if self.top_k is not None:
+            check_whole("top_k", self.top_k, 1)
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raise ValueError for what is no whole number of at least ``least``."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
 
 
 class Settings(NamedTuple):
