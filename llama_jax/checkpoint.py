@@ -9,7 +9,6 @@ half-written when a process died is removed at the next start.
 
 import json
 import logging
-import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from llama_jax.config import ConfigError, ModelConfig, check_model, to_dict
 from llama_jax.conversion.orbax_weights import ORBAX, open_array
+from llama_jax.io import atomic_write
 
 CHECKSUMS = "checksums.json"
 ITEMS = ("model", "optimizer", "run")
@@ -162,8 +162,8 @@ class Checkpoints:
 def write_about(folder: Path, cfg: ModelConfig, tokenizer: Path, token_ids: dict[str, int]) -> None:
     """``model.json`` and the tokenizer, beside the steps."""
     about = {"format": 1, "rotary_layout": "half", "model": to_dict(cfg), "token_ids": token_ids}
-    write_whole(folder / "model.json", json.dumps(about, indent=1).encode())
-    write_whole(folder / "tokenizer.model", tokenizer.read_bytes())
+    atomic_write(folder / "model.json", json.dumps(about, indent=1).encode())
+    atomic_write(folder / "tokenizer.model", tokenizer.read_bytes())
 
 
 def read_about(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -247,16 +247,6 @@ def _unreadable(item: Path, error: BaseException) -> ConfigError:
     return ConfigError(f"the weights in {item} cannot be read: {_first_line(error)}")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(path)
-
-
 def check_files(step: Path) -> None:
     """Compare the files of a step with ``checksums.json`` (absent if the process died right after
     the save).
@@ -293,7 +283,7 @@ def _write_checksums(step: Path) -> None:
             str(p.relative_to(step)): [p.stat().st_size, crc]
             for p, crc in zip(files, pool.map(_crc32, files), strict=True)
         }
-    write_whole(step / CHECKSUMS, json.dumps(sums).encode())
+    atomic_write(step / CHECKSUMS, json.dumps(sums).encode())
 
 
 def _crc32(path: Path) -> int:

@@ -40,6 +40,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llama_jax.config import DataConfig, SourceConfig
+from llama_jax.io import atomic_write
 from llama_jax.text import KNOWN, TEXT, Document, RawSource, digest, find_files, read_documents
 from llama_jax.tokenizer import FILE_NAME as TOKENIZER
 from llama_jax.tokenizer import Tokenizer, train_tokenizer
@@ -90,7 +91,7 @@ def prepare_mixture(data: DataConfig, vocab_size: int, out_dir: str | Path) -> P
         "tokenizer": {"file": TOKENIZER, "sha256": sha256, "trained_on": trained_on},
         "sources": {n: {"folder": folders[n], "weight": s.weight} for n, s in data.sources.items()},
     }
-    _write(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+    atomic_write(out / MANIFEST, json.dumps(manifest, indent=1).encode())
     return out
 
 
@@ -141,7 +142,7 @@ def _tokenizer(
         first_made = next((s.path for n, s in data.sources.items() if n not in raw), "")
         given = Tokenizer.load(data.tokenizer or first_made)
         if given.vocab_size <= vocab_size:
-            _write(target, given.path.read_bytes())
+            atomic_write(target, given.path.read_bytes())
             return Tokenizer.load(target), ""
         return given, ""  # an error follows: leave what is there
     inputs = {n: [s.inputs, data.sources[n].weight, thresholds[n]] for n, s in raw.items()}
@@ -232,7 +233,7 @@ def _prepare_source(
         encode = functools.partial(_encode, tokenizer, dtype, threshold)
         manifest["splits"] = _write_shards(source, encode, partial, data.workers or _cores())
         shutil.copyfile(tokenizer.path, partial / TOKENIZER)
-        _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+        atomic_write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
     documents = sum(s["documents"] for s in manifest["splits"].values())
     if documents > len(source.files) and source.files[0].name.endswith(TEXT):
         log.info(
@@ -388,16 +389,6 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(e, OSError):
             raise OSError(f"preparing {folder} failed, nothing half-written is left: {e}") from e
-        raise
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
         raise
 
 

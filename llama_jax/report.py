@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.checkpoint import write_whole
+from llama_jax.io import atomic_write
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -37,7 +37,7 @@ class Report:
         self._file = folder / "metrics.jsonl"
         self._picture = folder / "loss.png"
         self.records = [r for r in read_records(self._file) if r["step"] <= step]
-        write_whole(self._file, "".join(json.dumps(r) + "\n" for r in self.records).encode())
+        atomic_write(self._file, "".join(json.dumps(r) + "\n" for r in self.records).encode())
         from tensorboardX import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=20)

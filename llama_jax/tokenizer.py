@@ -11,7 +11,6 @@ import contextlib
 import functools
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax import tiktoken_text
+from llama_jax.io import atomic_write
 
 FILE_NAME = "tokenizer.model"
 
@@ -308,13 +308,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> 
         )
     except RuntimeError as e:
         raise ValueError(_training_problem(str(e), vocab_size)) from None
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(out.getvalue())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    atomic_write(path, out.getvalue())
     return Tokenizer.load(path)
 
 

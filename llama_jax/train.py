@@ -9,7 +9,6 @@ Starting the same recipe again continues the run.
 
 import argparse
 import functools
-import os
 import signal
 import sys
 import textwrap
@@ -29,11 +28,12 @@ from llama_jax.checkpoint import (
     load_weights,
     read_about,
     write_about,
-    write_whole,
 )  # fmt: skip
 from llama_jax.config import ConfigError, Recipe, load_recipe, settings, to_dict, to_toml
 from llama_jax.data import TrainData, eval_batches, held_out, open_mixture
+from llama_jax.distributed import start_distributed
 from llama_jax.feed import Feed
+from llama_jax.io import atomic_write
 from llama_jax.model import Execution
 from llama_jax.prepare import prepare_mixture
 from llama_jax.sharding import check_fits, make_mesh
@@ -88,31 +88,6 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(error: Exception, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
-
-
-def start_distributed() -> None:
-    """Join the other processes where something has started this as one of several.
-
-    Slurm, Open MPI, Cloud TPU and GKE are recognised by JAX; elsewhere JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID say it.
-    """
-    several = lambda name: int(os.environ.get(name, "1") or 1) > 1
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    if (
-        "JAX_COORDINATOR_ADDRESS" in os.environ
-        or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
-        or several("SLURM_NTASKS")
-        or several("OMPI_COMM_WORLD_SIZE")
-        or len(hosts) > 1
-    ):
-        number = lambda name: int(os.environ[name]) if name in os.environ else None
-        # A process that died is noticed within half a minute, and the others end with an error.
-        jax.distributed.initialize(
-            num_processes=number("JAX_NUM_PROCESSES"),
-            process_id=number("JAX_PROCESS_ID"),
-            heartbeat_timeout_seconds=30,
-        )
 
 
 def run(recipe: Recipe) -> None:
@@ -217,7 +192,7 @@ class Run:
             )
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(saved, to_toml(self.recipe).encode())
+            atomic_write(saved, to_toml(self.recipe).encode())
         _barrier("folder")
 
     def _start(self) -> tuple[int, TrainState]:

@@ -1,0 +1,35 @@
+"""``llama-jax VERB ...``, the same as ``python -m llama_jax.VERB ...``."""
+
+import importlib
+import sys
+
+VERBS = {
+    "prepare": "text to token shards",
+    "train": "pretrain or fine-tune a model",
+    "generate": "sample from a model",
+    "convert": "convert weights between Meta, Hugging Face and Orbax",
+    "verify": "check every file of a run, a checkpoint or prepared data",
+    "plan": "memory, speed and cost of a run, before renting anything",
+}
+
+
+def main(argv: list[str] | None = None) -> int | str | None:
+    """Run a command; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, VERBS))
+        print("usage: llama-jax VERB ...\n")
+        print(*(f"  {verb:{width}}  {what}" for verb, what in VERBS.items()), sep="\n")
+        print("\nllama-jax VERB --help says more of each.")
+        return 0 if argv else 2
+    if argv[0] not in VERBS:
+        print(
+            f"error: unknown command {argv[0]!r}; the commands are {', '.join(VERBS)}",
+            file=sys.stderr,
+        )
+        return 2
+    return importlib.import_module(f"llama_jax.{argv[0]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Files: written whole or not at all, read within stated limits, locked by one process at a time.
+
+Every file of ours that must not be half-written goes through :func:`atomic_write`; every JSON file
+that a stranger may have made goes through :func:`read_json`.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 64 << 20
+"""The largest JSON file read; a tokenizer.json of 128k tokens has 17 MB."""
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file so that, whatever happens, ``path`` holds its old content or all of the new.
+
+    Raises:
+      OSError: the disk is full or not writable; ``path`` is as it was, with nothing beside it.
+    """
+    # A name of its own for each writer: two processes never write into one temporary file.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with partial.open("xb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's list of names to the disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file of at most ``max_bytes``.
+
+    Raises:
+      ValueError: a folder, pipe or device, or a file that is larger; says which.
+      OSError: missing or not readable.
+    """
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not a regular file")
+    with open(descriptor, "rb") as f:
+        if info.st_size > max_bytes:
+            raise ValueError(f"{path} has {info.st_size:,} bytes; at most {max_bytes:,} are read")
+        return f.read()
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      ValueError: too large, not UTF-8, not JSON, nested too deeply, or not an object; names the
+        file.
+      OSError: missing or not readable.
+    """
+    content = read_limited(path, max_bytes)
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` where it came "
+            "from"
+        )
+    try:
+        tree = json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: nested too deeply") from None
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: not JSON ({e})") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(tree).__name__}, not an object")
+    return tree
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, doing: str) -> Iterator[None]:
+    """Hold ``folder`` for this process alone, through ``folder/.lock``.
+
+    The operating system releases the lock when the process ends, however it ends, so a dead process
+    never holds it.
+
+    Args:
+      folder: an existing folder.
+      doing: what this process does there, for the message of the other one: "training".
+
+    Raises:
+      ValueError: another process holds it; names its process id, host and what it does.
+    """
+    path = folder / ".lock"
+    with path.open("a+", encoding="utf-8") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            holder = f.read(200).strip() or "another process"
+            raise ValueError(
+                f"{folder} is in use: {holder}; wait for it or stop it, or use another folder"
+            ) from None
+        f.truncate(0)
+        f.write(f"{doing} (process {os.getpid()} on {os.uname().nodename})\n")
+        f.flush()
+        yield
