@@ -7,8 +7,10 @@ In comes a file's content; out come ranks of pieces, Llama 3's control tokens, a
 import base64
 from typing import Any
 
+MAX_WORD_BYTES = 1024
+"""Of a piece; Llama 3's longest has 128."""
 # How Llama 3 splits text before merging, from Meta's tokenizer.py.
-_SPLIT = (
+SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -21,7 +23,10 @@ def ranks_of(content: bytes) -> dict[bytes, int]:
       ValueError: the content is something else.
     """
     lines = (line.split() for line in content.decode("ascii").split("\n") if line)
-    return {base64.b64decode(word, validate=True): int(rank) for word, rank in lines}
+    ranks = {base64.b64decode(word, validate=True): int(rank) for word, rank in lines}
+    if max(map(len, ranks), default=0) > MAX_WORD_BYTES:
+        raise ValueError(f"a piece has more than {MAX_WORD_BYTES} bytes")
+    return ranks
 
 
 def special_tokens(newer: bool) -> list[str]:
@@ -54,7 +59,7 @@ def to_json(ranks: dict[bytes, int], newer: bool) -> dict[str, Any]:
         for i, name in enumerate(special)
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    split = {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     before = [split, level | {"use_regex": False}]
     start = {"SpecialToken": {"id": special[0], "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))

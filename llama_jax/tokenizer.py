@@ -7,11 +7,11 @@ id stands for: SentencePiece (LLaMA, Llama 2), ``tokenizer.json`` and tiktoken (
     Tokenizer.load("tokenizer.model").encode("Hello", bos=True)
 """
 
-import contextlib
 import functools
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax import tiktoken_text
-from llama_jax.io import atomic_write
+from llama_jax.io import MAX_JSON_BYTES, atomic_write, read_limited
 
 FILE_NAME = "tokenizer.model"
 
@@ -42,9 +42,17 @@ TRAINER = dict(
 )
 # SentencePiece drops lines of more than 4192 bytes from training; a character has at most 4.
 LONGEST_LINE = 1000
+MAX_IDS = 2**22
+"""The largest vocabulary read; Gemma's has 262,144 ids."""
+PIECE_CHARS = 2**16
+"""Longer texts are encoded in pieces of about this many characters where that is exact."""
 # Control ids that start and end a document, by the names that model families use.
 _STARTS = ("<|begin_of_text|>", "<s>")
 _ENDS = ("<|end_of_text|>", "</s>")
+# Regular expressions that end a word at white space after a letter: Llama 3's and Qwen's.
+_PATTERNS = {tiktoken_text.SPLIT, tiktoken_text.SPLIT.replace("{1,3}", "")}
+# Letters that every version of Unicode has; any others are only passed over.
+_LETTER_THEN_SPACE = re.compile("[A-Za-zÀ-ÖØ-öø-ɏΑ-ΡΣ-ωА-яא-ת一-龥ぁ-ゖァ-ヺ가-힣](?=[ \n])")
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
@@ -63,34 +71,13 @@ class Tokenizer:
           ValueError: missing, or by its content something else; says what it is and what to do.
         """
         path = _file_of(Path(path))
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise ValueError(f"tokenizer {path} does not exist{_other_tokenizers(path)}") from None
-        except OSError as e:
-            raise ValueError(f"tokenizer {path} cannot be read: {e.strerror}") from None
-        if not content:
-            raise ValueError(f"tokenizer {path} is empty; copy it again")
-        if content.startswith(b"version https://git-lfs"):
+        tokenizer = _parse(_content(path), path)
+        if not 0 < tokenizer.vocab_size <= MAX_IDS:
             raise ValueError(
-                f"tokenizer {path} is a Git LFS pointer, not the file itself; run `git lfs pull` "
-                "where it came from"
+                f"tokenizer {path} is damaged: its ids go up to {tokenizer.vocab_size - 1:,}; "
+                f"from 1 to {MAX_IDS:,} ids are read"
             )
-        if content.lstrip()[:1] in (b"{", b"["):
-            return JsonTokenizer(content.decode(errors="replace"), path)
-        if _TIKTOKEN.match(content):
-            return JsonTokenizer(_json_of(content, path), path)
-        try:
-            processor = _sentencepiece().SentencePieceProcessor(model_proto=content)
-        except RuntimeError:
-            processor = None
-        if processor is None or processor.vocab_size() == 0:
-            raise ValueError(
-                f"tokenizer {path} is not a SentencePiece model, a tokenizer.json or tiktoken text "
-                "(other data, or damaged); give the file published with the weights, or none to "
-                "train one on the data"
-            )
-        return SentencePiece(processor, path)
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -120,7 +107,19 @@ class Tokenizer:
         """
         raise NotImplementedError
 
-    def _encode(self, text: str) -> np.ndarray:
+    def _encode(self, text: str, start: bool = True) -> np.ndarray:
+        """Ids of a text; ``start``: of the start of a text, which LLaMA puts a space before."""
+        raise NotImplementedError
+
+    def _cut(self, text: str, at: int) -> int:
+        """The first place from ``at`` on where the text's two parts have the ids of the whole.
+
+        The end of the text where there is none, or where none is known for this tokenizer.
+        """
+        return len(text)
+
+    def piece(self, token: int) -> str | None:
+        """How the file writes an id; None for an id that it does not have."""
         raise NotImplementedError
 
     def _decode(self, ids: list[int]) -> str:
@@ -131,15 +130,30 @@ class Tokenizer:
         return self.encode_array(text, bos, eos).tolist()
 
     def encode_array(self, text: str, bos: bool = False, eos: bool = False) -> np.ndarray:
-        """As :meth:`encode`, in int32: no Python object a token, so threads need not wait."""
+        """As :meth:`encode`, in int32: no Python object a token, so threads need not wait.
+
+        A long text is encoded piece by piece, in memory of a few times its size, with exactly the
+        ids of the whole: SentencePiece BPE without a normaliser (LLaMA) is cut between characters
+        that no piece of the vocabulary joins, Llama 3's and other known ``tokenizer.json`` between
+        a letter and white space. A text without such places, and any other tokenizer, is encoded
+        whole, which takes some 35 times the memory of the text.
+        """
         for wanted, name, token in ((bos, "bos", self.bos_id), (eos, "eos", self.eos_id)):
             if wanted and token is None:
                 raise ValueError(f"{name}=True, but tokenizer {self.path} has no {name} id")
-        ids = self._encode(text)
+        ids = self._encode(text) if len(text) <= PIECE_CHARS else self._encode_pieces(text)
         if not bos and not eos:
             return ids
         before, after = [self.bos_id] * bos, [self.eos_id] * eos
         return np.concatenate([np.array(before, np.int32), ids, np.array(after, np.int32)])
+
+    def _encode_pieces(self, text: str) -> np.ndarray:
+        parts, start = [], 0
+        while start < len(text):
+            end = self._cut(text, start + PIECE_CHARS)
+            parts.append(self._encode(text[start:end], start == 0))
+            start = end
+        return np.concatenate(parts)
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text in which control ids are written out (<s>, <|eot_id|>), as chat templates
@@ -157,16 +171,18 @@ class Tokenizer:
         return next((name for name, i in self.controls.items() if i == token), "")
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of ids; control ids (bos, eos) give none, bytes that are no UTF-8 give U+FFFD.
+        """Text of ids; bytes that are no UTF-8 give U+FFFD.
+
+        Control ids (bos, eos) give no text, nor do ids beyond the vocabulary: a model whose
+        embedding is larger than its tokenizer's vocabulary can draw those.
 
         Raises:
-          ValueError: an id outside the vocabulary.
+          ValueError: a negative id.
         """
         ids = [int(i) for i in ids]
-        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise ValueError(
-                f"token id {bad[0]} is outside the vocabulary of {self.vocab_size} ({self.path})"
-            )
+        if min(ids, default=0) < 0:
+            raise ValueError(f"token id {min(ids)} is negative ({self.path})")
+        ids = [i for i in ids if i < self.vocab_size]
         return self._decode(ids)
 
     @functools.cached_property
@@ -176,11 +192,29 @@ class Tokenizer:
 
 
 class SentencePiece(Tokenizer):
-    """LLaMA's and Llama 2's."""
+    """LLaMA's and Llama 2's.
 
-    def __init__(self, processor: Any, path: Path):
-        self._processor = processor
+    Raises:
+      ValueError: the content is something else, or damaged.
+    """
+
+    def __init__(self, content: bytes, path: Path):
         self.path = path
+        try:
+            # After the pieces come the trainer's and the normaliser's settings; a file cut short at
+            # a piece would otherwise load as a smaller tokenizer.
+            sections = {number: value for number, value in _fields(content) if number in (2, 3)}
+            self._trainer, self._normalizer = (dict(_fields(sections[n])) for n in (2, 3))
+            self._processor = _sentencepiece().SentencePieceProcessor(model_proto=content)
+            if not 0 < self._processor.vocab_size() <= MAX_IDS:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RuntimeError):
+            raise ValueError(
+                f"tokenizer {path} is not a SentencePiece model, a tokenizer.json or tiktoken text "
+                "(other data, or damaged: cut short, for example); give the file published with "
+                "the weights, or none to train one on the data"
+            ) from None
+        self._content = content
 
     @property
     def vocab_size(self) -> int:
@@ -199,8 +233,46 @@ class SentencePiece(Tokenizer):
         ids = [i for i in (self.bos_id, self.eos_id) if i is not None]
         return {self._processor.id_to_piece(i): i for i in ids}
 
-    def _encode(self, text: str) -> np.ndarray:
-        return self._processor.encode_as_numpy(text)
+    def _encode(self, text: str, start: bool = True) -> np.ndarray:
+        return (self._processor if start else self._inside).encode_as_numpy(text)
+
+    @functools.cached_property
+    def _inside(self) -> Any:
+        """The same model for text that continues a text: no space is put before it."""
+        # Settings that come later in the file win: normalizer_spec.add_dummy_prefix = false.
+        content = self._content + b"\x1a\x02\x18\x00"
+        return _sentencepiece().SentencePieceProcessor(model_proto=content)
+
+    def _cut(self, text: str, at: int) -> int:
+        # BPE merges neighbours into pieces of the vocabulary: where no piece has these two
+        # characters side by side, nothing on one side depends on the other.
+        pairs, single = self._joined
+        for i in range(at, len(text)) if pairs is not None else ():
+            right = text[i].replace(" ", "▁")
+            if text[i - 1].replace(" ", "▁") + right not in pairs and (
+                not single or right in single
+            ):
+                return i
+        return len(text)
+
+    @functools.cached_property
+    def _joined(self) -> tuple[set[str] | None, set[str]]:
+        """Pairs of characters inside pieces, None where a cut may be inexact; and, where unknown
+        characters side by side become one id (no byte fallback), the known characters."""
+        trainer, normalizer = self._trainer, self._normalizer
+        is_bpe = trainer.get(3, 1) == 2
+        suffix = trainer.get(24, 0)  # treat_whitespace_as_suffix
+        # precompiled_charsmap, remove_extra_whitespaces, escape_whitespaces
+        changes = normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(5, 1)
+        if not is_bpe or suffix or changes:
+            return None, set()
+        pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
+        pairs = {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
+        byte_fallback = trainer.get(35, 0)
+        return pairs, set() if byte_fallback else {p for p in pieces if len(p) == 1}
+
+    def piece(self, token: int) -> str | None:
+        return self._processor.id_to_piece(token) if 0 <= token < self.vocab_size else None
 
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
@@ -232,9 +304,12 @@ class JsonTokenizer(Tokenizer):
         self.path = path
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as e:  # the library raises nothing narrower
+            self._tokenizer.encode("a b\n")  # some errors show only here
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as e:  # a panic of the library's Rust is no Exception
             raise ValueError(
-                f"tokenizer {path} is JSON, but no tokenizer.json that can be used: {e}"
+                f"tokenizer {path} is JSON, but no tokenizer.json that can be used: {e!s:.500}"
             ) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -267,8 +342,33 @@ class JsonTokenizer(Tokenizer):
     def controls(self) -> Mapping[str, int]:
         return self._controls
 
-    def _encode(self, text: str) -> np.ndarray:
+    def _encode(self, text: str, start: bool = True) -> np.ndarray:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def _cut(self, text: str, at: int) -> int:
+        found = _LETTER_THEN_SPACE.search(text, at - 1) if self._splits_words else None
+        return found.end() if found else len(text)
+
+    @functools.cached_property
+    def _splits_words(self) -> bool:
+        """Whether the text is always split between a letter and white space, before any merge."""
+        tree = json.loads(self._tokenizer.to_str())
+        if not all(t["special"] for t in tree["added_tokens"]):  # these match across words
+            return False
+        if tree["normalizer"] not in (None, {"type": "NFC"}):
+            return False
+        before = tree["pre_tokenizer"] or {}
+        steps = before.get("pretokenizers", [before])
+        level = steps[-1]
+        if level.get("type") != "ByteLevel" or level["add_prefix_space"]:
+            return False
+        splits = [s for s in steps[:-1] if s["type"] != "Digits"]
+        known = [s["type"] == "Split" and s["pattern"].get("Regex") in _PATTERNS for s in splits]
+        isolated = all(s.get("behavior") == "Isolated" and not s.get("invert") for s in splits)
+        return all(known) and isolated and (bool(known) or level["use_regex"])
+
+    def piece(self, token: int) -> str | None:
+        return self._tokenizer.id_to_token(token) if token >= 0 else None
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -298,6 +398,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> 
       ValueError: no text, or too little or too varied for so many pieces; names the limit.
     """
     path, out = Path(path), io.BytesIO()
+    if not 0 < vocab_size <= MAX_IDS:
+        raise ValueError(
+            f"vocab_size={vocab_size} is out of range: a tokenizer has 1 to {MAX_IDS:,} ids"
+        )
     try:
         _sentencepiece().SentencePieceTrainer.train(
             sentence_iterator=_lines(texts),
@@ -335,15 +439,110 @@ def _training_problem(message: str, vocab_size: int) -> str:
     return f"training a tokenizer of vocab_size={vocab_size} failed: {message}"
 
 
+def lost_in(tokenizer: Tokenizer, text: str) -> str:
+    """What of a text does not come back from its ids: "" if nothing.
+
+    SentencePiece writes a space as "▁", so that character itself comes back as a space from every
+    tokenizer of LLaMA's; that is no loss here. Nor are other code points for the same characters
+    (a tokenizer that normalises to NFC).
+    """
+    same = lambda t: unicodedata.normalize("NFC", t).replace("▁", " ")
+    before, after = same(text), same(tokenizer.decode(tokenizer.encode_array(text)))
+    if before == after:
+        return ""
+    pairs = enumerate(zip(before, after, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
+    return (
+        f"{before[max(0, at - 10) : at + 20]!r} comes back as {after[max(0, at - 10) : at + 20]!r}"
+    )
+
+
+def _content(path: Path) -> bytes:
+    """A tokenizer's file, read within limits; ValueError says what is wrong with it."""
+    try:
+        content = read_limited(path, MAX_JSON_BYTES)
+    except FileNotFoundError:
+        raise ValueError(f"tokenizer {path} does not exist{_other_tokenizers(path)}") from None
+    except ValueError as e:
+        raise ValueError(f"tokenizer {e}") from None
+    except OSError as e:
+        raise ValueError(f"tokenizer {path} cannot be read: {e.strerror}") from None
+    if not content:
+        raise ValueError(f"tokenizer {path} is empty; copy it again")
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"tokenizer {path} is a Git LFS pointer, not the file itself; run `git lfs pull` "
+            "where it came from"
+        )
+    return content
+
+
+def _parse(content: bytes, path: Path) -> Tokenizer:
+    if content.lstrip()[:1] in (b"{", b"["):
+        return JsonTokenizer(content.decode(errors="replace"), path)
+    if _TIKTOKEN.match(content):
+        return JsonTokenizer(_json_of(content, path), path)
+    return SentencePiece(content, path)
+
+
+def _fields(message: Any) -> Iterator[tuple[int, Any]]:
+    """Number and value (int or bytes) of each field of a Protocol Buffers message.
+
+    Raises:
+      ValueError: not such a message, or cut short.
+    """
+    at, end = 0, len(message)
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while at < end and shift < 64:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+        raise ValueError("cut short")
+
+    while at < end:
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+            continue
+        if kind not in (1, 2, 5):
+            raise ValueError(f"field {number} has the unknown type {kind}")
+        size = varint() if kind == 2 else 8 if kind == 1 else 4
+        if size > end - at:
+            raise ValueError("cut short")
+        yield number, message[at : at + size]
+        at += size
+
+
 def _file_of(path: Path) -> Path:
-    """The tokenizer of a folder: SentencePiece, else the fuller of Llama 3's two files."""
+    """The tokenizer of a folder: its tokenizer.json if that has more ids (tokens were added to the
+    model's), else its tokenizer.model.
+
+    Raises:
+      ValueError: one of the two cannot be read, or the larger has other pieces under shared ids.
+    """
     if not path.is_dir():
         return path
     model, other = path / FILE_NAME, path / "tokenizer.json"
-    if not other.is_file():
+    if not (model.exists() and other.exists()):
+        return other if other.exists() else model
+    of_model, of_json = (_parse(_content(p), p) for p in (model, other))
+    if isinstance(of_model, JsonTokenizer):  # Llama 3's: its .json names the control tokens
+        return other
+    if of_json.vocab_size <= of_model.vocab_size:
         return model
-    with contextlib.suppress(OSError), model.open("rb") as f:
-        return other if _TIKTOKEN.match(f.read(100)) else model
+    for i in range(of_model.vocab_size):
+        if of_json.piece(i) != of_model.piece(i):
+            raise ValueError(
+                f"{model} and {other} are different tokenizers: id {i} is {of_model.piece(i)!r} "
+                f"in one, {of_json.piece(i)!r} in the other; remove the one that is not the "
+                "weights'"
+            )
     return other
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_jax.tokenizer import Tokenizer, train_tokenizer
+from llama_jax import tokenizer as tokenizer_module
+from llama_jax.tokenizer import Tokenizer, lost_in, train_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -170,6 +172,9 @@ RANKS = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)
         (bytes(range(256)) * 4, "not a SentencePiece model"),
         (b"some words of text\n", "not a SentencePiece model"),
         (b"\x08\x01", "not a SentencePiece model"),
+        (b"[" * 100_000, "no tokenizer.json that can be used"),
+        (b'{"version": ' + b"[" * 100_000, "no tokenizer.json that can be used"),
+        (b"QQ== 0\n" + b"QQ" * 700 + b"== 1\n", "tiktoken.* damaged"),
     ],
 )
 def test_files_that_are_something_else(tmp_path, content, message):
@@ -182,10 +187,27 @@ def test_files_that_are_something_else(tmp_path, content, message):
 
 
 def test_a_damaged_model_is_an_error(tmp_path, trained):
+    """Cut short anywhere, also between two pieces; and what is no file of bounded size."""
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(trained.path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="damaged"):
+    content = trained.path.read_bytes()
+    # A piece: a tag, its size, the rest; this cut leaves 200 whole pieces.
+    at = 0
+    for _ in range(200):
+        at += 2 + content[at + 1]
+    assert content[at] == 0x0A
+    for end in (1000, at, len(content) - 1, len(content) - 30):
+        path.write_bytes(content[:end])
+        with pytest.raises(ValueError, match=r"tokenizer.model is not a SentencePiece .* damaged"):
+            Tokenizer.load(path)
+    path.write_bytes(b"")
+    os.truncate(path, 6_000_000_000)
+    with pytest.raises(ValueError, match=r"tokenizer.model has 6,000,000,000 bytes; at most"):
         Tokenizer.load(path)
+    path.unlink()
+    os.mkfifo(path)
+    for given in (path, tmp_path):
+        with pytest.raises(ValueError, match=r"tokenizer.model is not a regular file"):
+            Tokenizer.load(given)
 
 
 def test_missing_file_lists_what_is_there(tmp_path):
@@ -196,10 +218,74 @@ def test_missing_file_lists_what_is_there(tmp_path):
         Tokenizer.load(tmp_path / "no" / "nothing.model")
 
 
-def test_wrong_ids(trained):
-    for bad in (330, -1):
-        with pytest.raises(ValueError, match=f"token id {bad} is outside the vocabulary of 330"):
-            trained.decode([5, bad])
+def test_ids_without_text(trained):
+    """An embedding may be larger than the tokenizer: its further ids decode to nothing."""
+    ids = trained.encode("the cat")
+    assert trained.decode([ids[0], 330, *ids[1:], 10**6]) == trained.decode(ids) == "the cat"
+    with pytest.raises(ValueError, match="token id -1 is negative"):
+        trained.decode([5, -1])
+
+
+ADVERSARIAL = [
+    "the cat sat on mats while 12 dogs ran home and nobody" * 40,
+    "thecatsatonmats" * 100,  # no space: cut between letters that no piece joins, or nowhere
+    "a" * 3000, " " * 3000, "\n" * 3000, "\n \n" * 800, "▁ ▁" * 500, "  the  cat" * 200,
+    "é☃日本語 café\n" * 120,
+    "\x00\ufeff e\u0301 \ud7ff" * 150, "😀👩‍👩‍👧‍👦" * 150, "1234567890 " * 200,
+]  # fmt: skip
+
+
+def test_pieces_of_a_long_text_have_the_ids_of_the_whole(trained, tmp_path, monkeypatch):
+    """Cut every 50 characters or so; also without byte fallback, where unknown characters join."""
+    import sentencepiece
+
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 50)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(english(50)), model_prefix=str(tmp_path / "no_bytes"), vocab_size=60,
+        model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False,
+        minloglevel=3,
+    )  # fmt: skip
+    rng = np.random.default_rng(2)
+    mixed = ["".join(rng.choice(list("the cat▁ \n☃é12"), 800)) for _ in range(20)]
+    real = Path(json.__file__).read_text() + Path(tokenizer_module.__file__).read_text()
+    if SHARED.is_dir():
+        real += (SHARED / "tinyshakespeare" / "input.txt").read_text()[:50_000]
+    for tokenizer in [*tokenizers(trained), Tokenizer.load(tmp_path / "no_bytes.model")]:
+        sizes: list[int] = []
+        encode = tokenizer._encode
+
+        def counted(text, start=True, encode=encode, sizes=sizes):
+            sizes.append(len(text))
+            return encode(text, start)
+
+        monkeypatch.setattr(tokenizer, "_encode", counted)
+        for text in [real, *ADVERSARIAL, *mixed]:
+            whole = tokenizer._encode(text)
+            sizes.clear()
+            assert tokenizer.encode_array(text).tolist() == whole.tolist()
+            assert text != real or max(sizes) < 200
+
+
+def test_a_tokenizer_that_normalises_is_not_cut(tmp_path, monkeypatch):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(english(50)), model_prefix=str(tmp_path / "t"), vocab_size=30,
+        minloglevel=3,
+    )  # fmt: skip
+    tokenizer = Tokenizer.load(tmp_path / "t.model")
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 50)
+    text = " ".join(english(20))
+    assert tokenizer._cut(text, 50) == len(text)
+    assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+    # It also loses text: case and accents stay, but runs of spaces do not.
+    assert "'the  cat' comes back as 'the cat'" in lost_in(tokenizer, "the  cat")
+    assert "☃" in lost_in(tokenizer, "the ☃ cat")
+    assert lost_in(tokenizer, "the cat") == ""
+
+
+def test_a_space_character_that_text_has_itself_is_no_loss(trained):
+    assert lost_in(trained, "the▁cat  sat ☃") == ""
 
 
 def test_a_model_without_bos(tmp_path):

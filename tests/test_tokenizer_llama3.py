@@ -12,10 +12,11 @@ from convert_tools import DTYPES, small
 
 import llama_jax
 from llama_jax import tiktoken_text
+from llama_jax import tokenizer as tokenizer_module
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.convert import convert
 from llama_jax.prepare import prepare_mixture
-from llama_jax.tokenizer import JsonTokenizer, Tokenizer
+from llama_jax.tokenizer import JsonTokenizer, Tokenizer, train_tokenizer
 
 N = len(tiktoken_tools.ranks())
 AS_JSON = json.dumps(tiktoken_text.to_json(tiktoken_tools.ranks(), newer=True))
@@ -61,8 +62,7 @@ def test_text_comes_back_and_bytes_add_up(tokenizer):
         # No control id comes out of a text, whatever is written there.
         assert max(ids[1:-1], default=0) < N
     assert tokenizer.decode(tokenizer.encode("語")[:-1]) == "\ufffd"
-    with pytest.raises(ValueError, match="is outside the vocabulary"):
-        tokenizer.decode([N + 256])
+    assert tokenizer.decode([N + 256, *tokenizer.encode("the"), 10**9]) == "the"
 
 
 def test_templates_write_controls(tokenizer):
@@ -81,6 +81,29 @@ def test_ids_are_those_of_transformers(tokenizer, folder):
         assert tokenizer.encode(text, bos=True) == theirs(text)["input_ids"]
     marked = "<|start_header_id|>user<|end_header_id|>\n\nthe theatre<|eot_id|>"
     assert tokenizer.encode_marked(marked) == theirs(marked, add_special_tokens=False)["input_ids"]
+
+
+def test_pieces_of_a_long_text_have_the_ids_of_the_whole(tokenizer, monkeypatch):
+    rng = np.random.default_rng(0)
+    alphabet = [*"the 12'\n\t!é漢 \u0301\r", "'re", "then", "  ", "\n\n"]
+    texts = ["".join(rng.choice(alphabet, 600)) for _ in range(40)]
+    for text in [*texts, "漢字" * 300, " " * 500, "a \n b" * 99, tiktoken_tools.TEXT * 20]:
+        whole = tokenizer.encode(text)
+        monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 40)
+        assert tokenizer.encode(text) == whole
+        monkeypatch.undo()
+    assert tokenizer._cut("the theatre", 1) == 3
+    # GPT-2's own words end there too; what is joined across words is encoded whole.
+    for change, splits in (
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+          | {"use_regex": True}}, True),
+        ({"pre_tokenizer": None}, False),
+        ({"normalizer": {"type": "Lowercase"}}, False),
+        ({"added_tokens": [{"id": 0, "content": "e t", "special": False, "normalized": False}
+          | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)]}, False),
+    ):  # fmt: skip
+        other = JsonTokenizer(json.dumps(json.loads(AS_JSON) | change), tokenizer.path)
+        assert other._splits_words == splits
 
 
 def test_other_tokenizers_of_hugging_face(tmp_path):
@@ -115,6 +138,40 @@ def test_other_tokenizers_of_hugging_face(tmp_path):
     assert tokenizer.encode("a b\n", bos=True) == [1, 7, 4, 6, 3]
     assert tokenizer.decode([1, 7, 4, 6, 3, 2]) == "a b\n"
     assert tokenizer.bytes_of_id_V.tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
+    assert tokenizer._cut("a b" * 99, 3) == 297  # not known to be exact: encoded whole
+
+
+def test_the_fuller_tokenizer_of_a_folder(tmp_path):
+    """Tokens added to a model's are in its tokenizer.json alone, and are controls there."""
+    model = train_tokenizer(["the theatre then thawed there\n"] * 40, 280, tmp_path / "t.model")
+    (tmp_path / "t.model").rename(tmp_path / "tokenizer.model")
+    vocab = {model.piece(i): i for i in range(280)}
+    controls = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    ids = [0, 1, 2, 280, 281]
+    tree = json.loads(AS_JSON) | {
+        "added_tokens": [
+            {"id": i, "content": c, "special": True, "normalized": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+            for i, c in zip(ids, controls, strict=True)
+        ],
+        "model": {"type": "BPE", "vocab": vocab, "merges": []}, "post_processor": None,
+    }  # fmt: skip
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tree))
+    fuller = Tokenizer.load(tmp_path)
+    assert (fuller.vocab_size, fuller.path) == (282, path)
+    assert fuller.encode_marked("<|im_start|>")[0] == 280
+    # Not fuller: the model's own file. Another vocabulary: neither.
+    path.write_text(json.dumps(tree | {"added_tokens": tree["added_tokens"][:3]}))
+    assert Tokenizer.load(tmp_path).path.name == "tokenizer.model"
+    swapped = vocab | {model.piece(270): 271, model.piece(271): 270}
+    tree["model"]["vocab"] = swapped
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"are different tokenizers: id 270 is '.+' in one"):
+        Tokenizer.load(tmp_path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer.json is JSON, but no tokenizer.json"):
+        Tokenizer.load(tmp_path)
 
 
 TEMPLATE = (
