@@ -20,10 +20,21 @@ import grain
 import numpy as np
 
 from llama_jax.config import DataConfig
+from llama_jax.manifest import (
+    MixtureManifest,
+    check_file,
+    check_starts,
+    check_tokenizer,
+    find_source,
+    in_order,
+    read_manifest,
+    unordered,
+)  # fmt: skip
+from llama_jax.manifest import verify as verify
 from llama_jax.tokenizer import Tokenizer
 
-FORMAT = 1
-"""version of the shards this file reads, that llama_jax.prepare writes"""
+STARTS_CHECKED = 2**23
+"""Documents of a split whose order is checked when it is opened; beyond, when they are read."""
 
 Batch = dict[str, np.ndarray]
 
@@ -51,45 +62,32 @@ class Mixture:
 def open_mixture(folder: str | Path) -> Mixture:
     """Read what ``prepare_mixture`` wrote.
 
+    Sizes of all files, both manifests and the tokenizer's hash are checked; :func:`verify` reads
+    everything.
+
     Raises:
-      ValueError: not there, of another version, or a shard is missing or of the wrong size.
+      ValueError: not there, of another version, altered, a shard is missing or of the wrong size,
+        or no text is held out.
     """
     folder = Path(folder)
-    top = _read_manifest(folder)
+    top = read_manifest(folder, MixtureManifest)
+    tokenizer = folder / top["tokenizer"]["file"]
+    if problems := check_tokenizer(tokenizer, top["tokenizer"]["sha256"]):
+        raise ValueError(problems[0])
     sources = {}
     for name, entry in top["sources"].items():
-        path = folder / entry["folder"]
-        manifest = _read_manifest(path)
+        path, manifest = find_source(folder, name, entry)
         if manifest["tokenizer_sha256"] != top["tokenizer"]["sha256"]:
             raise ValueError(
                 f"{path} was made with another tokenizer than {folder}; prepare it again"
             )
         sources[name] = Source(name, path, entry["weight"], manifest)
         for split in ("train", "holdout"):
-            TokenStream(path, manifest, split)
-    return Mixture(
-        folder / top["tokenizer"]["file"],
-        max(s.manifest["vocab_size"] for s in sources.values()),
-        sources,
-    )
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{folder} has no manifest.json; make it with python -m llama_jax.prepare"
-        ) from None
-    except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e}); prepare {folder} again") from None
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; "
-            f"prepare {folder} again"
-        )
-    return manifest
+            stream = TokenStream(path, manifest, split)
+            if len(stream) < 2:
+                raise ValueError(f"source {name}: {path} has no {split} text; prepare it again")
+            stream.check_starts()
+    return Mixture(tokenizer, max(s.manifest["vocab_size"] for s in sources.values()), sources)
 
 
 # Tokens and windows ------------------------------------------------------------------------------
@@ -111,6 +109,14 @@ class TokenStream:
     def __len__(self) -> int:
         return self._offsets[-1]
 
+    def check_starts(self) -> None:
+        """Raise ValueError unless documents start in order; see :data:`STARTS_CHECKED`."""
+        left = STARTS_CHECKED
+        for tokens, starts in zip(self._tokens, self._starts, strict=True):
+            if (left := left - starts.length) < 0:
+                return
+            check_starts(starts.path, np.fromfile(starts.path, starts.dtype), -1, tokens.length)
+
     def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens from ``start``, int32, and which of them start a document, bool.
 
@@ -125,11 +131,14 @@ class TokenStream:
             ids[at - start : end - start] = _mapped(self._tokens[shard])[at - offset : end - offset]
             starts = _mapped(self._starts[shard])
             first, last = np.searchsorted(starts, np.array([at - offset, end - offset], "<u8"))
+            if not in_order(starts[first:last], at - offset, end - offset):
+                raise unordered(self._starts[shard].path)
             is_start[starts[first:last].astype(np.int64) + (offset - start)] = True
             at, shard = end, shard + 1
-        if ids.max() >= self._vocab_size:
+        # As unsigned: an id from 2**31 on would be a negative int32.
+        if (largest := ids.view(np.uint32).max(initial=0)) >= self._vocab_size:
             raise ValueError(
-                f"{self.folder}: token id {ids.max()} is outside the vocabulary of "
+                f"{self.folder}: token id {largest} is outside the vocabulary of "
                 f"{self._vocab_size}; the shards are damaged, prepare them again"
             )
         return ids, is_start
@@ -145,15 +154,7 @@ class _File(NamedTuple):
 
 
 def _file(path: Path, dtype: np.dtype, length: int) -> _File:
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        raise ValueError(f"shard {path} is missing; prepare the source again") from None
-    if stat.st_size != length * dtype.itemsize:
-        raise ValueError(
-            f"shard {path} has {stat.st_size} bytes, its manifest says {length * dtype.itemsize}; "
-            "prepare the source again"
-        )
+    stat = check_file(path, length * dtype.itemsize)
     return _File(path, dtype, length, stat.st_ino, stat.st_mtime_ns)
 
 
@@ -169,7 +170,9 @@ class Windows:
     def __init__(self, source: Source, cfg: DataConfig, split: str):
         self._stream = TokenStream(source.folder, source.manifest, split)
         self._seq_len, self._segments = cfg.seq_len, cfg.packing == "segments"
-        if len(self._stream) <= cfg.seq_len:
+        # Held-out text may be shorter than a sequence: `padded` fills it up.
+        least = cfg.seq_len + 1 if split == "train" else 2
+        if len(self._stream) < least:
             raise ValueError(
                 f"source {source.name}: the {split} split has {len(self._stream)} tokens, too few "
                 f"for one sequence of data.seq_len={cfg.seq_len} and the token after it; give more "
@@ -427,18 +430,39 @@ def eval_batches(
 def held_out(
     mixture: Mixture, cfg: DataConfig, batch_size: int, max_batches: int, source: str
 ) -> HeldOut:
-    """The figures that go with the loss over :func:`eval_batches` of the same arguments."""
+    """The figures that go with the loss over :func:`eval_batches` of the same arguments.
+
+    The first process reads the text and tells the others.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    # As bytes: jax would round float64 and int64 to 32 bits.
+    content = np.zeros(3 * 8, np.uint8)
+    if jax.process_index() == 0:
+        figures = _held_out(mixture, cfg, batch_size, max_batches, source)
+        content = np.frombuffer(np.array(figures, np.float64).tobytes(), np.uint8)
+    if jax.process_count() > 1:
+        content = np.asarray(multihost_utils.broadcast_one_to_all(content))
+    tokens, text_bytes, entropy = np.frombuffer(content.tobytes(), np.float64)
+    return HeldOut(int(tokens), int(text_bytes), float(entropy))
+
+
+def _held_out(
+    mixture: Mixture, cfg: DataConfig, batch_size: int, max_batches: int, source: str
+) -> tuple[int, int, float]:
     tokenizer = _tokenizer(mixture.tokenizer)
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    counts = np.zeros(mixture.vocab_size, np.int64)
     documents = 0
     for batch in eval_batches(mixture, cfg, batch_size, max_batches, source, 0, 1):
         used = batch["mask_BT"] > 0
         counts += np.bincount(batch["targets_BT"][used], minlength=len(counts))
         documents += int((batch["inputs_BT"][used] == tokenizer.bos_id).sum())
     # The first token of a document stands for the space that the tokenizer puts before it as well.
-    text_bytes = int(counts @ tokenizer.bytes_of_id_V) - documents * tokenizer.prefix_bytes
+    sizes = tokenizer.bytes_of_id_V[: len(counts)]
+    text_bytes = int(counts[: len(sizes)] @ sizes) - documents * tokenizer.prefix_bytes
     p = counts[counts > 0] / counts.sum()
-    return HeldOut(int(counts.sum()), text_bytes, float(-(p * np.log(p)).sum()))
+    return int(counts.sum()), text_bytes, float(-(p * np.log(p)).sum())
 
 
 @functools.lru_cache(maxsize=4)

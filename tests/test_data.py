@@ -1,7 +1,9 @@
 """Data: exact mixture, the same batches on any number of hosts and after a restart, right masks."""
 
+import hashlib
 import json
 import math
+import os
 import resource
 import threading
 from collections import Counter
@@ -9,9 +11,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from llama_jax import data as data_module
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data import (
     Mixing,
@@ -50,8 +54,11 @@ def write_source(
             folder.joinpath(name).mkdir(parents=True, exist_ok=True)
             tokens.tofile(folder / name / f"{shard}.tokens")
             starts.tofile(folder / name / f"{shard}.starts")
-            shards.append({"name": shard, "tokens": len(tokens), "documents": len(part)})
-        described[split] = {"shards": shards}
+            sha = {f"{k}_sha256": hashlib.sha256(a.tobytes()).hexdigest()
+                   for k, a in (("tokens", tokens), ("starts", starts))}  # fmt: skip
+            shards.append({"name": shard, "tokens": len(tokens), "documents": len(part)} | sha)
+        sums = {k: sum(s[k] for s in shards) for k in ("documents", "tokens")}
+        described[split] = {**sums, "text_bytes": 0, "shards": shards}
     manifest = {
         "format": 1, "name": name, "tokenizer_sha256": sha256, "vocab_size": vocab_size,
         "dtype": "uint16", "splits": described,
@@ -69,12 +76,13 @@ def folder(tmp_path_factory) -> Path:
     """Three sources with documents of 3 to some 60 tokens, that have no document in common."""
     folder = tmp_path_factory.mktemp("mixture")
     tokenizer = train_tokenizer(texts(0, 200), 320, folder / "tokenizer.model")
+    sha = hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
     sources = {}
     for seed, (name, weight, count) in enumerate((("a", 3.0, 60), ("b", 1.5, 25), ("c", 0.1, 20))):
         docs = [tokenizer.encode(f"{name}{t}", bos=True, eos=True) for t in texts(seed, count)]
-        write_source(folder, name, {"train": docs, "holdout": docs[::-1][:12]}, "sha", 320)
+        write_source(folder, name, {"train": docs, "holdout": docs[::-1][:12]}, sha, 320)
         sources[name] = {"folder": name, "weight": weight}
-    top = {"format": 1, "tokenizer": {"file": "tokenizer.model", "sha256": "sha"}}
+    top = {"format": 1, "tokenizer": {"file": "tokenizer.model", "sha256": sha}}
     (folder / "manifest.json").write_text(json.dumps(top | {"sources": sources}))
     return folder
 
@@ -172,7 +180,7 @@ def test_more_shards_than_a_process_may_open(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     for offset in (0, 1):
         made = [[BOS, d[1] + offset, EOS] for d in docs]
-        write_source(tmp_path, "a", {"train": made, "holdout": made}, "sha", 320, 1)
+        write_source(tmp_path, "a", {"train": made, "holdout": made}, "0" * 64, 320, 1)
         manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
         resource.setrlimit(resource.RLIMIT_NOFILE, (400, limits[1]))
         try:
@@ -456,15 +464,34 @@ def test_batch_that_does_not_divide_over_hosts(mixture):
 
 
 def test_sequences_longer_than_the_text(mixture):
+    """Training needs a whole sequence; held-out text is filled up with padding."""
     tokens = {s: sum(map(len, documents(mixture, "a", s))) for s in ("train", "holdout")}
-    for split, count in tokens.items():
-        with pytest.raises(ValueError, match=f"the {split} split has {count} tokens, too few"):
-            Windows(mixture.sources["a"], config(seq_len=count), split)
-        assert len(Windows(mixture.sources["a"], config(seq_len=count - 1), split)) == 1
+    with pytest.raises(ValueError, match=f"the train split has {tokens['train']} tokens, too few"):
+        Windows(mixture.sources["a"], config(seq_len=tokens["train"]), "train")
+    assert len(Windows(mixture.sources["a"], config(seq_len=tokens["train"] - 1), "train")) == 1
     with pytest.raises(ValueError, match=r"source a: the train split .* smaller data.seq_len"):
         TrainData(mixture, config(seq_len=100_000), 4, 0, 1)
-    with pytest.raises(ValueError, match="source a: the holdout split"):
-        next(eval_batches(mixture, config(seq_len=tokens["holdout"]), 4, 1, "a", 0, 1))
+    count = tokens["holdout"]
+    (batch,) = eval_batches(mixture, config(seq_len=count + 9), 4, 10, "a", 0, 1)
+    assert batch["mask_BT"].sum() == batch["mask_BT"][0, : count - 1].sum() == count - 1
+    figures = held_out(mixture, config(seq_len=count + 9), 4, 10, "a")
+    assert figures == held_out(mixture, config(), 4, 10**6, "a")
+
+
+def test_held_out_text_is_read_by_one_process(mixture, monkeypatch):
+    """The others get the figures, exactly; they read nothing."""
+    from jax.experimental import multihost_utils
+
+    expected = held_out(mixture, config(), 4, 10, "a")
+    sent: list[np.ndarray] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: sent.append(x) or x)
+    assert held_out(mixture, config(), 4, 10, "a") == expected
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(data_module, "eval_batches", None)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: sent[0])
+    assert held_out(mixture, config(), 4, 10, "a") == expected
+    assert sent[0].dtype == np.uint8
 
 
 @pytest.fixture
@@ -501,17 +528,143 @@ def test_ids_outside_the_vocabulary(copy):
     assert windows[1]["inputs_BT"].max() < 320
 
 
+def alter(path: Path, change: Any, *keys: Any) -> None:
+    """Change one value of a manifest ("gone": leave it out), as a program would that wrote it."""
+    content = tree = json.loads(path.read_text())
+    for key in keys[:-1]:
+        tree = tree[key]
+    if change == "gone":
+        del tree[keys[-1]]
+    else:
+        tree[keys[-1]] = change
+    path.write_text(json.dumps(content))
+
+
+SHARD = ("splits", "train", "shards", 0)
+BAD_MANIFESTS = [
+    ("a", "gone", ("name",), "name: Field required"),
+    ("a", "gone", ("splits",), "splits: Field required"),
+    ("a", "gone", ("splits", "holdout"), "splits.holdout: Field required"),
+    ("a", "gone", ("tokenizer_sha256",), "tokenizer_sha256: Field required"),
+    ("a", "gone", ("vocab_size",), "vocab_size: Field required"),
+    ("a", "gone", ("format",), "format None, this version reads 1"),
+    ("a", "gone", (*SHARD, "tokens_sha256"), "splits.train.shards.0.tokens_sha256: Field required"),
+    ("a", 7, ("splits", "train", "shards"), "splits.train.shards=7: Input should be a valid array"),
+    ("a", [], ("splits", "train", "shards"), "documents is 60, but its shards have 0"),
+    ("a", "float16", ("dtype",), "dtype='float16': Input should be 'uint16' or 'uint32'"),
+    ("a", "int16", ("dtype",), "dtype='int16'"),
+    ("a", 70_000, ("vocab_size",), "70000 ids do not fit dtype uint16"),
+    ("a", "320", ("vocab_size",), "vocab_size='320': Input should be a valid integer"),
+    ("a", 2, ("format",), "format 2, this version reads 1"),
+    ("a", "../../outside", (*SHARD, "name"), r"shards.0.name='../../outside': String should match"),
+    ("a", "/etc/passwd", (*SHARD, "name"), "shards.0.name='/etc/passwd'"),
+    ("a", "train-00001", (*SHARD, "name"), "two shards have the same name"),
+    ("a", -5, (*SHARD, "tokens"), "shards.0.tokens=-5: Input should be greater than"),
+    ("a", 10**30, (*SHARD, "tokens"), "shards.0.tokens=1000000000"),
+    ("a", "0" * 64, ("tokenizer_sha256",), "made with another tokenizer"),
+    ("a", "0" * 64, ("sha256",), "was altered: its content does not have the hash"),
+    (".", "gone", ("tokenizer",), "tokenizer: Field required"),
+    (".", "gone", ("tokenizer", "sha256"), "tokenizer.sha256: Field required"),
+    (".", "../t.model", ("tokenizer", "file"), r"tokenizer.file='../t.model': String should"),
+    (".", {}, ("sources",), "sources: Dictionary should have at least 1 item"),
+    (".", [], ("sources",), "sources: Input should be"),
+    (".", 5, ("sources", "a"), "sources.a=5"),
+    (".", "gone", ("sources", "a", "folder"), "sources.a.folder: Field required"),
+    (".", "gone", ("sources", "a", "weight"), "sources.a.weight: Field required"),
+    (".", float("nan"), ("sources", "a", "weight"), "sources.a.weight=nan"),
+    (".", 0, ("sources", "a", "weight"), "sources.a.weight=0: Input should be greater than 0"),
+    (".", "a\0b", ("sources", "a", "folder"), "sources.a.folder="),
+    (".", "0" * 64, ("sources", "a", "content"), "source a of .* was prepared again since"),
+]
+
+
 def test_manifests(copy):
-    (copy / "a" / "manifest.json").rename(copy / "a" / "other.json")
+    """Every field that is wrong or missing is named in one line, by opening and by verify."""
+    assert data_module.verify(copy) == []
+    for place, change, keys, message in BAD_MANIFESTS:
+        path = copy / place / "manifest.json"
+        before = path.read_text()
+        alter(path, change, *keys)
+        with pytest.raises(ValueError, match=message) as e:
+            open_mixture(copy)
+        assert "\n" not in str(e.value), e
+        assert str(path.parent) in str(e.value)
+        if message != "made with another tokenizer":
+            assert data_module.verify(copy) == [str(e.value)]
+        path.write_text(before)
+    path = copy / "a" / "manifest.json"
+    for content, message in (
+        (b'{"format": ', "manifest.json is damaged"),
+        (b"[]", "it holds a list, not an object"),
+        (b'{"format": 1, "name": ' + b"[" * 100_000, "is damaged: nested too deeply"),
+        (b"\xff\xfe", "is damaged: not JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            open_mixture(copy)
+    path.unlink()
     with pytest.raises(ValueError, match=r"a has no manifest.json; make it"):
         open_mixture(copy)
-    (copy / "a" / "manifest.json").write_text('{"format": ')
-    with pytest.raises(ValueError, match=r"manifest.json is damaged"):
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"manifest.json is not a regular file"):
         open_mixture(copy)
-    text = (copy / "a" / "other.json").read_text()
-    (copy / "a" / "manifest.json").write_text(text.replace('"format": 1', '"format": 2'))
-    with pytest.raises(ValueError, match="has format 2, this version reads 1"):
-        open_mixture(copy)
-    (copy / "a" / "manifest.json").write_text(text.replace('"sha"', '"another"'))
-    with pytest.raises(ValueError, match="made with another tokenizer"):
+
+
+def test_verify_finds_every_altered_file(copy):
+    """A byte of a shard, of its starts, of the tokenizer; a file gone; and which of it opening
+    finds."""
+    files = [f for f in copy.rglob("*") if f.suffix in (".tokens", ".starts", ".model")]
+    assert len(files) > 20
+    for file in files:
+        content = file.read_bytes()
+        at = len(content) // 2
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        (problem,) = data_module.verify(copy)
+        assert str(file) in problem
+        assert "altered" in problem or "damaged" in problem or "outside the vocabulary" in problem
+        if file.suffix == ".model":
+            with pytest.raises(ValueError, match=r"tokenizer.model was altered"):
+                open_mixture(copy)
+        file.write_bytes(content)
+    source = copy / "a"
+    (source / "train-00000.tokens").unlink()
+    (source / "train-00001.tokens").write_bytes(b"")
+    assert [p.split(" ")[1] for p in data_module.verify(source)] == [
+        f"{source}/train-0000{i}.tokens" for i in (0, 1)
+    ]
+    assert "is missing" in data_module.verify(copy)[0]
+
+
+def test_documents_that_do_not_start_in_order(copy, monkeypatch):
+    path = copy / "a" / "train-00000.starts"
+    starts = np.fromfile(path, "<u8")
+    for wrong in (starts[::-1], starts + 1, np.where(starts == starts[-1], 2**40, starts)):
+        wrong.astype("<u8").tofile(path)
+        with pytest.raises(ValueError, match=r"train-00000.starts is damaged: documents do not"):
+            open_mixture(copy)
+    # Of very many documents the order is checked where they are read.
+    monkeypatch.setattr(data_module, "STARTS_CHECKED", 0)
+    starts[[2, 3]] = starts[[3, 2]]
+    starts.tofile(path)
+    windows = Windows(open_mixture(copy).sources["a"], config(seq_len=100), "train")
+    with pytest.raises(ValueError, match=r"train-00000.starts is damaged: documents do not"):
+        windows[0]
+
+
+def test_ids_of_four_bytes_beyond_the_vocabulary(tmp_path):
+    """From 2**31 on they would be negative in int32."""
+    ids = np.array([1, 2**31 + 5, 2], "<u4")
+    np.array([0], "<u8").tofile(tmp_path / "s.starts")
+    ids.tofile(tmp_path / "s.tokens")
+    shard = {"name": "s", "tokens": 3, "documents": 1}
+    content = {"vocab_size": 320, "dtype": "uint32", "splits": {"train": {"shards": [shard]}}}
+    with pytest.raises(ValueError, match=f"token id {2**31 + 5} is outside the vocabulary of 320"):
+        TokenStream(tmp_path, content, "train").read(0, 3)
+
+
+def test_no_held_out_text_is_an_error_at_the_start(copy):
+    empty = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
+    alter(copy / "b" / "manifest.json", empty, "splits", "holdout")
+    with pytest.raises(ValueError, match=r"source b: .*/b has no holdout text"):
         open_mixture(copy)

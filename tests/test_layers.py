@@ -14,7 +14,7 @@ HEAVY = {"torch", "transformers", "matplotlib", "tensorboard", "safetensors", "p
 # Floors, from the ground up. A room not listed here stands with `train`, above what it imports.
 FLOORS = [
     {"config", "model_config", "tiktoken_text"},
-    {"sharding", "tokenizer", "optim"},
+    {"sharding", "tokenizer", "optim", "manifest"},
     {"model", "prepare", "data"},
     {"checkpoint"},
     # A run ends with a sample: train stands on generate.

@@ -111,7 +111,6 @@ def test_manifest_is_true(tmp_path, model):
     assert top["sources"] == {"a": {"folder": "a", "weight": 1.0}}
     assert (out / "tokenizer.model").read_bytes() == (out / "a" / "tokenizer.model").read_bytes()
     assert (m["format"], m["dtype"], m["path"]) == (prepare.FORMAT, "uint16", str(source))
-    assert prepare.FORMAT == data_module.FORMAT
     for name, split in m["splits"].items():
         docs = documents(out / "a", name)
         assert (split["documents"], split["tokens"]) == (len(docs), sum(map(len, docs)))
