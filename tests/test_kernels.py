@@ -5,6 +5,7 @@ An implementation is tested where the platform can run it: `xla` everywhere.
 
 import functools
 import importlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -268,6 +269,15 @@ def test_dispatch_refuses_a_name_of_another_platform(monkeypatch):
     monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
     with pytest.raises(NotImplementedError, match="'best' runs on gpu, cuda, not on tpu"):
         dispatch.call("op", {"best": (("gpu", "cuda"), lambda x: x)}, "best", 1)
+
+
+def test_the_platform_is_the_meshs(monkeypatch):
+    """Compiling for a TPU on a machine without one: the mesh's devices count."""
+    assert (dispatch.platform(), dispatch.device_kind()) == (PLATFORM, jax.devices()[0].device_kind)
+    device = types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
+    mesh = types.SimpleNamespace(abstract_device=device)
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+    assert (dispatch.platform(), dispatch.device_kind()) == ("tpu", "TPU v6 lite")
 
 
 def test_dispatch_says_why_nothing_can():

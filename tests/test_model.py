@@ -112,6 +112,50 @@ def test_every_model_in_the_abstract(name):
     assert time.monotonic() - start < 20
 
 
+# name -> (norm epsilon, rotary base, context, factor of Llama 3.1's scaling): the papers' and the
+# published config.json's.
+CONSTANTS = {
+    **dict.fromkeys(("llama-7b", "llama-13b", "llama-33b"), (1e-6, 1e4, 2048, None)),
+    "llama-65b": (1e-5, 1e4, 2048, None),
+    **dict.fromkeys(("llama2-7b", "llama2-13b", "llama2-70b"), (1e-5, 1e4, 4096, None)),
+    **dict.fromkeys(("llama3-8b", "llama3-70b"), (1e-5, 5e5, 8192, None)),
+    **dict.fromkeys(("llama3.1-8b", "llama3.1-70b", "llama3.1-405b"), (1e-5, 5e5, 131072, 8.0)),
+    **dict.fromkeys(("llama3.2-1b", "llama3.2-3b"), (1e-5, 5e5, 131072, 32.0)),
+}
+
+
+def test_published_constants():
+    assert CONSTANTS.keys() == PUBLISHED.keys()
+    for name, constants in CONSTANTS.items():
+        cfg = MODELS[name]
+        rope = cfg.rope
+        assert (cfg.norm_eps, rope.theta, cfg.context, rope.factor) == constants, name
+        scaled = (8192, 1.0, 4.0) if rope.factor else (None, None, None)
+        assert (rope.original_context, rope.low_freq_factor, rope.high_freq_factor) == scaled, name
+
+
+def test_flops_per_token():
+    """Forward and backward: 6 a weight that is multiplied, 12 L N H T / 2 of causal attention."""
+    layer = 2 * 32 * 24 + 2 * 32 * 12 + 3 * 32 * 48 + 2 * 32
+    attention = 6 * 2 * 4 * 6 * 100
+    want = 6 * (2 * layer + 32 + 40 * 32) + attention
+    assert tools.small().flops_per_token(100) == want
+    assert tools.small(tie_embeddings=True).flops_per_token(100) == want
+
+
+@pytest.mark.parametrize("std", [0.02, 0.3])
+def test_initial_weights_have_the_stated_spread(std):
+    """Residual outputs are scaled by 1 / sqrt(2 L); norms start at one."""
+    cfg = tools.small(dim=64, head_dim=32, ffn_dim=96, vocab_size=200)
+    weights = tools.flat_of(nnx.to_pure_dict(nnx.state(Llama(cfg, tools.F32, nnx.Rngs(0), std))))
+    for name, w in weights.items():
+        if name.endswith("norm"):
+            assert (np.asarray(w) == 1).all()
+        else:
+            last = name in ("blocks.attention.o", "blocks.mlp.down")
+            assert np.std(w) == pytest.approx(std / 2 if last else std, rel=0.05), name
+
+
 # Every setting matters ---------------------------------------------------------------------------
 
 DYNAMIC = {"type": "dynamic", "factor": 2.0}
@@ -292,6 +336,30 @@ def test_remat_and_unroll_change_nothing(remat, unroll):
         assert tools.relative_l2(grads[name], want_grads[name]) < 2e-6, name
 
 
+def test_remat_keeps_what_it_says():
+    """Matrix products of the traced gradient: "matmuls" repeats attention's own, "full" all."""
+    tokens, params = tools.random_tokens(GQA, 1, 8), tools.tree_of(tools.random_weights(GQA))
+
+    def products(remat):
+        how = Execution(jnp.dtype("float32"), remat=remat, unroll=True)
+        loss = lambda p: jnp.sum(tools.model_of(GQA, how)(p)(tokens))
+        return count(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+
+    def count(jaxpr):
+        total = 0
+        for eqn in jaxpr.eqns:
+            inner = (getattr(x, "jaxpr", x) for x in eqn.params.values())
+            total += sum(count(x) for x in inner if hasattr(x, "eqns"))
+            total += eqn.primitive.name == "dot_general"
+        return total
+
+    none, matmuls, full = map(products, ("none", "matmuls", "full"))
+    assert none < matmuls < full
+    # A layer has seven matrices; the last product's output is needed by nobody again.
+    assert full - matmuls >= 6 * GQA.num_layers
+    assert matmuls - none <= 3 * GQA.num_layers
+
+
 def test_bfloat16_is_near_and_gradients_are_float32():
     """bfloat16 keeps 8 bits: a product of variance-keeping layers is off by about a percent."""
     _, want = _loss_and_grads("none", False)
@@ -319,6 +387,27 @@ def test_rms_norm_of_tiny_values_is_governed_by_eps():
     x = jnp.full((1, 1, 8), 1e-6, jnp.float32)
     got = rms_norm(x, jnp.ones(8), 1e-2)
     assert np.allclose(got, 1e-6 / np.sqrt(1e-12 + 1e-2), rtol=1e-6)
+
+
+def test_rms_norm_in_bfloat16_rounds_where_meta_does():
+    """Statistics in float32; rounded once before the scale and once after."""
+    rng = np.random.default_rng(0)
+    x, scale = jnp.bfloat16(rng.standard_normal((40, 256)) * 3), np.float32(rng.random(256) + 0.5)
+    exact = np.float64(x)
+    normed = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5)
+    want = jnp.bfloat16(np.float32(jnp.bfloat16(normed)) * scale)
+    got = rms_norm(x, jnp.asarray(scale), 1e-5)
+    # Not all: a number in the middle between two of bfloat16's may go either way.
+    assert np.mean(np.asarray(got) == np.asarray(want)) > 0.995
+
+
+def test_norm_eps_is_in_all_three_norms():
+    """So large an epsilon makes every norm a division by its root: the layers add nothing."""
+    cfg = tools.small(num_layers=1, norm_eps=1e12)
+    weights, tokens = tools.random_weights(cfg), tools.random_tokens(cfg, 2, 8)
+    hidden = tools.model_of(cfg)(tools.tree_of(weights)).hidden(tokens)
+    want = weights["embed"][tokens] * weights["norm"]
+    np.testing.assert_allclose(hidden * 1e6, want, atol=1e-3)
 
 
 def test_rope_against_float64():
@@ -349,6 +438,19 @@ def test_dynamic_rope_follows_the_length(length):
     stretch = max(1.0, 2.0 * length / 64 - 1)
     want = (1e4 * stretch ** (16 / 14)) ** (-np.arange(0, 16, 2) / 16)
     assert np.abs(np.float64(inv_freq) / want - 1).max() < 2e-6
+
+
+def test_dynamic_rope_does_not_count_padding():
+    """A padded prompt gives what it gives without the padding, which alone passes the context."""
+    cfg = tools.small({"type": "dynamic", "factor": 4.0}, context=16, num_layers=1, head_dim=16)
+    llama = tools.model_of(cfg)(tools.tree_of(tools.random_weights(cfg)))
+    tokens, count = tools.random_tokens(cfg, 1, 10), jnp.array([10], jnp.int32)
+    padded = np.pad(tokens, ((0, 0), (0, 22)))
+    out = []
+    for given in (tokens, padded):
+        cache = KVCache.empty(cfg, 1, 32, jnp.float32)
+        out.append(llama(given, cache=cache, counts_B=count)[0][:, :10])
+    assert tools.logit_error(out[1], np.asarray(out[0])) < 1e-6
 
 
 def test_layers_taken_apart_decode_the_same():

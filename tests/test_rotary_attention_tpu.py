@@ -69,7 +69,8 @@ def test_no_races_and_no_unset_memory(chunked, monkeypatch):
         assert relative_l2(x, np.float64(exact)) < 5e-6
 
 
-@pytest.mark.parametrize("offset", [0, 24, -40, 1000, -1000])
+# 17 and -31: a block's last query sees just the first key of a block.
+@pytest.mark.parametrize("offset", [0, 17, -31, 1000, -1000])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_ranges_hold_all_that_is_seen(offset, documents, causal):
@@ -93,6 +94,17 @@ def test_ranges_hold_all_that_is_seen(offset, documents, causal):
                 assert not line[:start].any()
                 assert not line[stop:].any()
                 assert line[clear:masked].all()
+
+
+def test_ranges_leave_out_other_documents():
+    """Four documents of a block each: a block looks at its own alone."""
+    ids = jnp.repeat(jnp.arange(4), 32)[None]
+    for of in "qk":
+        found = ranges(of, 32, 32, (1, 128, 128), 128, False, 0, ids, ids)
+        assert found[0].tolist() == [[i, i, i + 1, i + 1] for i in range(4)]
+        mixed = jnp.arange(128)[None] % 2
+        found = ranges(of, 32, 32, (1, 128, 128), 128, False, 0, mixed, mixed)
+        assert found[0].tolist() == [[0, 4, 4, 4]] * 4
 
 
 @pytest.mark.parametrize("offset", [0, 5, -3, 100, -100])

@@ -247,6 +247,28 @@ def test_tpu_gradients_are_reduce_scattered():
     assert data_fsdp["all-reduce"] <= (layer + 2 * embed) / 4 + embed + 2 * norms
 
 
+def test_presets_say_where_things_lie():
+    """Each kind of array, and the axes that split it."""
+    rows, both = ("data", "fsdp"), ("context", "tensor")
+    table = {
+        "fsdp": ("context", "context", None),
+        "fsdp_tensor": ("context", "context", "tensor"),
+        "tensor_sequence": (both, "context", "tensor"),
+    }
+    assert table.keys() == PRESETS.keys()
+    for preset, (stream, positions, wide) in table.items():
+        rules = PRESETS[preset]
+        assert rules.act("BTD") == P(rows, stream, None)
+        assert rules.act("BTNH") == P(rows, positions, wide, None)
+        assert rules.act("BTF") == rules.act("BTV") == P(rows, positions, wide)
+        assert rules.operand("BTD") == P(rows, "context", None)
+        for word in ("DQ", "DE", "DF", "DV"):
+            assert rules.weight(word) == P("fsdp", wide)
+        for word in ("QD", "FD", "VD"):
+            assert rules.weight(word) == P(wide, "fsdp")
+        assert rules.weight("D") == rules.weight("LD") == P()
+
+
 # Bad meshes --------------------------------------------------------------------------------------
 
 
