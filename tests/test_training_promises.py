@@ -5,7 +5,9 @@ The loop's are tested with a step that computes nothing, so that a run takes sec
 
 import dataclasses
 import json
+import os
 import re
+import stat
 import time
 from pathlib import Path
 
@@ -16,13 +18,14 @@ import model_tools as tools
 import numpy as np
 import pytest
 
-from llama_jax import report, train
-from llama_jax.checkpoint import CheckpointError, Checkpoints
-from llama_jax.config import DataConfig, SourceConfig
+from llama_jax import io, report, train
+from llama_jax.checkpoint import CheckpointError, Checkpoints, load_weights
+from llama_jax.config import DataConfig, OptimConfig, SourceConfig
 from llama_jax.data import Mixture, Source, TokenStream, TrainData
 from llama_jax.model import Execution, rms_norm
+from llama_jax.optim import make_optimizer
 from llama_jax.prepare import prepare_mixture
-from llama_jax.step import execution, nll_sum
+from llama_jax.step import execution, init_state, make_train_step, nll_sum
 
 CFG = tools.small()
 
@@ -68,6 +71,38 @@ def test_the_loss_uses_everything_in_a_batch():
         assert abs(float(ours(params, less)) / whole - 1) > 1e-4, key
 
 
+@pytest.mark.parametrize("decay", ["matrices", "all"])
+@pytest.mark.parametrize("clip", [0.5, 0.0])
+def test_the_optimiser_is_adamw_with_a_warm_up_and_a_cosine(decay, clip):
+    """Eight updates of a matrix, an embedding and a norm, written out in float64."""
+    cfg = OptimConfig(
+        peak_lr=0.1, warmup_steps=3, final_fraction=0.3, b1=0.7, b2=0.8, eps=1e-2,
+        weight_decay=0.4, decay=decay, clip=clip,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (3, 4), "up": (2, 4, 5), "mlp_norm": (2, 4)}
+    weights = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    optimizer = make_optimizer(cfg, 8)
+    found = jax.tree.map(jnp.float32, weights)
+    state = optimizer.init(found)
+    m, v = ({name: np.zeros(shape) for name, shape in shapes.items()} for _ in range(2))
+    for i in range(8):
+        # Norms on both sides of the limit.
+        grads = {n: rng.normal(size=w.shape) * 0.05 * (1 + i) for n, w in weights.items()}
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, grads), state, found)
+        found = jax.tree.map(jnp.add, found, updates)
+        norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        turn = (1 + np.cos(np.pi * (i - 3) / 5)) / 2
+        rate = 0.1 * ((i + 1) / 3 if i < 3 else 0.3 + 0.7 * turn)
+        for n, w in weights.items():
+            g = grads[n] * (min(1, clip / norm) if clip else 1)
+            m[n], v[n] = 0.7 * m[n] + 0.3 * g, 0.8 * v[n] + 0.2 * g**2
+            step = m[n] / (1 - 0.7 ** (i + 1)) / (np.sqrt(v[n] / (1 - 0.8 ** (i + 1))) + 1e-2)
+            decays = decay == "all" or n != "mlp_norm"
+            weights[n] = w - rate * (step + 0.4 * decays * w)
+            np.testing.assert_allclose(found[n], weights[n], rtol=1e-5, atol=1e-6, err_msg=n)
+
+
 def test_norm_statistics_are_float32():
     """With bfloat16 activations too: equal to float32 statistics rounded once, but for ties."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 32, 64)) * 3, jnp.bfloat16)
@@ -91,6 +126,17 @@ def test_what_remat_computes_again():
         # A product with a weight is one of two dimensions; attention's have batch dimensions.
         products[remat] = sum("batching_dims" not in line for line in lines)
     assert products["none"] == products["matmuls"] < products["full"]
+
+
+def test_a_request_to_stop_on_any_device_is_seen():
+    """The step counts the devices that ask; only the count is computed here."""
+    recipe = golden.loaded()
+    how = Execution(jnp.dtype("float32"))
+    zeros = lambda tree: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+    state = zeros(jax.eval_shape(lambda: init_state(recipe, how)))
+    batch = {k: v[None] for k, v in batch_of().items()}
+    count = jax.jit(lambda batch: make_train_step(recipe, how)(state, batch)[1]["stop"])
+    assert count(batch | {"stop": np.array([0, 0, 1, 0], np.int32)}) == 1
 
 
 def test_dtypes_follow_the_platform():
@@ -157,11 +203,12 @@ def saved(folder: Path) -> Checkpoints:
 def test_a_finished_save_gets_its_checksums_without_another(tmp_path):
     """The loop polls at each log line: a run killed long after a save leaves it checked."""
     checkpoints = saved(tmp_path)
+    sums = lambda: list((tmp_path / "steps").glob("1/checksums*.json"))
     end = time.monotonic() + 20
-    while not (tmp_path / "steps/1/checksums.json").exists() and time.monotonic() < end:
+    while not sums() and time.monotonic() < end:
         checkpoints.poll()
         time.sleep(0.01)
-    assert (tmp_path / "steps/1/checksums.json").exists()
+    assert sums()
     checkpoints.close()
 
 
@@ -177,6 +224,18 @@ def test_the_run_record_is_checked_too(tmp_path):
     with pytest.raises(CheckpointError, match=re.escape(str(record))):
         checkpoints.restore(*jax.tree.map(place, state))
     checkpoints.close()
+
+
+def test_the_newest_weights_are_loaded(tmp_path):
+    """Newest by number: 10 comes after 9."""
+    checkpoints = Checkpoints(tmp_path, 3)
+    for step in (9, 10):
+        state = {"a": jnp.full(4, float(step))}, {"count": jnp.int32(step)}
+        checkpoints.save(step, *state, {"step": step})
+    checkpoints.close()
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    want = {"a": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=here)}
+    assert load_weights(tmp_path, want)["a"][0] == 10
 
 
 def content_of(path: Path) -> bytes:
@@ -270,3 +329,21 @@ def test_a_damaged_metrics_file_does_not_end_a_run(tmp_path):
     log.close("test")
     steps = [json.loads(x)["step"] for x in file.read_text().splitlines()]
     assert steps == [1, 2, 3]
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def test_content_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_path):
+    """A power cut leaves the old file or the new one: content first, then the name, then the
+    folder."""
+    path, events, real = tmp_path / "file", [], os.fsync
+
+    def fsync(descriptor):
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        events.append(("folder" if folder else "content", path.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    io.atomic_write(path, b"new")
+    assert events == [("content", False), ("folder", True)]
