@@ -60,7 +60,7 @@ def busy_step(seconds: float) -> Any:
 
 def measure(mixture: Mixture, cfg: DataConfig, batch_size: int, step: Any) -> dict[str, float]:
     """Share of the time spent waiting, the longest wait and the mean step, without the first."""
-    data = TrainData(mixture, cfg, batch_size, 0, 1)
+    data = TrainData(mixture, cfg, batch_size)
     next(data)
     step()
     waits = []

@@ -54,7 +54,7 @@ def main() -> None:
 def loss(recipe, mixture: Mixture, source: str, step) -> float:
     """Mean nats a token over the whole held-out split."""
     total = count = 0.0
-    for batch in eval_batches(mixture, recipe.data, BATCH, 10**6, source, 0, 1):
+    for batch in eval_batches(mixture, recipe.data, BATCH, 10**6, source):
         total += float(step({key: value[None] for key, value in batch.items()}))
         count += batch["mask_BT"].sum()
     return total / count

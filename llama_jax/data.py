@@ -1,4 +1,4 @@
-"""Token shards to batches: weighted mixture, shuffle, packing, a host's share, prefetch (Grain).
+"""Token shards to batches: weighted mixture, shuffle, packing, a host's rows, prefetch (Grain).
 
 In comes the folder that :mod:`llama_jax.prepare` wrote; out come batches of numpy arrays. Sequence
 ``i`` of a source is tokens ``[i T, i T + T]`` of its documents back to back. Which sequences make a
@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ STARTS_CHECKED = 2**23
 """Documents of a split whose order is checked when it is opened; beyond, when they are read."""
 
 Batch = dict[str, np.ndarray]
+Rows = Sequence[int] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,25 +226,22 @@ class Mixing(grain.transforms.DatasetSelectionMap):
 
     Exact: of the first n places each source has its share to within the number of sources, for any
     n (Grain's own ``mix`` rounds weights to hundredths of the smallest). The mixture is the same
-    for any number of hosts: batch i is places ``[i B, i B + B)``, a host has a contiguous part.
+    for any number of hosts: batch i is places ``[i B, i B + B)``, of which a host reads ``rows``.
     """
 
-    def __init__(
-        self, weights: list[float], batch_size: int, process_index: int, process_count: int
-    ):
+    def __init__(self, weights: list[float], batch_size: int, rows: Rows):
         # Weights as the decimal fractions people write: 0.1 is 1/10.
         exact = [Fraction(str(w)) for w in weights]
         scale = math.lcm(*(w.denominator for w in exact))
         self._shares = [int(w * scale) for w in exact]
-        self._batch_size, self._local = batch_size, batch_size // process_count
-        self._first = process_index * self._local
+        self._batch_size, self._rows = batch_size, [int(r) for r in rows]
 
     def __len__(self) -> int:
         return 2**62
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        batch, row = divmod(index, self._local)
-        place = batch * self._batch_size + self._first + row
+        batch, i = divmod(index, len(self._rows))
+        place = batch * self._batch_size + self._rows[i]
         before, after = self.counts(place), self.counts(place + 1)
         source = next(i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
         return source, before[source]
@@ -273,13 +271,15 @@ class TrainData:
     A batch has ``inputs_BT`` and ``targets_BT`` (int32, the targets are the next tokens); with
     packing="segments" also ``segment_ids_BT`` (int32, from 1), ``positions_BT`` (int32, from 0 in
     each document) and ``mask_BT`` (float32, 0 where the target belongs to another document).
-    B is ``batch_size / process_count`` here.
+    B is the number of ``rows`` here.
 
     Args:
       batch_size: sequences of a batch over all hosts.
+      rows: those of a batch that this host reads, in the order in which they are returned; None:
+        all.
 
     Raises:
-      ValueError: a batch that does not divide over the hosts, a source too small for a sequence.
+      ValueError: rows outside the batch, a source too small for a sequence.
     """
 
     def __init__(
@@ -287,23 +287,20 @@ class TrainData:
         mixture: Mixture,
         cfg: DataConfig,
         batch_size: int,
-        process_index: int,
-        process_count: int,
+        rows: Rows | None = None,
     ):
-        _check_hosts(batch_size, process_count)
+        rows = _rows(batch_size, rows)
         sources = mixture.sources.values()
         windows = [Windows(s, cfg, "train") for s in sources]
         self._names, self._lengths = list(mixture.sources), [len(w) for w in windows]
         self._batch_size = batch_size
         self._identity = _identity(mixture, cfg, batch_size)
-        self._mixing = Mixing([s.weight for s in sources], batch_size, process_index, process_count)
+        self._mixing = Mixing([s.weight for s in sources], batch_size, rows)
         parts = [
             grain.MapDataset.source(w).shuffle(seed=_seed(cfg.seed, name)).repeat()
             for w, name in zip(windows, self._names, strict=True)
         ]
-        batches = grain.MapDataset.select_from_datasets(parts, self._mixing).batch(
-            batch_size // process_count
-        )
+        batches = grain.MapDataset.select_from_datasets(parts, self._mixing).batch(len(rows))
         self._iterator = iter(
             batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
         )
@@ -375,12 +372,13 @@ def _identity(mixture: Mixture, cfg: DataConfig, batch_size: int) -> dict[str, A
     }
 
 
-def _check_hosts(batch_size: int, process_count: int) -> None:
-    if batch_size % process_count:
-        raise ValueError(
-            f"train.batch_size={batch_size} must be a multiple of the number of processes, "
-            f"{process_count}"
-        )
+def _rows(batch_size: int, rows: Rows | None) -> Rows:
+    """The rows of a batch that a host reads: all, or those given."""
+    if rows is None:
+        return range(batch_size)
+    if not len(rows) or min(rows) < 0 or max(rows) >= batch_size:
+        raise ValueError(f"rows {list(rows)} are not rows of a batch of {batch_size}")
+    return rows
 
 
 # Evaluation --------------------------------------------------------------------------------------
@@ -403,28 +401,25 @@ def eval_batches(
     batch_size: int,
     max_batches: int,
     source: str,
-    process_index: int,
-    process_count: int,
+    rows: Rows | None = None,
 ) -> Iterator[Batch]:
-    """Held-out batches of a source, this host's part of each.
+    """Held-out batches of a source, ``rows`` of each (None: all).
 
     They cover the whole split, or ``max_batches`` spread evenly over it, in the order of the text.
     As training batches, all of one shape, and always with ``mask_BT``: 0 where the target is
     padding (or, with packing="segments", belongs to another document).
     """
-    _check_hosts(batch_size, process_count)
+    rows = _rows(batch_size, rows)
     windows = Windows(mixture.sources[source], cfg, "holdout")
     total = windows.padded_len
     batches = min(max_batches, math.ceil(total / batch_size))
     wanted = min(total, batches * batch_size)
     picked = [i * total // wanted for i in range(wanted)]
-    local = batch_size // process_count
+    filler = {k: np.zeros_like(v) for k, v in windows.padded(0).items()}
     for batch in range(batches):
-        first = batch * batch_size + process_index * local
-        rows = [windows.padded(i) for i in picked[first : first + local]]
-        filler = {k: np.zeros_like(v) for k, v in windows.padded(0).items()}
-        rows += [filler] * (local - len(rows))
-        yield {key: np.stack([row[key] for row in rows]) for key in filler}
+        places = [batch * batch_size + row for row in rows]
+        read = [windows.padded(picked[i]) if i < wanted else filler for i in places]
+        yield {key: np.stack([row[key] for row in read]) for key in filler}
 
 
 def held_out(
@@ -454,7 +449,7 @@ def _held_out(
     tokenizer = _tokenizer(mixture.tokenizer)
     counts = np.zeros(mixture.vocab_size, np.int64)
     documents = 0
-    for batch in eval_batches(mixture, cfg, batch_size, max_batches, source, 0, 1):
+    for batch in eval_batches(mixture, cfg, batch_size, max_batches, source):
         used = batch["mask_BT"] > 0
         counts += np.bincount(batch["targets_BT"][used], minlength=len(counts))
         documents += int((batch["inputs_BT"][used] == tokenizer.bos_id).sum())

@@ -16,11 +16,13 @@ an error.
 import contextlib
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -143,13 +145,55 @@ PRESETS = {
 }
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of ``cfg`` over ``devices`` (default: all of this job's): :data:`AXES`, explicit.
+def make_mesh(
+    cfg: MeshConfig, devices: Sequence[jax.Device] | None = None, host_is_slice: bool = False
+) -> Mesh:
+    """The mesh of ``cfg``: axes :data:`AXES`, explicit.
+
+    Devices of one *slice* have fast links: the chips of a TPU slice, GPUs joined by NVLink (of one
+    host, in most clusters). Several slices are joined by the slower data-center network. They lie
+    along ``data`` as far as its size allows, the rest along ``fsdp``.
+
+    Args:
+      cfg: the sizes; one may be -1, all devices that are left.
+      devices: default: all of this job's. Their `slice_index` says which slice each belongs to.
+      host_is_slice: the devices of each process are a slice, whatever their `slice_index` says (for
+        devices compiled for and not present, which all have 0).
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or would place ``tensor`` or
+        ``context`` across slices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = _mesh_sizes(cfg, len(devices))
+    members = Counter(slice_ids(devices, host_is_slice))
+    explicit = (AxisType.Explicit,) * len(AXES)
+    if len(members) == 1:
+        placed = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
+        return Mesh(placed, AXES, axis_types=explicit)
+    if len(set(members.values())) > 1:
+        raise ConfigError(f"the slices have different numbers of devices: {dict(members)}")
+    outer = _slices_along(sizes, len(members))
+    placed = mesh_utils.create_hybrid_device_mesh(
+        [n // outer[a] for a, n in sizes.items()],
+        list(outer.values()),
+        devices,
+        process_is_granule=host_is_slice,
+        allow_split_physical_axes=True,
+    )
+    return Mesh(placed, AXES, axis_types=explicit)
+
+
+def slice_ids(devices: Iterable[Any], host_is_slice: bool = False) -> list[int]:
+    """Which slice each device belongs to; see :func:`make_mesh`."""
+    if host_is_slice:
+        return [d.process_index for d in devices]
+    return [getattr(d, "slice_index", 0) for d in devices]
+
+
+def _mesh_sizes(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
     asked = ", ".join(f"mesh.{a}={n}" for a, n in sizes.items())
     if any(n == 0 or n < -1 for n in sizes.values()) or list(sizes.values()).count(-1) > 1:
@@ -157,19 +201,33 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
             f"{asked}: sizes are positive, and at most one may be -1 (all that is left)"
         )
     fixed = math.prod(n for n in sizes.values() if n > 0)
-    sizes = {a: len(devices) // fixed if n == -1 else n for a, n in sizes.items()}
-    if math.prod(sizes.values()) != len(devices):
+    sizes = {a: num_devices // fixed if n == -1 else n for a, n in sizes.items()}
+    if math.prod(sizes.values()) != num_devices:
         raise ConfigError(
-            f"{asked} does not fit {len(devices)} device{'s' * (len(devices) > 1)}: "
-            f"the product must be {len(devices)}"
+            f"{asked} does not fit {num_devices} device{'s' * (num_devices > 1)}: "
+            f"the product must be {num_devices}"
         )
     if cfg.preset == "fsdp" and sizes["tensor"] > 1:
         raise ConfigError(
             f'mesh.tensor={sizes["tensor"]} has no use under mesh.preset="fsdp"; '
             'take "fsdp_tensor" or "tensor_sequence"'
         )
-    explicit = (AxisType.Explicit,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=explicit, devices=devices)
+    return sizes
+
+
+def _slices_along(sizes: dict[str, int], slices: int) -> dict[str, int]:
+    """How many slices lie along each axis of the mesh: as many as possible along ``data``."""
+    data = math.gcd(sizes["data"], slices)
+    rest = slices // data
+    if sizes["fsdp"] % rest:
+        inside = math.prod(sizes.values()) // slices
+        raise ConfigError(
+            f"mesh.tensor={sizes['tensor']} x mesh.context={sizes['context']} would lie across "
+            f"slices: there are {slices} slices of {inside} devices (a slice: a TPU slice, or the "
+            "GPUs of one host); take sizes whose product divides "
+            f"{inside}; data and fsdp may cross slices"
+        )
+    return {"data": data, "fsdp": rest, "tensor": 1, "context": 1}
 
 
 def check_fits(recipe: Recipe, mesh: Mesh) -> None:

@@ -173,7 +173,7 @@ class Run:
         self.tokenizer = Tokenizer.load(self.mixture.tokenizer)
         self.feed = Feed(self.recipe, self.mesh, self.how.rules.operand("BT"))
         batch_size = self.recipe.train.batch_size
-        self.data = TrainData(self.mixture, self.recipe.data, batch_size, *self.feed.share)
+        self.data = TrainData(self.mixture, self.recipe.data, batch_size, self.feed.batch_rows)
 
     def _open_folder(self, first: bool) -> None:
         saved = self.folder / "recipe.toml"
@@ -292,7 +292,7 @@ class Run:
 
     def _example(self) -> dict[str, np.ndarray]:
         """A batch of the shapes that training batches have."""
-        shape = (self.recipe.train.batch_size // self.feed.share[1], self.recipe.data.seq_len)
+        shape = (len(self.feed.batch_rows), self.recipe.data.seq_len)
         dtypes: dict[str, Any] = {"inputs_BT": np.int32, "targets_BT": np.int32}
         if self.recipe.data.packing == "segments":
             dtypes |= {"segment_ids_BT": np.int32, "positions_BT": np.int32, "mask_BT": np.float32}
@@ -390,7 +390,12 @@ class Run:
         rowsets, total_weight = {}, sum(s.weight for s in self.mixture.sources.values())
         for name in self.mixture.sources:
             batches = eval_batches(
-                self.mixture, recipe.data, rows, recipe.train.eval_batches, name, *self.feed.share
+                self.mixture,
+                recipe.data,
+                rows,
+                recipe.train.eval_batches,
+                name,
+                self.feed.part_rows,
             )
             sums = [
                 self._eval_step(self.state.params, self.feed(batch, False, parts=1))

@@ -341,7 +341,7 @@ def recorded_order() -> np.ndarray:
             where[key] = source, index
     with tempfile.TemporaryDirectory() as out:
         mixture = open_mixture(prepare_mixture(recipe.data, recipe.model.vocab_size, out))
-        data = TrainData(mixture, recipe.data, recipe.train.batch_size, 0, 1)
+        data = TrainData(mixture, recipe.data, recipe.train.batch_size)
         order = []
         for _ in range(recipe.train.steps):
             batch = next(data)

@@ -196,7 +196,7 @@ def test_arrays_of_a_batch(mixture):
     names = {"inputs_BT": np.int32, "targets_BT": np.int32}
     more = {"segment_ids_BT": np.int32, "positions_BT": np.int32, "mask_BT": np.float32}
     for packing, expected in (("concat", names), ("segments", names | more)):
-        data = TrainData(mixture, config(packing), 6, 0, 1)
+        data = TrainData(mixture, config(packing), 6)
         batch = next(data)
         data.close()
         assert {k: v.dtype for k, v in batch.items()} == expected
@@ -210,7 +210,7 @@ PAPER = [0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02]
 
 @pytest.mark.parametrize("weights", [[3.0, 1.5, 0.1], [1.0], [1 / 3, 2 / 3], PAPER])
 def test_mixture_is_exact(weights):
-    mixing = Mixing(weights, 1, 0, 1)
+    mixing = Mixing(weights, 1, range(1))
     total = sum(Fraction(str(w)) for w in weights)
     seen: Counter[int] = Counter()
     for place in range(3000):
@@ -238,7 +238,7 @@ def windows_of(mixture: Mixture) -> dict[bytes, list[tuple[str, int]]]:
 def test_realised_mixture_and_epochs(mixture):
     """Counted from the batches themselves: shares, and every sequence once an epoch."""
     where = windows_of(mixture)
-    data = TrainData(mixture, config(), 10, 0, 1)
+    data = TrainData(mixture, config(), 10)
     lengths = {n: len(Windows(s, config(), "train")) for n, s in mixture.sources.items()}
     order: dict[str, list[int]] = {n: [] for n in lengths}
     assert {n: p.epochs for n, p in data.progress().items()} == {"a": 0, "b": 0, "c": 0}
@@ -264,7 +264,7 @@ def test_realised_mixture_and_epochs(mixture):
 def test_seed_decides_the_order(mixture):
     runs = []
     for seed in (0, 0, 1):
-        data = TrainData(mixture, config(seed=seed), 4, 0, 1)
+        data = TrainData(mixture, config(seed=seed), 4)
         runs.append(take(data, 20))
         data.close()
     assert same(runs[0], runs[1])
@@ -273,25 +273,39 @@ def test_seed_decides_the_order(mixture):
 
 @pytest.mark.parametrize("packing", ["concat", "segments"])
 def test_hosts_share_the_same_global_batches(mixture, packing):
-    def run(hosts: int) -> list[dict[str, np.ndarray]]:
+    def run(shares: list[list[int]]) -> list[dict[str, np.ndarray]]:
         parts = []
-        for host in range(hosts):
-            data = TrainData(mixture, config(packing), 8, host, hosts)
+        for rows in shares:
+            data = TrainData(mixture, config(packing), 8, rows)
             parts.append(take(data, 25))
             data.close()
-        return [
-            {k: np.concatenate([p[k] for p in batches]) for k in batches[0]}
-            for batches in zip(*parts, strict=True)
-        ]
+        return together(parts, shares)
 
-    one = run(1)
+    one = run([list(range(8))])
     assert one[0]["inputs_BT"].shape == (8, T)
-    for hosts in (2, 4, 8):
-        assert same(one, run(hosts))
+    for shares in SHARES:
+        assert same(one, run(shares))
+
+
+# Rows of a batch of 8 by host: one after the other, in turns, and as on a TPU torus.
+SHARES = [
+    [[0, 1, 2, 3], [4, 5, 6, 7]],
+    [[0, 2, 4, 6], [1, 3, 5, 7]],
+    [[0, 7], [1, 6], [3, 4], [2, 5]],
+]
+
+
+def together(parts: list[list[dict]], shares: list[list[int]]) -> list[dict[str, np.ndarray]]:
+    """The batches of all hosts, each row in its place."""
+    places = np.argsort(np.concatenate(shares))
+    return [
+        {k: np.concatenate([p[k] for p in batch])[places] for k in batch[0]}
+        for batch in zip(*parts, strict=True)
+    ]
 
 
 def test_resume_at_any_batch(mixture):
-    data = TrainData(mixture, config("segments"), 4, 0, 1)
+    data = TrainData(mixture, config("segments"), 4)
     states, batches = [], []
     for _ in range(30):
         states.append(json.loads(json.dumps(data.state())))
@@ -303,7 +317,7 @@ def test_resume_at_any_batch(mixture):
     assert data.progress() == progress
     data.close()
     for at, state in enumerate(states):
-        resumed = TrainData(mixture, config("segments"), 4, 0, 1)
+        resumed = TrainData(mixture, config("segments"), 4)
         if at % 2:
             take(resumed, 3)
         resumed.restore(state)
@@ -314,21 +328,19 @@ def test_resume_at_any_batch(mixture):
 
 
 def test_resume_on_another_number_of_hosts(mixture):
-    one = TrainData(mixture, config(), 8, 0, 1)
+    one = TrainData(mixture, config(), 8)
     take(one, 13)
     state = one.state()
     expected = take(one, 5)
     one.close()
     parts = []
-    for host in range(4):
-        data = TrainData(mixture, config(), 8, host, 4)
+    for rows in SHARES[2]:
+        data = TrainData(mixture, config(), 8, rows)
         assert data.state()["data"] == state["data"]
         data.restore(state)
         parts.append(take(data, 5))
         data.close()
-    for i, batch in enumerate(expected):
-        for key in batch:
-            assert np.array_equal(np.concatenate([p[i][key] for p in parts]), batch[key])
+    assert same(together(parts, SHARES[2]), expected)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +355,7 @@ def test_resume_on_another_number_of_hosts(mixture):
     ],
 )
 def test_position_in_other_data_is_an_error(mixture, change, named):
-    data = TrainData(mixture, config(), 4, 0, 1)
+    data = TrainData(mixture, config(), 4)
     state = data.state()
     data.close()
     if "shard" in change or "weight" in change:
@@ -351,7 +363,7 @@ def test_position_in_other_data_is_an_error(mixture, change, named):
         state["data"]["sources"]["a"]["shards" if "shard" in change else "weight"] = "another"
         change = {}
     batch_size = change.pop("batch_size", 4)
-    other = TrainData(mixture, config(**change), batch_size, 0, 1)
+    other = TrainData(mixture, config(**change), batch_size)
     with pytest.raises(ValueError, match=f"in other data: {named} changed"):
         other.restore(state)
     other.close()
@@ -359,7 +371,7 @@ def test_position_in_other_data_is_an_error(mixture, change, named):
 
 def test_closing_ends_the_threads(mixture):
     before = set(threading.enumerate())
-    data = TrainData(mixture, config(), 4, 0, 1)
+    data = TrainData(mixture, config(), 4)
     take(data, 2)
     data.close()
     data.close()
@@ -375,7 +387,7 @@ def test_closing_ends_the_threads(mixture):
 def test_evaluation_covers_every_held_out_token_once(mixture, packing):
     for name in mixture.sources:
         docs = documents(mixture, name, "holdout")
-        batches = list(eval_batches(mixture, config(packing), 4, 10**6, name, 0, 1))
+        batches = list(eval_batches(mixture, config(packing), 4, 10**6, name))
         assert {b[k].shape for b in batches for k in b} == {(4, T)}
         mask = np.concatenate([b["mask_BT"] for b in batches]).ravel()
         targets = np.concatenate([b["targets_BT"] for b in batches]).ravel()[mask > 0]
@@ -387,22 +399,16 @@ def test_evaluation_covers_every_held_out_token_once(mixture, packing):
 
 
 def test_evaluation_is_spread_and_the_same_on_any_number_of_hosts(mixture):
-    everything = list(eval_batches(mixture, config(), 4, 10**6, "a", 0, 1))
-    few = list(eval_batches(mixture, config(), 4, 2, "a", 0, 1))
+    everything = list(eval_batches(mixture, config(), 4, 10**6, "a"))
+    few = list(eval_batches(mixture, config(), 4, 2, "a"))
     assert len(few) == 2 < len(everything)
     rows = [r.tobytes() for b in everything for r in b["inputs_BT"]]
     places = [rows.index(r.tobytes()) for b in few for r in b["inputs_BT"]]
     assert places == sorted(set(places))
     assert places[-1] > len(rows) * 0.7
-    for hosts in (2, 4):
-        parts = [
-            list(eval_batches(mixture, config(), 4, 10**6, "a", h, hosts)) for h in range(hosts)
-        ]
-        joined = [
-            {k: np.concatenate([p[k] for p in batch]) for k in batch[0]}
-            for batch in zip(*parts, strict=True)
-        ]
-        assert same(joined, everything)
+    for shares in ([[0, 1], [2, 3]], [[1, 2], [0, 3]], [[3], [0], [1], [2]]):
+        parts = [list(eval_batches(mixture, config(), 4, 10**6, "a", rows)) for rows in shares]
+        assert same(together(parts, shares), everything)
 
 
 def test_held_out_figures(mixture):
@@ -440,7 +446,7 @@ def test_no_held_out_window_in_training(tmp_path):
     kept = {tuple(d) for d in documents(mixture, "a", "train")}
     assert len(held) > 30
     windows = Windows(mixture.sources["a"], cfg, "train")
-    data = TrainData(mixture, cfg, 1, 0, 1)
+    data = TrainData(mixture, cfg, 1)
     met = set()
     for batch in take(data, len(windows)):
         ids, segments = batch["inputs_BT"][0], batch["segment_ids_BT"][0]
@@ -456,11 +462,12 @@ def test_no_held_out_window_in_training(tmp_path):
 # Errors ------------------------------------------------------------------------------------------
 
 
-def test_batch_that_does_not_divide_over_hosts(mixture):
-    with pytest.raises(ValueError, match=r"batch_size=6 must be a multiple .* processes, 4"):
-        TrainData(mixture, config(), 6, 0, 4)
-    with pytest.raises(ValueError, match=r"batch_size=6 must be a multiple .* processes, 4"):
-        next(eval_batches(mixture, config(), 6, 1, "a", 0, 4))
+@pytest.mark.parametrize("rows", [[], [0, 6], [-1]])
+def test_rows_outside_the_batch(mixture, rows):
+    with pytest.raises(ValueError, match=r"are not rows of a batch of 6"):
+        TrainData(mixture, config(), 6, rows)
+    with pytest.raises(ValueError, match=r"are not rows of a batch of 6"):
+        next(eval_batches(mixture, config(), 6, 1, "a", rows))
 
 
 def test_sequences_longer_than_the_text(mixture):
@@ -470,9 +477,9 @@ def test_sequences_longer_than_the_text(mixture):
         Windows(mixture.sources["a"], config(seq_len=tokens["train"]), "train")
     assert len(Windows(mixture.sources["a"], config(seq_len=tokens["train"] - 1), "train")) == 1
     with pytest.raises(ValueError, match=r"source a: the train split .* smaller data.seq_len"):
-        TrainData(mixture, config(seq_len=100_000), 4, 0, 1)
+        TrainData(mixture, config(seq_len=100_000), 4)
     count = tokens["holdout"]
-    (batch,) = eval_batches(mixture, config(seq_len=count + 9), 4, 10, "a", 0, 1)
+    (batch,) = eval_batches(mixture, config(seq_len=count + 9), 4, 10, "a")
     assert batch["mask_BT"].sum() == batch["mask_BT"][0, : count - 1].sum() == count - 1
     figures = held_out(mixture, config(seq_len=count + 9), 4, 10, "a")
     assert figures == held_out(mixture, config(), 4, 10**6, "a")
@@ -521,7 +528,7 @@ def test_ids_outside_the_vocabulary(copy):
     windows = Windows(open_mixture(copy).sources["c"], config(), "train")
     with pytest.raises(ValueError, match=r"copy/c: token id 5000 is outside the vocabulary of 320"):
         windows[0]
-    data = TrainData(open_mixture(copy), config(), 4, 0, 1)
+    data = TrainData(open_mixture(copy), config(), 4)
     with pytest.raises(ValueError, match="token id 5000 is outside the vocabulary of 320"):
         take(data, 400)
     data.close()

@@ -240,7 +240,36 @@ def test_every_gpu_and_two_hosts(recipe):
     names = ["a100:8", "h200:16"]
     check(recipe, plans(recipe, *names), names)
     rows = json.loads((recipe.parent / "h200-16.json").read_text())["step"]["collectives"]
-    assert any(r["between_hosts"] for r in rows)
+    assert any(r["between_slices"] for r in rows)
+    for r in rows:  # a gather over both hosts: half comes over the network, once for 8 devices
+        assert (r["network_bytes"] > 0) == r["between_slices"]
+        if r["kind"] == "all-gather" and r["devices"] == 16:
+            assert r["network_bytes"] == pytest.approx(r["bytes"] / 2 / 8)
+            assert r["network_bytes"] + r["link_bytes"] == pytest.approx(r["bytes"] * 15 / 16)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_two_tpu_slices(recipe, tmp_path, capfd):
+    """A copy of the model in each of two real slices: only gradients cross between them."""
+    out = tmp_path / "plan.json"
+    args = ["--on", "2xv5e:4x4", "mesh.data=2", "train.batch_size=32", "--out", str(out)]
+    assert plan.main([str(recipe), *args]) == 0
+    assert "3.125 GB/s to other slices" in capfd.readouterr().out
+    f = json.loads(out.read_text())
+    assert f["mesh"] == dict(data=2, fsdp=16, tensor=1, context=1)
+    assert f["chips"] == 32
+    far = [r for r in f["step"]["collectives"] if r["between_slices"]]
+    near = [r for r in f["step"]["collectives"] if not r["between_slices"]]
+    assert {(r["kind"], r["devices"]) for r in far} == {("all-reduce", 2)}
+    assert {r["devices"] for r in near} == {16}
+    assert all(r["link_bytes"] == 0 for r in far)
+    assert all(r["network_bytes"] == 0 for r in near)
+    # Each device sums its sixteenth of every gradient, of at most 4 bytes, with the other slice.
+    moved, params = sum(r["network_bytes"] for r in far), f["parameters"]
+    assert 2 * params / 16 < moved < 1.2 * 4 * params / 16
+    assert f["time"]["terms"]["network"] == pytest.approx(moved / 3.125e9)
+    assert plan.main([str(recipe), "--on", "2xv5e:4x4", "mesh.context=32", "mesh.fsdp=1"]) == 2
+    assert "across slices" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["libtpu", "jax_cuda13_plugin"])
@@ -270,6 +299,9 @@ def no_gpus(name, count):
         ("v5e:2x2x2", "grid of 2 axes"),
         ("v6e:32x16", "the largest slice of v6e has 256 chips"),
         ("v5p:", "give the number of chips"),
+        ("0xv5e:4x4", "no chip '0xv5e'"),
+        ("2xh100:8", "only TPUs come in slices; give all chips, as in h100:16"),
+        ("2xv5e:32x32", "the largest slice of v5e has 256 chips"),
     ],
 )
 def test_machines_that_are_none(name, message):
@@ -296,6 +328,9 @@ def test_machines():
     assert machine("v5p:8x8x8").devices == 512
     assert machine("tpu7x:2x2x1").devices == 2 * machine("tpu7x:2x2x1").chips == 8
     assert machine("h100:64").chips == 64
+    assert (machine("h100:64").slices, machine("h100:8").slices) == (8, 1)
+    two = machine("2xv5e:4x4")
+    assert (two.name, two.chips, two.slices) == ("2xv5e:4x4", 32, 2)
     assert all(c.tflops > 0 for k, c in CHIPS.items() if k != "cpu")
 
 

@@ -64,9 +64,26 @@ every = 2
     return folder
 
 
-def start(folder: Path, run: str, *overrides: str, devices: int = 1, **env: str):
+# The order of devices on a TPU torus: hosts in turns.
+INTERLEAVED = """
+import sys
+import jax
+from llama_jax import sharding, train
+make_mesh = sharding.make_mesh
+def interleaved(cfg):
+    first, second = ([d for d in jax.devices() if d.process_index == i] for i in (0, 1))
+    mesh = make_mesh(cfg, [d for pair in zip(first, second) for d in pair])
+    assert [d.process_index for d in mesh.devices.flat] == [0, 1] * 4
+    return mesh
+train.make_mesh = interleaved
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def start(folder: Path, run: str, *overrides: str, devices: int = 1, code: str = "", **env: str):
     flags = f"--xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, "-m", "llama_jax.train", str(folder / "recipe.toml")]
+    module = ["-c", code] if code else ["-m", "llama_jax.train"]
+    command = [sys.executable, *module, str(folder / "recipe.toml")]
     env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | env
     env["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -113,9 +130,9 @@ def same_run(a: Path, b: Path) -> None:
     assert weights(a) == weights(b)
 
 
-def same_losses(a: Path, b: Path) -> None:
+def same_losses(a: Path, b: Path, rtol: float = 1e-5) -> None:
     got, want = ([loss for loss, *_ in losses(x).values()] for x in (a, b))
-    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(got, want, rtol=rtol)
 
 
 def until(process, seen, timeout: float = 120) -> None:
@@ -184,12 +201,15 @@ def test_another_mesh_continues_the_same_run(place):
     same_losses(run, place / "base")
 
 
-def start_two(folder: Path, run: str):
+def start_two(folder: Path, run: str, devices: int = 2, code: str = ""):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     env = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2")
-    return [start(folder, run, devices=2, **env, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    return [
+        start(folder, run, devices=devices, code=code, **env, JAX_PROCESS_ID=str(i))
+        for i in range(2)
+    ]
 
 
 def test_two_processes_train_save_stop_and_resume_together(place):
@@ -203,6 +223,19 @@ def test_two_processes_train_save_stop_and_resume_together(place):
     for process in start_two(place, run.name):
         finish(process)
     same_losses(run, place / "base")
+
+
+def test_two_processes_whose_devices_take_turns(place):
+    """Each reads every other row; the losses are those of one process."""
+    run = place / "interleaved"
+    for process in start_two(place, run.name, devices=4, code=INTERLEAVED):
+        finish(process)
+    same_losses(run, place / "base", rtol=1e-6)
+    evaluations = [
+        [r["loss"] for r in map(json.loads, lines) if r["kind"] == "eval"]
+        for lines in ((x / "metrics.jsonl").read_text().splitlines() for x in (run, place / "base"))
+    ]
+    np.testing.assert_allclose(*evaluations, rtol=1e-6)
 
 
 def test_a_dead_process_ends_the_other_with_an_error(place):

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -22,8 +23,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ConfigError, MeshConfig, check_recipe
+from llama_jax.feed import Feed, host_rows, local_slice
 from llama_jax.model import Execution, Llama
 from llama_jax.planning.hlo_text import first_group
+from llama_jax.planning.machines import devices as planned_devices
+from llama_jax.planning.machines import machine
 from llama_jax.sharding import AXES, PRESETS, check_fits, make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -293,6 +297,129 @@ def test_mesh_takes_the_devices_that_are_left():
     mesh = make_mesh(MeshConfig(preset="fsdp_tensor", tensor=2))
     assert dict(mesh.shape) == dict(data=1, fsdp=4, tensor=2, context=1)
     assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == dict.fromkeys(AXES, 1)
+
+
+class Proxy:
+    """A device of a machine that is not here, as far as a mesh looks at it."""
+
+    def __init__(self, number, host, slice_index, platform="gpu", kind="NVIDIA H100 80GB HBM3"):
+        self.id, self.process_index, self.slice_index = number, host, slice_index
+        self.platform, self.device_kind = platform, kind
+        self.client = self
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices"),
+    [
+        # (preset, sizes) and how many slices lie along data and fsdp: data first, then fsdp.
+        (dict(data=2), (2, 1)),
+        (dict(), (1, 2)),
+        (dict(data=8, fsdp=2), (2, 1)),
+        (dict(preset="fsdp_tensor", tensor=8), (1, 2)),
+        (dict(preset="tensor_sequence", data=2, tensor=4, context=2, fsdp=1), (2, 1)),
+    ],
+)
+@pytest.mark.parametrize("host_is_slice", [False, True])
+def test_several_gpu_hosts(sizes, slices, host_is_slice):
+    """16 H100 in two hosts, each a slice: by `slice_index`, or (planned) by host."""
+    devices = [Proxy(i, i // 8, 0 if host_is_slice else i // 8) for i in range(16)]
+    mesh = make_mesh(MeshConfig(**sizes), devices, host_is_slice)
+    assert mesh.axis_types == (jax.sharding.AxisType.Explicit,) * len(AXES)
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(16))
+    ids = np.vectorize(lambda d: d.process_index)(mesh.devices)
+    for axis, along in zip((0, 1), slices, strict=True):
+        assert len(np.unique(np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)[:, 0])) == along
+    # tensor and context stay in one slice.
+    assert (ids.min(axis=(2, 3)) == ids.max(axis=(2, 3))).all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(preset="fsdp_tensor", tensor=16), "mesh.tensor=16 x mesh.context=1 would lie across"),
+        (dict(context=16, fsdp=1), "there are 2 slices of 8 devices"),
+    ],
+)
+def test_tensor_and_context_across_slices(sizes, message):
+    devices = [Proxy(i, i // 8, i // 8) for i in range(16)]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_mesh(MeshConfig(**sizes), devices)
+    uneven = [Proxy(i, i // 12, i // 12) for i in range(16)]
+    with pytest.raises(ConfigError, match="different numbers of devices"):
+        make_mesh(MeshConfig(), uneven)
+
+
+# Rows of a host ----------------------------------------------------------------------------------
+
+
+def check_rows(mesh, rows):
+    """A host reads exactly the rows of its devices, and hands each device the right ones; of many
+    hosts 16 are looked at."""
+    spec = PRESETS["fsdp"].operand("BT")
+    hosts = sorted({d.process_index for d in mesh.devices.flat})
+    held = {p: host_rows(mesh, spec, rows, p) for p in hosts[:: max(1, len(hosts) // 16)]}
+    used = {p: set() for p in held}
+    places = NamedSharding(mesh, P(spec[0])).devices_indices_map((rows,))
+    for device, (index,) in places.items():
+        if device.process_index in held:
+            mine = held[device.process_index]
+            got = mine[local_slice(mine, index, rows)].tolist()
+            assert got == list(range(rows))[index]
+            used[device.process_index].update(got)
+    assert all(sorted(used[p]) == mine.tolist() for p, mine in held.items())
+    return held
+
+
+TOPOLOGIES = ["v5p:2x2x2", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x8"] + [
+    f"{kind}:{grid}" for kind in ("v5e", "v6e") for grid in ("4x4", "4x8", "8x8", "8x16", "16x16")
+]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("name", ["2xv5e:4x4", "tpu7x:2x2x2", *TOPOLOGIES])
+def test_every_mesh_on_every_topology(name):
+    """Every factorisation of the devices is a mesh, and every host of it reads the right rows."""
+    devices = planned_devices(machine(name))
+    power = len(devices).bit_length() - 1
+    interleaved = 0
+    for a, b, c in itertools.product(range(power + 1), repeat=3):
+        if a + b + c > power:
+            continue
+        data, fsdp, tensor, context = 2**a, 2**b, 2**c, 2 ** (power - a - b - c)
+        preset = ("fsdp_tensor", "tensor_sequence")[a % 2] if c else "fsdp"
+        recipe = _recipe(
+            preset,
+            dict(data=data, fsdp=fsdp, tensor=tensor, context=context),
+            batch=len(devices), seq_len=2048, dim=1024, num_heads=1024, num_kv_heads=1024,
+            ffn_dim=1024, vocab_size=1024, context=2048,
+        )  # fmt: skip
+        if name.startswith("2x") and data * fsdp == 1:
+            with pytest.raises(ConfigError, match="would lie across slices"):
+                make_mesh(recipe.mesh, devices)
+            continue
+        mesh = make_mesh(recipe.mesh, devices)
+        assert tuple(mesh.shape.values()) == (data, fsdp, tensor, context)
+        assert len(set(mesh.devices.flat)) == len(devices)
+        check_fits(recipe, mesh)
+        held = check_rows(mesh, len(devices))
+        interleaved += any(np.ptp(rows) >= len(rows) for rows in held.values())
+    # On a torus a host's rows are apart, which no (index, count) of equal shares describes.
+    assert interleaved or not name.startswith("v5p")
+
+
+@pytest.mark.parametrize("order", [[0, 2, 4, 6, 1, 3, 5, 7], [7, 3, 5, 1, 0, 6, 2, 4]])
+def test_feed_places_rows_whatever_the_order_of_devices(order):
+    recipe = _recipe("fsdp_tensor", dict(data=2, fsdp=2, tensor=2), batch=12, accumulate=3)
+    mesh = make_mesh(recipe.mesh, [jax.devices()[i] for i in order])
+    feed = Feed(recipe, mesh, PRESETS["fsdp_tensor"].operand("BT"))
+    assert feed.batch_rows.tolist() == list(range(12))
+    batch = np.arange(12 * 16, dtype=np.int32).reshape(12, 16)
+    placed = feed({"inputs_BT": batch}, True)
+    np.testing.assert_array_equal(placed["inputs_BT"], batch.reshape(3, 4, 16))
+    assert placed["stop"].tolist() == [1] * 8
+    hosts = [Proxy(i, i % 2, 0, "cpu") for i in range(8)]
+    mesh = make_mesh(MeshConfig(), hosts)
+    assert host_rows(mesh, P("fsdp"), 16, 1).tolist() == [2, 3, 6, 7, 10, 11, 14, 15]
 
 
 def _recipe(preset="fsdp", mesh=(), batch=8, accumulate=1, seq_len=16, **model):

@@ -254,7 +254,7 @@ def source(name: str, folder: str = "numbers", **changes) -> Source:
 def data_of(*sources: Source) -> TrainData:
     mixture = Mixture(golden.FOLDER / "numbers/tokenizer.model", 288, {s.name: s for s in sources})
     cfg = DataConfig(sources={s.name: SourceConfig(path="unused") for s in sources}, seq_len=16)
-    return TrainData(mixture, cfg, 4, 0, 1)
+    return TrainData(mixture, cfg, 4)
 
 
 def test_a_position_belongs_to_the_content_of_the_shards():

@@ -21,7 +21,7 @@ from llama_jax.config import Recipe
 from llama_jax.model import Execution
 from llama_jax.planning import hlo
 from llama_jax.planning.machines import GIB, Machine, PlanError, devices
-from llama_jax.sharding import AXES, check_fits, make_mesh
+from llama_jax.sharding import AXES, check_fits, make_mesh, slice_ids
 from llama_jax.step import (
     abstract_state,
     execution,
@@ -65,6 +65,8 @@ class Compiled:
     machine: Machine
     recipe: Recipe
     mesh: dict[str, int]
+    slices: tuple[int, ...]
+    """of each device, in the order of the mesh: the slice it belongs to"""
     memory: Memory
     cost: hlo.Cost | None
     seconds: float
@@ -84,7 +86,7 @@ def compile_step(recipe: Recipe, on: Machine) -> Compiled:
       PlanError: the machine's compiler is not there.
       ConfigError: the recipe's mesh does not match the machine, or does not divide the model.
     """
-    mesh = make_mesh(recipe.mesh, devices(on))
+    mesh = make_mesh(recipe.mesh, devices(on), on.host_is_slice)
     check_fits(recipe, mesh)
     how = execution(recipe, on.chip.platform)
     start = time.perf_counter()
@@ -113,7 +115,8 @@ def compile_step(recipe: Recipe, on: Machine) -> Compiled:
     # What fuses with its use is handed over and never stored.
     kept = max(0.0, min(kept, needed - 2 * weights - optimizer))
     memory = Memory(needed, weights, optimizer, weights, kept, code)
-    return Compiled(on, recipe, dict(mesh.shape), memory, cost, seconds, program)
+    slices = tuple(slice_ids(mesh.devices.flat, on.host_is_slice))
+    return Compiled(on, recipe, dict(mesh.shape), slices, memory, cost, seconds, program)
 
 
 def peak_bytes(stats: Any, platform: str) -> float:

@@ -28,6 +28,7 @@ COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
+_TRANSFERS = (*COLLECTIVES, "send", "recv")
 # What moves no bytes of its own.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
@@ -40,6 +41,9 @@ class Collective(NamedTuple):
 
     kind: str
     group: tuple[int, ...]
+    slices: int = 0
+    """of a transfer between TPU slices, which the program sends and receives through the host: how
+    many slices it joins (``group`` is empty); 0 for a collective over devices"""
 
 
 @dataclasses.dataclass
@@ -135,6 +139,9 @@ class _Walker:
 
     def _collective(self, op: Op, inside: str, times: int) -> None:
         kind = op.kind.removesuffix("-start")
+        if kind == "send" and (between := _between_slices(op)):
+            self._add(*between, times)
+            return
         if kind not in COLLECTIVES:
             return
         # On TPU one gather may be cut into pieces, each beside a product: they share a chain.
@@ -151,14 +158,16 @@ class _Walker:
         # On TPU a reduce-scatter is a fusion of this name, with an all-reduce inside.
         if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
-        collective = Collective(kind, group)
+        self._add(Collective(kind, group), size, times)
+
+    def _add(self, collective: Collective, size: int, times: int) -> None:
         self.cost.collectives[collective] += size * times
         self.cost.collective_counts[collective] += times
 
     def _moved(self, table: dict[str, Op], op: Op, inner: dict[str, Op]) -> float:
         """Bytes an instruction reads and writes in main memory; of arrays that it only cuts or
         updates, that part."""
-        if op.kind.endswith("-done") or op.kind.removesuffix("-start") in COLLECTIVES:
+        if op.kind.endswith("-done") or op.kind.removesuffix("-start") in _TRANSFERS:
             return 0.0
         if op.kind == "dynamic-slice":
             stack = table[op.operands[0]].type
@@ -193,6 +202,23 @@ class _Walker:
                 else:
                     return whole
         return min(total, whole)
+
+
+def _between_slices(op: Op) -> tuple[Collective, int] | None:
+    """A send to other TPU slices as the collective that it is part of, and its whole bytes."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.line)
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', op.line)
+    if kind is None or target is None:
+        return None
+    slices = 0
+    for each in target[1].split(","):
+        first, _, last = each.partition(":")
+        slices += int(last or first) - int(first) + 1
+    sent = arrays(op.type)[:1]
+    size = sum(item_bytes(dtype) * math.prod(shape) for dtype, shape in sent)
+    name = kind[1].lower().replace("_", "-")
+    size *= slices if name == "all-gather" else 1
+    return Collective(name, (), slices), size
 
 
 def _whole(op: Op, members: int) -> int:

@@ -8,8 +8,6 @@ from llama_jax.planning.budget import PAPER_CARBON, PAPER_PUE, energy
 from llama_jax.planning.compiled import Compiled
 from llama_jax.planning.machines import GIB
 
-HOST = 8  # GPUs of one host, near each other
-
 
 def figures(c: Compiled, watts: float | None, price: float | None) -> dict[str, Any]:
     """Everything that a plan says, as plain values in base units (bytes, seconds, operations).
@@ -103,17 +101,18 @@ def _run(tokens: int, hours: float, chips: int) -> dict[str, Any]:
 
 def collectives(c: Compiled) -> list[dict[str, Any]]:
     """Each kind of collective over each number of devices: calls, bytes of the whole arrays, bytes
-    that come in over the links, and whether its devices are on several hosts."""
+    that come in over the links inside a slice and over the network between slices (of GPUs: between
+    hosts), and whether its devices are in several slices."""
     assert c.cost is not None
     rows: dict[tuple[str, int, bool], dict[str, Any]] = {}
     for collective, size in c.cost.collectives.items():
-        n = len(collective.group) or c.machine.devices
-        ids = collective.group or range(n)
-        hosts = {i // HOST for i in ids}
-        far = c.machine.chip.network is not None and len(hosts) > 1
+        n = collective.slices or len(collective.group) or c.machine.devices
+        ids = collective.group or range(len(c.slices))
+        slices = collective.slices or len({c.slices[i] for i in ids})
+        far = slices > 1
         row = rows.setdefault(
             (collective.kind, n, far),
-            {"kind": collective.kind, "devices": n, "between_hosts": far, "calls": 0, "bytes": 0}
+            {"kind": collective.kind, "devices": n, "between_slices": far, "calls": 0, "bytes": 0}
             | {"link_bytes": 0.0, "network_bytes": 0.0},
         )
         row["calls"] += c.cost.collective_counts[collective]
@@ -121,11 +120,13 @@ def collectives(c: Compiled) -> list[dict[str, Any]]:
         # A ring brings each device all but its own part; a sum does so twice.
         inward = size * (1 if n == 2 and "permute" in collective.kind else (n - 1) / n)
         inward *= 2 if collective.kind == "all-reduce" else 1
+        network = 0.0
         if far:
-            # Each host brings the part it lacks in once, shared by its devices of the group.
-            near = n / len(hosts)
-            row["network_bytes"] += inward * (n - near) / (n - 1) / near if n > 1 else 0
-        row["link_bytes"] += inward
+            # Each slice brings the part it lacks in once, shared by its devices of the group.
+            near = n / slices
+            network = inward * (n - near) / (n - 1) / near
+        row["network_bytes"] += network
+        row["link_bytes"] += inward - network
     return sorted(rows.values(), key=lambda r: -r["bytes"])
 
 
@@ -139,7 +140,7 @@ def _time(c: Compiled, own: float) -> dict[str, Any]:
         "memory": least_traffic(c) / (chip.bandwidth * 1e9),
         "links": sum(r["link_bytes"] for r in rows) / (chip.link * 1e9),
     }
-    if chip.network:
+    if chip.network and c.machine.slices > 1:
         terms["network"] = sum(r["network_bytes"] for r in rows) / (chip.network * 1e9)
     step = max(terms.values())
     tokens = c.recipe.train.batch_size * c.recipe.data.seq_len
@@ -210,7 +211,7 @@ def _work_lines(f: dict[str, Any]) -> list[str]:
     if step["kernels_that_declare_nothing"]:
         lines.append("  (attention's kernels declare no operations here; counted by their shapes)")
     for r in step["collectives"]:
-        where = ", on several hosts" if r["between_hosts"] else ""
+        where = ", between slices" if r["between_slices"] else ""
         lines.append(
             f"  {r['kind']} of {r['bytes'] / 1e9:,.2f} GB in {r['calls']:,} calls over "
             f"{r['devices']} devices{where}"

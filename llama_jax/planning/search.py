@@ -5,6 +5,7 @@ estimate from shapes; what wins, by what was compiled.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from llama_jax.config import MeshConfig, Recipe
 from llama_jax.planning.compiled import Compiled, compile_step
 from llama_jax.planning.machines import GIB, Machine
-from llama_jax.planning.report import HOST, figures
+from llama_jax.planning.report import figures
 
 TRIES = 4  # that are compiled
 
@@ -27,7 +28,11 @@ class Candidate(NamedTuple):
 
     def __str__(self) -> str:
         mesh, train = self.recipe.mesh, self.recipe.train
-        sizes = f"fsdp {mesh.fsdp}" + f" x tensor {mesh.tensor}" * (mesh.tensor > 1)
+        sizes = (
+            f"data {mesh.data} x " * (mesh.data > 1)
+            + f"fsdp {mesh.fsdp}"
+            + f" x tensor {mesh.tensor}" * (mesh.tensor > 1)
+        )
         return f"{sizes}, {train.accumulate} part(s), remat {train.remat}"
 
 
@@ -35,15 +40,17 @@ def candidates(recipe: Recipe, on: Machine) -> list[Candidate]:
     """Every way that the mesh divides, the shortest estimated step first."""
     model, found = recipe.model, []
     widths = (model.num_heads, model.num_kv_heads, model.ffn_dim, model.vocab_size)
-    for tensor in (1, 2, 4, 8):
-        fsdp = on.devices // tensor
-        ok = on.devices % tensor == 0 and not any(w % tensor for w in widths)
+    # TPU slices along `fsdp`, or one copy of the model in each.
+    copies = {1, on.slices} if on.chip.platform == "tpu" else {1}
+    for data, tensor in itertools.product(sorted(copies), (1, 2, 4, 8)):
+        fsdp = on.devices // data // tensor
+        ok = on.devices % (data * tensor) == 0 and not any(w % tensor for w in widths)
         if not ok or model.dim % fsdp or (tensor > 1 and recipe.data.seq_len % tensor):
             continue
-        mesh = MeshConfig(data=1, fsdp=fsdp)
+        mesh = MeshConfig(data=data, fsdp=fsdp)
         if tensor > 1:
-            mesh = MeshConfig(preset="tensor_sequence", data=1, fsdp=fsdp, tensor=tensor)
-        most = recipe.train.batch_size / fsdp
+            mesh = MeshConfig(preset="tensor_sequence", data=data, fsdp=fsdp, tensor=tensor)
+        most = recipe.train.batch_size / (data * fsdp)
         for parts in [2**i for i in range(12) if most % 2**i == 0 and most >= 2**i]:
             for remat in ("none", "matmuls", "full"):
                 train = dataclasses.replace(recipe.train, accumulate=parts, remat=remat)
@@ -62,14 +69,16 @@ def _estimate(recipe: Recipe, on: Machine) -> tuple[float, float]:
     wide = {"full": 0, "matmuls": outputs, "none": 2.5 * outputs}[train.remat]
     kept = 2 * model.num_layers * (D + wide) * tokens / train.accumulate
     layer = 4 * (D * (2 * N + 2 * K) + 3 * D * F) / mesh.tensor
-    memory = 16 * model.num_params / on.devices + kept + 2 * layer
+    memory = 16 * model.num_params / (mesh.fsdp * mesh.tensor) + kept + 2 * layer
     own = model.flops_per_token(recipe.data.seq_len) * tokens
     compute = own * (4 / 3 if train.remat == "full" else 1.03) / (on.chip.tflops * 1e12)
     # Weights come twice a part, gradients leave once, 2 bytes each.
     weights = 6 * model.num_params / mesh.tensor * train.accumulate
-    hosts = on.chip.network is not None and on.devices > HOST
-    near = HOST // mesh.tensor
-    moved = weights / near / on.chip.network / 1e9 if hosts and on.chip.network else 0.0
+    # What a slice lacks comes in once, shared by its devices; copies exchange gradients alone.
+    near = on.devices // on.slices // mesh.tensor
+    between = weights / near if mesh.data == 1 else weights / (3 * mesh.fsdp)
+    far = on.slices > 1 and on.chip.network
+    moved = between / on.chip.network / 1e9 if far and on.chip.network else 0.0
     links = weights / (on.chip.link * 1e9)
     # The residual stream is gathered and summed between tensor devices, four times a layer.
     crossing = 8 * 2 * model.num_layers * D * tokens * (mesh.tensor - 1)
