@@ -32,6 +32,14 @@ from llama_jax.conversion.layouts import FLOATS, NAMES, Found, Kind, changed
 from llama_jax.conversion.quantised import MOST, dtype_of
 from llama_jax.conversion.transfer import ConvertError, Plan, human
 from llama_jax.conversion.weights import units
+from llama_jax.file_hashes import (
+    MANIFEST,
+    files_below,
+    find_problems,
+    hash_files,
+    listed_files,
+    write_list,
+)  # fmt: skip
 
 
 def convert(
@@ -54,6 +62,8 @@ def convert(
     """
     start = time.perf_counter()
     found = layouts.open_folder(Path(source), context)
+    if found.kind == "orbax":
+        _check_hashes(found)
     max_memory += transfer.resident()
     plan = make_plan(found, Path(destination), to, dtype, shards, max_memory, quantize)
     before = transfer.stamps(found)
@@ -178,6 +188,8 @@ def _check_space(plan: Plan) -> None:
 
 # --- the small files ---
 
+_NOT_LISTED = (MANIFEST, "progress.jsonl")
+
 
 def _write_settings(plan: Plan, sums: dict[str, str]) -> None:
     """Settings, tokenizer and manifest beside the weights."""
@@ -203,7 +215,18 @@ def _write_settings(plan: Plan, sums: dict[str, str]) -> None:
         "SHA-256 of each tensor's little-endian bytes, laid out as `shape`; stacked tensors have "
         "one sum a layer"
     )
-    _dump(folder / "manifest.json", about | {"sums": sums_of, "tensors": _manifest(plan, sums)})
+    files = hash_files(folder, (n for n in files_below(folder) if n not in _NOT_LISTED))
+    tensors = {"sums": sums_of, "tensors": _manifest(plan, sums)}
+    write_list(folder / MANIFEST, about | tensors | {"files": files})
+
+
+def _check_hashes(found: Found) -> None:
+    """Compare one of our checkpoints, before it is read, with what was written."""
+    step = found.files[0].parent
+    root = step.parents[1]
+    problems = find_problems(root, listed_files(root, int(step.name), "model"))
+    if problems:
+        raise ConvertError("\n".join(problems))
 
 
 def _manifest(plan: Plan, sums: dict[str, str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm import tqdm
 
-from llama_jax.checkpoint import load_layers, load_weights, read_about
+from llama_jax.checkpoint import check_weights, load_layers, load_weights, read_about
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.conversion.weights import TABLE
 from llama_jax.llm import LLM, memory_of
@@ -57,7 +57,8 @@ def load(
       mesh: of :func:`llama_jax.sharding.make_mesh`; heads and widths are split over its ``tensor``.
 
     Raises:
-      ConfigError: no checkpoint of ours there (says what it is), or a damaged one.
+      ConfigError: no checkpoint of ours there (says what it is), or a damaged one (names the
+        files); a tokenizer with more tokens than the embedding has rows.
       ValueError: its tokenizer is missing or of another kind; an unknown dtype or quantisation, or
         another one than the checkpoint's; a mesh that does not divide the model.
       MemoryError: the weights are larger than the device's memory.
@@ -68,6 +69,7 @@ def load(
         raise ValueError(f"dtype={dtype!r}: there are 'float32' and 'bfloat16'")
     folder = Path(folder)
     cfg, about = _about(folder)
+    check_weights(folder)
     stored = about.get("quantize")
     if stored is not None and quantize not in (None, stored):
         raise ValueError(
@@ -78,6 +80,11 @@ def load(
     if mesh is not None:
         _check_mesh(cfg, mesh)
     tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise ConfigError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the embedding of "
+            f"{folder} {cfg.vocab_size} rows only: it is another model's tokenizer"
+        )
     devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
     cpu, tpu = (devices[0].platform == name for name in ("cpu", "tpu"))
     kind = jnp.dtype(dtype or ("float32" if cpu else "bfloat16"))

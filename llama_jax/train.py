@@ -25,6 +25,7 @@ from llama_jax import hardware, report
 from llama_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
+    check_weights,
     load_weights,
     read_about,
     write_about,
@@ -33,6 +34,7 @@ from llama_jax.config import ConfigError, Recipe, load_recipe, settings, to_dict
 from llama_jax.data import TrainData, eval_batches, held_out, open_mixture
 from llama_jax.distributed import start_distributed
 from llama_jax.feed import Feed
+from llama_jax.file_hashes import record_files
 from llama_jax.io import atomic_write
 from llama_jax.model import Execution
 from llama_jax.prepare import prepare_mixture
@@ -193,6 +195,7 @@ class Run:
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic_write(saved, to_toml(self.recipe).encode())
+            record_files(self.folder, "recipe.toml")
         _barrier("folder")
 
     def _start(self) -> tuple[int, TrainState]:
@@ -222,6 +225,7 @@ class Run:
                     f"train.init_from={self.recipe.train.init_from} is another model:\n  "
                     + "\n  ".join(changes)
                 )
+            check_weights(self.recipe.train.init_from)
             state = state._replace(
                 params=load_weights(self.recipe.train.init_from, abstract.params)
             )

@@ -166,6 +166,9 @@ def test_weights_that_are_damaged_or_one_step_of_some(folders, tmp_path):
         path = f"blocks.mlp.up{'.q' if kind else ''}/c"
         chunk = next(p for p in (tmp_path / name).rglob(f"{path}/1/**/*") if p.is_file())
         chunk.write_bytes(chunk.read_bytes()[:10])
+        with pytest.raises(ConfigError, match=f"{chunk} has 10 bytes, not "):
+            llama_jax.load(tmp_path / name)
+        (tmp_path / name / "manifest.json").unlink()
         with pytest.raises(ConfigError, match=r"the weights in .* cannot be read: .*mlp.up"):
             llama_jax.load(tmp_path / name)
 

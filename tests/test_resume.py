@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from llama_jax.conversion.orbax_weights import open_array
+from llama_jax.file_hashes import read_list
+from llama_jax.verify import verify
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
@@ -223,6 +225,10 @@ def test_two_processes_train_save_stop_and_resume_together(place):
     for process in start_two(place, run.name):
         finish(process)
     same_losses(run, place / "base")
+    parts = [read_list(p) for p in run.glob(f"steps/{STEPS}/checksums.*-of-2.json")]
+    assert len(parts) == 2
+    assert min(map(len, parts)) > 10  # each process hashed its share
+    assert not verify(run)
 
 
 def test_two_processes_whose_devices_take_turns(place):

@@ -422,7 +422,10 @@ def _open_orbax(root: Path, path: Path) -> Found:
     step = int(given) if given is not None else there[-1]
     folder = steps / str(step) / "model"
     metadata = _json(folder / "_METADATA").get("tree_metadata", {})
-    have = {"/".join(str(k["key"]) for k in v["key_metadata"]) for v in metadata.values()}
+    try:
+        have = {"/".join(str(k["key"]) for k in v["key_metadata"]) for v in metadata.values()}
+    except (AttributeError, KeyError, TypeError):
+        raise LayoutError(f"{folder}/_METADATA is damaged: no list of arrays by name") from None
     quantize = settings.get("quantize")
     if quantize not in (None, *MOST):
         raise LayoutError(f"{root}/model.json: quantize={quantize!r}: there are 'int8' and 'int4'")
