@@ -57,8 +57,10 @@ class DataConfig:
     """order of the sequences"""
     prepared: str = ""
     """where token shards of raw sources are kept; empty: `data` inside the run folder"""
-    workers: NonNegative = 0
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """threads that tokenise; 0: one a core"""
+    skip_bad_lines: bool = False
+    """leave out lines that cannot be used (no JSON, no text) and count them; false: an error"""
 
 
 @checked

@@ -7,7 +7,6 @@ those one :class:`Document` after the other. Errors name the file and the line.
 
 import ast
 import collections
-import contextlib
 import dataclasses
 import functools
 import gzip
@@ -26,6 +25,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama_jax.manifest import digest
+
 log = logging.getLogger(__name__)
 
 # fmt: off
@@ -42,6 +43,8 @@ NOT_LIBRARY = {
 }
 # fmt: on
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+MAX_LINE_BYTES = 2**28
+"""Longest line of a .jsonl; it is held in memory several times."""
 KNOWN = f"{', '.join(JSONL)}, .parquet, or text ({' '.join(TEXT[:10])} ...)"
 
 
@@ -50,9 +53,19 @@ class Document(NamedTuple):
 
     text: str
     key: int
-    """64-bit hash of the text (docstrings: of their module); held out when under a threshold"""
+    """64-bit hash that decides the side of the split: of the text; of docstrings, of their module;
+    of a block of a long text file, of the first block of its section"""
     size: int
     """bytes of UTF-8"""
+
+
+class BadLine(NamedTuple):
+    """A line, row or block that cannot be used."""
+
+    reason: str
+    """the kind of problem, to count by"""
+    message: str
+    """where it is and what is wrong"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +77,8 @@ class RawSource:
     files: tuple[Path, ...]
     skipped: dict[str, int]
     """files left out, by extension"""
+    skip_bad_lines: bool = False
+    """leave out what cannot be used, instead of an error"""
 
     @property
     def is_python(self) -> bool:
@@ -76,6 +91,19 @@ class RawSource:
         return 2**20 if len(self.files) >= 100 else min(2**16, max(2**10, total // 100))
 
     @functools.cached_property
+    def section_blocks(self) -> int:
+        """Neighbouring blocks of a long text file that go to one side of the split; 0: all of them.
+
+        Neighbouring blocks tell of each other, so a whole file goes to one side. Where one file is
+        more than a fiftieth of the source, it goes by sections of about a hundredth of the source,
+        at most 1 MiB: only the two ends of a held-out section have neighbours in training.
+        """
+        sizes = [f.stat().st_size for f in self.files]
+        if max(sizes) * 50 <= sum(sizes):
+            return 0
+        return max(1, min(2**20, sum(sizes) // 100) // self.block_bytes)
+
+    @functools.cached_property
     def inputs(self) -> str:
         """Hash of names, sizes and times of the files: it changes when the input does."""
         root = os.path.commonpath(self.files) if len(self.files) > 1 else self.files[0].parent
@@ -84,15 +112,10 @@ class RawSource:
         return digest([files, [self.path, sys.version] if self.is_python else []])
 
 
-def digest(content: Any) -> str:
-    """Hash of plain values: nested lists, dicts, numbers and strings."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 # Where text is -----------------------------------------------------------------------------------
 
 
-def find_files(name: str, path: str) -> RawSource:
+def find_files(name: str, path: str, skip_bad_lines: bool = False) -> RawSource:
     """The files of a source, in a fixed order.
 
     Raises:
@@ -116,10 +139,13 @@ def find_files(name: str, path: str) -> RawSource:
     if path and root.is_file():
         if _reader(root) is None:
             raise ValueError(f"{where} has an unknown extension; known are {KNOWN}")
-        return RawSource(name, path, (root,), {})
+        return RawSource(name, path, (root,), {}, skip_bad_lines)
+    if path and root.exists() and not root.is_dir():
+        raise ValueError(f"{where} is not a regular file; give a file or folder")
     if not path or not root.is_dir():
         raise ValueError(f"{where} does not exist (looked in {Path.cwd()}); give a file or folder")
-    found = [f for f in _walk(root, set()) if f.stat().st_size]
+    # No pipes and devices, and no links to nothing.
+    found = [f for f in _walk(root, set()) if f.is_file() and f.stat().st_size]
     files = [f for f in found if _reader(f) and not _is_binary(f)]
     skipped = collections.Counter(f.suffix or f.name for f in set(found) - set(files))
     if not files:
@@ -127,7 +153,7 @@ def find_files(name: str, path: str) -> RawSource:
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(8))
         log.warning(f"{where}: skipped {skipped.total()} files that are not text: {kinds}")
-    return RawSource(name, path, tuple(files), dict(sorted(skipped.items())))
+    return RawSource(name, path, tuple(files), dict(sorted(skipped.items())), skip_bad_lines)
 
 
 def _walk(root: Path, leave_out: set[str]) -> list[Path]:
@@ -142,7 +168,7 @@ def _walk(root: Path, leave_out: set[str]) -> list[Path]:
     return found
 
 
-def _reader(file: Path) -> Callable[[Path, int], Iterator[str]] | None:
+def _reader(file: Path) -> Callable[[Path, int], Iterator[str | BadLine]] | None:
     name = file.name.lower()
     if name.endswith(JSONL):
         return _read_jsonl
@@ -161,44 +187,75 @@ def _is_binary(file: Path) -> bool:
 # Text to documents -------------------------------------------------------------------------------
 
 
-def read_documents(source: RawSource, files: Iterable[Path]) -> Iterator[Document]:
+def read_documents(
+    source: RawSource, files: Iterable[Path], bad_lines: collections.Counter[str] | None = None
+) -> Iterator[Document]:
     """Documents of some files of a source; blank ones are left out.
+
+    Args:
+      source: what they belong to; ``skip_bad_lines`` says what happens to lines, rows and blocks of
+        text that cannot be used.
+      files: some of its files.
+      bad_lines: takes the number of those left out, by reason.
 
     Raises:
       ValueError: not UTF-8 text, broken JSON, no text field; names the file and line.
     """
     for file in files:
-        if source.is_python:
-            documents: Iterable[Document] = _read_module(file, source.path == "python:prose")
-        else:
-            reader = _reader(file)
-            assert reader is not None
-            documents = (_document(text, text) for text in reader(file, source.block_bytes))
-        yield from (d for d in documents if d.size and not d.text.isspace())
+        found = _read_module(file, source) if source.is_python else _read_file(file, source)
+        for document in found:
+            if isinstance(document, BadLine):
+                if not source.skip_bad_lines:
+                    raise ValueError(
+                        f"{document.message}; correct it, or leave such out (--skip-bad-lines, "
+                        "data.skip_bad_lines=true)"
+                    )
+                if bad_lines is not None:
+                    bad_lines[document.reason] += 1
+            elif document.size and not document.text.isspace():
+                yield document
 
 
-def _document(text: str, of_key: str) -> Document:
-    key = hashlib.blake2b(of_key.encode(), digest_size=8).digest()
-    return Document(text, int.from_bytes(key, "little"), len(text.encode()))
+def _read_file(file: Path, source: RawSource) -> Iterator[Document | BadLine]:
+    reader = _reader(file)
+    assert reader is not None
+    section = source.section_blocks if reader is _read_text else 1
+    key: int | None = None
+    for number, text in enumerate(reader(file, source.block_bytes)):
+        if isinstance(text, BadLine):
+            yield text
+            continue
+        if key is None or (section and number % section == 0):
+            key = _key(text)
+        yield Document(text, key, len(text.encode()))
 
 
-def _read_text(file: Path, block_bytes: int) -> Iterator[str]:
-    content = file.read_bytes()
-    if not content:
-        raise ValueError(f"{file} is empty; give a file with text")
-    if b"\0" in content[:8192]:
-        raise ValueError(f"{file} is binary (it has zero bytes), not text")
-    start = 3 if content.startswith(b"\xef\xbb\xbf") else 0  # a byte order mark
-    while start < len(content):
-        end = _cut(content, start, block_bytes)
-        try:
-            yield content[start:end].decode()
-        except UnicodeDecodeError as e:
-            raise ValueError(
-                f"{file} is not UTF-8 text (byte {start + e.start}: {e.reason}); "
-                "convert it, for example with iconv"
-            ) from None
-        start = end
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _read_text(file: Path, block_bytes: int) -> Iterator[str | BadLine]:
+    with open(file, "rb") as f:
+        content = f.read(max(block_bytes + 1, 8192))
+        if not content:
+            raise ValueError(f"{file} is empty; give a file with text")
+        if b"\0" in content[:8192]:
+            raise ValueError(f"{file} is binary (it has zero bytes), not text")
+        start = 0
+        if content.startswith(b"\xef\xbb\xbf"):  # a byte order mark
+            start, content = 3, content[3:]
+        while content:
+            if len(content) <= block_bytes:
+                content += f.read(2 * block_bytes)
+            end = _cut(content, 0, block_bytes)
+            try:
+                yield content[:end].decode()
+            except UnicodeDecodeError as e:
+                yield BadLine(
+                    "not UTF-8",
+                    f"{file} is not UTF-8 text (byte {start + e.start}: {e.reason})",
+                )
+            start, content = start + end, content[end:]
 
 
 def _cut(content: bytes, start: int, block_bytes: int) -> int:
@@ -215,11 +272,16 @@ def _cut(content: bytes, start: int, block_bytes: int) -> int:
     return limit
 
 
-def _read_jsonl(file: Path, _: int) -> Iterator[str]:
+def _read_jsonl(file: Path, _: int) -> Iterator[str | BadLine]:
     number = 0
     try:
         with _open_lines(file) as lines:
-            for number, line in enumerate(lines, 1):
+            while line := lines.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(
+                        f"{file} line {number} is longer than {MAX_LINE_BYTES:,} bytes; cut it"
+                    )
                 if not line.isspace():
                     yield _json_text(line, f"{file} line {number}")
     except (OSError, EOFError, zlib.error) as e:
@@ -228,7 +290,7 @@ def _read_jsonl(file: Path, _: int) -> Iterator[str]:
         raise ValueError(f"{file} is empty; give a file with text")
 
 
-def _open_lines(file: Path) -> contextlib.AbstractContextManager[Iterable[bytes]]:
+def _open_lines(file: Path) -> Any:
     if file.suffix.lower() == ".gz":
         return gzip.open(file)
     if file.suffix.lower() == ".zst":
@@ -239,18 +301,21 @@ def _open_lines(file: Path) -> contextlib.AbstractContextManager[Iterable[bytes]
     return open(file, "rb")
 
 
-def _json_text(line: bytes, where: str) -> str:
+def _json_text(line: bytes, where: str) -> str | BadLine:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where} is not JSON: {e}") from None
+    except RecursionError:
+        return BadLine("not JSON", f"{where} is not JSON: nested too deeply")
+    except ValueError as e:
+        return BadLine("not JSON", f"{where} is not JSON: {e}")
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        fields = f"fields {', '.join(record)}" if isinstance(record, dict) else f"{record!r:.40}"
-        raise ValueError(f'{where} has no "text" field that is a string, only {fields}')
+        fields = ", ".join(list(record)[:8]) if isinstance(record, dict) else ""
+        found = f"fields {fields!s:.200}" if fields else f"a {type(record).__name__}"
+        return BadLine("no text", f'{where} has no "text" field that is a string, only {found}')
     return _unicode(record["text"], where)
 
 
-def _read_parquet(file: Path, _: int) -> Iterator[str]:
+def _read_parquet(file: Path, _: int) -> Iterator[str | BadLine]:
     import pyarrow
     from pyarrow import parquet
 
@@ -259,27 +324,33 @@ def _read_parquet(file: Path, _: int) -> Iterator[str]:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             if "text" not in names:
-                raise ValueError(f'{file} has no "text" column, only {", ".join(names)}')
-            for batch in table.iter_batches(batch_size=256, columns=["text"]):
+                raise ValueError(f'{file} has no "text" column, only {", ".join(names[:8])}')
+            for batch in table.iter_batches(batch_size=64, columns=["text"]):
                 for text in batch.column(0).to_pylist():
                     row += 1
-                    if not isinstance(text, str):
-                        raise ValueError(f'{file} row {row}: "text" is {text!r:.40}, no string')
-                    yield text
+                    if isinstance(text, str):
+                        yield _unicode(text, f"{file} row {row}")
+                    else:
+                        found = f'{file} row {row}: "text" is {text!r:.40}, no string'
+                        yield BadLine("no text", found)
     except (pyarrow.ArrowException, OSError) as e:
         raise ValueError(f"{file} is no parquet file, or damaged after row {row}: {e}") from None
 
 
-def _unicode(text: str, where: str) -> str:
+def _unicode(text: str, where: str) -> str | BadLine:
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"{where}: the text is not valid Unicode ({e.reason})") from None
+        return BadLine("not Unicode", f"{where}: the text is not valid Unicode ({e.reason})")
     return text
 
 
+def _read_module(file: Path, source: RawSource) -> tuple[Document, ...]:
+    return _module(file, source.path == "python:prose")
+
+
 @functools.lru_cache(maxsize=4096)
-def _read_module(file: Path, prose: bool) -> tuple[Document, ...]:
+def _module(file: Path, prose: bool) -> tuple[Document, ...]:
     """The code or the docstrings of a module. The code decides on which side both are."""
     try:
         with tokenize.open(file) as f:
@@ -287,7 +358,7 @@ def _read_module(file: Path, prose: bool) -> tuple[Document, ...]:
         text = "\n\n".join(_docstrings(ast.parse(code))) if prose else code
     except (SyntaxError, UnicodeDecodeError):  # some installations have broken files, as examples
         return ()
-    return (_document(text, of_key=code),)
+    return (Document(text, _key(code), len(text.encode())),)
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:

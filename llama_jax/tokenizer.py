@@ -247,11 +247,11 @@ class SentencePiece(Tokenizer):
         # BPE merges neighbours into pieces of the vocabulary: where no piece has these two
         # characters side by side, nothing on one side depends on the other.
         pairs, single = self._joined
-        for i in range(at, len(text)) if pairs is not None else ():
-            right = text[i].replace(" ", "▁")
-            if text[i - 1].replace(" ", "▁") + right not in pairs and (
-                not single or right in single
-            ):
+        if pairs is None:
+            return len(text)
+        for i in range(at, len(text)):
+            left, right = (c.replace(" ", "▁") for c in text[i - 1 : i + 1])
+            if left + right not in pairs and (not single or right in single):
                 return i
         return len(text)
 

@@ -2,12 +2,15 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import logging
+import os
 import resource
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from pyarrow import parquet
 
 from llama_jax import data as data_module
 from llama_jax import prepare
+from llama_jax import text as text_module
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.prepare import main, parse_source, prepare_mixture
 from llama_jax.text import find_files, read_documents
@@ -66,7 +70,9 @@ def documents(folder: Path, split: str) -> list[list[int]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    """All files but locks."""
+    files = [f for f in folder.rglob("*") if f.is_file() and f.name != ".lock"]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
 def write_every_kind(folder: Path, docs: list[str]) -> dict[str, Path]:
@@ -108,7 +114,8 @@ def test_manifest_is_true(tmp_path, model):
     top, m = manifest(out), manifest(out / "a")
     sha = hashlib.sha256(Path(model).read_bytes()).hexdigest()
     assert top["tokenizer"]["sha256"] == m["tokenizer_sha256"] == sha
-    assert top["sources"] == {"a": {"folder": "a", "weight": 1.0}}
+    content = hashlib.sha256(json.dumps(m, sort_keys=True).encode()).hexdigest()
+    assert top["sources"] == {"a": {"folder": "a", "weight": 1.0, "content": content}}
     assert (out / "tokenizer.model").read_bytes() == (out / "a" / "tokenizer.model").read_bytes()
     assert (m["format"], m["dtype"], m["path"]) == (prepare.FORMAT, "uint16", str(source))
     for name, split in m["splits"].items():
@@ -170,7 +177,12 @@ def test_a_rerun_does_nothing_and_a_change_is_noticed(tmp_path, model, caplog):
     shard.write_bytes(shard.read_bytes()[:-2])
     assert "a shard changed" in run(model=other, holdout=0.3)
     assert run(model=other, holdout=0.3) == ""
-    assert sorted(p.name for p in out.iterdir()) == ["a", "manifest.json", "tokenizer.model"]
+    names = [".lock", "a", "manifest.json", "tokenizer.model"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert sorted(p.name for p in (out / "a").iterdir()) == [
+        *(f"{split}-00000.{kind}" for split in ("holdout",) for kind in ("starts", "tokens")),
+        "manifest.json", "tokenizer.model", "train-00000.starts", "train-00000.tokens",
+    ]  # fmt: skip
 
 
 def test_a_failure_leaves_nothing_half_written(tmp_path, model, monkeypatch):
@@ -211,24 +223,25 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, model, monkeypatch):
     assert contents(out) == whole
 
 
-def test_killed_while_writing(tmp_path, model):
-    """SIGKILL in the middle of a source: nothing looks whole, and the next run makes it whole."""
+def test_killed_while_writing(tmp_path, model, monkeypatch):
+    """SIGKILL in the middle of a source: nothing looks whole, and the next run goes on."""
     source, out = jsonl(tmp_path / "a.jsonl", texts(3000)), tmp_path / "out"
     code = f"""
 import os, signal
 from llama_jax import prepare
+from llama_jax import text as text_module
 from llama_jax.config import DataConfig, SourceConfig
-prepare.CHUNK_BYTES = 5000
+prepare.CHUNK_BYTES, prepare.PROGRESS_BYTES = 5000, 20000
 add, count = prepare._Shards.add, 0
 def killed(self, *args):
     global count
     count += 1
-    if count == 20:
+    if count == 40:
         os.kill(os.getpid(), signal.SIGKILL)
     add(self, *args)
 prepare._Shards.add = killed
 prepare.prepare_mixture(DataConfig(sources={{"a": SourceConfig(path={str(source)!r})}},
-    tokenizer={model!r}, seq_len=8, holdout=0.1), 320, {str(out)!r})
+    tokenizer={model!r}, seq_len=8, holdout=0.1, workers=2), 320, {str(out)!r})
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert run.returncode == -9, run.stderr
@@ -236,9 +249,195 @@ prepare.prepare_mixture(DataConfig(sources={{"a": SourceConfig(path={str(source)
     assert not (out / "a").exists()
     with pytest.raises(ValueError, match=r"no manifest.json"):
         data_module.open_mixture(out)
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 5000)
+    encode, encoded = prepare._encode, []
+    monkeypatch.setattr(
+        prepare, "_encode", lambda *args: encoded.append(len(args[-1])) or encode(*args)
+    )
     prepare_mixture(config(model, a=source), 320, out)
+    assert 0 < sum(encoded) < 2700
     fresh = prepare_mixture(config(model, a=source), 320, tmp_path / "fresh")
     assert contents(out) == contents(fresh)
+
+
+class Killed(BaseException):
+    """Ends a run as a kill would: nothing is cleaned up."""
+
+
+def write_folder(folder: Path) -> Path:
+    """Files for several units: .jsonl, text of several blocks, and short texts."""
+    folder.mkdir()
+    for i in range(4):
+        jsonl(folder / f"{i}.jsonl", texts(60, i))
+    (folder / "long.txt").write_text("\n\n".join(texts(300, 8)))
+    for i in range(12):
+        (folder / f"text{i:02d}.txt").write_text(texts(1, 20 + i)[0])
+    return folder
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    for name, value in (("CHUNK_BYTES", 700), ("SHARD_TOKENS", 2000), ("UNIT_BYTES", 12_000)):
+        monkeypatch.setattr(prepare, name, value)
+
+
+def test_killed_anywhere_and_continued_gives_the_same_bytes(
+    tmp_path, model, small_units, monkeypatch
+):
+    """Killed again and again: between and inside writes, while progress is recorded, and while the
+    units are merged; what was encoded before a record is not encoded again."""
+    source = write_folder(tmp_path / "in")
+    cfg = config(model, a=source)
+    whole = contents(prepare_mixture(cfg, 320, tmp_path / "whole"))
+    assert len([n for n in whole if n.endswith(".tokens")]) > 8
+    encoded: list[int] = []
+    encode = prepare._encode
+    monkeypatch.setattr(
+        prepare, "_encode", lambda *args: encoded.append(len(args[-1])) or encode(*args)
+    )
+    prepare_mixture(cfg, 320, tmp_path / "again")
+    once, rng = sum(encoded), np.random.default_rng(0)
+    for progress_bytes in (1, 3000):
+        monkeypatch.setattr(prepare, "PROGRESS_BYTES", progress_bytes)
+        out, kills, done = tmp_path / f"killed{progress_bytes}", 0, False
+        encoded.clear()
+        while not done:
+            left = [int(rng.integers(1, 60))]
+
+            def countdown(call: Any, left: list[int] = left) -> Any:
+                def counted(*args: Any, **more: Any) -> Any:
+                    left[0] -= 1
+                    if left[0] > 0:
+                        return call(*args, **more)
+                    for f in getattr(args[0], "_files", ()):  # a part of it is in the files
+                        f.write(b"torn")
+                        f.flush()
+                    raise Killed
+
+                return counted
+
+            with monkeypatch.context() as patch:
+                patch.setattr(prepare._Shards, "add", countdown(prepare._Shards.add))
+                for name in ("atomic_write", "write_manifest", "sync_folder"):
+                    patch.setattr(prepare, name, countdown(getattr(prepare, name)))
+                patch.setattr(Path, "rename", countdown(Path.rename))
+                try:
+                    prepare_mixture(cfg, 320, out)
+                    done = True
+                except Killed:
+                    kills += 1
+        assert kills > 3
+        assert contents(out) == whole
+        assert sum(encoded) < once * 3, (sum(encoded), once, kills)
+
+
+def test_several_processes_share_the_work(tmp_path, model, small_units, monkeypatch):
+    """Started together, each takes some of the units; the folder is as one process makes it."""
+    cfg = config(model, 1, a=write_folder(tmp_path / "in"))
+    whole = contents(prepare_mixture(cfg, 320, tmp_path / "whole"))
+    made: dict[str, int] = {}
+    make, errors = prepare._make_unit, []
+
+    def counted(*args: Any) -> None:
+        name = threading.current_thread().name
+        made[name] = made.get(name, 0) + 1
+        time.sleep(0.05)
+        make(*args)
+
+    def run() -> None:
+        try:
+            prepare_mixture(cfg, 320, tmp_path / "out")
+            assert contents(tmp_path / "out") == whole
+        except BaseException as e:
+            errors.append(e)
+
+    monkeypatch.setattr(prepare, "_make_unit", counted)
+    processes = [threading.Thread(target=run, name=f"host {i}") for i in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert not errors
+    units = prepare._units(find_files("a", cfg.sources["a"].path))
+    assert len(units) >= 4
+    assert sum(made.values()) == len(units)
+    assert len(made) > 1
+
+
+def test_bad_lines_are_counted_when_told_to(tmp_path, model, caplog, capsys):
+    good = texts(80)
+    lines = [json.dumps({"text": t}) for t in good]
+    bad = [
+        "no json",
+        '{"text": 5}',
+        "[" * 100_000,
+        '{"body": "x"}',
+        '{"text": "\\ud800"}',
+        '"text"',
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines[:40] + bad + lines[40:]))
+    arguments = [str(tmp_path / "out"), "--source", f"a={path}", "--tokenizer", model]
+    with pytest.raises(SystemExit, match=r"a.jsonl line 41 is not JSON.*\(--skip-bad-lines"):
+        main([*arguments, "--holdout", "0.001"])
+    main([*arguments, "--skip-bad-lines"])
+    assert "left out 6 bad lines: 3 no text, 2 not JSON, 1 not Unicode" in caplog.text
+    out = tmp_path / "out" / "a"
+    assert manifest(out)["bad_lines"] == {"no text": 3, "not JSON": 2, "not Unicode": 1}
+    assert len(documents(out, "train") + documents(out, "holdout")) == 80
+    # Without it, what was prepared with it is no answer.
+    with pytest.raises(SystemExit, match="line 41 is not JSON"):
+        main([*arguments])
+    text = tmp_path / "b.txt"
+    text.write_bytes("\n\n".join(texts(200)).encode().replace(b"of 0", b"of \xe9", 1))
+    main(
+        [str(tmp_path / "out2"), "--source", f"b={text}", "--tokenizer", model, "--skip-bad-lines"]
+    )
+    assert manifest(tmp_path / "out2" / "b")["bad_lines"] == {"not UTF-8": 1}
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
+    import sentencepiece
+
+    for name, more in (("unknown", {}), ("normalises", {"byte_fallback": True})):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["some plain words here"] * 50),
+            model_prefix=str(tmp_path / name), vocab_size=280 if more else 22, model_type="bpe",
+            hard_vocab_limit=False, minloglevel=3, **more,
+        )  # fmt: skip
+        source = jsonl(
+            tmp_path / "a.jsonl", ["some plain words", "some  words: 日本", "plain here"]
+        )
+        with pytest.raises(
+            ValueError, match=r"tokenizer.model loses text of source a: 1 of the 3 .*comes back as"
+        ):
+            prepare_mixture(
+                config(str(tmp_path / f"{name}.model"), a=source), 300, tmp_path / "out"
+            )
+        assert not list((tmp_path / "out").glob("a*"))
+
+
+def test_a_moved_mixture_is_found(tmp_path, model):
+    """The mixture alone, the source alone, both together; another source in the place is not it."""
+    a, b = jsonl(tmp_path / "a.jsonl", texts(60)), jsonl(tmp_path / "b.jsonl", texts(60, 1))
+    (tmp_path / "one").mkdir()
+    prepare_mixture(config(model, x=a), 320, tmp_path / "one" / "parts")
+    out = prepare_mixture(
+        config("", x=tmp_path / "one" / "parts" / "x", b=b), 320, tmp_path / "one" / "mix"
+    )
+    shards = data_module.open_mixture(out).sources["x"].manifest["splits"]
+    (tmp_path / "one").rename(tmp_path / "two")
+    found = data_module.open_mixture(tmp_path / "two" / "mix")
+    assert found.sources["x"].folder.resolve() == tmp_path / "two" / "parts" / "x"
+    (tmp_path / "two" / "parts" / "x").rename(tmp_path / "two" / "y")
+    found = data_module.open_mixture(tmp_path / "two" / "mix")
+    assert found.sources["x"].folder.resolve() == tmp_path / "two" / "y"
+    assert found.sources["x"].manifest["splits"] == shards
+    assert data_module.verify(tmp_path / "two" / "mix") == []
+    (tmp_path / "two" / "y").rename(tmp_path / "elsewhere")
+    prepare_mixture(config(model, x=b), 320, tmp_path / "two" / "parts")
+    with pytest.raises(ValueError, match=r"source x of .* is neither at .* nor beside"):
+        data_module.open_mixture(tmp_path / "two" / "mix")
 
 
 def test_no_document_on_both_sides(tmp_path, model):
@@ -261,6 +460,53 @@ def test_both_sides_have_a_document(tmp_path, model, seed):
     source = jsonl(tmp_path / "a.jsonl", texts(2, seed))
     out = prepare_mixture(config(model, a=source, holdout=0.001), 320, tmp_path / "out")
     assert len(documents(out / "a", "train")) == len(documents(out / "a", "holdout")) == 1
+
+
+def test_one_rule_for_all_sources(tmp_path, model):
+    """What a small source holds out is held out of a big one that has it too."""
+    docs = texts(100)
+    keys = {t: key for t in docs for key in [text_module._key(t)]}
+    small = sorted(docs, key=keys.get)[40:45]  # none is below the threshold
+    big, few = jsonl(tmp_path / "big.jsonl", docs), jsonl(tmp_path / "few.jsonl", small)
+    out = prepare_mixture(config(model, big=big, few=few, holdout=0.05), 320, tmp_path / "out")
+    held_out = {n: {tuple(d) for d in documents(out / n, "holdout")} for n in ("big", "few")}
+    trained = {tuple(d) for n in ("big", "few") for d in documents(out / n, "train")}
+    assert len(held_out["few"]) == 1
+    assert held_out["few"] <= held_out["big"]
+    assert not trained & (held_out["big"] | held_out["few"])
+    # Prepared folders keep their exceptions and their share.
+    more = prepare_mixture(
+        config("", few=out / "few", big=big, holdout=0.05), 320, tmp_path / "more"
+    )
+    assert {tuple(d) for d in documents(more / "big", "holdout")} == held_out["big"]
+    with pytest.raises(
+        ValueError, match=r"held out differs: 0.05 in few, 0.1 in the other sources"
+    ):
+        prepare_mixture(config("", few=out / "few", big=big), 320, tmp_path / "more2")
+    # Two sources of two texts each, where no split can be right.
+    ordered = sorted(docs, key=keys.get)
+    a, b = (jsonl(tmp_path / f"{i}.jsonl", ordered[i : i + 2]) for i in (50, 51))
+    with pytest.raises(ValueError, match="source a: no document is left for training"):
+        prepare_mixture(config(model, a=a, b=b, holdout=0.01), 320, tmp_path / "none")
+
+
+def test_blocks_of_a_long_file_stay_together(tmp_path):
+    """One side for a whole file; where one file is most of the text, for its sections."""
+    for i in range(60):
+        (tmp_path / f"{i:02d}.txt").write_text("\n\n".join(texts(40, i)))
+    source = find_files("a", str(tmp_path))
+    assert source.section_blocks == 0
+    blocks = [list(read_documents(source, [f])) for f in source.files]
+    assert min(map(len, blocks)) > 1
+    assert all(len({d.key for d in file}) == 1 for file in blocks)
+    assert len({file[0].key for file in blocks}) == 60
+    (tmp_path / "one.txt").write_text("\n\n".join(texts(60_000)))
+    source = find_files("a", str(tmp_path / "one.txt"))
+    keys = [d.key for d in read_documents(source, source.files)]
+    changes = sum(x != y for x, y in itertools.pairwise(keys))
+    assert changes == len(set(keys)) - 1
+    assert 90 < len(set(keys)) < 230
+    assert source.section_blocks == len(keys) // changes > 0
 
 
 def test_one_document_cannot_be_split(tmp_path, model):
@@ -401,7 +647,7 @@ def test_bad_settings(tmp_path, model):
         prepare_mixture(config(model, a=""), 320, out)
     with pytest.raises(ValueError, match=r"source name '\.\./a' must be of letters"):
         prepare_mixture(config(model, **{"../a": source}), 320, out)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.jsonl", "out"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [".lock", "a.jsonl", "out"]
     (out / "a").mkdir(parents=True)
     with pytest.raises(ValueError, match="is in the way"):
         prepare_mixture(config(model, a=source), 320, out)
@@ -411,13 +657,13 @@ def test_tokenizer_trained_on_the_training_documents(tmp_path):
     """No held-out document is in the sample."""
     path = jsonl(tmp_path / "a.jsonl", texts(300))
     source = find_files("a", str(path))
-    threshold = prepare.split_threshold(source, 0.2)
+    rule = prepare.split_rule([source], 0.2)
     keys = {d.text: d.key for d in read_documents(source, source.files)}
-    marked = [t for t in texts(300) if keys[t] < threshold]
+    marked = [t for t in texts(300) if rule.holds_out(keys[t])]
     assert len(marked) > 20
 
     def trained_on(data: DataConfig) -> str:
-        sample = prepare._sample(data, {"a": source}, {"a": threshold})
+        sample = prepare._sample(data, {"a": source}, rule)
         return "".join(sample)
 
     data = config("", a=path, holdout=0.2)
@@ -436,7 +682,7 @@ def test_tokenizer_sample_follows_the_weights(tmp_path, monkeypatch):
         sources[name] = SourceConfig(path=str(path), weight=weight)
     data = DataConfig(sources=sources, seq_len=8, holdout=0.1)
     raw = {n: find_files(n, s.path) for n, s in sources.items()}
-    sample = list(prepare._sample(data, raw, {"a": 0, "b": 0}))
+    sample = list(prepare._sample(data, raw, prepare.Rule(0)))
     of_a = sum(len(t.encode()) for t in sample if " of 0\n" in t)
     of_b = sum(len(t.encode()) for t in sample if " of 1\n" in t)
     assert abs(of_a - 15_000) < 400
@@ -463,7 +709,8 @@ def test_prepared_folders_as_sources(tmp_path, model):
     out = prepare_mixture(config("", x=first / "a", b=b), 320, tmp_path / "out")
     assert contents(first) == before
     assert (out / "tokenizer.model").read_bytes() == Path(model).read_bytes()
-    assert sorted(p.name for p in out.iterdir()) == ["b", "manifest.json", "tokenizer.model"]
+    names = [".lock", "b", "manifest.json", "tokenizer.model"]
+    assert sorted(p.name for p in out.iterdir()) == names
     mixture = data_module.open_mixture(out)
     assert mixture.sources["x"].folder == (first / "a").resolve()
 
@@ -529,10 +776,14 @@ def test_embedded_sources_do_not_leak_into_each_other(embedded):
             assert not [t for t in keys["code"] if keys["code"][t] in trained["code"] and text in t]
 
 
-def test_embedded_sources_split_alike_or_not_at_all(tmp_path):
-    source = find_files("prose", "python:prose")
-    with pytest.raises(ValueError, match=r"holdout=1e-06 keeps none of \d+ modules .* at least 0"):
-        prepare.split_threshold(source, 1e-6)
+def test_embedded_sources_split_alike():
+    """Also where the share is so small that exceptions decide."""
+    sources = [find_files(name, f"python:{name}") for name in ("code", "prose")]
+    rule = prepare.split_rule(sources, 1e-6)
+    assert 1 <= len(rule.held_out) <= 2
+    keys = [{d.key for d in read_documents(s, s.files) if rule.holds_out(d.key)} for s in sources]
+    assert keys[1] <= keys[0]
+    assert keys[1]
 
 
 @pytest.mark.parametrize(
@@ -543,6 +794,9 @@ def test_embedded_sources_split_alike_or_not_at_all(tmp_path):
         ("code=python:code", ("code", "python:code", 1.0)),
         ("code=python:code:3", ("code", "python:code", 3.0)),
         ("a=c:/x=y.txt:.5", ("a", "c:/x=y.txt", 0.5)),
+        ("a=x.txt:1e-3", ("a", "x.txt", 0.001)),
+        ("a=x.txt:2.", ("a", "x.txt", 2.0)),
+        ("a=x:1e", ("a", "x:1e", 1.0)),
     ],
 )
 def test_source_argument(argument, expected):
@@ -555,14 +809,31 @@ def test_command(tmp_path, model, capsys):
     main([str(tmp_path / "out"), "--source", f"a={source}:2", "--tokenizer", model])
     assert "train" in capsys.readouterr().out
     assert manifest(tmp_path / "out")["sources"]["a"]["weight"] == 2
+    good = ["--source", f"a={source}", "--tokenizer", model]
+    fifo = tmp_path / "a.jsonl.fifo"
+    os.mkfifo(fifo)
     for arguments, message in (
         (["--source", "a=missing.txt", "--tokenizer", model], "does not exist"),
         (["--source", "missing.txt", "--tokenizer", model], "is not of the form NAME=PATH"),
         (["--source", f"a={source}", "--vocab-size", "99999"], "largest possible is"),
+        (["--source", f"a={source}", "--vocab-size", "0"], "vocab_size=0 is out of range"),
+        (["--source", f"a={source}", "--vocab-size", "10000000000"], "is out of range"),
+        (["--source", f"a={source}:0", "--tokenizer", model], "the weight 0 must be more than 0"),
+        (["--source", f"a={source}:-1", "--tokenizer", model], "weight -1 must be more than 0"),
+        (["--source", f"a={source}:1e999", "--tokenizer", model], "the weight 1e999 must be"),
+        ([*good, "--holdout", "0.9"], "--holdout 0.9: Input should be less than 0.5$"),
+        ([*good, "--holdout", "nan"], "--holdout nan: Input should be"),
+        ([*good, "--workers", "-1"], "--workers -1: Input should be greater than or equal to 0$"),
+        ([*good, "--workers", "1000000"], "--workers 1000000: Input should be less than"),
+        ([*good, "--source", "a=x.txt"], "--source a is given twice"),
+        ([*good, "--source", f"b={source.parent}/./a.jsonl"], "sources a and b are the same"),
+        (["--source", f"a={fifo}", "--tokenizer", model], "a.jsonl.fifo' is not a regular file"),
+        (["--source", f"a={source}", "--tokenizer", str(fifo)], "fifo is not a regular file"),
     ):
         with pytest.raises(SystemExit, match=message) as e:
             main([str(tmp_path / "out2"), *arguments])
         assert e.value.code != 0
+        assert "\n" not in str(e.value)
     assert not list(tmp_path.glob("out2/a*"))
 
 
