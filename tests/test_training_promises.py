@@ -7,6 +7,8 @@ import dataclasses
 import json
 import os
 import re
+import resource
+import shutil
 import stat
 import time
 from pathlib import Path
@@ -193,16 +195,26 @@ def test_a_step_is_looked_at_before_it_is_saved(monkeypatch, tmp_path, capsys):
 # Checkpoints -------------------------------------------------------------------------------------
 
 
-def saved(folder: Path) -> Checkpoints:
-    checkpoints = Checkpoints(folder, 2)
-    state = {"a": jnp.arange(6.0)}, {"count": jnp.int32(7)}
-    checkpoints.save(1, *state, {"step": 1, "data": {"batches": 1}})
-    return checkpoints
+def save(checkpoints: Checkpoints, step: int, size: int = 6) -> None:
+    state = {"a": jnp.full(size, float(step))}, {"count": jnp.int32(7)}
+    checkpoints.save(step, *state, {"step": step, "data": {"batches": 1}})
+
+
+def save_whole(checkpoints: Checkpoints, step: int, size: int) -> None:
+    save(checkpoints, step, size)
+    checkpoints.wait()
+
+
+def abstract(size: int = 6) -> tuple[dict, dict]:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+    return {"a": place((size,), jnp.float32)}, {"count": place((), jnp.int32)}
 
 
 def test_a_finished_save_gets_its_checksums_without_another(tmp_path):
     """The loop polls at each log line: a run killed long after a save leaves it checked."""
-    checkpoints = saved(tmp_path)
+    checkpoints = Checkpoints(tmp_path, 2)
+    save(checkpoints, 1)
     sums = lambda: list((tmp_path / "steps").glob("1/checksums*.json"))
     end = time.monotonic() + 20
     while not sums() and time.monotonic() < end:
@@ -212,17 +224,31 @@ def test_a_finished_save_gets_its_checksums_without_another(tmp_path):
     checkpoints.close()
 
 
+def test_a_failed_save_leaves_nothing(tmp_path):
+    """A disk that is full gets no fuller; the step before is all that there is."""
+    checkpoints = Checkpoints(tmp_path, 2)
+    save_whole(checkpoints, 1, 6)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="last good one is step 1"):
+            save_whole(checkpoints, 2, 100_000)  # four bytes each
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in (tmp_path / "steps").iterdir()] == ["1"]
+    checkpoints.close()
+
+
 def test_the_run_record_is_checked_too(tmp_path):
     """A changed data position would continue on other sequences without a word."""
-    saved(tmp_path).close()
+    checkpoints = Checkpoints(tmp_path, 2)
+    save(checkpoints, 1)
+    checkpoints.close()
     [record] = [p for p in (tmp_path / "steps/1/run").rglob("*") if b'"batches"' in content_of(p)]
     record.write_bytes(record.read_bytes().replace(b'"batches": 1', b'"batches": 2'))
     checkpoints = Checkpoints(tmp_path, 2)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state = {"a": jnp.arange(6.0)}, {"count": jnp.int32(7)}
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
     with pytest.raises(CheckpointError, match=re.escape(str(record))):
-        checkpoints.restore(*jax.tree.map(place, state))
+        checkpoints.restore(*abstract())
     checkpoints.close()
 
 
@@ -230,12 +256,9 @@ def test_the_newest_weights_are_loaded(tmp_path):
     """Newest by number: 10 comes after 9."""
     checkpoints = Checkpoints(tmp_path, 3)
     for step in (9, 10):
-        state = {"a": jnp.full(4, float(step))}, {"count": jnp.int32(step)}
-        checkpoints.save(step, *state, {"step": step})
+        save(checkpoints, step)
     checkpoints.close()
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    want = {"a": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=here)}
-    assert load_weights(tmp_path, want)["a"][0] == 10
+    assert load_weights(tmp_path, abstract()[0])["a"][0] == 10
 
 
 def content_of(path: Path) -> bytes:
@@ -257,18 +280,30 @@ def data_of(*sources: Source) -> TrainData:
     return TrainData(mixture, cfg, 4)
 
 
-def test_a_position_belongs_to_the_content_of_the_shards():
+def test_a_position_belongs_to_the_content_and_the_weights_of_the_data():
     """Shards of the same name and size with other tokens are other data."""
     data = data_of(source("a"))
     state = data.state()
     data.restore(state)
     data.close()
-    changed = json.loads(json.dumps(source("a").manifest["splits"]))
-    changed["train"]["shards"][0]["tokens_sha256"] = "0" * 64
-    other = data_of(source("a", splits=changed))
-    with pytest.raises(ValueError, match="in other data"):
-        other.restore(state)
-    other.close()
+    splits = json.loads(json.dumps(source("a").manifest["splits"]))
+    splits["train"]["shards"][0]["tokens_sha256"] = "0" * 64
+    for changed in (source("a", splits=splits), dataclasses.replace(source("a"), weight=2.0)):
+        other = data_of(changed)
+        with pytest.raises(ValueError, match="in other data"):
+            other.restore(state)
+        other.close()
+
+
+def test_a_file_that_takes_the_place_of_another_is_read(tmp_path):
+    """Shards stay open; one that was made again is another file of the same name and size."""
+    folder = shutil.copytree(golden.FOLDER / "numbers", tmp_path / "numbers")
+    manifest = source("a").manifest
+    ids = TokenStream(folder, manifest, "train").read(0, 600)[0]
+    np.full(712, 9, "<u2").tofile(folder / "new")
+    (folder / "new").rename(folder / "train-00000.tokens")
+    assert (ids != 9).any()
+    assert (TokenStream(folder, manifest, "train").read(0, 600)[0] == 9).all()
 
 
 def test_sources_of_one_length_are_shuffled_apart():
