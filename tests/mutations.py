@@ -67,10 +67,11 @@ class Mutation:
             return f"`old` occurs {count} times in {self.file}, not once"
         if self.old == self.new:
             return "`new` equals `old`"
+        parse = tomllib.loads if path.suffix == ".toml" else ast.parse
         try:
-            ast.parse(source.replace(self.old, self.new))
-        except SyntaxError as e:
-            return f"the mutated file is not Python: {e}"
+            parse(source.replace(self.old, self.new))
+        except (SyntaxError, tomllib.TOMLDecodeError) as e:
+            return f"the mutated file cannot be parsed: {e}"
         if not self.tests:
             return "names no tests"
         for test in self.tests:
