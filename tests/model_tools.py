@@ -209,9 +209,12 @@ def cotangent(cfg: ModelConfig, batch: int, length: int) -> np.ndarray:
     return rng.standard_normal((batch, length, cfg.vocab_size)).astype(np.float32)
 
 
-def our_run(cfg: ModelConfig, batch: int, length: int):
-    """(logits, gradients by our name), as hf_run."""
+def our_run(cfg: ModelConfig, batch: int, length: int, gradients: bool = True):
+    """(logits, gradients by our name), as hf_run; no gradients if they are not wanted."""
     build = model_of(cfg)
+    if not gradients:
+        tokens, params = random_tokens(cfg, batch, length), tree_of(random_weights(cfg))
+        return np.asarray(jax.jit(lambda p, t: build(p)(t))(params, tokens)), {}
 
     @jax.jit
     def run(params, tokens, d_logits):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -322,6 +323,30 @@ def _damage(partial: Path, to: str, cfg, unit: str) -> None:
         f.write(bytes([byte[0] ^ 1]))
 
 
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, to, monkeypatch):
+    """Every file and folder of the result is synced; then the folder is renamed."""
+    cfg = small()
+    state = tools.meta_state(cfg, DTYPES["float32"], make=tools.random_values)
+    synced, fsync, rename, renamed = set(), os.fsync, Path.rename, []
+
+    def note(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def check(path, target):
+        if path.is_dir():
+            renamed.append(target)
+            assert not [p for p in [path, *path.rglob("*")] if p.stat().st_ino not in synced]
+        return rename(path, target)
+
+    source = tools.make_meta(tmp_path / "meta", state, cfg)
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "rename", check)
+    convert(source, tmp_path / "made", to=to)
+    assert tmp_path / "made" in renamed
+
+
 def test_another_conversion_does_not_continue_a_partial_one(tmp_path, capsys):
     cfg = small()
     for i in (0, 1):
@@ -526,3 +551,18 @@ def test_the_real_model_arrives_whole(tmp_path, name, path):
     model = json.loads((folder / "model.json").read_text())
     assert model["token_ids"] == {"bos": 1, "eos": 2}
     assert model["model"]["context"] == 512
+
+
+def test_records_lie_where_torch_wants_them(tmp_path):
+    """At multiples of 64 bytes, whatever the sizes before them."""
+    shapes = {f"w{n}": ((n, 3), DTYPES["float32"]) for n in range(1, 12)}
+    layout = torch_files.plan(tmp_path / "a.pth", shapes)
+    assert [offset % 64 for offset in layout.data.values()] == [0] * len(layout.data)
+
+
+def test_crc_of_a_tensor_larger_than_a_piece(tmp_path):
+    path, data = tmp_path / "a.pth", np.random.default_rng(0).bytes(9 << 20)
+    path.write_bytes(data)
+    region = formats.Region(path, 8, ((9 << 18) - 2,), (1,), DTYPES["float32"])
+    files = weights.TorchWeights(small(), {}, interleaved=False)
+    assert files.checksum(region) == zlib.crc32(data[8:])

@@ -144,7 +144,7 @@ def test_seeds_and_samples(llm):
     ]
 
 
-@pytest.mark.parametrize("length", [300, 1000])
+@pytest.mark.parametrize("length", [600])
 def test_chunks_of_a_prompt_equal_the_whole(tokenizer, length):
     """A prompt in padded chunks, and what follows it, equal one pass over all of it."""
     cfg = dataclasses.replace(model(tokenizer).cfg, context=1024)
@@ -211,6 +211,39 @@ def test_ends(llm, tokenizer):
     ended = LLM(llm.cfg, llm.params, tokenizer, F32, eos_ids=[g.ids[1]])
     (end,) = ended.generate(["the cat"], max_new_tokens=9, logprobs=True)
     assert (end.finish, end.ids) == ("end", g.ids[:1])
+
+
+def test_draws_and_logprobs_are_the_models_own(llm):
+    """Token i of a sample is drawn with its own key from the logits after those before it."""
+    (made,) = llm.generate(["the cat"], max_new_tokens=8, sampling=Sample(), seed=5, logprobs=True)
+    ids = llm.encode("the cat")
+    tokens = np.asarray([[*ids, *made.ids]])
+    logits = np.asarray(merge(structure(llm.cfg, F32), llm.params)(tokens))[0, len(ids) - 1 : -1]
+    key = jax.random.fold_in(jax.random.key(5), 0)
+    drawn = [jax.random.categorical(jax.random.fold_in(key, i), x) for i, x in enumerate(logits)]
+    assert list(made.ids) == list(map(int, drawn))
+    want = np.asarray(jax.nn.log_softmax(logits))[range(8), list(made.ids)]
+    np.testing.assert_allclose(made.logprobs, want, atol=1e-4)
+
+
+def test_the_penalty_counts_what_was_drawn(llm):
+    """So large a penalty never takes a token twice; without it, this text repeats itself."""
+    draw = lambda penalty: llm.generate(
+        ["the cat"], max_new_tokens=60, logprobs=True,
+        sampling=Sample(temperature=0.0, repetition_penalty=penalty),
+    )[0].ids  # fmt: skip
+    assert len(set(draw(1.0))) < 50
+    assert len(set(draw(1e6))) == 60
+
+
+def test_a_conversation_that_turns_back_reads_anew(llm):
+    """What the cache holds is used as far as the new ids equal it."""
+    ask = dict(max_new_tokens=8, sampling=Greedy(), seed=0)
+    _, known, cache = llm.resume([1, 20, 30, 40], [], None, **ask)
+    ids = [1, 20, 31, 40, 50]
+    again, *_ = llm.resume(ids, known, cache, **ask)
+    anew, *_ = llm.resume(ids, [], None, **ask)
+    assert again.ids == anew.ids
 
 
 def test_a_mesh_gives_the_same_text(llm, tokenizer):

@@ -25,14 +25,24 @@ GOLDEN_ITSELF = 2e-6
 """Relative L2 error of the golden file: torch's own rounding on other processors."""
 
 
+# Rotary types differ in numbers, not in the program of the gradient, which takes three times as
+# long to compile: these cases compare gradients too.
+GRADIENTS = (
+    "heads", "grouped", "one_kv_head", "tied", "tied_grouped", "dynamic_long", "llama3",
+    "yarn_mscale", "far_linear",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("case", tools.GRID)
 def test_equals_golden(case):
-    logits, grads = tools.our_run(*tools.GRID[case])
+    logits, grads = tools.our_run(*tools.GRID[case], gradients=case in GRADIENTS)
     with np.load(GOLDEN) as golden:
         low, high = golden[f"{case}/range"]
         error = np.abs(sample(logits) - golden[f"{case}/logits"]).max() / (high - low)
         want, norms = golden[f"{case}/grads"], golden[f"{case}/norms"]
     assert error < LOGITS
+    if case not in GRADIENTS:
+        return
     for i, name in enumerate(sorted(grads)):
         assert tools.relative_l2(sample(grads[name]), want[i]) < GRADS, name
         assert np.linalg.norm(grads[name]) == pytest.approx(norms[i], rel=GRADS), name
@@ -291,7 +301,7 @@ def test_cache_takes_no_positions():
 
 def test_packed_equals_unpacked():
     """Documents in one row, told apart by segment ids, give what each gives alone; grads too."""
-    lengths = [7, 1, 12, 7]
+    lengths = [7, 1, 7, 7]
     tokens = tools.random_tokens(GQA, 1, sum(lengths))
     segments = np.repeat(np.arange(1, 5, dtype=np.int32), lengths)[None]
     positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])[None]

@@ -82,6 +82,34 @@ def test_operations_count_as_often_as_loops_turn():
     assert cost.flops == 5 * 7 * 2 * 16 * 32 * 32
 
 
+UNROLLED = """
+%cond (p: (s32[], f32[4,4])) -> pred[] {
+  %p = (s32[], f32[4,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(10)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+%body (p: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
+  %p = (s32[], f32[4,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[4,4]{1,0} get-tuple-element(%p), index=1
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], f32[4,4]{1,0}) tuple(%next, %y)
+}
+ENTRY %main (a: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
+  %a = (s32[], f32[4,4]{1,0}) parameter(0)
+  ROOT %w = (s32[], f32[4,4]{1,0}) while(%a), condition=%cond, body=%body
+}
+"""
+
+
+def test_a_loop_unrolled_by_two():
+    """From 0 to 10 in steps of 2: five turns."""
+    assert hlo.count(UNROLLED).flops == 5 * 2 * 4 * 4 * 4
+
+
 def test_products_of_every_form():
     forms = [
         (lambda a, b: jnp.einsum("bmk,bkn->bmn", a, b), (5, 7, 11), (5, 11, 13), 5 * 7 * 11 * 13),
@@ -159,7 +187,8 @@ def test_a_run_takes_the_memory_that_was_planned(recipe, monkeypatch):
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
     for i in range(60):
         (folder / f"{i}.txt").write_text(" ".join(rng.choice(words) for _ in range(240)))
-    small = ["model.vocab_size=288", "mesh.data=2", "train.accumulate=2"]
+    small = ["model.vocab_size=288", "mesh.data=2", "train.accumulate=2", "model.dim=32"]
+    small += ["model.head_dim=16", "model.ffn_dim=64", "model.num_layers=2", "data.seq_len=32"]
     seen = []
     compile_ = train.Run._compile
     monkeypatch.setattr(train.Run, "_compile", lambda self: seen.append(compile_(self)) or seen[-1])
@@ -389,6 +418,13 @@ def test_served_tokens_make_the_model_smaller():
     assert budget.LAW.tokens(1e6, optimal.loss) == math.inf
 
 
+def test_the_least_cost_counts_two_operations_a_served_token():
+    optimal, cheap = budget.choices(1e22, 1e12)
+    cost = lambda n: 6 * n * budget.LAW.tokens(n, optimal.loss) + 2 * n * 1e12
+    assert cost(cheap.N) == pytest.approx(cheap.training + cheap.serving)
+    assert cost(cheap.N * 0.97) > cost(cheap.N) < cost(cheap.N * 1.03)
+
+
 def test_chinchillas_own_budget_gives_about_its_size():
     """The fit's authors' finding: 70B weights and 1.4T tokens, 20 a weight."""
     N, D = budget.LAW.best(6 * 70e9 * 1.4e12)
@@ -532,3 +568,15 @@ def test_candidates_divide_the_recipe():
         rows = recipe.train.batch_size // c.recipe.train.accumulate
         assert rows % c.recipe.mesh.fsdp == 0
     assert [c.seconds for c in found] == sorted(c.seconds for c in found)
+
+
+def test_recomputing_costs_time_and_saves_memory():
+    recipe = load_recipe(ROOT / "configs/llama-33b-gpu.toml")
+    by_way: dict = {}
+    for c in search.candidates(recipe, machine("h100:64")):
+        way = (c.recipe.mesh.tensor, c.recipe.train.accumulate)
+        by_way.setdefault(way, {})[c.recipe.train.remat] = c
+    for found in by_way.values():
+        assert found["none"].memory > found["matmuls"].memory > found["full"].memory
+    # Where computing is what takes longest, once more forward shows.
+    assert any(f["full"].seconds > 1.1 * f["none"].seconds for f in by_way.values())

@@ -19,6 +19,7 @@ from llama_jax.verify import verify
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
+SAVE_AT_THE_END = "checkpoint.every=1000"  # a save takes as long as 20 steps
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
 
 
@@ -62,7 +63,7 @@ eval_batches = 1
 dir = "{folder}/base"
 every = 2
 """)
-    finish(start(folder, "base"))
+    finish(start(folder, "base", SAVE_AT_THE_END))
     return folder
 
 
@@ -158,7 +159,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_never_killed(place):
     time.sleep(random.Random(0).random() * 0.1)
     kill(process)
     assert str(STEPS) not in steps("*")
-    finish(start(place, run.name))
+    finish(start(place, run.name, SAVE_AT_THE_END))
     same_run(run, place / "base")
     assert not steps("*tmp*")
 
@@ -174,7 +175,7 @@ def test_asked_to_stop_saves_and_continues(place):
     run = place / "stopped"
     before = 0
     for number in (signal.SIGTERM, signal.SIGINT):
-        process = start(place, run.name, "checkpoint.every=1000")
+        process = start(place, run.name, SAVE_AT_THE_END)
         until(process, lambda before=before: count(run) > before + 2)
         process.send_signal(number)
         out = finish(process)
@@ -182,7 +183,7 @@ def test_asked_to_stop_saves_and_continues(place):
         assert f"stopped by {number.name} after step {stopped}" in out
         assert before + 2 < stopped < STEPS
         before = stopped
-    finish(start(place, run.name))
+    finish(start(place, run.name, SAVE_AT_THE_END))
     same_run(run, place / "base")
 
 
@@ -195,7 +196,7 @@ def test_another_mesh_continues_the_same_run(place):
         (8, ["mesh.preset=tensor_sequence", "mesh.tensor=2", "mesh.context=2"]),
     ]
     for i, (devices, mesh) in enumerate(meshes):
-        process = start(place, run.name, *mesh, devices=devices)
+        process = start(place, run.name, *mesh, "checkpoint.every=8", devices=devices)
         if i < 2:
             until(process, lambda i=i: (run / f"steps/{8 * (i + 1)}").exists())
             process.send_signal(signal.SIGTERM)

@@ -319,3 +319,15 @@ for content in (b"junk" * 9, b"\\x08\\x01", b"\\n\\x00"):
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_the_longest_control_name_counts():
+    """A name may begin with another name, whichever the tokenizer lists first."""
+
+    class Two(Tokenizer):
+        controls = {"<|end|>": 7, "<|end|>!": 8}  # noqa: RUF012
+
+        def encode(self, text, bos=False, eos=False):
+            return [1] * len(text)
+
+    assert Two().encode_marked("a<|end|>!b<|end|>c") == [1, 8, 1, 7, 1]
