@@ -229,7 +229,7 @@ def test_draws_and_logprobs_are_the_models_own(llm):
 def test_the_penalty_counts_what_was_drawn(llm):
     """So large a penalty never takes a token twice; without it, this text repeats itself."""
     draw = lambda penalty: llm.generate(
-        ["the cat"], max_new_tokens=60, logprobs=True,
+        ["def main("], max_new_tokens=60, logprobs=True,
         sampling=Sample(temperature=0.0, repetition_penalty=penalty),
     )[0].ids  # fmt: skip
     assert len(set(draw(1.0))) < 50

@@ -451,6 +451,10 @@ def test_the_largest_batch_and_context_just_fit():
         assert sampling.plan(cfg, on, "int8", 2048, most - 1)["fits"]
         assert not sampling.plan(cfg, on, "int8", 2048, most + 1)["fits"]
     assert sampling.plan(cfg, on, "int8", f["largest_context"], 40)["fits"]
+    # Short sequences, so that a step's work is several of them.
+    f = sampling.plan(cfg, on, "int8", 16, 40)
+    left = f["available"] - f["weights"] - f["work"]
+    assert f["largest_batch"] == int(left // (f["cache"] / 40))
     # One sequence: bound by reading the weights and the cache once, on two cards.
     one = sampling.plan(cfg, on, "bfloat16", 2048, 1)
     moved = 2 * 13_015_864_320 + 2 * 2 * 40 * 40 * 128 * 2048

@@ -54,7 +54,9 @@ def test_each_weight_is_within_half_a_step(shape, kind, most):
 def test_a_channel_of_zeros_stays_zero():
     w = jnp.zeros((64, 3)).at[:, 1].set(1.0)
     for kind in ("int8", "int4"):
-        np.testing.assert_array_equal(quantize_weight(w, kind).astype(jnp.float32), w)
+        whole = quantize_weight(w, kind)
+        np.testing.assert_array_equal(whole.astype(jnp.float32), w)
+        assert (np.asarray(whole.scale) > 0).all()  # what NaN is as an integer differs by platform
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
