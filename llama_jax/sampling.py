@@ -24,8 +24,8 @@ class Greedy:
 class Sample:
     """Draw from the model's distribution, reshaped; None leaves a setting out.
 
-    The steps are taken in this order, as Hugging Face's ``generate`` takes them.
-    Tokens as likely as the last one kept are kept too.
+    The steps are taken in this order, and leave the same tokens, as Hugging Face's ``generate``:
+    tokens as likely as the last one that top_k keeps are kept too.
 
     Raises:
       ValueError: a setting outside its range; names it.
@@ -73,7 +73,8 @@ class Settings(NamedTuple):
 
     temperature: jax.Array
     top_k: jax.Array
-    top_p: jax.Array
+    tail: jax.Array
+    """1 - top_p: the least likely tokens up to this probability are left out; -1: none"""
     min_p: jax.Array
     repetition_penalty: jax.Array
 
@@ -91,10 +92,11 @@ def settings_of(sampling: Greedy | Sample) -> Settings:
             f"sampling={sampling!r} must be Greedy() or Sample(temperature=..., top_p=...)"
         )
     number = lambda x, neutral: jnp.float32(neutral if x is None else x)
+    top_p = 1 if sampling.top_p is None else sampling.top_p
     return Settings(
         temperature=jnp.float32(sampling.temperature),
         top_k=jnp.int32(min(sampling.top_k or 2**31 - 1, 2**31 - 1)),
-        top_p=number(sampling.top_p, 1),
+        tail=jnp.float32(1 - top_p if top_p < 1 else -1),
         min_p=number(sampling.min_p, 0),
         repetition_penalty=number(sampling.repetition_penalty, 1),
     )
@@ -128,25 +130,38 @@ def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> j
 
 def reshaped(logits_BV: jax.Array, s: Settings) -> jax.Array:
     """Logits of the distribution that is drawn from: over the temperature; -inf where left out."""
-    # The largest is taken off first: a small temperature overflows nothing.
-    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / s.temperature
+    largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     # Sorting a vocabulary costs more than a small model's layer: only where it is asked for.
     logits_BV = jax.lax.cond(
-        (s.top_k < logits_BV.shape[-1]) | (s.top_p < 1), _likeliest, lambda x, _: x, logits_BV, s
+        (s.top_k < logits_BV.shape[-1]) | (s.tail >= 0), _likeliest, lambda x, _: x, logits_BV, s
     )
+    # The largest is taken off first: a small temperature overflows nothing.
+    logits_BV = (logits_BV - largest_B1) / s.temperature
     # A share of the largest probability is a distance from the largest logit, which is 0.
     return jnp.where(logits_BV >= jnp.log(s.min_p), logits_BV, -jnp.inf)
 
 
 def _likeliest(logits_BV: jax.Array, s: Settings) -> jax.Array:
-    """-inf beyond the first top_k, then beyond those that reach top_p."""
+    """-inf beyond the first top_k, then in the tail of probability 1 - top_p.
+
+    Tokens are compared by their logits as they came: subtracting and dividing makes equals of
+    logits that differ in their last bits.
+    """
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-    rank_V = jnp.arange(logits_BV.shape[-1])
     least = jnp.minimum(s.top_k, logits_BV.shape[-1]) - 1
-    limit_B1 = jnp.take(sorted_BV, least[None], axis=-1)
-    p_BV = jax.nn.softmax(jnp.where(sorted_BV >= limit_B1, sorted_BV, -jnp.inf), axis=-1)
-    before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
-    # A token stays if those before it do not reach top_p: the first always does.
-    last_B1 = jnp.max(jnp.where(before_BV < s.top_p, rank_V, 0), axis=-1, keepdims=True)
-    limit_B1 = jnp.maximum(limit_B1, jnp.take_along_axis(sorted_BV, last_B1, axis=-1))
-    return jnp.where(logits_BV >= limit_B1, logits_BV, -jnp.inf)
+    first_k_BV = sorted_BV >= jnp.take(sorted_BV, least[None], axis=-1)
+    scaled_BV = (sorted_BV - sorted_BV[:, :1]) / s.temperature
+    p_BV = jax.nn.softmax(jnp.where(first_k_BV, scaled_BV, -jnp.inf), axis=-1)
+    # Summed from the least likely on, as transformers does: the sum of a short tail is exact where
+    # 1 minus the sum of all others is not.
+    up_to_BV = jax.lax.cumsum(p_BV, axis=1, reverse=True)
+    kept_B1 = jnp.sum(first_k_BV & (up_to_BV > s.tail), axis=-1, keepdims=True)
+    kept_B1 = jnp.maximum(kept_B1, 1)
+    last_B1 = jnp.take_along_axis(sorted_BV, kept_B1 - 1, axis=-1)
+    # As many as transformers keeps; of those as likely as the last one, the ones with the largest
+    # ids (there it depends on torch's sort).
+    is_last_BV = logits_BV == last_B1
+    from_end_BV = jax.lax.cumsum(is_last_BV.astype(jnp.int32), axis=1, reverse=True)
+    free_B1 = kept_B1 - jnp.sum(sorted_BV > last_B1, axis=-1, keepdims=True)
+    keep_BV = (logits_BV > last_B1) | (is_last_BV & (from_end_BV <= free_B1))
+    return jnp.where(keep_BV, logits_BV, -jnp.inf)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.sampling import Greedy, Sample, choose, settings_of
+from llama_jax.sampling import Greedy, Sample, choose, reshaped, settings_of
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0], np.float32)
@@ -108,6 +108,55 @@ def test_a_row_is_its_own():
 def test_settings_out_of_range(setting, value):
     with pytest.raises(ValueError, match=f"{setting}={value!r} must be a"):
         Sample(**{setting: value})
+
+
+def kept_by(sampling, logits_BV):
+    """Which tokens can be drawn, bool [B, V]."""
+    return np.isfinite(jax.jit(reshaped)(logits_BV, settings_of(sampling)))
+
+
+def test_top_p_where_a_sum_meets_it_exactly():
+    """The tokens that together reach top_p are enough: the next one is left out."""
+    even = jnp.zeros((1, 4))  # a quarter each, exactly
+    for top_p, count in ((0.25, 1), (0.5, 2), (0.75, 3), (0.7501, 4), (0.2, 1), (1.0, 4)):
+        assert kept_by(Sample(top_p=top_p), even).sum() == count, top_p
+    halves = jnp.log(jnp.array([[0.125, 0.5, 0.125, 0.25]]))
+    assert kept_by(Sample(top_p=0.75), halves).tolist() == [[False, True, False, True]]
+    # top_k first: what it leaves is all there is.
+    assert kept_by(Sample(top_k=2, top_p=0.6), halves).tolist() == [[False, True, False, False]]
+
+
+def test_top_k_keeps_the_unlikely():
+    """Also where the float32 sum of those before has reached 1."""
+    steep = jnp.arange(0, -60, -1.0)[None]
+    assert kept_by(Sample(top_k=50), steep).sum() == 50
+    close = jnp.array([[20.0, 1.0, np.nextafter(np.float32(1), np.float32(0)), 0.5]])
+    assert kept_by(Sample(top_k=2), close).tolist() == [[True, True, False, False]]
+
+
+def test_the_tokens_kept_are_those_of_transformers():
+    """265 sets: normal logits and ones in bfloat16, of which many are equal."""
+    torch = pytest.importorskip("torch", reason="needs torch and transformers")
+    transformers = pytest.importorskip("transformers")
+    warpers = transformers.generation.logits_process
+    rng = np.random.default_rng(0)
+    flat, steep = (rng.normal(size=(53, 3000)).astype(np.float32) * s for s in (3, 12))
+    rounded = np.asarray(jnp.asarray(flat, jnp.bfloat16).astype(jnp.float32))
+    for logits_BV, how in (
+        (steep, dict(top_k=1000)), (flat, dict(top_p=0.9)), (rounded, dict(top_k=50, top_p=0.95)),
+        (rounded, dict(top_p=0.7)), (rounded, dict(top_k=300, min_p=0.01)),
+    ):  # fmt: skip
+        kinds = dict(
+            top_k=warpers.TopKLogitsWarper,
+            top_p=warpers.TopPLogitsWarper,
+            min_p=warpers.MinPLogitsWarper,
+        )
+        theirs = torch.tensor(logits_BV)
+        for name, value in how.items():
+            theirs = kinds[name](value)(None, theirs)
+        # Of tokens with equal logits at the border, either may keep one or the other.
+        mine = np.where(kept_by(Sample(**how), logits_BV), logits_BV, -np.inf)
+        np.testing.assert_array_equal(np.sort(mine), np.sort(theirs.numpy()), err_msg=str(how))
 
 
 def test_not_a_sampler():
