@@ -37,15 +37,25 @@ class Rows(NamedTuple):
 
 
 def prefill(
-    graphdef: Any, params: Params, tokens_1T: jax.Array, count: jax.Array, cache: KVCache
+    graphdef: Any,
+    params: Params,
+    tokens_1T: jax.Array,
+    count: jax.Array,
+    cache: KVCache,
+    left: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
     """Read the first ``count`` of ``tokens_1T`` into a cache of one row.
+
+    Args:
+      left: int32 scalar, tokens of the prompt from this chunk on. Dynamic rotary frequencies follow
+        the length of the whole prompt in each of its chunks.
 
     Returns:
       float32 logits [V] of the token after them, and the cache. Padding lies beyond its length.
     """
     llama = merge(graphdef, params)
-    hidden, cache = llama.hidden(tokens_1T, cache=cache, counts_B=count[None])
+    length = cache.lengths_B[0] + left
+    hidden, cache = llama.hidden(tokens_1T, cache=cache, counts_B=count[None], rope_length=length)
     last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
     return reshard(llama.logits(last), P())[0, 0], cache
 

@@ -4,43 +4,101 @@ python -m llama_jax.generate checkpoints/tiny "def main(" --temperature 0.7
 python -m llama_jax.generate checkpoints/tiny - --json < prompts.txt
 """
 
+# jax takes seconds to import: functions import what needs it, so that Ctrl-C and a bad argument are
+# answered at once.
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
-from llama_jax.llm import LLM
-from llama_jax.loading import load
-from llama_jax.sampling import Greedy, Sample
+_GRACE = 1.0
+"""Seconds from Ctrl-C until the process ends, whatever it is doing."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     args = _parser().parse_args(argv)
+    with _interruptible() as interrupted:
+        try:
+            return _answer(args)
+        except BrokenPipeError:
+            # Who read has enough, as `| head -1`; what is still in the buffer goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except BaseException as e:
+            # A library that is being imported makes another error of Ctrl-C.
+            if isinstance(e, KeyboardInterrupt) or interrupted.is_set():
+                print("\nstopped", file=sys.stderr)
+                return 130
+            if isinstance(e, ValueError | MemoryError | OSError):
+                print(f"error: {e}", file=sys.stderr)
+                return 2
+            raise
+
+
+def load(folder: str, **how: Any) -> Any:
+    """:func:`llama_jax.load`."""
+    from llama_jax import loading
+
+    return loading.load(folder, **how)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C ends the process within a second, in a compilation too.
+
+    Python itself raises KeyboardInterrupt only between two of its own instructions, and a
+    compilation is one that takes seconds to minutes. The event says that Ctrl-C came.
+    """
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch() -> None:
+        while signals := os.read(reading, 1):
+            if signals[0] == signal.SIGINT:
+                interrupted.set()
+                if not over.wait(_GRACE):
+                    os.write(2, b"\nstopped\n")
+                    os._exit(130)
+
+    over = threading.Event()
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
-        return _answer(args)
-    except BrokenPipeError:
-        # Who read has enough, as `| head -1`; what is still in the buffer goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (ValueError, MemoryError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+        yield interrupted
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+        watcher.join()
+        os.close(reading)
 
 
 def _answer(args: argparse.Namespace) -> int:
+    from llama_jax.llm import check_arguments, stops_of
+    from llama_jax.sampling import Greedy, Sample
+
     sampling: Greedy | Sample = Greedy()
     chosen = dict(top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
     chosen["repetition_penalty"] = args.repetition_penalty
     if args.temperature is not None or any(x is not None for x in chosen.values()):
         heat = 1.0 if args.temperature is None else args.temperature
         sampling = Sample(temperature=heat, **chosen)
-    more: dict[str, Any] = dict(max_new_tokens=args.max_new_tokens, seed=args.seed, stop=args.stop)
+    # Before the weights are read, which may take minutes.
+    check_arguments([args.prompt], args.max_new_tokens, args.n, args.seed)
+    stops = stops_of(args.stop)
+    more: dict[str, Any] = dict(max_new_tokens=args.max_new_tokens, seed=args.seed, stop=stops)
     llm = load(args.checkpoint, dtype=args.dtype, quantize=args.quantize)
     more["sampling"] = sampling
     if args.prompt != "-":
@@ -54,7 +112,7 @@ def _answer(args: argparse.Namespace) -> int:
     return 0
 
 
-def _continue(llm: LLM, prompt: str, args: argparse.Namespace, more: dict[str, Any]) -> None:
+def _continue(llm: Any, prompt: str, args: argparse.Namespace, more: dict[str, Any]) -> None:
     if args.json:
         made = llm.generate([prompt], n=args.n, logprobs=True, **more)[0]
         for g in made if args.n > 1 else [made]:
@@ -70,8 +128,14 @@ def _continue(llm: LLM, prompt: str, args: argparse.Namespace, more: dict[str, A
         print(flush=True)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """One line, without the usage of all options."""
+        self.exit(2, f"error: {message} (--help lists all)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m llama_jax.generate",
         description="Continue a prompt with a model, printed as it comes. Greedy, unless a setting "
         "of sampling is given.",

@@ -11,6 +11,7 @@ compiled step: another prompt length, number of tokens or temperature compiles n
 
 import contextlib
 import functools
+import numbers
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -59,11 +60,28 @@ class LLM:
         eos_ids: Sequence[int] | None = None,
         mesh: jax.sharding.Mesh | None = None,
         chat_template: str | None = None,
+        no_template: str | None = None,
     ):
+        """As :func:`llama_jax.load` calls it.
+
+        Args:
+          cfg: sizes of the model.
+          params: its weights, stacked or one layer after the other.
+          tokenizer: may have fewer ids than the embedding has rows.
+          how: dtype and sharding.
+          eos_ids: ids that end a text; default: the tokenizer's own.
+          mesh: where the weights lie, if on several devices.
+          chat_template: Jinja text, as Hugging Face keeps it.
+          no_template: why there is no chat template, for the error of :meth:`chat`.
+
+        Raises:
+          ValueError: an id of ``eos_ids`` that the model does not have.
+        """
         self.cfg, self.params, self.tokenizer, self.mesh = cfg, params, tokenizer, mesh
-        self.how, self.chat_template = how, chat_template
-        ends = [tokenizer.eos_id] if eos_ids is None else eos_ids
-        self.eos_ids = tuple(i for i in ends if i is not None)
+        self.how, self.chat_template, self.no_template = how, chat_template, no_template
+        self.eos_ids = check_eos(eos_ids, cfg) if eos_ids is not None else ()
+        if eos_ids is None and tokenizer.eos_id is not None:
+            self.eos_ids = (tokenizer.eos_id,)
         self._compiled: dict[tuple, Any] = {}
         with on_mesh(self.mesh):
             apart = 0 in params["blocks"]
@@ -100,8 +118,8 @@ class LLM:
         """
         single = isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence)
         texts: list[Any] = [prompts] if single else list(prompts)
-        _check(texts, max_new_tokens, n, seed)
-        stops = _stops(stop)
+        check_arguments(texts, max_new_tokens, n, seed)
+        stops = stops_of(stop)
         settings = settings_of(sampling)
         encoded = [self.encode(text, where) for where, text in _named(texts)]
         asked = [(ids, sample) for ids in encoded for sample in range(n)]
@@ -134,9 +152,9 @@ class LLM:
 
         A piece never ends inside a character, nor in what may become a stop.
         """
-        _check([prompt], max_new_tokens, 1, seed)
+        check_arguments([prompt], max_new_tokens, 1, seed)
         ids = self.encode(prompt)
-        row = Row(self.tokenizer, ids, _stops(stop))
+        row = Row(self.tokenizer, ids, stops_of(stop))
         making = self._decode([(ids, 0)], [row], max_new_tokens, settings_of(sampling), seed, 1)
 
         def pieces() -> Iterator[str]:
@@ -185,9 +203,13 @@ class LLM:
           The continuation, the ids that the cache now holds, and the cache.
 
         Raises:
-          ValueError: they do not fit the context.
+          ValueError: they do not fit the context, or an argument out of its range; ``cache`` can
+            then be used again.
         """
-        _check([], max_new_tokens, 1, seed)
+        # All that can be refused is refused here: from the first prefill on, the cache that was
+        # given is gone (its memory holds the new one).
+        check_arguments([], max_new_tokens, 1, seed)
+        settings = settings_of(sampling)
         self._check_room(ids)
         if cache is None:
             cache, known = self.empty_cache(self.cfg.context + CHUNKS[-1]), []
@@ -199,7 +221,7 @@ class LLM:
         row = Row(self.tokenizer, ids, ())
         state = self._rows([(ids, 0)], [first], seed)
         making = self._decode(
-            [(ids, 0)], [row], max_new_tokens, settings_of(sampling), seed, STRIDE, state, True
+            [(ids, 0)], [row], max_new_tokens, settings, seed, STRIDE, state, True
         )
         while True:
             try:
@@ -222,7 +244,17 @@ class LLM:
         self._check_room(ids, where)
         return ids
 
+    def check_ids(self, ids: list[int], where: str) -> None:
+        """Raise ValueError for an id that the embedding does not have."""
+        if ids and max(ids) >= self.cfg.vocab_size:
+            raise ValueError(
+                f"{where} has token id {max(ids)}, and the model only {self.cfg.vocab_size} ids: "
+                f"its tokenizer {self.tokenizer.path} ({self.tokenizer.vocab_size} ids) belongs to "
+                "another model"
+            )
+
     def _check_room(self, ids: list[int], where: str = "the prompt") -> None:
+        self.check_ids(ids, where)
         if len(ids) >= self.cfg.context:
             raise ValueError(
                 f"{where} has {len(ids)} tokens; the model's context is {self.cfg.context}, of "
@@ -239,7 +271,8 @@ class LLM:
                 part = list(ids[done : done + size])
                 tokens_1T = np.zeros((1, size), np.int32)
                 tokens_1T[0, : len(part)] = part
-                args = (self.params, tokens_1T, np.int32(len(part)), cache)
+                left = np.int32(len(ids) - done)
+                args = (self.params, tokens_1T, np.int32(len(part)), cache, left)
                 logits_V, cache = self.run("prefill", decoding.prefill, args, (3,))
                 done += len(part)
         return logits_V, cache
@@ -269,7 +302,7 @@ class LLM:
             # A prompt's last chunk is padded, and a row ends at the context at the latest.
             slots = max(longest + CHUNKS[-1], min(longest + most, self.cfg.context))
             state = self._prefilled(asked, slots, seed)
-        ends = np.full(8, -1, np.int32)
+        ends = np.full(max(8, _power(len(self.eos_ids))), -1, np.int32)
         ends[: len(self.eos_ids)] = self.eos_ids
         made = 0
         while made < most and not all(row.finish for row in rows):
@@ -382,7 +415,25 @@ def _named(texts: list[Any]) -> Iterator[tuple[str, Any]]:
         yield f"prompts[{i}]" if len(texts) > 1 else "the prompt", text
 
 
-def _check(texts, max_new_tokens, n, seed) -> None:
+def check_eos(eos_ids: Any, cfg: ModelConfig) -> tuple[int, ...]:
+    """The ids that end a text, each once.
+
+    Raises:
+      ValueError: what is no list of ids of the model.
+    """
+    ids = [eos_ids] if not isinstance(eos_ids, Sequence) or isinstance(eos_ids, str) else eos_ids
+    for i in ids:
+        whole = isinstance(i, numbers.Integral) and not isinstance(i, bool)
+        if not whole or not 0 <= i < cfg.vocab_size:
+            raise ValueError(
+                f"the end-of-text id {i!r:.60} must be a whole number from 0 to "
+                f"{cfg.vocab_size - 1}, an id of the model"
+            )
+    return tuple(dict.fromkeys(map(int, ids)))
+
+
+def check_arguments(texts: list[Any], max_new_tokens: Any, n: Any, seed: Any) -> None:
+    """Raise ValueError for the first argument of :meth:`LLM.generate` that cannot be."""
     for where, text in _named(texts):
         check_text(where, text)
     check_whole("max_new_tokens", max_new_tokens, 1)
@@ -392,7 +443,8 @@ def _check(texts, max_new_tokens, n, seed) -> None:
         raise ValueError(f"seed={seed} must be less than 2**32")
 
 
-def _stops(stop: str | Sequence[str]) -> list[str]:
+def stops_of(stop: str | Sequence[str]) -> list[str]:
+    """The stop strings as a list; raises ValueError for what is no text, or empty."""
     stops = [stop] if isinstance(stop, str) or not isinstance(stop, Sequence) else list(stop)
     if any(not isinstance(s, str) or not s for s in stops):
         raise ValueError(f"stop={stop!r} must be texts that are not empty")

@@ -6,7 +6,6 @@ command that makes it loadable.
 """
 
 import functools
-import json
 import os
 import shlex
 from collections.abc import Callable, Iterator
@@ -22,7 +21,8 @@ from tqdm import tqdm
 from llama_jax.checkpoint import check_weights, load_layers, load_weights, read_about
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.conversion.weights import TABLE
-from llama_jax.llm import LLM, memory_of
+from llama_jax.io import read_json, read_limited
+from llama_jax.llm import LLM, check_eos, memory_of
 from llama_jax.model import Execution, Llama
 from llama_jax.quantize import (
     KINDS,
@@ -37,6 +37,8 @@ from llama_jax.step import join, split, take_apart
 from llama_jax.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
+MAX_TEMPLATE_BYTES = 1 << 20
+"""The largest chat template read; published ones have up to 20 kB."""
 
 
 def load(
@@ -85,6 +87,8 @@ def load(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the embedding of "
             f"{folder} {cfg.vocab_size} rows only: it is another model's tokenizer"
         )
+    eos_ids = _eos_of(folder, about, cfg)
+    template, no_template = _template(folder)
     devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
     cpu, tpu = (devices[0].platform == name for name in ("cpu", "tpu"))
     kind = jnp.dtype(dtype or ("float32" if cpu else "bfloat16"))
@@ -108,11 +112,10 @@ def load(
             params = load_weights(folder, like)
             if how.unroll:
                 params = take_apart(params)
-    ends = about.get("token_ids", {}).get("eos")
-    ends = [ends] if isinstance(ends, int) else ends
     return LLM(
-        cfg, params, tokenizer, how, eos_ids=ends, mesh=mesh, chat_template=_template(folder)
-    )
+        cfg, params, tokenizer, how,
+        eos_ids=eos_ids, mesh=mesh, chat_template=template, no_template=no_template,
+    )  # fmt: skip
 
 
 def _load_quantized(
@@ -246,15 +249,38 @@ def _keep_compiled() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _template(folder: Path) -> str | None:
-    """The chat template that came with a model, as Hugging Face keeps it."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    if not settings.is_file():
-        return None
+def _eos_of(folder: Path, about: dict[str, Any], cfg: ModelConfig) -> tuple[int, ...] | None:
+    """The ids that end a text, if ``model.json`` says them."""
+    ids = about.get("token_ids") or {}
     try:
-        template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+        if not isinstance(ids, dict):
+            raise ValueError(f"token_ids must be an object, not {ids!r:.60}")
+        return None if ids.get("eos") is None else check_eos(ids["eos"], cfg)
     except ValueError as e:
-        raise ConfigError(f"{settings} is damaged: {e}") from None
-    return template if isinstance(template, str) else None
+        raise ConfigError(f"{folder / 'model.json'}: {e}") from None
+
+
+def _template(folder: Path) -> tuple[str | None, str | None]:
+    """The chat template that came with a model, as Hugging Face keeps it; or why there is none."""
+    own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    try:
+        if own.is_file():
+            return read_limited(own, MAX_TEMPLATE_BYTES).decode("utf-8"), None
+        template = read_json(settings).get("chat_template") if settings.is_file() else None
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{own} is not UTF-8 text (byte {e.start}: {e.reason})") from None
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    if isinstance(template, list):  # several, by name
+        named = [t for t in template if isinstance(t, dict)]
+        template = {t.get("name"): t.get("template") for t in named}
+    if isinstance(template, dict):
+        if "default" not in template:
+            return None, (
+                f"{settings} has chat templates named {', '.join(map(repr, template))}, and none "
+                f"named 'default': write the one to use to {own}"
+            )
+        template = template["default"]
+    if template is not None and not isinstance(template, str):
+        raise ConfigError(f"{settings}: chat_template must be text, not {template!r:.60}")
+    return template, None

@@ -179,6 +179,7 @@ class Llama(nnx.Module):
         segment_ids_BT=None,
         cache: KVCache | None = None,
         counts_B=None,
+        rope_length=None,
     ):
         """Normed output of the last layer, [B, T, D] in the compute dtype.
 
@@ -193,6 +194,9 @@ class Llama(nnx.Module):
           counts_B: int32, 0 to T, with a cache: how many tokens of each row are real, from the
             first on; the row's length grows by that many. The rest is padding, whose hidden states
             mean nothing. Default: all T.
+          rope_length: int32 scalar, the length that dynamic rotary frequencies follow; the other
+            types ignore it. Default: up to the last real token of ``tokens_BT``. Without a cache,
+            padding at the end counts unless this says otherwise.
         """
         if cache is not None and (positions_BT is not None or segment_ids_BT is not None):
             raise ValueError(
@@ -206,7 +210,9 @@ class Llama(nnx.Module):
             start = 0 if cache is None else cache.lengths_B[:, None]
             positions_BT = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (B, T))
         last = None
-        if self.cfg.rope.type == "dynamic":
+        if self.cfg.rope.type == "dynamic" and rope_length is not None:
+            last = rope_length - 1
+        elif self.cfg.rope.type == "dynamic":
             real_BT = jnp.arange(T) < (T if counts_B is None else counts_B[:, None])
             last = jnp.max(jnp.where(real_BT, positions_BT, 0))
         positions_BT = reshard(positions_BT, self.how.rules.operand("BT"))

@@ -4,7 +4,6 @@ In: a model and text. Out: :class:`Scores` (in a notebook: coloured text), or a 
 """
 
 import dataclasses
-import functools
 import html
 import itertools
 import math
@@ -15,10 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from llama_jax.rows import check_text
-from llama_jax.sharding import on_mesh
+from llama_jax.rows import Detokenizer, check_text
+from llama_jax.sharding import on_mesh, reshard
 from llama_jax.step import merge
+
+LOGITS = 1 << 23
+"""Most logits computed at once; a text of any length needs no more memory for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,27 +92,37 @@ def score(llm: Any, text: str) -> Scores:
 
     A text longer than the context goes through in windows of the context's length, each with one
     token of the last; the last window is full, and counts only what is new.
+
+    Raises:
+      ValueError: no string, not UTF-8, or with ids that the model's embedding does not have.
     """
-    check_text("the text", text)
-    ids = llm.tokenizer.encode(text)
-    logprobs: list[float] = []
-    entropies: list[float] = []
-    for inputs, targets in windows(ids, llm.tokenizer.bos_id, llm.cfg.context):
-        logprob_T, entropy_T = _score_window(llm, inputs)
-        at = np.arange(len(inputs) - len(targets), len(inputs))
-        logprobs += logprob_T[at, targets].tolist()
-        entropies += entropy_T[at].tolist()
-    return Scores(tuple(_pieces(llm, ids)), tuple(ids), tuple(logprobs), tuple(entropies))
+    ids, logprob_T, entropy_T = _score_ids(llm, text)
+    numbers = tuple(logprob_T.tolist()), tuple(entropy_T.tolist())
+    return Scores(tuple(pieces(llm.tokenizer, ids)), tuple(ids), *numbers)
 
 
 def perplexity(llm: Any, texts: str | Sequence[str]) -> float:
     """exp of the mean of -log p over all tokens of all texts, each from the start of a document."""
     texts = [texts] if isinstance(texts, str) or not isinstance(texts, Sequence) else texts
-    scores = [score(llm, text) for text in texts]
-    tokens = sum(len(s.ids) for s in scores)
+    logprobs = [_score_ids(llm, text)[1] for text in texts]
+    tokens = sum(map(len, logprobs))
     if not tokens:
         raise ValueError("perplexity needs a text of at least one token")
-    return math.exp(-sum(sum(s.logprobs) for s in scores) / tokens)
+    return math.exp(-sum(float(x.sum(dtype=np.float64)) for x in logprobs) / tokens)
+
+
+def _score_ids(llm: Any, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Ids of a text; log p and entropy of each (of the first one too, if there is a bos id)."""
+    check_text("the text", text)
+    ids = llm.tokenizer.encode(text)
+    llm.check_ids(ids, "the text")
+    scored = [
+        _score_window(llm, inputs, targets)
+        for inputs, targets in windows(ids, llm.tokenizer.bos_id, llm.cfg.context)
+    ]
+    logprobs, entropies = zip(*scored, strict=True) if scored else ((), ())
+    empty = np.zeros(0, np.float32)
+    return ids, np.concatenate([empty, *logprobs]), np.concatenate([empty, *entropies])
 
 
 def windows(ids: list[int], bos_id: int | None, context: int) -> list[tuple[list[int], list[int]]]:
@@ -129,26 +142,49 @@ def windows(ids: list[int], bos_id: int | None, context: int) -> list[tuple[list
     return out
 
 
-def _score_window(llm: Any, inputs: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _score_window(llm: Any, inputs: list[int], targets: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Log p and entropy, float32, of each target; they follow the last of the inputs."""
     size = 64
     while size < len(inputs):
         size *= 2
-    tokens_1T = np.zeros((1, size), np.int32)
-    tokens_1T[0, : len(inputs)] = inputs
+    first, end = len(inputs) - len(targets), len(inputs)
+    tokens_1T, targets_T = np.zeros((1, size), np.int32), np.zeros(size, np.int32)
+    tokens_1T[0, :end] = inputs
+    targets_T[first:end] = targets
     with on_mesh(llm.mesh):
-        logprob_TV, entropy_T = llm.run("score", _score, (llm.params, tokens_1T))
-    return np.asarray(logprob_TV), np.asarray(entropy_T)
+        args = (llm.params, tokens_1T, targets_T, np.int32(end))
+        logprob_T, entropy_T = llm.run("score", _score, args)
+    return np.asarray(logprob_T)[first:end], np.asarray(entropy_T)[first:end]
 
 
-def _score(graphdef, params, tokens_1T):
-    logprob_TV = jax.nn.log_softmax(merge(graphdef, params)(tokens_1T)[0], axis=-1)
-    return logprob_TV, -jnp.sum(jnp.exp(logprob_TV) * logprob_TV, axis=-1)
+def _score(graphdef, params, tokens_1T, targets_T, count):
+    """Log p of each target and the entropy at its place, [T]; only ``count`` inputs are real."""
+    llama = merge(graphdef, params)
+    # Causal attention never sees the padding behind; only dynamic rotary frequencies would.
+    hidden_TD = reshard(llama.hidden(tokens_1T, rope_length=count), P())[0]
+    T, D = hidden_TD.shape
+    # The logits of a few positions at a time: 32 MiB in float32.
+    chunk = min(T, 1 << max(0, (LOGITS // llama.cfg.vocab_size).bit_length() - 1))
+
+    def part(of):
+        hidden_CD, target_C = of
+        hidden_1CD = reshard(hidden_CD[None], llama.how.rules.operand("BTD"))
+        logprob_CV = jax.nn.log_softmax(reshard(llama.logits(hidden_1CD), P())[0], axis=-1)
+        logprob_C = jnp.take_along_axis(logprob_CV, target_C[:, None], axis=-1)[:, 0]
+        return logprob_C, -jnp.sum(jnp.exp(logprob_CV) * logprob_CV, axis=-1)
+
+    parts = hidden_TD.reshape(-1, chunk, D), targets_T.reshape(-1, chunk)
+    logprob_nC, entropy_nC = jax.lax.map(part, parts)
+    return logprob_nC.reshape(T), entropy_nC.reshape(T)
 
 
-def _pieces(llm: Any, ids: list[int]) -> list[str]:
-    decode = functools.lru_cache(maxsize=None)(lambda n: llm.tokenizer.decode(ids[:n]))
-    # A character of several bytes is whole, and in the text, with the last of them.
-    ends = [len(decode(n).rstrip("\ufffd")) for n in range(len(ids) + 1)]
-    text = decode(len(ids))
-    ends[-1] = len(text)
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each id; together exactly the text of all.
+
+    A character of several ids is whole, and goes with the last of them.
+    """
+    text = tokenizer.decode(ids)
+    detokenizer = Detokenizer(tokenizer)
+    ends = list(itertools.accumulate(len(detokenizer.push(i)) for i in ids))
+    ends = [0, *ends[:-1], len(text)] if ids else []
     return [text[a:b] for a, b in itertools.pairwise(ends)]

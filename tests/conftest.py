@@ -41,6 +41,8 @@ RUN_ONCE = (
     "test_model",
     "test_layers",
     "test_generate",
+    "test_scores",
+    "test_chat",
     "test_plan",
     "test_quantize",
     "test_convert_quantised",

@@ -1,11 +1,15 @@
 """Continuations: a real model's text, transformers' ids, rows that do not depend on each other."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -18,11 +22,14 @@ from model_tools import F32, hf_model, random_weights, small, tree_of
 
 import llama_jax
 from llama_jax import Greedy, Sample
+from llama_jax.config import ConfigError
+from llama_jax.decoding import STRIDE
 from llama_jax.generate import main
 from llama_jax.llm import LLM, Generation
+from llama_jax.loading import _eos_of
 from llama_jax.model import Execution, Llama
 from llama_jax.rows import Row
-from llama_jax.scores import windows
+from llama_jax.sampling import settings_of
 from llama_jax.sharding import AXES, PRESETS
 from llama_jax.step import merge, split, structure, take_apart
 from llama_jax.tokenizer import train_tokenizer
@@ -258,52 +265,10 @@ def test_a_mesh_gives_the_same_text(llm, tokenizer):
         placed = jax.tree.map(place, params, like)
     split_llm = LLM(cfg, placed, tokenizer, how, mesh=mesh)
     assert split_llm.generate(["the cat", "a"], max_new_tokens=12) == want
-
-
-def test_scores(llm):
-    scores = llm.score("the 日本 cat")
-    assert "".join(scores.pieces) == "the 日本 cat"
-    assert len(scores.ids) == len(scores.logprobs) == len(scores.entropies)
-    assert all(x <= 0 for x in scores.logprobs)
-    assert "perplexity" in scores._repr_html_()
-    assert "<script" not in llm.score("<script>")._repr_html_()
-    assert scores.plot().get_ylabel() == "nats"
-    assert abs(llm.perplexity(["the 日本 cat"]) / scores.perplexity - 1) < 1e-6
-    (made,) = llm.generate(["the"], max_new_tokens=4, logprobs=True)
-    ids = llm.encode("the")[1:]
-    inputs = [1, *ids, *made.ids]
-    from llama_jax.scores import _score_window
-
-    logprob_TV, _ = _score_window(llm, inputs[:-1])
-    at = np.arange(len(ids), len(inputs) - 1)
-    np.testing.assert_allclose(made.logprobs, logprob_TV[at, list(made.ids)], atol=1e-4)
-
-
-def test_windows_count_each_token_once():
-    assert windows([5, 6, 7], 1, 8) == [([1, 5, 6], [5, 6, 7])]
-    assert windows([5, 6, 7, 8, 9], 1, 3) == [([1, 5, 6], [5, 6, 7]), ([6, 7, 8], [8, 9])]
-
-
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}"
-    "{{ eos_token if m.role == 'assistant' }}{% endfor %}[assistant]"
-)
-
-
-def test_a_chat_keeps_its_cache(llm, tokenizer):
-    """Each answer equals that of the whole conversation read anew."""
-    talker = LLM(llm.cfg, llm.params, tokenizer, F32, chat_template=TEMPLATE)
-    chat = talker.chat(system="cats")
-    chat.say("the cat", max_new_tokens=8)
-    kept = list(chat._ids)
-    answer = chat.say("a mat", max_new_tokens=8)
-    assert [m["role"] for m in chat.messages] == ["system", *["user", "assistant"] * 2]
-    ids = chat._encode(chat.messages[:-1])
-    anew, *_ = talker.resume(ids, [], None, max_new_tokens=8, sampling=Greedy(), seed=0)
-    assert answer == anew.text.strip()
-    assert ids[:10] == kept[:10]
-    with pytest.raises(ValueError, match="no chat template: it is a base model"):
-        llm.chat()
+    whole = LLM(cfg, params, tokenizer, F32).score("the cat sat")
+    scores = split_llm.score("the cat sat")
+    np.testing.assert_allclose(scores.logprobs, whole.logprobs, atol=1e-4)
+    np.testing.assert_allclose(scores.entropies, whole.entropies, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +305,181 @@ def test_a_cache_too_large(llm, monkeypatch):
     message = r"cache of 32 rows of 512 positions takes .* has 0.0 GB: give fewer prompts"
     with pytest.raises(MemoryError, match=message):
         llm.generate(["the cat"] * 32, max_new_tokens=2)
+
+
+def test_an_ended_row_stays_as_long_as_it_was(llm, tokenizer):
+    """Its cache does not grow with the rows that go on beside it."""
+    prompts = ["the cat", "some animals saw 12 cats"]
+    first, _ = llm.generate(prompts, max_new_tokens=3, logprobs=True)
+    ending = LLM(llm.cfg, llm.params, tokenizer, F32, eos_ids=[first.ids[2]])
+    asked = [(llm.encode(p), 0) for p in prompts]
+    rows = [Row(tokenizer, ids, ()) for ids, _ in asked]
+    making = ending._decode(asked, rows, 20, settings_of(Greedy()), 0, STRIDE)
+    state = None
+    while state is None:
+        try:
+            next(making)
+        except StopIteration as end:
+            state = end.value
+    made = [row.result() for row in rows]
+    assert (made[0].finish, made[0].ids) == ("end", first.ids[:2])
+    assert len(made[1].ids) > 2
+    lengths = state.cache.lengths_B.tolist()
+    assert lengths == [len(ids) + len(g.ids) for (ids, _), g in zip(asked, made, strict=True)]
+
+
+def test_the_penalty_counts_the_prompt(llm):
+    """The first new token, when the likeliest one is in the prompt and nowhere else yet."""
+    penalised = Sample(temperature=0.0, repetition_penalty=3.0)
+    changed = 0
+    for seed in range(6):
+        ids = np.random.default_rng(seed).integers(3, 300, 120).tolist()
+        logits_V = np.asarray(llm.prefill(ids, llm.empty_cache(400))[0])
+        seen = np.isin(np.arange(300), ids)
+        want = np.where(seen, np.where(logits_V > 0, logits_V / 3, logits_V * 3), logits_V)
+        made, *_ = llm.resume(ids, [], None, max_new_tokens=1, sampling=penalised, seed=0)
+        assert (made.ids or llm.eos_ids)[0] == np.argmax(want)
+        changed += np.argmax(want) != np.argmax(logits_V)
+    assert changed
+
+
+def test_a_prompt_fills_the_context_but_for_one_token(llm):
+    """Digits are a token each."""
+    spare = len(llm.encode("1" * 50)) - 50
+    digits = llm.cfg.context - spare
+    assert len(llm.encode("1" * (digits - 1))) == llm.cfg.context - 1
+    (made,) = llm.generate(["1" * (digits - 1)], max_new_tokens=9, logprobs=True)
+    assert len(made.ids) <= 1
+    for make in (llm.generate, llm.stream):
+        with pytest.raises(ValueError, match="the prompt has 400 tokens; the model's context"):
+            make("1" * digits)
+    with pytest.raises(ValueError, match="the prompt has 400 tokens"):
+        llm.resume([5] * 400, [], None, max_new_tokens=1, sampling=Greedy(), seed=0)
+
+
+def test_ids_that_the_tokenizer_does_not_know(tokenizer):
+    """An embedding with more rows than the tokenizer has ids: they are drawn, and give no text."""
+    cfg = small(vocab_size=400, context=200)  # caches of one size, compiled once
+    llm = LLM(
+        cfg, split(Llama(cfg, F32, nnx.Rngs(0), 0.3))[1], tokenizer, F32,
+        chat_template="{{ messages[-1].content }}",
+    )  # fmt: skip
+    how = dict(max_new_tokens=40, sampling=Sample(temperature=3.0), seed=2)
+    made = llm.generate(["the cat", "a"], logprobs=True, **how)
+    for g in made:
+        assert max(g.ids) >= 300
+    prompt, ids = llm.encode("the cat"), made[0].ids
+    known = [i for i in ids if i < 300]
+    whole = tokenizer.decode([*prompt, *known])
+    assert made[0].text == whole[len("the cat") :]
+    assert "".join(llm.stream("the cat", **how)) == made[0].text
+    stop = made[0].text[5:8]
+    assert llm.generate("the cat", stop=stop, **how) == made[0].text.split(stop)[0]
+    chat = llm.chat()
+    assert chat.say("the cat", **how)
+    assert chat.say("a cat", max_new_tokens=2)
+    narrow = small(vocab_size=100, context=400)
+    llm = LLM(narrow, split(Llama(narrow, F32, nnx.Rngs(0)))[1], tokenizer, F32)
+    for read in (llm.generate, llm.score):
+        with pytest.raises(ValueError, match=r"has token id \d+, and the model only 100 ids"):
+            read("some animals saw 12 cats")
+
+
+def test_ids_that_end_a_text(llm, tokenizer):
+    """As many as a model has; odd ones are refused."""
+    (g,) = llm.generate(["the cat"], max_new_tokens=3, logprobs=True)
+    spare = [i for i in range(3, 300) if i not in g.ids]
+    many = LLM(llm.cfg, llm.params, tokenizer, F32, eos_ids=[*spare[:19], g.ids[1]])
+    (end,) = many.generate(["the cat"], max_new_tokens=9, logprobs=True)
+    assert (end.finish, end.ids) == ("end", g.ids[:1])
+    for odd in (-1, 300, True, "2", 2.0, None, [2]):
+        with pytest.raises(ValueError, match="must be a whole number from 0 to 299, an id of"):
+            LLM(llm.cfg, llm.params, tokenizer, F32, eos_ids=[2, odd])
+        if odd is not None:
+            about = {"token_ids": {"eos": odd if odd != [2] else [2, [2]]}}
+            with pytest.raises(ConfigError, match=r"run/model\.json: the end-of-text id"):
+                _eos_of(Path("run"), about, llm.cfg)
+    with pytest.raises(ConfigError, match=r"run/model\.json: token_ids must be an object"):
+        _eos_of(Path("run"), {"token_ids": [1]}, llm.cfg)
+    assert _eos_of(Path("run"), {"token_ids": {"eos": 2}}, llm.cfg) == (2,)
+    assert _eos_of(Path("run"), {"token_ids": {"eos": [5, 2, 5]}}, llm.cfg) == (5, 2)
+    assert _eos_of(Path("run"), {}, llm.cfg) is None
+
+
+def test_the_command_line(llm, monkeypatch, capsys):
+    """The seed is used; what cannot be is one line, before the weights are read."""
+    monkeypatch.setattr("llama_jax.generate.load", lambda *_, **__: llm)
+    texts = []
+    for seed in (0, 3):
+        how = ["--temperature", "1.5", "--max-new-tokens", "20", "--seed", str(seed)]
+        assert main(["x", "the cat", *how]) == 0
+        out = capsys.readouterr().out
+        sampling = Sample(temperature=1.5)
+        text = llm.generate("the cat", sampling=sampling, max_new_tokens=20, seed=seed)
+        assert out == f"the cat{text}\n"
+        texts.append(out)
+        assert main(["x", "the cat", "--json", *how]) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == text
+    assert texts[0] != texts[1]
+    assert main(["x", "cat " * 400]) == 2
+    assert "error: the prompt has" in capsys.readouterr().err
+
+    monkeypatch.setattr("llama_jax.generate.load", lambda *_, **__: pytest.fail("weights read"))
+    for words, message in (
+        (["--top-k", "x"], "argument --top-k: invalid int value: 'x'"),
+        (["--top-p", "2"], "top_p=2.0 must be a number"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0 must be a whole number"),
+        (["--seed", "-1"], "seed=-1 must be"), (["--seed", str(2**70)], "must be less than 2**32"),
+        (["--n", "0"], "n=0 must be"), (["--stop", ""], "must be texts that are not empty"),
+        (["--dtype", "int3"], "invalid choice: 'int3'"), (["--sed", "1", "y"], "unrecognized"),
+    ):  # fmt: skip
+        try:
+            status = main(["x", "a", *words])
+        except SystemExit as e:
+            status = e.code
+        assert status == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert error.startswith("error: ")
+
+
+def test_ctrl_c(monkeypatch, capsys):
+    """At once in every phase, and nothing but a line."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llama_jax.generate.load", interrupted)
+    assert main(["x", "a"]) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+    def compiling(*_, **__):  # Python's own exception comes only when it is over
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
+        assert over.wait(20)
+        raise ImportError("numpy could not be imported")  # what a library makes of it
+
+    over, ended = threading.Event(), []
+    monkeypatch.setattr("llama_jax.generate.load", compiling)
+    monkeypatch.setattr("llama_jax.generate._GRACE", 0.05)
+    monkeypatch.setattr("os._exit", lambda status: (ended.append(status), over.set()))
+    assert main(["x", "a"]) == 130
+    assert ended == [130]
+
+
+def test_ctrl_c_while_libraries_are_imported():
+    command = [sys.executable, "-X", "importtime", "-m", "llama_jax.generate", "none", "x"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "jax._src" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "stopped" in rest
+    assert "Traceback" not in rest
 
 
 def test_lines_that_cannot_be_read_and_readers_that_leave(llm, monkeypatch, capsys):
