@@ -6,29 +6,32 @@ chat.say("Who wrote Faust?")
 
 from typing import Any
 
+from llama_jax.chat_template import ChatTemplate
+from llama_jax.rows import check_text
 from llama_jax.sampling import Greedy, Sample
 
 
 class Chat:
     """Messages so far, and the model's cache of them.
 
-    The template is that of the checkpoint (Jinja, as Hugging Face keeps it), run in a sandbox.
+    The template is that of the checkpoint (Jinja, as Hugging Face keeps it). It alone writes
+    control ids: in what is said, their names are text.
 
     Raises:
-      ValueError: the model has no template.
+      ValueError: the model has no template, or a broken one.
     """
 
     def __init__(self, llm: Any, system: str | None = None):
         if llm.chat_template is None:
             raise ValueError(
-                "this checkpoint has no chat template: it is a base model, which continues text; "
-                "use llm.generate(...)"
+                llm.no_template
+                or "this checkpoint has no chat template: it is a base model, which continues "
+                "text; use llm.generate(...)"
             )
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        self._template = environment.from_string(llm.chat_template)
+        if system is not None:
+            check_text("the system message", system)
+        where = f"the chat template of {llm.tokenizer.path.parent}"
+        self._template = ChatTemplate(llm.chat_template, where)
         self._llm = llm
         self._ids: list[int] = []
         self._cache: Any = None
@@ -44,28 +47,26 @@ class Chat:
     ) -> str:
         """The model's answer to ``text``, after all that was said before.
 
+        After an error, or Ctrl-C, the conversation is as it was before this turn, and can go on.
+
         Raises:
-          ValueError: the conversation no longer fits the context.
+          ValueError: the conversation no longer fits the context, or the template refuses it.
         """
+        check_text("the message", text)
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._encode(messages)
-        answer, self._ids, self._cache = self._llm.resume(
-            ids, self._ids, self._cache,
-            max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
-        )  # fmt: skip
+        try:
+            answer, self._ids, self._cache = self._llm.resume(
+                ids, self._ids, self._cache,
+                max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
+            )  # fmt: skip
+        except BaseException:
+            # Its memory may hold half of this turn by now: the next one reads all again.
+            if self._cache is not None and self._cache.k_LBKSH.is_deleted():
+                self._ids, self._cache = [], None
+            raise
         self.messages = [*messages, {"role": "assistant", "content": answer.text.strip()}]
         return answer.text.strip()
 
     def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
-        tokenizer = self._llm.tokenizer
-        text = self._template.render(
-            messages=messages,
-            add_generation_prompt=True,
-            bos_token=tokenizer.mark(tokenizer.bos_id),
-            eos_token=tokenizer.mark(tokenizer.eos_id),
-        )
-        return tokenizer.encode_marked(text)
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(f"the chat template refuses these messages: {message}")
+        return self._template.encode(messages, self._llm.tokenizer)

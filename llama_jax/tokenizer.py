@@ -53,6 +53,8 @@ _ENDS = ("<|end_of_text|>", "</s>")
 _PATTERNS = {tiktoken_text.SPLIT, tiktoken_text.SPLIT.replace("{1,3}", "")}
 # Letters that every version of Unicode has; any others are only passed over.
 _LETTER_THEN_SPACE = re.compile("[A-Za-zÀ-ÖØ-öø-ɏΑ-ΡΣ-ωА-яא-ת一-龥ぁ-ゖァ-ヺ가-힣](?=[ \n])")
+BREAK = "\udfff"
+"""Half of a character: no text holds it that can be written as UTF-8."""
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
@@ -157,14 +159,22 @@ class Tokenizer:
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text in which control ids are written out (<s>, <|eot_id|>), as chat templates
-        write them; text of users must not come this way."""
-        if not self.controls:
-            return self.encode(text)
-        names = sorted(self.controls, key=len, reverse=True)
+        write them. Text of users must not come this way, unless a BREAK is inside each name.
+
+        Nothing joins to a name across a BREAK, which is itself not part of the text.
+        """
         ids: list[int] = []
-        for part in re.split("(" + "|".join(map(re.escape, names)) + ")", text):
-            ids += [self.controls[part]] if part in self.controls else self.encode(part)
+        for words in self._control_names.split(text):
+            if words in self.controls:
+                ids.append(self.controls[words])
+            elif words := words.replace(BREAK, ""):
+                ids += self.encode(words)
         return ids
+
+    @functools.cached_property
+    def _control_names(self) -> re.Pattern:
+        longest_first = sorted(self.controls, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def mark(self, token: int | None) -> str:
         """How a template writes a control id; nothing for None."""
