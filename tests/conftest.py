@@ -3,11 +3,19 @@
 Through the config and not XLA_FLAGS: a program that a test starts keeps its one device.
 """
 
+import os
+
+import hypothesis
 import jax
 import pytest
 
 if jax.config.jax_platforms in (None, "", "cpu"):
     jax.config.update("jax_num_cpu_devices", 8)
+
+# HYPOTHESIS_PROFILE=long: minutes by hand. Without it the same few examples in every run.
+hypothesis.settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("long", max_examples=20_000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "quick")
 
 # Files that take longest come first, so that no worker is left with one at the end.
 FIRST = (
