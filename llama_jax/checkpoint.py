@@ -248,8 +248,11 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> CheckpointError:
         step, self._saving, self._recording = self._saving, None, None
-        for left in self._steps.glob(f"{step}.*tmp*"):
-            shutil.rmtree(left, ignore_errors=True)
+        end = time.monotonic() + 2  # other threads of the save may still be making files
+        while (left := list(self._steps.glob(f"{step}.*tmp*"))) and time.monotonic() < end:
+            for folder in left:
+                shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.02)
         steps = [int(p.name) for p in self._steps.iterdir() if p.name.isdigit()]
         good = f"the last good one is step {max(steps)}" if steps else "there is no earlier one"
         return CheckpointError(
