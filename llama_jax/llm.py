@@ -421,7 +421,8 @@ def check_eos(eos_ids: Any, cfg: ModelConfig) -> tuple[int, ...]:
     Raises:
       ValueError: what is no list of ids of the model.
     """
-    ids = [eos_ids] if not isinstance(eos_ids, Sequence) or isinstance(eos_ids, str) else eos_ids
+    several = isinstance(eos_ids, Sequence) and not isinstance(eos_ids, str)
+    ids: list[Any] = list(eos_ids) if several else [eos_ids]
     for i in ids:
         whole = isinstance(i, numbers.Integral) and not isinstance(i, bool)
         if not whole or not 0 <= i < cfg.vocab_size:
