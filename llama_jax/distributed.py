@@ -1,30 +1,286 @@
-"""Joining the other processes of a job of several hosts."""
+"""Joining the other processes of a job of several hosts.
 
+Each launcher says in environment variables (on a Cloud TPU VM: through its metadata server) how
+many processes a job has and which one this is. What says "one of several" is joined or an error,
+never trained alone: processes that train apart would overwrite each other's checkpoints.
+
+  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID   set by hand; come first
+  Slurm (srun), Open MPI                                       their own variables
+  Cloud TPU VMs, GKE with TPUs                                 found by JAX
+  indexed Kubernetes Jobs, JobSets                             found by JAX (package kubernetes)
+
+JAX_NUM_PROCESSES=1 says that this process is alone, whatever the launcher says.
+"""
+
+import importlib.util
 import os
+import re
+import socket
+import sys
+import threading
+import time
+from typing import Any, NamedTuple
 
 import jax
+
+from llama_jax.config import ConfigError
+
+RESOLVE_SECONDS = 60
+"""how long the coordinator's name may be unknown (a name server learns of a new pod late)"""
+JOIN_SECONDS = 300
+"""how long the processes wait for each other"""
+HEARTBEAT_SECONDS = 30
+"""after which a silent process counts as dead, and the others end with an error"""
+
+_BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+class Job(NamedTuple):
+    """This process among the others; a field that is None is found by JAX itself."""
+
+    launcher: str
+    coordinator: str | None = None
+    """host:port of process 0"""
+    num_processes: int | None = None
+    process_id: int | None = None
+    local_id: int | None = None
+    """which GPU of its host is this process's, where a host runs several; None: all are"""
 
 
 def start_distributed() -> None:
     """Join the other processes where something has started this as one of several.
 
-    Slurm, Open MPI, Cloud TPU and GKE are recognised by JAX; elsewhere JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID say it.
+    Raises:
+      ConfigError: the environment says so and is incomplete, or the others cannot be found.
     """
-    several = lambda name: int(os.environ.get(name, "1") or 1) > 1
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    if (
-        "JAX_COORDINATOR_ADDRESS" in os.environ
-        or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
-        or several("SLURM_NTASKS")
-        or several("OMPI_COMM_WORLD_SIZE")
-        or len(hosts) > 1
-    ):
-        number = lambda name: int(os.environ[name]) if name in os.environ else None
-        # A process that died is noticed within half a minute, and the others end with an error.
-        jax.distributed.initialize(
-            num_processes=number("JAX_NUM_PROCESSES"),
-            process_id=number("JAX_PROCESS_ID"),
-            heartbeat_timeout_seconds=30,
+    job = find_job()
+    if job is None:
+        return
+    _join(job)
+    alone = job.launcher == "Cloud TPU" and not jax.distributed.is_initialized()
+    # A TPU slice knows its hosts even where they were not joined.
+    if alone and jax.process_count() > 1:
+        raise ConfigError(
+            f"this TPU slice has {jax.process_count()} hosts, and its metadata server did not "
+            f"say how to join them; set {', '.join(_BY_HAND)} on each"
         )
+
+
+def find_job() -> Job | None:
+    """What the environment says of this process; None: it is alone.
+
+    Raises:
+      ConfigError: one of several, with something missing.
+    """
+    if os.environ.get("JAX_NUM_PROCESSES") == "1":
+        return None
+    found = _slurm() or _open_mpi() or _tpu() or _kubernetes()
+    if not any(name in os.environ for name in _BY_HAND):
+        return found
+    return _by_hand(found)
+
+
+def _by_hand(found: Job | None) -> Job | None:
+    """The JAX variables; what they leave out, of the launcher that was found."""
+    job = found or Job("JAX variables")
+    index = os.environ.get("JOB_COMPLETION_INDEX", "")
+    process_id = int(index) if index.isdigit() else job.process_id
+    job = job._replace(
+        coordinator=os.environ.get("JAX_COORDINATOR_ADDRESS") or job.coordinator,
+        num_processes=_number("JAX_NUM_PROCESSES", job.num_processes),
+        process_id=_number("JAX_PROCESS_ID", process_id),
+    )
+    values = (job.coordinator, job.num_processes, job.process_id)
+    missing = [name for name, value in zip(_BY_HAND, values, strict=True) if value is None]
+    if missing and job.launcher != "Cloud TPU":
+        given = ", ".join(f"{n}={os.environ[n]}" for n in _BY_HAND if n in os.environ)
+        raise ConfigError(
+            f"{given} without {' and '.join(missing)}: set all three for a job of several "
+            "processes, none for one process"
+        )
+    if missing:  # JAX finds the rest
+        return job
+    assert job.num_processes is not None
+    assert job.process_id is not None
+    if not 0 <= job.process_id < job.num_processes:
+        raise ConfigError(
+            f"JAX_PROCESS_ID={job.process_id} is not one of JAX_NUM_PROCESSES="
+            f"{job.num_processes} processes; they count from 0"
+        )
+    return job
+
+
+def _number(name: str, default: int | None = None) -> int | None:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise ConfigError(f"{name}={text!r} is not a whole number")
+    return int(text)
+
+
+def _slurm() -> Job | None:
+    """A task of `srun`; the first node's first task is the coordinator."""
+    tasks = _number("SLURM_NTASKS", 1) or 1
+    if tasks == 1 or ("JAX_COORDINATOR_ADDRESS" in os.environ and "SLURM_PROCID" not in os.environ):
+        return None
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if nodes is None or "SLURM_PROCID" not in os.environ:
+        raise ConfigError(
+            f"SLURM_NTASKS={tasks}, but this process was not started by srun: start all {tasks} "
+            "with `srun python -m llama_jax.train ...`, or one alone with JAX_NUM_PROCESSES=1"
+        )
+    # "node[001-004,007],other": node001. The port follows from the job, as all know its number.
+    first = re.sub(r"\[(\w+).*", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
+    port = os.environ.get("JAX_COORDINATOR_PORT")
+    port = port or str(61440 + (_number("SLURM_JOB_ID", 0) or 0) % 4096)
+    here = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    several = int(here[0]) > 1 if here else False
+    local = _number("SLURM_LOCALID") if several else None
+    return Job("Slurm", f"{first}:{port}", tasks, _number("SLURM_PROCID"), local)
+
+
+def _open_mpi() -> Job | None:
+    """A process of `mpirun`. Open MPI 4 says where the first host is, 5 and other MPIs do not."""
+    known = ("JAX_COORDINATOR_ADDRESS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE")
+    if (_number("PMI_SIZE", 1) or 1) > 1 and not any(name in os.environ for name in known):
+        raise ConfigError(
+            f"PMI_SIZE={os.environ['PMI_SIZE']}: this MPI does not say where its first process "
+            f"runs; set {', '.join(_BY_HAND)}"
+        )
+    size = _number("OMPI_COMM_WORLD_SIZE", 1) or 1
+    if size == 1:
+        return None
+    several = (_number("OMPI_COMM_WORLD_LOCAL_SIZE", 1) or 1) > 1
+    local = _number("OMPI_COMM_WORLD_LOCAL_RANK") if several else None
+    uri = os.environ.get("OMPI_MCA_orte_hnp_uri", "")  # noqa: SIM112
+    found = re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)
+    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if found:
+        host = found[2] or f"[{found[3]}]"
+        coordinator = coordinator or f"{host}:{61440 + int(found[1]) // 4096 % 4096}"
+    if coordinator is None:
+        raise ConfigError(
+            f"OMPI_COMM_WORLD_SIZE={size}: this Open MPI does not say where its first process "
+            "runs; set JAX_COORDINATOR_ADDRESS=HOST:PORT, as in mpirun -x JAX_COORDINATOR_ADDRESS"
+        )
+    return Job("Open MPI", coordinator, size, _number("OMPI_COMM_WORLD_RANK"), local)
+
+
+def _tpu() -> Job | None:
+    """A host of TPUs: JAX asks the variables of GKE, or the metadata server of a Cloud TPU VM."""
+    # On a machine without TPU chips nothing is asked: a laptop does not wait for a network.
+    return Job("Cloud TPU") if _tpu_hosts() > 1 or _is_tpu_vm() else None
+
+
+def _is_tpu_vm() -> bool:
+    platforms = (jax.config.values["jax_platforms"] or "").split(",")
+    if platforms != [""] and "tpu" not in platforms:
+        return False
+    from jax._src import cloud_tpu_init  # jax says this nowhere else
+
+    return cloud_tpu_init.running_in_cloud_tpu_vm
+
+
+def _kubernetes() -> Job | None:
+    """A pod of an indexed Job (those of a JobSet are indexed too)."""
+    index = os.environ.get("JOB_COMPLETION_INDEX")
+    if index is None or "KUBERNETES_SERVICE_HOST" not in os.environ:
+        return None
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        return None
+    if importlib.util.find_spec("kubernetes") is None:
+        raise ConfigError(
+            f"this is pod {index} of an indexed Kubernetes Job, and nothing says how to join the "
+            "others: set JAX_COORDINATOR_ADDRESS=JOB-0.SERVICE:1234 and JAX_NUM_PROCESSES in its "
+            "manifest, or pip install 'jax[k8s]' and give it a service account that may read pods; "
+            "for a Job of one pod JAX_NUM_PROCESSES=1"
+        )
+    return Job("Kubernetes")
+
+
+# Joining -----------------------------------------------------------------------------------------
+
+
+def _join(job: Job) -> None:
+    if job.coordinator is not None:
+        _check_coordinator(job.coordinator, job.process_id == 0)
+    known = None not in (job.coordinator, job.num_processes, job.process_id)
+    settings: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    if known:  # JAX would give a Slurm task one GPU even where it is alone on its host
+        settings["cluster_detection_method"] = "deactivate"
+        settings["local_device_ids"] = None if job.local_id is None else [job.local_id]
+    # JAX's own timeout aborts the process with a C++ stack; ours comes first.
+    timer = threading.Timer(JOIN_SECONDS, _give_up, [job])
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            job.coordinator,
+            job.num_processes,
+            job.process_id,
+            initialization_timeout=JOIN_SECONDS + 60,
+            **settings,
+        )
+    except Exception as e:
+        lone_tpu = job == Job("Cloud TPU") and _tpu_hosts() < 2
+        if not lone_tpu:
+            reason = str(e).strip().split("\n")[0]
+            raise ConfigError(
+                f"{job.launcher} says that this is one of several processes, and joining them "
+                f"failed: {reason}; set {', '.join(_BY_HAND)} to join by hand"
+            ) from e
+    finally:
+        timer.cancel()
+
+
+def _tpu_hosts() -> int:
+    """Hosts that the environment names; 0 where only a metadata server would know."""
+    names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+    hosts = next((os.environ[n] for n in names if os.environ.get(n)), "")
+    many = "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    return 2 if many else hosts.count(",") + bool(hosts)
+
+
+def _check_coordinator(address: str, first: bool) -> None:
+    """Whether the name resolves and, for process 0, the port is free: JAX aborts over both."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"coordinator {address!r} is not of the form HOST:PORT")
+    end = time.monotonic() + RESOLVE_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))
+            break
+        except OSError as e:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"coordinator {address}: the name {host} does not resolve after "
+                    f"{RESOLVE_SECONDS} s ({e.strerror or e})"
+                ) from e
+            time.sleep(min(2, RESOLVE_SECONDS))
+    if first:
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind(("", int(port)))
+            except OSError as e:
+                raise ConfigError(
+                    f"coordinator {address}: port {port} of this host cannot be used "
+                    f"({e.strerror}); give another"
+                ) from e
+
+
+def _give_up(job: Job) -> None:
+    """End this process: it hangs in JAX's C++ code, which no exception reaches."""
+    where = job.coordinator or f"found by {job.launcher}"
+    who = "the other processes did not come"
+    if job.process_id != 0:
+        who = "no answer, or another process is missing"
+    print(
+        f"error: process {job.process_id} of {job.num_processes}, coordinator {where}: {who} "
+        f"within {JOIN_SECONDS} s; start all of them together, with its port open to them",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
