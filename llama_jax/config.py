@@ -341,11 +341,14 @@ def _validate(cls: Any, tree: dict[str, Any], where: str) -> Any:
         errors = e.errors()
     known = [s.name for s in settings(cls)]
     known += sorted({name.rpartition(".")[0] for name in known} - {""})
-    raise ConfigError("\n".join(f"{where}: {_explain(error, known)}" for error in errors)) from None
+    lines = [f"{where}: {_explain(error, known)}" for error in errors[:20]]
+    if len(errors) > 20:
+        lines.append(f"{where}: and {len(errors) - 20:,} more problems")
+    raise ConfigError("\n".join(lines)) from None
 
 
 def _explain(error: Any, known: list[str]) -> str:
-    name = ".".join(map(str, error["loc"]))
+    name = ".".join(map(str, error["loc"]))[:100]
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"unknown setting {name}{_nearest(name, known)}"
     if error["type"] in ("missing", "missing_argument"):
@@ -355,7 +358,7 @@ def _explain(error: Any, known: list[str]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{name + ': ' if name else ''}{message}"
-    return f"{name}={given!r}: {message[0].lower() + message[1:]}"
+    return f"{name}={repr(given)[:200]}: {message[0].lower() + message[1:]}"
 
 
 def _nearest(name: str, known: list[str]) -> str:

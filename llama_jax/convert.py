@@ -10,6 +10,7 @@ when it is whole.
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -19,19 +20,19 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_jax import config as cf
-from llama_jax import tiktoken_text
 from llama_jax.conversion import foreign, layouts, targets, tokenizer_files, transfer
 from llama_jax.conversion import verify as verification
 from llama_jax.conversion.layouts import FLOATS, NAMES, Found, Kind, changed
 from llama_jax.conversion.quantised import MOST, dtype_of
 from llama_jax.conversion.transfer import ConvertError, Plan, human
-from llama_jax.conversion.weights import units
+from llama_jax.conversion.weights import rows_of
 from llama_jax.file_hashes import (
     MANIFEST,
     files_below,
@@ -40,6 +41,7 @@ from llama_jax.file_hashes import (
     listed_files,
     write_list,
 )  # fmt: skip
+from llama_jax.io import atomic_write, sync_folder
 
 
 def convert(
@@ -61,6 +63,7 @@ def convert(
       OSError: a file cannot be read or written.
     """
     start = time.perf_counter()
+    _check_destination(Path(destination))
     found = layouts.open_folder(Path(source), context)
     if found.kind == "orbax":
         _check_hashes(found)
@@ -72,7 +75,7 @@ def convert(
     what = _kinds(plan.dtypes, quantize)
     print(f"writing: {plan.destination} ({NAMES[plan.to]}), {human(size)}, {what}")
     _check_space(plan)
-    with transfer.open_progress(plan) as progress:
+    with transfer.open_progress(plan) as progress, _clear_errors(plan):
         sums = transfer.write_weights(plan, progress)
         _write_settings(plan, sums)
         if transfer.stamps(found) != before:
@@ -84,6 +87,7 @@ def convert(
     if plan.destination.exists():
         plan.destination.rmdir()  # empty when the run started; otherwise this fails
     plan.partial.rename(plan.destination)
+    sync_folder(plan.destination.absolute().parent)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
@@ -91,6 +95,43 @@ def convert(
         f"peak memory {human(peak)}, SHA-256 of every tensor in manifest.json"
     )
     return plan.destination
+
+
+def _check_destination(destination: Path) -> None:
+    """Refuse, before any work, what could not be given its name at the end."""
+    if destination.name in ("", ".."):
+        raise ConvertError(f"destination {destination}: give the name of a folder to make")
+    if destination.is_symlink():
+        raise ConvertError(
+            f"{destination} is a link to {destination.readlink()}; give the folder itself, or "
+            "another name"
+        )
+    if os.path.ismount(destination):
+        raise ConvertError(f"{destination} is a mount point; give the name of a folder in it")
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise ConvertError(f"{destination} exists; remove it or choose another name")
+    parent = destination.absolute().parent
+    if not parent.is_dir():
+        raise ConvertError(f"{parent} does not exist; make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConvertError(f"{parent} is not writable by this user; choose another place")
+
+
+@contextlib.contextmanager
+def _clear_errors(plan: Plan) -> Iterator[None]:
+    """A full disk is reported with the folder that filled it; what was made of a damaged source is
+    removed."""
+    try:
+        yield
+    except transfer.DamagedSourceError:
+        shutil.rmtree(plan.partial, ignore_errors=True)
+        raise
+    except (OSError, ValueError) as e:
+        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and os.strerror(errno.ENOSPC) not in str(e):  # as tensorstore reports it
+            raise
+        reason = os.strerror(errno.ENOSPC)
+        raise OSError(errno.ENOSPC, reason, str(plan.partial)) from e
 
 
 def _verify(plan: Plan) -> None:
@@ -127,15 +168,11 @@ def make_plan(
         raise ConvertError(f"quantize={quantize!r}: there are 'int8' and 'int4'")
     if quantize is not None and to != "orbax":
         raise ConvertError(f"--quantize is for Orbax; {NAMES[to]} files hold whole weights")
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-        raise ConvertError(f"{destination} exists; remove it or choose another name")
-    if not destination.absolute().parent.is_dir():
-        raise ConvertError(f"{destination.absolute().parent} does not exist; make it first")
     targets.check_shards(to, found.cfg, shards, targets.cuts_rows(found))
     dtypes = found.dtypes()
     if dtype != "keep":
         dtypes = dict.fromkeys(dtypes, next(d for d in FLOATS if d.name == dtype))
-    rows = {u.row: 0 for u in units(found.cfg, quantize)}
+    rows = rows_of(found.cfg, quantize)
     dtypes = {r.path: dtypes[r.path] if r.quantized is None else dtype_of(r) for r in rows}
     plan = Plan(found, destination, to, dtypes, shards, max_memory, quantize)
     transfer.budget(plan)
@@ -192,13 +229,15 @@ _NOT_LISTED = (MANIFEST, "progress.jsonl")
 
 
 def _write_settings(plan: Plan, sums: dict[str, str]) -> None:
-    """Settings, tokenizer and manifest beside the weights."""
+    """Settings, tokenizer and manifest beside the weights; all anew, whatever an earlier run left
+    of them."""
     found, folder = plan.found, plan.partial
+    _remove_small_files(folder)
     for path in found.extras:
-        shutil.copyfile(path, folder / path.name)
+        atomic_write(folder / path.name, path.read_bytes())
     for tokenizer in found.tokenizers:
         name = "tokenizer.json" if tokenizer.kind == "tokenizer.json" else "tokenizer.model"
-        shutil.copyfile(tokenizer.path, folder / name)
+        atomic_write(folder / name, tokenizer.path.read_bytes())
     about = {"format": 1, "rotary_layout": "half", "model": cf.to_dict(found.cfg)}
     about["token_ids"] = found.ids
     if plan.quantize is not None:
@@ -229,6 +268,13 @@ def _check_hashes(found: Found) -> None:
         raise ConvertError("\n".join(problems))
 
 
+def _remove_small_files(folder: Path) -> None:
+    kept = (".pth", ".safetensors", ".safetensors.index.json", "progress.jsonl")
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.endswith(kept):
+            path.unlink()
+
+
 def _manifest(plan: Plan, sums: dict[str, str]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     cfg = plan.found.cfg
@@ -242,24 +288,38 @@ def _manifest(plan: Plan, sums: dict[str, str]) -> dict[str, Any]:
 
 def _write_hf_settings(plan: Plan) -> None:
     found, folder = plan.found, plan.partial
+    given = {path.name for path in found.extras}
     config = foreign.hf_from_model(found.cfg, plan.dtypes["embed"].name, found.ids)
     _dump(folder / "config.json", config)
-    if not (folder / "generation_config.json").exists():
+    if "generation_config.json" not in given:
         names = {f"{k}_token_id": v for k, v in found.ids.items()}
         _dump(folder / "generation_config.json", {"_from_model_config": True, **names})
     meta = next((t for t in found.tokenizers if t.kind != "tokenizer.json"), None)
-    if meta is not None and not (folder / "tokenizer_config.json").exists():
-        _dump(
-            folder / "tokenizer_config.json", tokenizer_files.hf_settings(meta, found.cfg.context)
+    if meta is None:
+        return
+    exact = len(found.tokenizers) > 1 or _write_hf_tokenizer(plan, meta)
+    if "tokenizer_config.json" not in given:
+        settings = tokenizer_files.hf_settings(meta, found.cfg.context, exact)
+        _dump(folder / "tokenizer_config.json", settings)
+
+
+def _write_hf_tokenizer(plan: Plan, tokenizer: tokenizer_files.Tokenizer) -> bool:
+    """Write ``tokenizer.json`` for a tokenizer of Meta's; whether there is one."""
+    try:
+        tree = tokenizer_files.hf_json(tokenizer, plan.found.cfg.rope.type == "llama3")
+    except ValueError as e:
+        print(
+            f"note: no tokenizer.json made of {tokenizer.path}: {e}; what transformers makes of it "
+            "may give other ids"
         )
-    if [t.kind for t in found.tokenizers] == ["tiktoken"]:
-        newer = found.cfg.rope.type == "llama3"
-        ranks = tiktoken_text.ranks_of(found.tokenizers[0].path.read_bytes())
-        _dump(folder / "tokenizer.json", tiktoken_text.to_json(ranks, newer))
+        return False
+    _dump(plan.partial / "tokenizer.json", tree)
+    return True
 
 
 def _dump(path: Path, tree: dict[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    content = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+    atomic_write(path, content.encode())
 
 
 def _sync(folder: Path) -> None:
@@ -289,7 +349,8 @@ def main(argv: list[str] | None = None) -> int:
             convert(**{k: v for k, v in vars(args).items() if k != "inspect"})
     except OSError as e:
         hint = "; the same command continues here" if e.errno == errno.ENOSPC else ""
-        print(f"error: {e.filename or ''}: {e.strerror or e}{hint}", file=sys.stderr)
+        place = f"{e.filename}: " if e.filename else ""
+        print(f"error: {place}{e.strerror or e}{hint}", file=sys.stderr)
         return 1
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -354,7 +354,9 @@ def test_another_conversion_does_not_continue_a_partial_one(tmp_path, capsys):
     plan_of = lambda i: (tmp_path / f"hf{i}", tmp_path / "out")
     partial = tmp_path / "out.partial"
     partial.mkdir()
-    (partial / "progress.jsonl").write_text('{"from": "elsewhere"}\n')
+    (partial / "progress.jsonl").write_text(
+        '{"from": [], "model": {}, "to": "hf", "shards": null, "dtypes": {}, "format": 1}\n'
+    )
     (partial / "model.safetensors").write_bytes(b"left over")
     (partial / "steps").mkdir()
     convert(*plan_of(1))

@@ -72,9 +72,9 @@ def test_missing_last_shard(tmp_path, cfg, state):
 def test_missing_or_broken_params(tmp_path, cfg, state):
     source = tools.make_meta(tmp_path / "meta", state, cfg)
     (source / "params.json").write_text("{oops")
-    refused(source, "params.json is not JSON")
+    refused(source, "params.json is damaged: not JSON")
     (source / "params.json").write_text("[1]")
-    refused(source, "params.json holds a list")
+    refused(source, "params.json is damaged: it holds a list")
     (source / "params.json").unlink()
     refused(source, "params.json is missing")
 
@@ -156,7 +156,9 @@ def test_wrong_magic_and_legacy_files(tmp_path, cfg, state):
     source = tools.make_meta(tmp_path / "meta", state, cfg)
     path = source / "consolidated.00.pth"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 9)
-    refused(source, "not a torch file: it starts with b'version '")
+    refused(source, "consolidated.00.pth is a Git LFS pointer", "git lfs pull")
+    path.write_bytes(b"hello" * 9)
+    refused(source, "not a torch file: it starts with b'hellohel'")
     path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.")
     refused(source, "written by torch before 1.6")
     with zipfile.ZipFile(path, "w") as archive:
@@ -342,11 +344,11 @@ def test_truncated_and_foreign_safetensors(tmp_path, cfg, state):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (dict(dtype="F8_E4M3"), "has dtype F8_E4M3: quantised"),
+        (dict(dtype="F8_E4M3"), "has dtype 'F8_E4M3': quantised"),
         (dict(dtype="I8", data_offsets=[0, 768]), "is int8: only float16"),
         (dict(shape=[24, 31]), "cannot lie in 1536 bytes"),
-        (dict(shape=[-24, -32]), "has shape (-24, -32)"),
-        (dict(shape=[24, 32.0]), "has shape (24, 32.0)"),
+        (dict(shape=[-24, -32]), "has shape [-24, -32]"),
+        (dict(shape=[24, 32.0]), "has shape [24, 32.0]"),
         (dict(data_offsets=[2, 1538]), "overlap or leave a gap"),
         (dict(data_offsets=[0]), "header cannot be read"),
         (dict(dtype=None), "has dtype None"),
@@ -480,7 +482,7 @@ def test_a_destination_that_exists(tmp_path, cfg, state, capsys):
         convert(source, tmp_path / "nowhere/out")
     (tmp_path / "other.partial").mkdir()
     (tmp_path / "other.partial/file").write_text("mine")
-    with pytest.raises(ValueError, match="is no unfinished conversion; remove it"):
+    with pytest.raises(ValueError, match="is no unfinished conversion; rename or"):
         convert(source, tmp_path / "other")
     (tmp_path / "empty").mkdir()
     convert(source, tmp_path / "empty")
@@ -569,3 +571,95 @@ def test_shard_counts_that_do_not_divide(tmp_path, cfg, state):
         assert not (tmp_path / "out.partial").exists()
     with pytest.raises(ValueError, match="--context is for Meta folders"):
         convert(source, tmp_path / "out", context=5)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda p: p.symlink_to(p.with_name("real")), "out is a link to"),
+        (lambda p: p.symlink_to("nowhere"), "out is a link to nowhere"),
+        (lambda p: p.with_name("out.partial").symlink_to("real"), "no unfinished conversion"),
+        (lambda p: p.with_name("out.partial").write_text("mine"), "no unfinished conversion"),
+    ],
+)
+def test_destinations_that_could_not_be_named_at_the_end(tmp_path, cfg, state, make, expected):
+    source = tools.make_hf(tmp_path / "hf", state, cfg)
+    (tmp_path / "real").mkdir()
+    make(tmp_path / "out")
+    with pytest.raises(ValueError, match=expected):
+        convert(source, tmp_path / "out")
+    for name in (".", "..", "/", str(tmp_path / "real/..")):
+        with pytest.raises(ValueError, match="give the name of a folder to make"):
+            convert(source, Path(name))
+    assert list((tmp_path / "real").iterdir()) == []
+
+
+@pytest.mark.parametrize("record", [b'{"epoch": 1}\n', b"not JSON\n", b"[[[[", b"\xff" * 9])
+def test_somebody_elses_partial_folder_is_left_alone(tmp_path, cfg, state, record):
+    source = tools.make_hf(tmp_path / "hf", state, cfg)
+    theirs = tmp_path / "out.partial"
+    theirs.mkdir()
+    (theirs / "progress.jsonl").write_bytes(record)
+    (theirs / "results.csv").write_text("of a week")
+    with pytest.raises(ValueError, match=r"partial exists and is no unfinished conversion"):
+        convert(source, tmp_path / "out")
+    assert (theirs / "progress.jsonl").read_bytes() == record
+    assert (theirs / "results.csv").read_text() == "of a week"
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax", "meta"])
+def test_small_files_cut_off_by_a_full_disk_are_written_again(
+    tmp_path, cfg, state, monkeypatch, to
+):
+    """The disk fills up in a small file; then, as before files were written whole, each is cut."""
+    source = tools.make_hf(tmp_path / "hf", state, cfg)
+    (source / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    whole = convert(source, tmp_path / "whole", to=to)
+    write_list = convert_module.write_list
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(convert_module, "write_list", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*out\.partial"):
+        convert(source, tmp_path / "out", to=to)
+    partial = tmp_path / "out.partial"
+    for path in whole.glob("*.json"):
+        (partial / path.name).write_bytes(path.read_bytes()[:7])
+    (partial / "generation_config.json.1234.partial").write_text("{")
+    monkeypatch.setattr(convert_module, "write_list", write_list)
+    out = convert(source, tmp_path / "out", to=to)
+    small_files = lambda folder: {p.name: p.read_bytes() for p in folder.glob("*.*")}
+    assert small_files(out) == small_files(whole)
+
+
+@pytest.mark.parametrize("start", ["orbax", "hf", "meta"])
+def test_a_damaged_source_is_refused_by_its_manifest(tmp_path, cfg, state, capsys, start):
+    """One bit of a tensor: whatever is made of it, and also when a killed run continues."""
+    made = convert(tools.make_hf(tmp_path / "hf", state, cfg), tmp_path / "made", to=start)
+    if start == "orbax":
+        chunks = made / "steps/0/model/blocks.mlp.up/c/1"
+        path = next(p for p in chunks.rglob("*") if p.is_file())
+        offset = 3
+    else:
+        part = layouts.open_folder(made).weights.parts["blocks/mlp/up/1"][0]
+        path, offset = part.region.path, part.region.offset
+    with path.open("r+b") as f:
+        f.seek(offset)
+        byte = f.read(1)
+        f.seek(offset)
+        f.write(bytes([byte[0] ^ 1]))
+    ways: list[dict] = [dict(to="hf"), dict(to="meta"), dict(to="orbax")]
+    ways += [dict(dtype="float32", to="hf"), dict(quantize="int8", to="orbax")]
+    ways += [dict(quantize="int4", to="orbax")]
+    for way in ways:
+        with pytest.raises(
+            ValueError, match=r"blocks/mlp/up/1 is not what manifest.json says|blocks.mlp.up/c/1/"
+        ):
+            convert(made, tmp_path / "out", verify=True, **way)
+        assert "verified" not in capsys.readouterr().out
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.partial").exists()
+    if start != "orbax":
+        (made / "manifest.json").unlink()
+        convert(made, tmp_path / "out")

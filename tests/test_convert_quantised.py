@@ -44,7 +44,7 @@ def folders(tmp_path_factory):
     state = tools.meta_state(CFG, tools.DTYPES["bfloat16"], make=tools.random_values)
     state["layers.1.feed_forward.w1.weight"][5] = 0  # an output that is always zero
     tools.make_meta(folder / "meta", state, CFG)
-    train_tokenizer(TEXT * 50, 300, folder / "tokenizer.model")
+    train_tokenizer(TEXT * 50, 300, folder / "meta" / "tokenizer.model")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(quantised, "BLOCK", 1000)  # a matrix is more than one block
         patched.setattr(verification, "compare_logits", lambda *_: "logits compared")

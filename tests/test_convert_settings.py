@@ -4,11 +4,14 @@ import base64
 import contextlib
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import convert_tools as tools
 import numpy as np
 import pytest
 import tiktoken_tools
+import tokenizers
 from convert_tools import DTYPES, small
 
 from llama_jax import tiktoken_text
@@ -16,6 +19,7 @@ from llama_jax.config import MODELS, RopeConfig
 from llama_jax.conversion import foreign, layouts, tokenizer_files
 from llama_jax.convert import convert
 from llama_jax.model import rope_of
+from llama_jax.tokenizer import train_tokenizer
 
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 YARN = dict(factor=4.0, original_max_position_embeddings=1024)
@@ -155,7 +159,7 @@ def test_unsupported_features_are_refused_by_name(tmp_path, change, expected):
 
 def test_every_reason_at_once_and_unknown_keys_named():
     config = tools.config_of(BASE) | dict(mlp_bias=True, hidden_act="relu")
-    with pytest.raises(ValueError, match=r"mlp_bias=True(.|\n)*hidden_act='relu'"):
+    with pytest.raises(ValueError, match=r"hidden_act='relu'(.|\n)*mlp_bias=True"):
         foreign.model_from_hf(config, "config.json")
     _, remarks = foreign.model_from_hf(tools.config_of(BASE) | {"my_flag": 1}, "config.json")
     assert remarks == ["config.json: ignored my_flag"]
@@ -360,7 +364,8 @@ def test_tokenizers_are_known_by_content(tmp_path):
         sentencepiece[:50],
     ):
         (tmp_path / "tokenizer.model").write_bytes(data)
-        assert tokenizer_files.recognise(tmp_path / "tokenizer.model") is None
+        with pytest.raises(ValueError, match="is damaged"):
+            tokenizer_files.recognise(tmp_path / "tokenizer.model")
 
 
 def test_the_tokenizer_and_its_company_go_along(tmp_path):
@@ -455,3 +460,65 @@ def test_llama_3_is_cut_along_the_vocabulary(tmp_path):
         found.weights.read(layouts.units(cfg)[0], 0, 300).tobytes()
         == state["tok_embeddings.weight"].tobytes()
     )
+
+
+def llama_tokenizer(tmp_path) -> bytes:
+    """The published one where it is present, else one of the same kind."""
+    published = tools.DATA / "llama_tokenizer/tokenizer.model"
+    if published.exists():
+        return published.read_bytes()
+    path = tmp_path / "small.model"
+    train_tokenizer([Path(__file__).read_text()], 700, path)
+    return path.read_bytes()
+
+
+def test_transformers_makes_the_ids_of_sentencepiece(tmp_path):
+    """Of Python code, other scripts, runs of spaces and texts that start with one."""
+    import sentencepiece
+
+    data = llama_tokenizer(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
+    cfg = small(vocab_size=len(theirs))
+    source = tools.make_meta(tmp_path / "meta", tools.meta_state(cfg, DTYPES["float16"]), cfg)
+    (source / "tokenizer.model").write_bytes(data)
+    out = convert(source, tmp_path / "out", to="hf")
+    texts = [p.read_text() for p in sorted(Path(__file__).parent.glob("test_convert*.py"))]
+    texts += ["Ünïcødé, Привет мир, 你好世界, مرحبا, नमस्ते, \U0001f600\u200d\U0001f525", " ▁a  ", ""]
+    texts += [f"{' ' * n}x{' ' * (70 - n)}y\n\t{' ' * n}" for n in range(70)]
+    texts = [re.sub("</?s>|<unk>", "", text) for text in texts]  # control ids in transformers
+    ours = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    for text in texts:
+        ids = theirs.encode(text)
+        assert ours.encode(text).ids == [1, *ids]
+        assert ours.decode(ids) == theirs.decode(ids)
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert all(tokenizer(text).input_ids == [1, *theirs.encode(text)] for text in texts)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert len(tokenizer) == len(theirs)
+
+
+def test_a_tokenizer_whose_merges_cannot_be_said_is_named(tmp_path, capsys):
+    cfg = small(vocab_size=40)
+    source = tools.make_meta(tmp_path / "meta", tools.meta_state(cfg, DTYPES["float16"]), cfg)
+    (source / "tokenizer.model").write_bytes(sentencepiece_file(tmp_path / "sp"))
+    out = convert(source, tmp_path / "out", to="hf")
+    assert "it changes text before splitting it (rule 'nmt_nfkc')" in capsys.readouterr().out
+    assert not (out / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "taken"), [("7B", 40, True), ("weights", 40, False), ("LLaMA-13B", 48, False)]
+)
+def test_a_tokenizer_of_the_parent_folder_must_fit(tmp_path, name, size, taken):
+    """As Meta published LLaMA 1: folders 7B, 13B ... beside one tokenizer."""
+    cfg = small(vocab_size=size)
+    folder = tools.make_meta(tmp_path / name, tools.meta_state(cfg, DTYPES["float16"]), cfg)
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(tmp_path / "sp"))
+    found = layouts.open_folder(folder)
+    assert [t.path for t in found.tokenizers] == [tmp_path / "tokenizer.model"] * taken
+    assert any("parent folder" in r or "is not used" in r for r in found.remarks) == (
+        name != "weights"
+    )
+    hf = tools.make_hf(tmp_path / "8B", tools.meta_state(cfg, DTYPES["float16"]), cfg)
+    assert layouts.open_folder(hf).tokenizers == []

@@ -1,16 +1,18 @@
 """Other people's settings: Meta's ``params.json``, Hugging Face's ``config.json`` (v4 and v5).
 
 In comes a parsed file; out comes our :class:`~llama_jax.config.ModelConfig` with remarks for the
-user, or the other way. What we cannot reproduce exactly is refused by name; nothing is ignored in
-silence.
+user, or the other way. What changes the computation in a way that we cannot reproduce is refused
+by name; what we do not know is named.
 
     python -m llama_jax.convert --inspect PATH
 """
 
+import math
 from typing import Any
 
 from llama_jax import config as cf
 from llama_jax.config import MODELS, ModelConfig
+from llama_jax.conversion.formats import short, some
 
 
 class SettingsError(ValueError):
@@ -24,6 +26,8 @@ def _read(tree: dict[str, Any], problems: list[str], where: str) -> ModelConfig:
         cfg = cf.check_model(tree, where)
     except cf.ConfigError as e:
         problems += str(e).splitlines()
+    except RecursionError:
+        problems.append(f"{where} is damaged: nested too deeply")
     if cfg is None or problems:
         raise SettingsError("\n".join(problems))
     return cfg
@@ -60,17 +64,87 @@ _SIZES = {
     "ffn_dim": "intermediate_size",
     "norm_eps": "rms_norm_eps",
 }
-# Keys that say nothing about the weights or the forward pass.
+# Keys that are read elsewhere, or say nothing about the weights or the forward pass.
 _SILENT = {
     "architectures", "model_type", "torch_dtype", "dtype", "bos_token_id", "eos_token_id",
-    "pad_token_id", "unk_token_id", "use_cache", "initializer_range", "transformers_version",
-    "_name_or_path", "attention_dropout", "pretraining_tp", "output_attentions",
-    "output_hidden_states", "return_dict", "hidden_act", "attention_bias", "mlp_bias",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings",
-    "rope_theta", "rope_scaling", "rope_parameters", "quantization_config", "sliding_window",
-    "partial_rotary_factor", "original_max_position_embeddings", "max_sequence_length",
-    "auto_map",
+    "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id",
+    "use_cache", "initializer_range", "transformers_version", "_name_or_path", "pretraining_tp",
+    "output_attentions", "output_hidden_states", "return_dict", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "tie_word_embeddings", "rope_theta", "rope_scaling",
+    "rope_parameters", "original_max_position_embeddings", "max_sequence_length", "auto_map",
+    # dropout, in training alone
+    "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    # settings of generation and of other tasks, which old releases wrote into config.json
+    "temperature", "top_k", "top_p", "do_sample", "max_length", "min_length", "num_beams",
+    "repetition_penalty", "length_penalty", "id2label", "label2id", "problem_type",
+    "is_encoder_decoder", "is_decoder", "tie_encoder_decoder", "chunk_size_feed_forward",
+    "task_specific_params", "finetuning_task", "torchscript", "max_window_layers",
+    "attn_implementation", "_attn_implementation", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
+# Keys of LLaMA's relatives that change the computation, and their values that do not. None, which
+# is no value, never does. Lists: see _plain_list.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
+    "attention_out_bias": (False,), "qkv_bias": (False,), "bias": (False,), "use_bias": (False,),
+    "lm_head_bias": (False,),
+    "quantization_config": ({},), "compression_config": ({},), "quantization": ({},),
+    "sliding_window": (), "use_sliding_window": (False,), "attention_chunk_size": (),
+    "layer_types": (), "no_rope_layers": (), "no_rope_layer_interval": (0,),
+    "partial_rotary_factor": (1,), "rotary_pct": (1,), "rope_interleaved": (False,),
+    "attn_logit_softcapping": (), "final_logit_softcapping": (), "logit_softcapping": (),
+    "attn_temperature_tuning": (False, 0), "attention_sinks": (False, 0),
+    "embedding_multiplier": (1,), "residual_multiplier": (1,), "logits_scaling": (1,),
+    "logit_scale": (1,), "scale_emb": (1,), "scale_depth": (), "embedding_scale": (1,),
+    "attention_multiplier": (), "query_pre_attn_scalar": (), "dim_model_base": (),
+    "use_qk_norm": (False,), "qk_norm": (False,), "qk_layernorm": (False,), "clip_qkv": (),
+    "parallel_attn": (False,), "use_parallel_residual": (False,), "alibi": (False,),
+    "num_experts": (0, 1), "num_local_experts": (0, 1), "n_routed_experts": (0, 1),
+    "num_nextn_predict_layers": (0,), "kv_lora_rank": (), "q_lora_rank": (),
+}  # fmt: skip
+
+
+def _unlike_llama(config: dict[str, Any], where: str) -> list[str]:
+    """Settings that make the model compute something else than LLaMA does."""
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    head_dim = config.get("head_dim") or (width // heads if heads else 0)
+    layers = config.get("num_hidden_layers") or 0
+    # Values that say in other words what LLaMA does anyway.
+    same = {
+        "attention_multiplier": head_dim**-0.5 if head_dim else None,
+        "query_pre_attn_scalar": head_dim,
+        "scale_depth": math.sqrt(layers),
+        "dim_model_base": width,
+    }
+    problems = []
+    for key, plain in _NEUTRAL.items():
+        value = config.get(key)
+        if value is None or any(value is p or _equal(value, p) for p in plain):
+            continue
+        if _equal(value, same.get(key)) or _plain_list(key, value):
+            continue
+        problems.append(f"{where}: {key}={short(value)} is not supported")
+    return problems
+
+
+def _equal(value: Any, plain: Any) -> bool:
+    if isinstance(value, bool) or isinstance(plain, bool):
+        return value is plain
+    if isinstance(value, int | float) and isinstance(plain, int | float):
+        return math.isclose(value, plain, rel_tol=1e-6)
+    return type(value) is type(plain) and value == plain
+
+
+def _plain_list(key: str, value: Any) -> bool:
+    """Whether a setting of each layer says the usual for all of them."""
+    usual = {"layer_types": ("full_attention",), "no_rope_layers": (1, True)}.get(key)
+    return usual is not None and isinstance(value, list) and all(v in usual for v in value)
+
+
+def _flag(config: dict[str, Any], key: str, where: str, problems: list[str]) -> bool:
+    """A setting that is true or false; absent is false."""
+    if (value := config.get(key)) is not None and not isinstance(value, bool):
+        problems.append(f"{where}: {key}={short(value)} is neither true nor false")
+    return bool(value)
 
 
 def model_from_hf(config: dict[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
@@ -78,27 +152,18 @@ def model_from_hf(config: dict[str, Any], where: str) -> tuple[ModelConfig, list
     ``config.json``."""
     problems, remarks = [], []
     if (kind := config.get("model_type")) != "llama":
-        problems.append(f"{where}: model_type={kind!r} is not supported, only 'llama'")
+        problems.append(f"{where}: model_type={short(kind)} is not supported, only 'llama'")
     if config.get("architectures") not in (None, ["LlamaForCausalLM"]):
-        problems.append(
-            f"{where}: architectures={config['architectures']} is not ['LlamaForCausalLM']"
-        )
-    for key, plain in [
-        ("attention_bias", (None, False)),
-        ("mlp_bias", (None, False)),
-        ("hidden_act", (None, "silu", "swish")),
-        ("quantization_config", (None,)),
-        ("sliding_window", (None,)),
-        ("partial_rotary_factor", (None, 1, 1.0)),
-    ]:
-        if (value := config.get(key)) not in plain:
-            problems.append(f"{where}: {key}={value!r} is not supported")
-    if unknown := set(config) - _SILENT - set(_SIZES.values()):
-        remarks.append(f"{where}: ignored {', '.join(sorted(unknown))}")
+        given = short(config["architectures"])
+        problems.append(f"{where}: architectures={given} is not ['LlamaForCausalLM']")
+    if unknown := set(config) - _SILENT - set(_SIZES.values()) - set(_NEUTRAL):
+        remarks.append(f"{where}: ignored {some(sorted(unknown))}")
+    tied = _flag(config, "tie_word_embeddings", where, problems)
     tree = {ours: config.get(theirs) for ours, theirs in _SIZES.items()}
-    problems += [f"{where}: {_SIZES[k]} is missing" for k, v in tree.items() if v is None]
     numbers = [*_SIZES.values(), "num_key_value_heads", "head_dim", "max_position_embeddings"]
-    problems += _not_numbers(config, numbers, where)
+    bad = _not_numbers(config, numbers, where)
+    bad += [f"{where}: {_SIZES[k]} is missing" for k, v in tree.items() if v is None]
+    problems += bad or _unlike_llama(config, where)
     if problems:
         raise SettingsError("\n".join(problems))
     heads = config["num_attention_heads"]
@@ -112,7 +177,7 @@ def model_from_hf(config: dict[str, Any], where: str) -> tuple[ModelConfig, list
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         context=context,
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=tied,
         rope=_rope_from_hf(config, context, where, problems, remarks),
     )
     return _read(tree, problems, where), list(dict.fromkeys(remarks))
@@ -128,7 +193,7 @@ def _rope_from_hf(
         if given := config.get(key):
             if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
                 problems.append(
-                    f"{where}: {key}={given!r} is not supported: one flat table expected"
+                    f"{where}: {key}={short(given)} is not supported: one flat table expected"
                 )
                 return {}
             theta = given.get("rope_theta", top)
@@ -145,14 +210,14 @@ def _rope_from_hf(
         problems.append(
             f"{where}: rope_parameters, which transformers 5 reads, and rope_theta with "
             "rope_scaling, "
-            f"which 4 reads, disagree: {config.get('rope_parameters')} against {top} with "
-            f"{config.get('rope_scaling')}"
+            f"which 4 reads, disagree: {short(config.get('rope_parameters'))} against {short(top)} "
+            f"with {short(config.get('rope_scaling'))}"
         )
     if read[0]["theta"] is None:
         read[0]["theta"] = 10000.0  # the default of transformers' LlamaConfig
         remarks.append(f"{where}: rope_theta is missing; took 10000, as transformers does")
     if not _number(read[0]["theta"]):
-        problems.append(f"{where}: rope_theta={read[0]['theta']!r} is not a number")
+        problems.append(f"{where}: rope_theta={short(read[0]['theta'])} is not a number")
         return {}
     return read[0] | {"theta": float(read[0]["theta"])}
 
@@ -166,7 +231,7 @@ def _rope_fields(
         ours: given[theirs] for ours, theirs in _ROPE.items() if given.get(theirs) is not None
     }
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
-        problems.append(f"{where}: rope type {kind!r} is not supported")
+        problems.append(f"{where}: rope type {short(kind)} is not supported")
         return {"type": kind, "theta": theta}
     unset = {k: v or None for k, v in given.items()}  # transformers takes 0 for unset as well
     if bad := _not_numbers(unset, [k for k in _ROPE.values() if k != "truncate"], where):
@@ -176,12 +241,14 @@ def _rope_fields(
     if given.get("partial_rotary_factor", 1.0) == 1.0:
         plain.add("partial_rotary_factor")
     if unknown := set(given) - plain:
-        problems.append(f"{where}: {', '.join(sorted(unknown))} is not supported")
+        problems.append(f"{where}: {some(sorted(unknown))} is not supported")
     if kind in ("llama3", "yarn"):
         # transformers 5: the key beside the table wins, then the one inside, then the context.
         beside = config.get("original_max_position_embeddings")
         if beside is not None and not _number(beside):
-            problems.append(f"original_max_position_embeddings={beside!r} is not a positive number")
+            problems.append(
+                f"original_max_position_embeddings={short(beside)} is not a positive number"
+            )
             return {"type": kind, "theta": theta}
         fields["original_context"] = beside or fields.get("original_context") or context
     elif fields.pop("original_context", None):
@@ -257,6 +324,8 @@ _PARAMS = {
 }  # fmt: skip
 _NO_NUMBERS = {"use_scaled_rope", "vocab_size"}
 _PARAMS_SILENT = {"max_seq_len", "max_batch_size", "model_parallel_size"}
+_PARAMS_FALSE = {"use_qk_norm", "attn_temperature_tuning", "bias"}
+"""settings of later models of Meta's, which change the computation unless they are false"""
 _LLAMA_32 = [MODELS["llama3.2-1b"], MODELS["llama3.2-3b"]]
 
 
@@ -280,9 +349,12 @@ def model_from_meta(
             problems.append(
                 f"{where}: {key} is not supported: the weights are quantised or incomplete"
             )
-    problems += [f"{where}: {k} is not supported" for k in params if k.startswith("vision_")]
-    if unknown := set(params) - _PARAMS - _PARAMS_SILENT:
-        remarks.append(f"{where}: ignored {', '.join(sorted(unknown))}")
+    other = [k for k in params if k.startswith(("vision_", "moe"))]
+    problems += [f"{where}: {k[:100]} is not supported" for k in other]
+    problems += [f"{where}: {k}=true is not supported" for k in _PARAMS_FALSE if params.get(k)]
+    if unknown := set(params) - _PARAMS - _PARAMS_SILENT - _PARAMS_FALSE - set(other):
+        remarks.append(f"{where}: ignored {some(sorted(unknown))}")
+    scaled = _flag(params, "use_scaled_rope", where, problems)
     needs = ("dim", "n_layers", "n_heads", "norm_eps", "multiple_of")
     problems += [f"{where}: {k} is missing" for k in needs if k not in params]
     problems += _not_numbers(params, [k for k in _PARAMS if k not in _NO_NUMBERS], where)
@@ -293,7 +365,7 @@ def model_from_meta(
         raise SettingsError(f"{where}: dim={dim} is not a multiple of n_heads={heads}")
     vocab = params.get("vocab_size", -1)
     if vocab not in (-1, rows):
-        problems.append(f"{where}: vocab_size={vocab}, but the embedding has {rows} rows")
+        problems.append(f"{where}: vocab_size={short(vocab)}, but the embedding has {rows} rows")
     tree = dict(
         vocab_size=rows,
         dim=dim,
@@ -309,7 +381,7 @@ def model_from_meta(
     small = any(
         all(getattr(m, k) == tree[k] for k in ("dim", "num_layers", "num_heads")) for m in _LLAMA_32
     )
-    if params.get("use_scaled_rope"):
+    if scaled:
         factor = params.get("rope_scaling_factor") or (32.0 if small else 8.0)
         if "rope_scaling_factor" not in params:
             why = "the size is that of Llama 3.2" if small else "as Llama 3.1 and 3.3"
@@ -318,7 +390,7 @@ def model_from_meta(
             type="llama3", factor=float(factor), low_freq_factor=1.0, original_context=8192,
             high_freq_factor=float(params.get("rope_high_freq_factor") or 4.0),
         )  # fmt: skip
-    family, context = _family(tree, bool(params.get("use_scaled_rope")), half)
+    family, context = _family(tree, scaled, half)
     remarks.append(
         f"context {context}: taken for {family}; {where} does not say (--context overrides)"
     )
@@ -332,7 +404,7 @@ def model_from_meta(
 
 def _not_numbers(tree: dict[str, Any], keys: list[str], where: str) -> list[str]:
     given = [k for k in keys if tree.get(k) is not None and not _number(tree[k])]
-    return [f"{where}: {k}={tree[k]!r} is not a positive number" for k in given]
+    return [f"{where}: {k}={short(tree[k])} is not a positive number" for k in given]
 
 
 def _number(value: Any) -> bool:

@@ -11,8 +11,11 @@ tensors needs. Nothing here needs torch.
 import json
 import math
 import mmap
+import os
+import reprlib
+import stat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +24,19 @@ import numpy as np
 class FormatError(ValueError):
     """A file that is not what its name says, or not something we read; the message says which
     and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(message[:_LONGEST_MESSAGE])
+
+
+LFS_POINTER = b"version https://git-lfs"
+"""how the text starts that stands for a file that Git LFS has not fetched"""
+_LONGEST_MESSAGE = 1000
+_LONGEST_HEADER = 8 << 20
+"""bytes of a safetensors header; that of Llama 3.1 405B in one file has 0.2 MB"""
+MAX_RANK = 8
+"""dimensions of a tensor; weights have at most two"""
+MAX_INT = 1 << 62
 
 
 class Region(NamedTuple):
@@ -50,6 +66,42 @@ DTYPES = [
     ("BOOL", "BoolStorage", np.dtype(np.bool_)),
 ]
 _SAFETENSORS_NAME = {dtype: name for name, _, dtype in DTYPES}
+_OF_SAFETENSORS = {name: dtype for name, _, dtype in DTYPES}
+
+
+def short(value: Any) -> str:
+    """A value out of a stranger's file for a message: its start, whatever its size and depth."""
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = 80
+    shown.maxlevel = 3
+    return shown.repr(value)
+
+
+def some(names: list[str], most: int = 10) -> str:
+    """A list for a message: the first names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(name[:100] for name in names[:most]) + more
+
+
+def open_weights(path: Path) -> IO[bytes]:
+    """Open a file of weights for reading.
+
+    Raises:
+      FormatError: a folder, pipe, device, or a Git LFS pointer; says which.
+      OSError: missing or not readable.
+    """
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FormatError(f"{path} is not a regular file")
+    if os.pread(descriptor, len(LFS_POINTER), 0) == LFS_POINTER:
+        os.close(descriptor)
+        raise FormatError(
+            f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull` where it "
+            "came from"
+        )
+    return open(descriptor, "rb", buffering=0)
 
 
 def view(region: Region, mapped: mmap.mmap) -> np.ndarray:
@@ -60,7 +112,7 @@ def view(region: Region, mapped: mmap.mmap) -> np.ndarray:
 
 def map_file(path: Path) -> mmap.mmap:
     """Map a file for reading."""
-    with path.open("rb") as f:
+    with open_weights(path) as f:
         return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -72,6 +124,7 @@ def release(mapped: mmap.mmap, start: int, stop: int) -> None:
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements of a tensor stored row after row."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
@@ -81,25 +134,31 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 def read_safetensors(path: Path) -> dict[str, Region]:
     """Where the tensors of a ``.safetensors`` file lie; raises :class:`FormatError` for a file
     that is not whole."""
-    size = path.stat().st_size
-    with path.open("rb") as f:
+    with open_weights(path) as f:
+        size = os.fstat(f.fileno()).st_size
         head = f.read(8)
         length = int.from_bytes(head, "little")
-        if len(head) < 8 or not 2 <= length <= min(size - 8, 100_000_000):
+        if len(head) < 8 or not 2 <= length <= size - 8:
             raise FormatError(
                 f"{path}: not a safetensors file, or cut off: its first 8 bytes give a header of "
                 f"{length} bytes, "
                 f"the file has {size}"
+            )
+        if length > _LONGEST_HEADER:
+            raise FormatError(
+                f"{path}: a header of {length:,} bytes; at most {_LONGEST_HEADER:,} are read, 40 "
+                "times that of the largest Llama"
             )
         text = f.read(length)
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
         regions = {n: _safetensors_region(path, n, e, 8 + length) for n, e in header.items()}
+        del header, text
     except FormatError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise FormatError(f"{path}: the safetensors header cannot be read: {e!r}") from None
+        raise FormatError(f"{path}: the safetensors header cannot be read: {short(e)}") from None
     end = 8 + length
     for name, region in sorted(regions.items(), key=lambda item: item[1].offset):
         if region.offset != end:
@@ -118,22 +177,27 @@ def read_safetensors(path: Path) -> dict[str, Region]:
 
 
 def _safetensors_region(path: Path, name: str, entry: dict[str, Any], base: int) -> Region:
-    dtype = {n: d for n, _, d in DTYPES}.get(entry["dtype"])
+    dtype = _OF_SAFETENSORS.get(entry["dtype"])
     if dtype is None:
         raise FormatError(
-            f"{path}: {name} has dtype {entry['dtype']}: quantised and exotic files are not "
+            f"{path}: {name} has dtype {short(entry['dtype'])}: quantised and exotic files are not "
             "supported"
         )
-    shape = tuple(entry["shape"])
-    start, stop = entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-        raise FormatError(f"{path}: {name} has shape {shape}, offsets {start}, {stop}")
+    shape, (start, stop) = entry["shape"], entry["data_offsets"]
+    if len(shape) > MAX_RANK or not all(_natural(n) for n in (*shape, start, stop)):
+        given = f"shape {short(shape)}, offsets {short(start)}, {short(stop)}"
+        raise FormatError(f"{path}: {name} has {given}")
+    shape = tuple(shape)
     if stop - start != math.prod(shape) * dtype.itemsize:
         raise FormatError(
             f"{path}: {name} of shape {list(shape)} and dtype {entry['dtype']} cannot lie in "
             f"{stop - start} bytes"
         )
     return Region(path, base + start, shape, contiguous(shape), dtype)
+
+
+def _natural(number: Any) -> bool:
+    return type(number) is int and 0 <= number < MAX_INT
 
 
 def plan_safetensors(

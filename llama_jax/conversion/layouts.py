@@ -8,7 +8,7 @@ pieces (:class:`Target`).
 """
 
 import dataclasses
-import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +18,21 @@ import numpy as np
 from llama_jax import config as cf
 from llama_jax.config import ModelConfig
 from llama_jax.conversion import foreign, formats, tokenizer_files, torch_files, weights
-from llama_jax.conversion.formats import Region
+from llama_jax.conversion.formats import Region, short
 from llama_jax.conversion.orbax_weights import OrbaxWeights
 from llama_jax.conversion.quantised import MOST
 from llama_jax.conversion.tokenizer_files import Tokenizer
-from llama_jax.conversion.weights import Part, TorchWeights, Unit, Weights, units
+from llama_jax.conversion.weights import Part, TorchWeights, Unit, Weights, rows_of, units
+from llama_jax.io import read_json
 
 Kind = Literal["meta", "hf", "orbax"]
 NAMES = {"meta": "Meta", "hf": "Hugging Face", "orbax": "Orbax"}
+MAX_STOP_IDS = 8
+"""ids that may end a text; sampling looks for this many"""
+_LARGEST_SETTINGS = 1 << 20
+_LARGEST_LIST = 12 << 20
+"""bytes of JSON that lists tensors: an index, _METADATA, manifest.json"""
+_MOST_PROBLEMS = 20
 FLOATS = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)]
 
 
@@ -54,12 +61,15 @@ class Found:
     extras: list[Path]
     """small files that go along: tokenizer settings, chat template, generation settings"""
     remarks: list[str]
+    sums: dict[str, str] = dataclasses.field(default_factory=dict)
+    """SHA-256 of each unit, as the manifest.json of the folder says; empty: it has none"""
     quantize: str | None = None
     """"int8" or "int4", if that is what the layers' matrices are in"""
 
     def dtypes(self) -> dict[str, np.dtype]:
         """dtype of each row of the table."""
-        return {u.row.path: self.weights.dtype(u) for u in units(self.cfg, self.quantize)}
+        first = (Unit(r, 0 if r.stacked else None) for r in rows_of(self.cfg, self.quantize))
+        return {u.row.path: self.weights.dtype(u) for u in first}
 
 
 def open_folder(path: Path, context: int | None = None) -> Found:
@@ -69,6 +79,8 @@ def open_folder(path: Path, context: int | None = None) -> Found:
       path: a Meta or Hugging Face folder, one of our checkpoints, or one step of it.
       context: replaces the context length that a Meta folder does not state.
     """
+    if context is not None and not 1 <= context < 1 << 31:
+        raise LayoutError(f"--context {context} must be at least 1, and a number of tokens")
     if not path.exists():
         raise LayoutError(f"{path} does not exist")
     if not path.is_dir():
@@ -94,14 +106,14 @@ def open_folder(path: Path, context: int | None = None) -> Found:
         found = _open_meta(path, [path / n for n in meta], context)
     elif hf or "config.json" in names:
         found = _open_hf(path, names)
-    elif (root / "model.json").is_file():
+    elif (root / "model.json").exists():
         found = _open_orbax(root, path)
     else:
         raise LayoutError(
             f"{path} is no folder of weights: expected consolidated.*.pth with params.json, "
             "config.json with "
             "model*.safetensors or pytorch_model*.bin, or model.json with steps/; found "
-            f"{', '.join(names[:12]) or 'nothing'}"
+            f"{formats.some(names) or 'nothing'}"
         )
     if context is not None and found.kind != "meta":
         raise LayoutError(f"--context is for Meta folders, which do not say it; {path} does")
@@ -126,27 +138,57 @@ def _check_tokenizers(found: Found) -> None:
         found.remarks.append(f"no tokenizer (tokenizer.model or tokenizer.json) in {found.path}")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _token_ids(given: Any, rows: int, where: str, remarks: list[str]) -> dict[str, Any]:
+    """bos, eos and pad of somebody's settings, checked; -1 and null are none."""
+    if not isinstance(given, dict):
+        raise LayoutError(f"{where}: token_ids={short(given)} is not an object")
+    ids: dict[str, Any] = {}
+    for key, value in given.items():
+        several = value if key == "eos" and isinstance(value, list) else [value]
+        kept = [i for i in several if i is not None and i != -1]
+        if not all(type(i) is int and i >= 0 for i in kept) or len(set(kept)) > MAX_STOP_IDS:
+            kinds = f"an id or at most {MAX_STOP_IDS}" if key == "eos" else "an id"
+            raise LayoutError(f"{where}: the {key} token id is {short(value)}, expected {kinds}")
+        outside = [i for i in kept if i >= rows]
+        if outside and key != "pad":
+            raise LayoutError(
+                f"{where}: the {key} token id {outside[0]} is none of the embedding's {rows} rows"
+            )
+        if outside:
+            remarks.append(f"{where}: pad token id {outside[0]} left out: there are {rows} rows")
+        elif kept:
+            ids[key] = value if several is value else kept[0]
+    return ids
+
+
+def _json(path: Path, max_bytes: int = _LARGEST_SETTINGS) -> dict[str, Any]:
+    if not path.exists():
         raise LayoutError(f"{path} is missing")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise LayoutError(f"{path} is not JSON: {e}") from None
-    if not isinstance(tree, dict):
-        raise LayoutError(f"{path} holds a {type(tree).__name__}, expected a table")
-    return tree
+    return read_json(path, max_bytes)
 
 
 def _stop_at(problems: list[str]) -> None:
-    if problems:
-        raise LayoutError("\n".join(problems))
+    """Raise for all of the problems at once; of very many, the first."""
+    if not problems:
+        return
+    more = len(problems) - _MOST_PROBLEMS
+    lines = [p if len(p) < 400 else f"{p[:400]}..." for p in problems[:_MOST_PROBLEMS]]
+    raise LayoutError("\n".join(lines + [f"and {more:,} more problems"] * (more > 0)))
+
+
+def _check_layers(cfg: ModelConfig, tensors: int, where: Path) -> None:
+    """Refuse a number of layers that the files cannot hold, before all their names are listed."""
+    if cfg.num_layers > max(tensors, 1000):  # so many names are quickly listed
+        raise LayoutError(
+            f"{where}: the settings say {cfg.num_layers:,} layers, but there are {tensors:,} "
+            "tensors only"
+        )
 
 
 def _check_names(have: set[str], need: set[str], where: Path) -> list[str]:
     drop = ("rope.freqs", "rotary_emb.inv_freq")
     return [f"{where}: {n} is missing" for n in sorted(need - have)] + [
-        f"{where}: {n} is not a tensor of this model"
+        f"{where}: {n[:200]} is not a tensor of this model"
         for n in sorted(have - need)
         if not n.endswith(drop)
     ]
@@ -177,9 +219,8 @@ def _check_dtypes(cfg: ModelConfig, parts: dict[str, list[Part]]) -> list[str]:
 def _open_meta(path: Path, files: list[Path], context: int | None) -> Found:
     params = _json(path / "params.json")
     numbers = [f.name.removeprefix("consolidated.").removesuffix(".pth") for f in files]
-    expected = [
-        f"{i:02d}" for i in range(max([int(n) for n in numbers if n.isdigit()], default=0) + 1)
-    ]
+    valid = [int(n) for n in numbers if re.fullmatch("[0-9]{2,3}", n)]
+    expected = [f"{i:02d}" for i in range(max(valid, default=0) + 1)]
     _stop_at([f"{path}/consolidated.{n}.pth is missing" for n in expected if n not in numbers])
     odd = [f for f, n in zip(files, numbers, strict=True) if n not in expected]
     _stop_at([f"{f} is not a shard: their names are consolidated.NN.pth" for f in odd])
@@ -203,6 +244,7 @@ def _open_meta(path: Path, files: list[Path], context: int | None) -> Found:
         cfg = changed(cfg, context=context)
         remarks = [r for r in remarks if not r.startswith("context")]
     untied = changed(cfg, tie_embeddings=not has_output)
+    _check_layers(cfg, len(shards[0]), path)
     parts = _meta_parts(untied, shards, by_rows, path)
     if has_output and (hint.tie_embeddings if hint else _is_llama_32(cfg)):
         if _same_matrix(untied, parts["embed"], parts["unembed"]):
@@ -212,16 +254,36 @@ def _open_meta(path: Path, files: list[Path], context: int | None) -> Found:
         else:
             cfg = untied
             remarks.append("output.weight differs from tok_embeddings.weight: not tied")
+    tokenizers = tokenizer_files.find(path)
+    if not tokenizers:
+        tokenizers, notes = tokenizer_files.find_beside(path, cfg.vocab_size)
+        remarks += notes
     return Found(
         "meta", path, cfg, TorchWeights(cfg, parts, interleaved=True), files, {},
-        tokenizer_files.find(path), _extras(path), remarks,
+        tokenizers, _extras(path), remarks, _sums(path, cfg),
     )  # fmt: skip
+
+
+def _sums(folder: Path, cfg: ModelConfig, quantize: str | None = None) -> dict[str, str]:
+    """SHA-256 of each unit, from a manifest.json of ours; nothing if there is none."""
+    path = folder / "manifest.json"
+    tree = _json(path, _LARGEST_LIST) if path.exists() else {}
+    if tree.get("rotary_layout") != "half":  # none, or of another program
+        return {}
+    sums = {}
+    for unit in units(cfg, quantize):
+        try:
+            sums[unit.name] = str(tree["tensors"][unit.row.path]["sha256"][unit.layer or 0])
+        except (KeyError, IndexError, TypeError):
+            raise LayoutError(f"{path} is damaged: it has no SHA-256 of {unit.name}") from None
+    return sums
 
 
 def _hint(path: Path, cfg: ModelConfig) -> ModelConfig | None:
     """The model of a manifest.json of ours, if it says nothing else than params.json does."""
     try:
-        given = cf.check_model(_json(path / "manifest.json")["model"], "manifest.json")
+        tree = _json(path / "manifest.json", _LARGEST_LIST)
+        given = cf.check_model(tree["model"], "manifest.json")
     except (ValueError, KeyError, TypeError):
         return None
     same = dict(context=cfg.context, tie_embeddings=cfg.tie_embeddings)
@@ -310,6 +372,7 @@ def _open_hf(path: Path, names: list[str]) -> Found:
     config = _json(path / "config.json")
     cfg, remarks = foreign.model_from_hf(config, str(path / "config.json"))
     regions, files = _hf_regions(path, names, remarks)
+    _check_layers(cfg, len(regions), path)
     untied = changed(cfg, tie_embeddings=cfg.tie_embeddings and "lm_head.weight" not in regions)
     problems = _check_names(set(regions), {u.torch_name(False) for u in units(untied)}, path)
     parts = {}
@@ -334,14 +397,14 @@ def _open_hf(path: Path, names: list[str]) -> Found:
             )
         del parts["unembed"]
         remarks.append("lm_head.weight equals the embedding: tied")
-    ids = {k: config.get(f"{k}_token_id") for k in ("bos", "eos", "pad")}
-    if (path / "generation_config.json").is_file():
-        stops = _json(path / "generation_config.json").get("eos_token_id")
-        ids["eos"] = ids["eos"] if stops is None else stops
+    given = {k: config.get(f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    ids = _token_ids(given, cfg.vocab_size, f"{path}/config.json", remarks)
+    if (generation := path / "generation_config.json").exists():
+        given = {"eos": _json(generation).get("eos_token_id")}
+        ids |= _token_ids(given, cfg.vocab_size, str(generation), remarks)
     return Found(
-        "hf", path, cfg, TorchWeights(cfg, parts, interleaved=False), files,
-        {k: v for k, v in ids.items() if v is not None}, tokenizer_files.find(path),
-        _extras(path), remarks,
+        "hf", path, cfg, TorchWeights(cfg, parts, interleaved=False), files, ids,
+        tokenizer_files.find(path), _extras(path), remarks, _sums(path, cfg),
     )  # fmt: skip
 
 
@@ -358,29 +421,32 @@ def _hf_regions(
     if not present:
         raise LayoutError(
             f"{path} holds no model.safetensors, pytorch_model.bin, or index of one; found "
-            f"{', '.join(names[:12])}"
+            f"{formats.some(names)}"
         )
     stem, read = present[0]
     if len(present) > 1:
         remarks.append(f"took {stem}; {present[1][0]} is there as well")
     if stem in names:
         return read(path / stem), [path / stem]
-    index = _json(path / f"{stem}.index.json").get("weight_map")
+    index = _json(path / f"{stem}.index.json", _LARGEST_LIST).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
         raise LayoutError(f"{path}/{stem}.index.json has no weight_map")
     files = sorted(set(index.values()))
     _stop_at([
-        f"{path}/{stem}.index.json names {f!r}, which is outside the folder" for f in files
+        f"{path}/{stem}.index.json names {f[:200]!r}, which is outside the folder" for f in files
         if f in ("", ".", "..") or Path(f).name != f or "\\" in f
     ])  # fmt: skip
+    there = set(names)
     _stop_at(
-        [f"{path}/{f} is missing, named by {stem}.index.json" for f in files if f not in names]
+        [f"{path}/{f} is missing, named by {stem}.index.json" for f in files if f not in there]
     )
+    listed_in: dict[str, set[str]] = {f: set() for f in files}
+    for name, file in index.items():
+        listed_in[file].add(name)
     regions: dict[str, Region] = {}
     problems: list[str] = []
     for file in files:
-        inside = read(path / file)
-        listed = {n for n, f in index.items() if f == file}
+        inside, listed = read(path / file), listed_in[file]
         problems += [
             f"{path}/{file}: {n} is missing, listed by the index"
             for n in sorted(listed - set(inside))
@@ -394,8 +460,11 @@ def _hf_regions(
 
 
 def _extras(path: Path) -> list[Path]:
+    """Small files that go along with the weights, each of them readable."""
     generation = path / "generation_config.json"
-    return tokenizer_files.extras(path) + [generation] * generation.is_file()
+    if generation.exists():
+        _json(generation)
+    return tokenizer_files.extras(path) + [generation] * generation.exists()
 
 
 # --- Orbax ---
@@ -405,32 +474,54 @@ def _open_orbax(root: Path, path: Path) -> Found:
     settings = _json(root / "model.json")
     if settings.get("format") != 1 or settings.get("rotary_layout") != "half":
         raise LayoutError(
-            f"{root}/model.json: format={settings.get('format')!r}, "
-            f"rotary_layout={settings.get('rotary_layout')!r}; "
+            f"{root}/model.json: format={short(settings.get('format'))}, "
+            f"rotary_layout={short(settings.get('rotary_layout'))}; "
             "this program reads format 1 with 'half'"
         )
-    cfg = cf.check_model(settings.get("model", {}), f"{root}/model.json")
+    if not isinstance(model := settings.get("model"), dict):
+        raise LayoutError(f"{root}/model.json has no model")
+    cfg = cf.check_model(model, f"{root}/model.json")
+    quantize = settings.get("quantize")
+    if quantize not in (None, *MOST):
+        raise LayoutError(
+            f"{root}/model.json: quantize={short(quantize)}: there are 'int8' and 'int4'"
+        )
+    step, there = _step(root, path)
+    folder = root / "steps" / str(step) / "model"
+    opened = _orbax_arrays(folder, cfg, quantize)
+    remarks = [f"step {step} of {', '.join(map(str, there))}"] if len(there) > 1 else []
+    given = settings.get("token_ids", {})
+    ids = _token_ids(given, cfg.vocab_size, f"{root}/model.json", remarks)
+    # The manifest is of the converted step 0, not of what was trained on from it.
+    sums = _sums(root, cfg, quantize) if step == 0 else {}
+    return Found(
+        "orbax", path, cfg, opened, [folder], ids, tokenizer_files.find(root), _extras(root),
+        remarks, sums, quantize,
+    )  # fmt: skip
+
+
+def _step(root: Path, path: Path) -> tuple[int, list[int]]:
+    """The step that ``path`` names, or the newest, and all that are there."""
     steps = root / "steps"
-    there = (
-        sorted(int(p.name) for p in steps.iterdir() if p.name.isdigit()) if steps.is_dir() else []
-    )
+    names = [p.name for p in steps.iterdir()] if steps.is_dir() else []
+    there = sorted(int(n) for n in names if n.isascii() and n.isdigit())
     given = next(iter(path.resolve().relative_to(root.resolve()).parts[1:]), None)
-    if given is not None and (not given.isdigit() or int(given) not in there):
+    if given is not None and given not in map(str, there):
         raise LayoutError(f"{path} is not a finished step of {root}")
     if not there:
         raise LayoutError(f"{steps} holds no finished step")
-    step = int(given) if given is not None else there[-1]
-    folder = steps / str(step) / "model"
-    metadata = _json(folder / "_METADATA").get("tree_metadata", {})
+    return int(given) if given is not None else there[-1], there
+
+
+def _orbax_arrays(folder: Path, cfg: ModelConfig, quantize: str | None) -> OrbaxWeights:
+    """The arrays of one step, whose names, shapes and dtypes are those of the model."""
+    metadata = _json(folder / "_METADATA", _LARGEST_LIST)
     try:
-        have = {"/".join(str(k["key"]) for k in v["key_metadata"]) for v in metadata.values()}
-    except (AttributeError, KeyError, TypeError):
-        raise LayoutError(f"{folder}/_METADATA is damaged: no list of arrays by name") from None
-    quantize = settings.get("quantize")
-    if quantize not in (None, *MOST):
-        raise LayoutError(f"{root}/model.json: quantize={quantize!r}: there are 'int8' and 'int4'")
-    rows = {u.row: 0 for u in units(cfg, quantize)}
-    shapes = {r.path: (cfg.num_layers,) * r.stacked + r.shape(cfg) for r in rows}
+        keys = [v["key_metadata"] for v in metadata["tree_metadata"].values()]
+        have = {"/".join(str(k["key"])[:200] for k in key) for key in keys}
+    except (KeyError, TypeError, AttributeError):
+        raise LayoutError(f"{folder}/_METADATA is damaged: it lists no arrays") from None
+    shapes = {r.path: (cfg.num_layers,) * r.stacked + r.shape(cfg) for r in rows_of(cfg, quantize)}
     _stop_at(_check_names(have, set(shapes), folder))
     opened = OrbaxWeights(folder, cfg, quantize)
     problems = [
@@ -446,8 +537,4 @@ def _open_orbax(root: Path, path: Path) -> Found:
         if a.dtype.numpy_dtype not in FLOATS and not name.endswith("/q")
     ]
     _stop_at(problems)
-    remarks = [f"step {step} of {', '.join(map(str, there))}"] if len(there) > 1 else []
-    return Found(
-        "orbax", path, cfg, opened, [folder], dict(settings.get("token_ids", {})),
-        tokenizer_files.find(root), _extras(root), remarks, quantize,
-    )  # fmt: skip
+    return opened

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import ModelConfig
-from llama_jax.conversion.weights import Unit, rows_per_chunk, units
+from llama_jax.conversion.weights import Unit, rows_of, rows_per_chunk, units
 from llama_jax.io import read_json
 
 # One folder of plain chunks a tensor, written and read in any order. Orbax saving 0.5 GB of float32
@@ -36,9 +36,8 @@ class OrbaxWeights:
     def __init__(self, folder: Path, cfg: ModelConfig, quantize: str | None = None):
         self.cfg = cfg
         self.folder = folder
-        rows = {u.row: 0 for u in units(cfg, quantize)}
         check_item(folder, {})
-        self.arrays = {r.path: open_array(folder, r.path) for r in rows}
+        self.arrays = {r.path: open_array(folder, r.path) for r in rows_of(cfg, quantize)}
 
     def dtype(self, unit: Unit) -> np.dtype:
         return self.arrays[unit.row.path].dtype.numpy_dtype

@@ -20,6 +20,7 @@ from llama_jax.conversion.formats import Region
 from llama_jax.conversion.layouts import Found, Kind, LayoutError, meta_axis, shard_shape
 from llama_jax.conversion.orbax_weights import OrbaxWeights
 from llama_jax.conversion.weights import Part, TorchWeights, Unit, Weights, units
+from llama_jax.io import atomic_write
 
 
 def cuts_rows(found: Found) -> bool:
@@ -187,6 +188,7 @@ def _create_hf(
                     n: file for file, group in zip(files, groups, strict=True) for n in group
                 },
             }
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            content = json.dumps(index, indent=2) + "\n"
+            atomic_write(folder / "model.safetensors.index.json", content.encode())
 
     return Target(out, lambda unit: None, finish)

@@ -34,12 +34,18 @@ _COPIES = 4
 written"""
 _SMALLEST = 32 << 20
 """bytes of a piece, at least: a chunk of an Orbax array"""
+_LONGEST_HEAD = 1 << 20
+"""bytes of a record's first line"""
 _LARGEST = 128 << 20
 """bytes of a piece, at most: larger ones are no faster"""
 
 
 class ConvertError(ValueError):
     """A conversion that cannot be done; the message says why and what to do."""
+
+
+class DamagedSourceError(ConvertError):
+    """Weights that are not what their manifest.json says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +120,11 @@ def resident() -> int:
 
 def _pieces(plan: Plan, unit: Unit, limit: int) -> list[tuple[int, int]]:
     """Row ranges of a unit: whole Orbax chunks, as many as fit the limit."""
-    cfg, dtype = plan.found.cfg, plan.dtypes[unit.row.path]
-    rows, columns = unit.shape(cfg)
-    chunk = rows_per_chunk(unit, cfg, dtype)
-    widest = max(dtype.itemsize, plan.source.dtype(unit).itemsize)
-    step = chunk * max(1, limit // (chunk * columns * widest))
+    given = plan.source.dtype(unit)
+    dtype = plan.dtypes.get(unit.row.path, given)
+    rows, columns = unit.shape(plan.found.cfg)
+    chunk = rows_per_chunk(unit, plan.found.cfg, dtype)
+    step = chunk * max(1, limit // (chunk * columns * max(dtype.itemsize, given.itemsize)))
     return [(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
@@ -144,8 +150,29 @@ def _sha256(pieces: Iterator[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def _check_source(plan: Plan, unit: Unit, written: str, limit: int) -> None:
+    """Compare a tensor of the source with its manifest.json; ``written``: SHA-256 of the result."""
+    found, whole = plan.found, unit
+    if unit.row.quantized is not None:
+        whole = unit.whole()
+    if whole.name not in found.sums or unit.row.scales:  # scales: checked with their integers
+        return
+    if whole is not unit or found.weights.dtype(unit) != plan.dtypes[unit.row.path]:
+        written = _sha256(found.weights.read(whole, *p) for p in _pieces(plan, whole, limit))
+    if written != found.sums[whole.name]:
+        advice = "" if found.kind == "orbax" else ", or remove manifest.json if they were replaced"
+        raise DamagedSourceError(
+            f"{found.path}: {whole.name} is not what manifest.json says: the weights were damaged "
+            f"or changed after they were written; copy them again{advice}"
+        )
+
+
 def write_weights(plan: Plan, progress: IO[str]) -> dict[str, str]:
-    """Write every unit that a killed run has not written; SHA-256 of each, by name."""
+    """Write every unit that a killed run has not written; SHA-256 of each, by name.
+
+    Raises:
+      DamagedSourceError: a tensor is not what the source's manifest.json says; names it.
+    """
     found, sums = plan.found, _finished(progress)
     by_rows = targets.cuts_rows(found)
     target = targets.create(
@@ -164,6 +191,7 @@ def write_weights(plan: Plan, progress: IO[str]) -> dict[str, str]:
         written = (target.weights.read(unit, *p) for p in _pieces(plan, unit, limit))
         if known is None or _sha256(written) != known:
             known = _sha256(pieces(unit))
+        _check_source(plan, unit, known, limit)
         target.done(unit)
         return unit, known
 
@@ -226,14 +254,20 @@ def stamps(found: Found) -> list[list[Any]]:
 
 
 def open_progress(plan: Plan) -> IO[str]:
-    """The partial folder's record, locked; what another conversion left there is cleared away."""
+    """The partial folder's record, locked; what another conversion left there is cleared away.
+
+    Raises:
+      ConvertError: the folder is not a conversion's, or another one is writing it.
+    """
     dtypes = {path: d.name for path, d in plan.dtypes.items()}
     model = cf.to_dict(plan.found.cfg)
     this = {"from": stamps(plan.found), "model": model, "to": plan.to, "shards": plan.shards}
     head = json.dumps(this | {"dtypes": dtypes, "format": 1})
     record = plan.partial / "progress.jsonl"
-    if plan.partial.exists() and any(plan.partial.iterdir()) and not record.exists():
-        raise ConvertError(f"{plan.partial} exists and is no unfinished conversion; remove it")
+    if not _is_ours(plan.partial, record):
+        raise ConvertError(
+            f"{plan.partial} exists and is no unfinished conversion; rename or remove it"
+        )
     plan.partial.mkdir(exist_ok=True)
     progress = record.open("a+", encoding="utf-8")
     try:
@@ -259,15 +293,39 @@ def open_progress(plan: Plan) -> IO[str]:
     return progress
 
 
+_HEAD = {"from", "model", "to", "shards", "dtypes", "format"}
+"""keys of a record's first line"""
+
+
+def _is_ours(partial: Path, record: Path) -> bool:
+    """Whether a partial folder may be taken: absent, empty, or with a conversion's record."""
+    if not os.path.lexists(partial):
+        return True
+    if partial.is_symlink() or not partial.is_dir():
+        return False
+    names = {p.name for p in partial.iterdir()}
+    if names <= {record.name} and (not names or record.stat().st_size == 0):
+        return True  # empty, or killed before the first line was written
+    if record.is_symlink() or not record.is_file():
+        return False
+    with record.open("rb") as f:
+        first = f.readline(_LONGEST_HEAD)
+    try:
+        head = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(head, dict) and set(head) == _HEAD
+
+
 def _finished(progress: IO[str]) -> dict[str, str]:
-    """SHA-256 of the units that an earlier run finished, as it says."""
+    """SHA-256 of the units that an earlier run finished, as its record says."""
     sums = {}
     progress.seek(0)
     for line in progress.readlines()[1:]:
         try:
             entry = json.loads(line)
             sums[entry["unit"]] = entry["sha256"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # cut off when the run was killed
     progress.seek(0, os.SEEK_END)
     return sums

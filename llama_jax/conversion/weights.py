@@ -127,11 +127,16 @@ class Unit(NamedTuple):
         return Unit(self.row._replace(path=path, quantized=None, scales=False), self.layer)
 
 
+def rows_of(cfg: ModelConfig, quantize: str | None = None) -> list[Row]:
+    """Lines of the table that a model has; of a checkpoint quantised to "int8" or "int4"."""
+    kept = [r for r in TABLE if not (cfg.tie_embeddings and r.path == "unembed")]
+    return [part for r in kept for part in r.parts(quantize)]
+
+
 def units(cfg: ModelConfig, quantize: str | None = None) -> list[Unit]:
     """Every unit of a model, in the order of the files: embedding, layers, norm, output; of a
     checkpoint quantised to "int8" or "int4"."""
-    kept = [r for r in TABLE if not (cfg.tie_embeddings and r.path == "unembed")]
-    rows = [part for r in kept for part in r.parts(quantize)]
+    rows = rows_of(cfg, quantize)
     whole = [Unit(r, None) for r in rows if not r.stacked]
     layers = [Unit(r, i) for i in range(cfg.num_layers) for r in rows if r.stacked]
     return whole[:1] + layers + whole[1:]

@@ -1,0 +1,171 @@
+"""The ``tokenizer.json`` that gives the same ids as a SentencePiece BPE model.
+
+Hugging Face's BPE takes an ordered list of merges, which a SentencePiece file does not hold:
+SentencePiece joins whichever adjacent pair makes the piece of the highest score. What transformers
+5 derives from ``tokenizer.model`` alone orders the merges otherwise and gives other ids.
+
+    python -m llama_jax.convert SOURCE DESTINATION --to hf
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+# Types of pieces, and of models, in SentencePiece's files.
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_BPE = 2
+_LONGEST_PIECE = 64
+"""characters; every cut of a piece is tried, and trained models stay under 20"""
+
+
+def to_json(content: bytes) -> dict[str, Any]:
+    """``tokenizer.json`` of a SentencePiece model, checked against SentencePiece itself.
+
+    Raises:
+      ValueError: not a BPE model, a text normalisation that ``tokenizer.json`` is not given here,
+        or ids that differ; says which.
+    """
+    proto = _parse(content)
+    if proto.trainer_spec.model_type != _BPE:
+        raise ValueError("it is not a BPE model")
+    normal = proto.normalizer_spec
+    if normal.precompiled_charsmap or normal.remove_extra_whitespaces:
+        raise ValueError(f"it changes text before splitting it (rule {normal.name!r})")
+    if proto.trainer_spec.treat_whitespace_as_suffix or not normal.escape_whitespaces:
+        raise ValueError("it does not write a space as the start of a piece")
+    longest = max((len(p.piece) for p in proto.pieces), default=0)
+    if longest > _LONGEST_PIECE:
+        raise ValueError(f"it has a piece of {longest} characters")
+    tree = _tree(proto)
+    if (text := _differing(tree, content)) is not None:
+        raise ValueError(f"no list of merges gives its ids (tried on {text[:40]!r})")
+    return tree
+
+
+def is_whole(content: bytes) -> bool:
+    """Whether a SentencePiece model has its last parts: one that is cut off between two pieces can
+    be parsed as well, and would lose text."""
+    try:
+        proto = _parse(content)
+    except ValueError:
+        return False
+    return proto.HasField("trainer_spec") and proto.HasField("normalizer_spec")
+
+
+def special_names(content: bytes) -> dict[str, str]:
+    """Special tokens of a SentencePiece model, as ``tokenizer_config.json`` names them."""
+    proto = _parse(content)
+    ids = {name: getattr(proto.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk")}
+    return {f"{name}_token": proto.pieces[i].piece for name, i in ids.items() if i >= 0}
+
+
+def _parse(content: bytes) -> Any:
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2 as files
+
+    proto = files.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(content)
+    except DecodeError as e:
+        raise ValueError(f"it is damaged: {e}") from None
+    if not all(isinstance(p.piece, str) for p in proto.pieces):
+        raise ValueError("it is damaged: a piece is not UTF-8 text")
+    return proto
+
+
+def _tree(proto: Any) -> dict[str, Any]:
+    pieces = proto.pieces
+    trainer, prefix = proto.trainer_spec, proto.normalizer_spec.add_dummy_prefix
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    before = [{"type": "Prepend", "prepend": "▁"}] * prefix + [space]
+    after: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix:
+        after.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    added = [
+        {"id": i, "content": p.piece, "special": p.type != _USER_DEFINED, "normalized": False}
+        | {"single_word": False, "lstrip": False, "rstrip": False}
+        for i, p in enumerate(pieces)
+        if p.type in (_CONTROL, _USER_DEFINED) or i == trainer.unk_id
+    ]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": before},
+        "pre_tokenizer": None,
+        "post_processor": _starting_with(trainer.bos_id, pieces),
+        "decoder": {"type": "Sequence", "decoders": after},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": pieces[trainer.unk_id].piece,
+            "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+            "byte_fallback": trainer.byte_fallback, "ignore_merges": False,
+            "vocab": {p.piece: i for i, p in enumerate(pieces)},
+            "merges": _merges(pieces),
+        },
+    }  # fmt: skip
+
+
+def _merges(pieces: Any) -> list[list[str]]:
+    """Every pair of pieces that makes a third, best score first."""
+    ids = {p.piece: i for i, p in enumerate(pieces) if p.type == _NORMAL}
+    merges = []
+    for piece in ids:
+        score = -pieces[ids[piece]].score
+        for i in range(1, len(piece)):
+            left, right = piece[:i], piece[i:]
+            if left in ids and right in ids:
+                merges.append((score, ids[left], ids[right], left, right))
+    return [[left, right] for *_, left, right in sorted(merges)]
+
+
+def _starting_with(bos: int, pieces: Any) -> dict[str, Any] | None:
+    """The template that puts the BOS token before each text."""
+    if bos < 0:
+        return None
+    name = pieces[bos].piece
+    token = lambda i: {"SpecialToken": {"id": name, "type_id": i}}
+    text = lambda i: {"Sequence": {"id": "AB"[i], "type_id": i}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [token(0), text(0)],
+        "pair": [token(0), text(0), token(1), text(1)],
+        "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
+    }
+
+
+def _differing(tree: dict[str, Any], content: bytes) -> str | None:
+    """A text of which the two make different ids, or decode them differently; None: none found."""
+    import sentencepiece
+    import tokenizers
+
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=content)
+    try:
+        ours = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    except Exception as e:  # the library raises nothing narrower
+        raise ValueError(f"tokenizers refuses it: {e}") from None
+    ours.encode_special_tokens = True
+    for text in _samples(theirs):
+        ids = theirs.encode(text)
+        if ours.encode(text, add_special_tokens=False).ids != ids:
+            return text
+        if theirs.unk_id() not in ids and ours.decode(ids) != theirs.decode(ids):
+            return text
+    return None
+
+
+def _samples(processor: Any) -> Iterator[str]:
+    """Texts in which pieces meet that were not made to follow each other, and runs of spaces."""
+    rng = random.Random(0)
+    ids = [i for i in range(len(processor)) if not processor.is_control(i)]
+    words = [processor.decode([i]) for i in rng.choices(ids, k=4096)]
+    yield from ("", " ", "a", " a", "\n a", "\u2581", "12 345", "\U0001f600 \0 \u6f22")
+    yield from (f"{' ' * n}a{' ' * n}" for n in range(2, 40))
+    for i in range(0, len(words), 8):
+        yield "".join(words[i : i + 8])
+        yield " ".join(words[i : i + 8])
