@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from llama_jax import interrupt
+
 VERBS = {
     "prepare": "text to token shards",
     "train": "pretrain or fine-tune a model",
@@ -15,6 +17,7 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int | str | None:
     """Run a command; returns its exit status."""
+    is_command = argv is None
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, VERBS))
@@ -28,6 +31,8 @@ def main(argv: list[str] | None = None) -> int | str | None:
             file=sys.stderr,
         )
         return 2
+    if argv[0] == "train" and is_command:
+        interrupt.start_command()  # before the imports, which take seconds
     return importlib.import_module(f"llama_jax.{argv[0]}").main(argv[1:])
 
 

@@ -10,25 +10,68 @@ and a few tiny ones, are those of :mod:`llama_jax.model_config`.
 import dataclasses
 import difflib
 import json
+import os
 import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import pydantic
-from pydantic import Field, TypeAdapter
+import tomli_w
+from pydantic import AfterValidator, Field, TypeAdapter
 
+from llama_jax.io import read_limited
 from llama_jax.model_config import MODELS, ModelConfig, Positive, checked
 from llama_jax.model_config import RopeConfig as RopeConfig
 
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# JAX's random keys are made of 32 bits; a larger seed would be cut to them.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+MAX_RECIPE_BYTES = 1 << 20
+
+MAX_STEP_TOKENS = 2**28
+"""Tokens of one optimizer step at most; the largest published batches have 16 million."""
+
+
+def _local_path(path: str) -> str:
+    if "://" in path:
+        raise ValueError(
+            "URLs are not supported; give a path of this machine, or of a file system that is "
+            "mounted on every host"
+        )
+    if "\0" in path:
+        raise ValueError("a path cannot contain a NUL character")
+    return path
+
+
+def _required_path(path: str) -> str:
+    if not path.strip():
+        raise ValueError("it is empty; give a path")
+    return _local_path(path)
+
+
+LocalPath = Annotated[str, AfterValidator(_local_path)]
+RequiredPath = Annotated[str, AfterValidator(_required_path)]
+
+
+def _steps_range(bounds: tuple[int, int]) -> tuple[int, int]:
+    first, last = bounds
+    if not 1 <= first <= last:
+        raise ValueError("give [first, last], counted from 1, first at most last")
+    return bounds
+
+
+StepRange = Annotated[tuple[int, int], AfterValidator(_steps_range)]
 
 
 @checked
 class SourceConfig:
     """One text source of the mixture."""
 
-    path: str
+    path: RequiredPath
     """raw text (folder, .txt, .jsonl[.gz|.zst], .parquet), a folder made by
     `python -m llama_jax.prepare`, or the embedded `python:code` / `python:prose` (the standard
     library of the running Python)"""
@@ -42,9 +85,9 @@ class DataConfig:
 
     sources: dict[str, SourceConfig]
     """the mixture, one table a source: [data.sources.NAME] with path and weight"""
-    tokenizer: str = ""
-    """its file: SentencePiece, tokenizer.json or tiktoken; empty: train one of model.vocab_size
-    pieces on the sources, as LLaMA's was"""
+    tokenizer: LocalPath = ""
+    """its file: SentencePiece, tokenizer.json or tiktoken; empty: that of train.init_from, or else
+    train one of model.vocab_size pieces on the sources, as LLaMA's was"""
     seq_len: Positive
     """T, tokens a training sequence"""
     packing: Literal["concat", "segments"] = "concat"
@@ -53,14 +96,34 @@ class DataConfig:
     holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     """share of the documents kept out of training, for evaluation (prepared folders have their
     own)"""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """order of the sequences"""
-    prepared: str = ""
+    skip_batches: tuple[StepRange, ...] = ()
+    """batches left out of training, [[first, last], ...], counted from 1 in the order of the data;
+    for batches on which the loss stops being finite"""
+    prepared: LocalPath = ""
     """where token shards of raw sources are kept; empty: `data` inside the run folder"""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """threads that tokenise; 0: one a core"""
     skip_bad_lines: bool = False
     """leave out lines that cannot be used (no JSON, no text) and count them; false: an error"""
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ValueError(
+                "data.sources is empty; give at least one text source, as "
+                "data.sources.NAME.path=PATH (or [data.sources.NAME] in the recipe)"
+            )
+        names: dict[str, str] = {}
+        for name, source in self.sources.items():
+            path = source.path
+            key = path if path.startswith("python:") else os.path.realpath(path)
+            if key in names:
+                raise ValueError(
+                    f"data.sources.{name}.path={path!r} is the text of data.sources.{names[key]} "
+                    "too; name it once, with the sum of the weights"
+                )
+            names[key] = name
 
 
 @checked
@@ -91,9 +154,9 @@ class OptimConfig:
     """linear warm-up from zero, steps"""
     final_fraction: Fraction = 0.1
     """the cosine ends at this fraction of the peak"""
-    b1: Fraction = 0.9
+    b1: Beta = 0.9
     """AdamW beta 1"""
-    b2: Fraction = 0.95
+    b2: Beta = 0.95
     """AdamW beta 2"""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW epsilon (the paper states none)"""
@@ -115,13 +178,20 @@ class TrainConfig:
     """B, sequences a step over all devices and accumulation steps"""
     accumulate: Positive = 1
     """split each batch into this many parts, one after the other"""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """initial weights"""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """standard deviation of the initial matrices; the two that write to the residual stream get
     init_std / sqrt(2 L)"""
-    init_from: str = ""
-    """checkpoint whose weights to start from (fine-tuning); empty: random"""
+    init_from: LocalPath = ""
+    """checkpoint whose weights, tokenizer and chat template to start from (fine-tuning); empty:
+    random weights"""
+    allow_other_tokenizer: bool = False
+    """allow a data.tokenizer that is not the one of train.init_from, whose ids then change their
+    meaning"""
+    restart_from: NonNegative = 0
+    """go back to this earlier checkpoint, once: newer ones are moved to `set-aside-N` in the run
+    folder; 0: continue from the newest"""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of activations and products; auto: bfloat16 on TPU and GPU, float32 on CPU; weights are
     float32"""
@@ -140,7 +210,7 @@ class TrainConfig:
     """steps between evaluations on held-out text; 0: at the end only"""
     eval_batches: Positive = 16
     """held-out batches an evaluation reads at most, a source"""
-    profile_steps: tuple[int, int] | None = None
+    profile_steps: StepRange | None = None
     """[first, last] steps to trace for the profiler (TensorBoard, Perfetto)"""
     sample_prompts: tuple[str, ...] = ()
     """prompts continued at the end of the run"""
@@ -150,7 +220,7 @@ class TrainConfig:
 class CheckpointConfig:
     """What is kept."""
 
-    dir: str
+    dir: RequiredPath
     """run folder: checkpoints, recipe, metrics, pictures"""
     every: Positive = 1000
     """steps between checkpoints"""
@@ -175,6 +245,12 @@ class Recipe:
                 f"train.batch_size={self.train.batch_size} must be a multiple of "
                 f"train.accumulate={self.train.accumulate}"
             )
+        tokens = self.train.batch_size * self.data.seq_len
+        if tokens > MAX_STEP_TOKENS:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} x data.seq_len={self.data.seq_len} are "
+                f"{tokens:,} tokens a step; at most {MAX_STEP_TOKENS:,} are possible"
+            )
         if self.data.seq_len > self.model.context:
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} is longer than "
@@ -197,10 +273,12 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         values that do not fit; all problems of the recipe at once.
     """
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tree = tomllib.loads(read_limited(Path(path), MAX_RECIPE_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"recipe {path} does not exist; recipes are in configs/") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+    except RecursionError:
+        raise ConfigError(f"recipe {path} cannot be read: nested too deeply") from None
+    except (OSError, ValueError) as e:
         raise ConfigError(f"recipe {path} cannot be read: {e}") from None
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -238,22 +316,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_toml(config: Any) -> str:
     """A config as TOML that :func:`load_recipe` reads back; unset optional fields are left out."""
-    lines: list[str] = []
+    return tomli_w.dumps(_without_none(to_dict(config)))
 
-    def table(prefix: str, values: dict[str, Any]) -> None:
-        plain = {k: v for k, v in values.items() if not isinstance(v, dict) and v is not None}
-        if prefix and (plain or not values):
-            lines.append(f"\n[{prefix}]")
-        # A JSON string, number, boolean or array of these is TOML too.
-        lines.extend(f"{k} = {json.dumps(v)}" for k, v in plain.items())
-        for key, value in values.items():
-            if isinstance(value, dict):
-                bare = key.replace("-", "").replace("_", "").isalnum() and key.isascii()
-                name = key if bare else json.dumps(key)
-                table(f"{prefix}.{name}" if prefix else name, value)
 
-    table("", to_dict(config))
-    return "\n".join(lines).strip() + "\n"
+def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
+    unset = lambda value: _without_none(value) if isinstance(value, dict) else value
+    return {key: unset(value) for key, value in tree.items() if value is not None}
 
 
 class Setting(NamedTuple):
@@ -299,7 +367,7 @@ def _type_name(annotation: Any) -> str:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text  # a bare word or path
 
 
@@ -334,9 +402,17 @@ def _model_section(section: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _validate(cls: Any, tree: dict[str, Any], where: str) -> Any:
     try:
+        for text in _strings(tree):
+            text.encode()
         # Through JSON: there, pydantic's strict mode takes nested dicts and lists, and nothing but
         # the right types.
         return TypeAdapter(cls).validate_json(json.dumps(tree, default=str))
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply") from None
+    except UnicodeEncodeError as e:
+        raise ConfigError(
+            f"{where}: {e.object!r:.200} is not valid Unicode; settings are UTF-8 text"
+        ) from None
     except pydantic.ValidationError as e:
         errors = e.errors()
     known = [s.name for s in settings(cls)]
@@ -345,6 +421,16 @@ def _validate(cls: Any, tree: dict[str, Any], where: str) -> Any:
     if len(errors) > 20:
         lines.append(f"{where}: and {len(errors) - 20:,} more problems")
     raise ConfigError("\n".join(lines)) from None
+
+
+def _strings(tree: Any) -> Iterator[str]:
+    """Every string of a nested value, keys included."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        inside: Iterable[Any] = [*tree, *tree.values()] if isinstance(tree, dict) else tree
+        for value in inside:
+            yield from _strings(value)
 
 
 def _explain(error: Any, known: list[str]) -> str:
@@ -357,8 +443,10 @@ def _explain(error: Any, known: list[str]) -> str:
     given = error["input"] if not isinstance(error["input"], dict) else "a table"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return f"{name + ': ' if name else ''}{message}"
-    return f"{name}={repr(given)[:200]}: {message[0].lower() + message[1:]}"
+        if given != "a table":
+            return f"{name}={given!r:.200}: {message}"
+        return message if not name or message.startswith(f"{name}.") else f"{name}: {message}"
+    return f"{name}={given!r:.200}: {message[0].lower() + message[1:]}"
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,11 +60,15 @@ class Mixture:
     sources: dict[str, Source]
 
 
-def open_mixture(folder: str | Path) -> Mixture:
+def open_mixture(folder: str | Path, moved: Mapping[str, Path] | None = None) -> Mixture:
     """Read what ``prepare_mixture`` wrote.
 
     Sizes of all files, both manifests and the tokenizer's hash are checked; :func:`verify` reads
     everything.
+
+    Args:
+      folder: the mixture.
+      moved: where to look first for sources that were prepared apart from the mixture, by name.
 
     Raises:
       ValueError: not there, of another version, altered, a shard is missing or of the wrong size,
@@ -77,6 +81,8 @@ def open_mixture(folder: str | Path) -> Mixture:
         raise ValueError(problems[0])
     sources = {}
     for name, entry in top["sources"].items():
+        if moved and name in moved and Path(entry["folder"]).is_absolute():
+            entry = entry | {"folder": str(moved[name])}
         path, manifest = find_source(folder, name, entry)
         if manifest["tokenizer_sha256"] != top["tokenizer"]["sha256"]:
             raise ValueError(

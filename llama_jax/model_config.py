@@ -93,27 +93,30 @@ class ModelConfig:
 
     The letters of each size are those of every shape in the code (``shape("LDF")``). Two stand for
     heads side by side, as weights have them: Q = N H, all queries; E = K H, all keys or values.
+
+    Sizes have upper limits, far above every published model: a damaged or hostile file cannot make
+    us list or allocate without bound.
     """
 
-    vocab_size: Positive
+    vocab_size: Annotated[int, Field(gt=0, le=2**24)]
     """V, rows of the embedding"""
-    dim: Positive
+    dim: Annotated[int, Field(gt=0, le=2**20)]
     """D, model width"""
-    num_layers: Positive
+    num_layers: Annotated[int, Field(gt=0, le=2**12)]
     """L, layers"""
-    num_heads: Positive
+    num_heads: Annotated[int, Field(gt=0, le=2**14)]
     """N, query heads"""
-    num_kv_heads: Positive
+    num_kv_heads: Annotated[int, Field(gt=0, le=2**14)]
     """K, key/value heads; N is a multiple of it"""
-    head_dim: Positive
+    head_dim: Annotated[int, Field(gt=0, le=2**14)]
     """H, width of one head; even"""
-    ffn_dim: Positive
+    ffn_dim: Annotated[int, Field(gt=0, le=2**22)]
     """F, width of the SwiGLU feed-forward"""
     norm_eps: Annotated[float, Field(gt=0)]
     """epsilon inside RMSNorm's square root"""
     rope: RopeConfig
     """rotary embedding"""
-    context: Positive
+    context: Annotated[int, Field(gt=0, le=2**30)]
     """longest sequence the model is meant for, tokens"""
     tie_embeddings: bool
     """use the embedding as the output matrix too"""

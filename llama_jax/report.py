@@ -37,7 +37,9 @@ class Report:
         self._file = folder / "metrics.jsonl"
         self._picture = folder / "loss.png"
         self.records = [r for r in read_records(self._file) if r["step"] <= step]
-        atomic_write(self._file, "".join(json.dumps(r) + "\n" for r in self.records).encode())
+        kept = "".join(json.dumps(r) + "\n" for r in self.records).encode()
+        if not self._file.exists() or self._file.read_bytes() != kept:
+            atomic_write(self._file, kept)
         from tensorboardX import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=20)
@@ -47,8 +49,11 @@ class Report:
         if not self.active:
             return
         self.records.append(record)
-        with self._file.open("a") as f:
-            f.write(json.dumps(record) + "\n")
+        try:
+            with self._file.open("a") as f:
+                f.write(json.dumps(record) + "\n")
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(self._file)) from None
         for key, value in flat(record):
             self._board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
 
@@ -191,17 +196,26 @@ class Clock:
 
 
 class Profiler:
-    """A trace of the steps asked for, in the run folder's ``profile``."""
+    """A trace of the steps asked for, in the run folder's ``profile``; of those that are left where
+    a run continues among them."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
-        self._first, self._last = steps or (0, 0)
+        self._first, self._last = steps or (1, 0)
         self._folder = str(folder / "profile")
+        self._running = False
 
     def before(self, step: int) -> None:
-        if step == self._first:
+        if not self._running and self._first <= step <= self._last:
             jax.profiler.start_trace(self._folder)
+            self._running = True
 
     def after(self, step: int, metrics: dict) -> None:
-        if step == self._last:
+        if self._running and step >= self._last:
             jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        """End a trace that is under way."""
+        if self._running:
+            self._running = False
             jax.profiler.stop_trace()

@@ -7,12 +7,22 @@ devices, and a job of several hosts is started by what starts such jobs (see the
 Starting the same recipe again continues the run.
 """
 
+from llama_jax import interrupt
+
+if __name__ == "__main__":
+    interrupt.start_command()  # before the imports below, which take seconds
+
 import argparse
+import contextlib
+import dataclasses
 import functools
+import shutil
 import signal
 import sys
 import textwrap
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +31,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from llama_jax import hardware, report
+from llama_jax import failure, hardware, report, run_folder
 from llama_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -30,13 +40,15 @@ from llama_jax.checkpoint import (
     read_about,
     write_about,
 )  # fmt: skip
-from llama_jax.config import ConfigError, Recipe, load_recipe, settings, to_dict, to_toml
+from llama_jax.config import ConfigError, DataConfig, Recipe, load_recipe, settings, to_dict
 from llama_jax.data import TrainData, eval_batches, held_out, open_mixture
 from llama_jax.distributed import start_distributed
 from llama_jax.feed import Feed
 from llama_jax.file_hashes import record_files
-from llama_jax.io import atomic_write
+from llama_jax.interrupt import Stop
+from llama_jax.io import atomic_write, folder_lock, sha256
 from llama_jax.model import Execution
+from llama_jax.optim import make_schedule
 from llama_jax.prepare import prepare_mixture
 from llama_jax.sharding import check_fits, make_mesh
 from llama_jax.step import (
@@ -51,17 +63,11 @@ from llama_jax.tokenizer import Tokenizer
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "tiny.toml"
 
-# Settings that do not change what a run computes (beyond rounding): free to change when it is
-# continued.
-FREE = {
-    "mesh",
-    "checkpoint",
-    "data.workers",
-    "data.prepared",
-    *("train." + name for name in ["accumulate", "remat", "unroll", "loss_chunk", "attention"]),
-    *("train." + name for name in ["log_every", "eval_every", "eval_batches", "profile_steps"]),
-    "train.sample_prompts",
-}
+# What a checkpoint of a chat model has beside its weights, tokenizer.model and model.json.
+CHAT_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+    "added_tokens.json", "generation_config.json",
+)  # fmt: skip
 
 
 class TrainingError(RuntimeError):
@@ -69,66 +75,98 @@ class TrainingError(RuntimeError):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code: 0 done or stopped on request, 1 the run failed, 2 the
-    recipe is wrong."""
+    """The command; returns its exit code: 0 done, or stopped by SIGTERM after saving; 1 the run
+    failed; 2 the recipe is wrong; 130 Ctrl-C."""
     arguments = _parser().parse_args(argv)
     given = list(arguments.arguments)
-    path = given.pop(0) if given and "=" not in given[0] else DEFAULT_RECIPE
-    try:
-        recipe = load_recipe(path, given)
-        start_distributed()
-        run(recipe)
-    except ConfigError as e:
-        return _fail(e, 2)
-    except (TrainingError, CheckpointError) as e:
-        return _fail(e, 1)
-    except OSError as e:
-        return _fail(e, 1)
-    return 0
+    is_recipe = bool(given) and ("=" not in given[0] or Path(given[0]).is_file())
+    path = given.pop(0) if is_recipe else DEFAULT_RECIPE
+    with interrupt.listening() as stop:
+        try:
+            recipe = load_recipe(path, given)
+            start_distributed()
+            stop.install()  # jax.distributed takes SIGTERM
+            if failure.several():
+                stop.before_end = failure.end_all
+            failure.watch()
+            run(recipe, stop)
+        except KeyboardInterrupt:
+            return 128 + (stop.signal or signal.SIGINT)
+        except ConfigError as e:
+            return _fail(str(e), 2)
+        except (TrainingError, CheckpointError, OSError) as e:
+            return _fail(str(e), 1)
+        except Exception as e:
+            text = (str(e).strip() or type(e).__name__).splitlines()[0]
+            if "RESOURCE_EXHAUSTED" in text:
+                return _fail(
+                    f"out of memory while {stop.doing}: {text:.300}\nlower train.batch_size, or "
+                    'raise train.accumulate, or set train.remat="full"',
+                    1,
+                )
+            if not failure.several():
+                raise
+            traceback.print_exc()
+            return _fail(f"{type(e).__name__}: {text}", 1)
+        finally:
+            failure.stop_watching()
+    return 128 + signal.SIGINT if stop.signal == signal.SIGINT else 0
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: str, code: int) -> int:
+    if failure.several():
+        failure.end_all(error, code)
     print(f"error: {error}", file=sys.stderr)
     return code
 
 
-def run(recipe: Recipe) -> None:
+def run(recipe: Recipe, stop: Stop) -> None:
     """Train from nothing, or from the newest checkpoint of the run folder, to the recipe's last
     step.
 
     Raises:
-      ConfigError: the recipe does not fit the devices, the data or the run folder.
+      ConfigError: the recipe does not fit the devices, the data or the run folder, or another
+        process uses the folder.
       TrainingError: the loss or the gradient stopped being a number.
       CheckpointError: a checkpoint could not be written or read.
     """
     mesh = make_mesh(recipe.mesh)
     check_fits(recipe, mesh)
     peak = hardware.peak_flops(jax.local_devices()[0])
-    with jax.set_mesh(mesh), Stop() as stop:
+    with jax.set_mesh(mesh), _owned(Path(recipe.checkpoint.dir)):
         training = Run(recipe, mesh, stop, peak)
-        finished = training.train()
-    if finished:
-        training.sample()
+        if training.train():
+            training.sample()
 
 
-class Stop:
-    """SIGTERM and Ctrl-C as a flag; a second Ctrl-C interrupts at once."""
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this job: process 0 has its lock until the block ends.
 
-    def __init__(self):
-        self.signal: int | None = None
-
-    def __enter__(self):
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
-
-    def _handle(self, number, _):
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
+    Other processes go on only when process 0 has it. A folder that was made here and got no content
+    is removed again.
+    """
+    if jax.process_index() != 0:
+        _barrier("locked")
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(folder_lock(folder, "training"))
+            except ValueError as e:
+                raise ConfigError(str(e)) from None
+            _barrier("locked")
+            try:
+                yield
+            finally:
+                if [p.name for p in folder.iterdir()] == [".lock"]:
+                    shutil.rmtree(folder, ignore_errors=True)
+    except OSError as e:
+        if e.errno is not None and e.filename is None:
+            e.filename = str(folder)
+        raise
 
 
 class Run:
@@ -137,27 +175,24 @@ class Run:
     def __init__(self, recipe: Recipe, mesh: Mesh, stop: Stop, peak: tuple[float, str]):
         self.recipe, self.mesh, self.stop = recipe, mesh, stop
         self.peak, self.peak_source = peak
+        self.evaluated = -1  # the step of the last evaluation
         self.platform = mesh.devices.flat[0].platform
         self.how = execution(recipe, self.platform)
         self.folder = Path(recipe.checkpoint.dir)
-        first = jax.process_index() == 0
+        self.first = jax.process_index() == 0
         self.say(f"{report.environment()}")
-        self._open_folder(first)
+        stop.phase("opening the run folder")
+        self._open_folder()
         try:
-            self._open_data(first)
+            self._open_init_from()
+            stop.phase("preparing data")
+            self._open_data()
+            stop.phase("reading the checkpoint" if self.saved else "making the weights")
+            self._check_prompts()
         except ValueError as e:
             raise ConfigError(str(e)) from e
-        if first:
-            ids = {"bos": self.tokenizer.bos_id, "eos": self.tokenizer.eos_id}
-            write_about(
-                self.folder,
-                recipe.model,
-                self.mixture.tokenizer,
-                {k: v for k, v in ids.items() if v is not None},
-            )
         self.checkpoints = Checkpoints(self.folder, recipe.checkpoint.keep)
         self.step, self.state = self._start()
-        self.report = report.Report(self.folder, self.step, self.say)
 
     def say(self, text: str) -> None:
         """A line on the terminal, from the first process."""
@@ -165,38 +200,129 @@ class Run:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def _open_data(self, first: bool) -> None:
-        """Prepare what is not prepared, and open it; ValueError says what is wrong with it."""
-        prepared = Path(self.recipe.data.prepared or self.folder / "data")
-        if first:
-            prepare_mixture(self.recipe.data, self.recipe.model.vocab_size, prepared)
-        _barrier("prepared")
-        self.mixture = open_mixture(prepared)
+    def _open_folder(self) -> None:
+        """Find out whether this run continues one, and move what it goes back over out of the
+        way."""
+        self.saved = run_folder.read_saved(self.folder, self.recipe)
+        _barrier("folder read")
+        if self.saved and (step := self.saved.restart_from):
+            if self.first and (aside := run_folder.set_aside(self.folder, step)):
+                self.say(f"going back to step {step}: newer checkpoints are now in {aside}")
+            _barrier("set aside")
+
+    def _open_init_from(self) -> None:
+        """Check what a new run starts from: its model, and its tokenizer against the recipe's."""
+        self.init_about: dict[str, Any] = {}
+        self.keeps_tokenizer = False
+        folder, data = self.recipe.train.init_from, self.recipe.data
+        if self.saved or not folder:
+            return
+        cfg, self.init_about = read_about(folder)
+        if kind := self.init_about.get("quantize"):
+            raise ConfigError(
+                f"train.init_from={folder} holds {kind} matrices, which are for sampling; give the "
+                "weights that it was made of"
+            )
+        if changes := run_folder.differences(to_dict(cfg), to_dict(self.recipe.model)):
+            raise ConfigError(
+                f"train.init_from={folder} is another model:\n  "
+                + "\n  ".join(run_folder.lines(changes))
+            )
+        own = Tokenizer.load(folder)
+        given = Tokenizer.load(data.tokenizer) if data.tokenizer else own
+        self.keeps_tokenizer = sha256(given.path) == sha256(own.path)
+        if not self.keeps_tokenizer and not self.recipe.train.allow_other_tokenizer:
+            raise ConfigError(
+                f"data.tokenizer={data.tokenizer} is not the tokenizer of train.init_from={folder} "
+                f"({own.path}), so the model's embeddings would stand for other text; leave "
+                "data.tokenizer out, or set train.allow_other_tokenizer=true if this is intended"
+            )
+
+    def _data_config(self) -> DataConfig:
+        """The recipe's data, with the tokenizer of the checkpoint that the run starts from."""
+        data = self.recipe.data
+        if self.keeps_tokenizer:
+            return dataclasses.replace(data, tokenizer=self.recipe.train.init_from)
+        return data
+
+    def _open_data(self) -> None:
+        """Prepare what a new run needs, or open what a run that continues was made with; ValueError
+        says what is wrong with it."""
+        data = self.recipe.data
+        prepared = Path(data.prepared or self.folder / "data")
+        if self.saved is None:
+            if self.first:
+                prepare_mixture(self._data_config(), self.recipe.model.vocab_size, prepared)
+            _barrier("prepared")
+            self.mixture = open_mixture(prepared)
+        else:
+            # Never prepared again: text that changed since would replace what the model was
+            # trained with. Folders made by `prepare` may have moved; their content is compared.
+            self.say(f"data: the shards in {prepared}; the text is not read again")
+            paths = {name: Path(source.path) for name, source in data.sources.items()}
+            moved = {n: p.resolve() for n, p in paths.items() if (p / "manifest.json").is_file()}
+            self.mixture = open_mixture(prepared, moved)
+            self._check_tokenizer()
         self.tokenizer = Tokenizer.load(self.mixture.tokenizer)
         self.feed = Feed(self.recipe, self.mesh, self.how.rules.operand("BT"))
         batch_size = self.recipe.train.batch_size
-        self.data = TrainData(self.mixture, self.recipe.data, batch_size, self.feed.batch_rows)
+        self.data = TrainData(self.mixture, data, batch_size, self.feed.batch_rows)
 
-    def _open_folder(self, first: bool) -> None:
-        saved = self.folder / "recipe.toml"
-        if saved.exists():
-            before = load_recipe(saved)
-            if changes := differences(to_dict(before), to_dict(self.recipe)):
-                raise ConfigError(
-                    f"{self.folder} holds a run of another recipe:\n  " + "\n  ".join(changes)
-                    + "\ntake the old settings to continue it, or another checkpoint.dir to start "
-                    "a new run"
-                )  # fmt: skip
-        elif self.folder.exists() and (self.folder / "steps").exists():
+    def _check_tokenizer(self) -> None:
+        """The tokenizer of a run that continues is the one saved with its weights."""
+        saved, used = self.folder / "tokenizer.model", self.mixture.tokenizer
+        if sha256(used) != sha256(saved):
             raise ConfigError(
-                f"{self.folder} holds a checkpoint that is no training run; take another "
-                "checkpoint.dir"
+                f"{used} is not the tokenizer that this run was trained with, {saved}; the shards "
+                "were prepared again: bring the old ones back, or take another checkpoint.dir"
             )
-        if first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(saved, to_toml(self.recipe).encode())
-            record_files(self.folder, "recipe.toml")
-        _barrier("folder")
+        given = Path(self.recipe.data.tokenizer)
+        if given.is_file() and sha256(given) != sha256(saved):
+            raise ConfigError(
+                f"data.tokenizer={given} is not the tokenizer of this run, {saved}; leave it as it "
+                "was, or take another checkpoint.dir"
+            )
+
+    def _check_prompts(self) -> None:
+        """Prompts that leave no place for an answer are found before training."""
+        bos = self.tokenizer.bos_id is not None
+        for i, prompt in enumerate(self.recipe.train.sample_prompts):
+            count = len(self.tokenizer.encode(prompt, bos=bos))
+            if not 0 < count < self.recipe.model.context:
+                raise ConfigError(
+                    f"train.sample_prompts: prompt {i + 1} has {count} tokens; it must have from 1 "
+                    f"to {self.recipe.model.context - 1}, one less than model.context"
+                )
+
+    def _save_start(self) -> None:
+        """Write what describes the run, when all checks have passed: model.json and tokenizer of a
+        new one, changed settings of one that continues."""
+        if not self.first:
+            return
+        if self.saved is None:
+            tokenizer, folder = self.tokenizer, Path(self.recipe.train.init_from)
+            ids: dict[str, Any] = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+            ids = {k: v for k, v in ids.items() if v is not None}
+            if self.keeps_tokenizer:
+                ids = self.init_about.get("token_ids", ids)
+                for name in CHAT_FILES:
+                    if (folder / name).is_file():
+                        atomic_write(self.folder / name, (folder / name).read_bytes())
+                        record_files(self.folder, name)
+            write_about(self.folder, self.recipe.model, self.mixture.tokenizer, ids)
+        else:
+            for line in run_folder.lines(self.saved.changes):
+                self.say(f"from step {self.step} on, {line}")
+            if {"train.steps", "optim.peak_lr"} & self.saved.changes.keys():
+                was, now = (
+                    float(make_schedule(r.optim, r.train.steps)(self.step))
+                    for r in (self.saved.recipe, self.recipe)
+                )
+                self.say(
+                    f"the learning rate follows the schedule of all {self.recipe.train.steps} "
+                    f"steps: {now:.2e} after step {self.step}, {was:.2e} by the old settings"
+                )
+        run_folder.record(self.folder, self.recipe, self.saved, self.step)
 
     def _start(self) -> tuple[int, TrainState]:
         """The newest checkpoint, or fresh weights."""
@@ -214,17 +340,6 @@ class Run:
             functools.partial(init_state, self.recipe, self.how), out_shardings=shardings
         )()
         if self.recipe.train.init_from:
-            cfg, about = read_about(self.recipe.train.init_from)
-            if kind := about.get("quantize"):
-                raise ConfigError(
-                    f"train.init_from={self.recipe.train.init_from} holds {kind} matrices, which "
-                    "are for sampling; give the weights that it was made of"
-                )
-            if changes := differences(to_dict(cfg), to_dict(self.recipe.model)):
-                raise ConfigError(
-                    f"train.init_from={self.recipe.train.init_from} is another model:\n  "
-                    + "\n  ".join(changes)
-                )
             check_weights(self.recipe.train.init_from)
             state = state._replace(
                 params=load_weights(self.recipe.train.init_from, abstract.params)
@@ -236,26 +351,28 @@ class Run:
         now."""
         steps = self.recipe.train.steps
         self._say_what_runs()
-        if self.step >= steps:
+        if self._is_finished():
             self.say(
-                f"{self.folder} is finished: {steps} steps; nothing to do (more steps are a new "
-                "run)"
+                f"{self.folder} is finished: {self.step} steps; nothing to do (with more "
+                "train.steps it continues)"
             )
             self.data.close()
             self.checkpoints.close()
             return False
-        compiled = self._compile()
-        try:
+        self.report = report.Report(self.folder, self.step, self.say)
+        with self._closing():
+            if self.step >= steps:
+                return self._finish_evaluation()
+            compiled = self._compile()
+            self._save_start()
+            self.stop.phase(f"training {self.folder}", saves=True)
             with tqdm(
                 total=steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True
             ) as bar:
                 self._loop(compiled, bar)
-        finally:
-            self.data.close()
-            self.checkpoints.close()
-            self.report.close(f"{self.recipe.model.num_params / 1e6:,.1f}M parameters")
+        self.stop.phase(f"finishing {self.folder}, which is saved")
         where = f"{self.folder}/steps/{self.step}"
-        if self.step == steps:
+        if self.evaluated == steps:
             self.say(f"done: {where}, {self.folder}/metrics.jsonl, {self.folder}/loss.png")
             return True
         name = signal.Signals(self.stop.signal).name if self.stop.signal else "another process"
@@ -264,6 +381,39 @@ class Run:
             "again to continue"
         )
         return False
+
+    def _is_finished(self) -> bool:
+        """Whether all steps are done, and the evaluation after the last."""
+        records = report.read_records(self.folder / "metrics.jsonl")
+        evaluated = any(r["kind"] == "eval" and r["step"] == self.step for r in records)
+        return self.step >= self.recipe.train.steps and evaluated
+
+    def _finish_evaluation(self) -> bool:
+        """Of a run that was asked to stop at its last step: the evaluation after it."""
+        self.stop.phase("evaluating")
+        self._evaluate()
+        self.say(f"done: the last evaluation of {self.folder}")
+        return True
+
+    @contextlib.contextmanager
+    def _closing(self) -> Iterator[None]:
+        """Close data, checkpoints and report at the end; an error of the block is the one raised,
+        whatever closing says."""
+        close = [
+            self.data.close,
+            self.checkpoints.close,
+            lambda: self.report.close(f"{self.recipe.model.num_params / 1e6:,.1f}M parameters"),
+        ]
+        try:
+            yield
+        except BaseException:
+            for closes in close:
+                with contextlib.suppress(Exception):
+                    closes()
+            raise
+        with contextlib.ExitStack() as stack:
+            for closes in reversed(close):
+                stack.callback(closes)
 
     def _say_what_runs(self) -> None:
         model, train = self.recipe.model, self.recipe.train
@@ -283,6 +433,7 @@ class Run:
             self.say(f"source {name}: weight {part.weight}, {tokens:,} tokens, {held:,} held out")
 
     def _compile(self) -> Any:
+        self.stop.phase("compiling")
         start = time.perf_counter()
         batch = self.feed(self._example(), False)
         step = jax.jit(
@@ -290,7 +441,14 @@ class Run:
             donate_argnums=0,
             compiler_options=hardware.compiler_options(self.platform),
         )
-        compiled = step.lower(self.state, batch).compile()
+        try:
+            compiled = step.lower(self.state, batch).compile()
+        except (ValueError, NotImplementedError) as e:
+            if not self.recipe.train.attention:
+                raise
+            raise ConfigError(
+                f"train.attention={self.recipe.train.attention} cannot be used here: {e}"
+            ) from e
         self.say(f"compiled the step in {time.perf_counter() - start:.1f} s")
         return compiled
 
@@ -309,14 +467,14 @@ class Run:
         profiler = report.Profiler(train.profile_steps, self.folder)
         while self.step < train.steps:
             with clock.waiting():
-                batch = next(self.data)
+                batch, number = self._next_batch()
             profiler.before(self.step + 1)
             self.state, metrics = compiled(
                 self.state, self.feed(batch, self.stop.signal is not None)
             )
             self.step += 1
             profiler.after(self.step, metrics)
-            pending.append((self.step, metrics))
+            pending.append((self.step, metrics | {"batch": number}))
             last = self.step == train.steps
             evaluate = last or (train.eval_every and self.step % train.eval_every == 0)
             settle = last or evaluate or self.step % every == 0 or self.step % train.log_every == 0
@@ -336,7 +494,16 @@ class Run:
                 record = {"step": self.step, "data": self.data.state(), "seed": train.seed}
                 self.checkpoints.save(self.step, *self.state, record)
             if stop:
-                return
+                break
+        profiler.close()
+
+    def _next_batch(self) -> tuple[dict[str, np.ndarray], int]:
+        """The next batch that is not skipped, and its number in the order of the data, from 1."""
+        while True:
+            batch = next(self.data)
+            number = self.data.state()["batches"]
+            if not any(a <= number <= b for a, b in self.recipe.data.skip_batches):
+                return batch, number
 
     def _check(self, step: int, metrics: dict, clock: report.Clock) -> bool:
         """Look at a finished step; True when a process asks to stop.
@@ -351,13 +518,7 @@ class Run:
             )
         )
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
-            good = self.checkpoints.latest()
-            kept = "no checkpoint was made yet" if good is None else f"the last good one is {good}"
-            raise TrainingError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped, nothing saved; "
-                f"checkpoints in {self.folder}: {kept}.\nLower optim.peak_lr, lengthen "
-                "optim.warmup_steps, or look at the data of this step."
-            )
+            raise TrainingError(self._not_finite(step, metrics["batch"], loss, grad_norm))
         if step % self.recipe.train.log_every == 0 or step == self.recipe.train.steps:
             self.checkpoints.poll()
             recipe = self.recipe
@@ -381,6 +542,25 @@ class Run:
             self.say(report.line(record, recipe.train.steps))
             self.report.write(record)
         return stop > 0
+
+    def _not_finite(self, step: int, batch: int, loss: float, grad_norm: float) -> str:
+        """What happened, and what can be done about it with the same command."""
+        text = f"step {step}: loss {loss}, gradient norm {grad_norm} (batch {batch} of the data); "
+        text += "stopped, nothing saved after it; "
+        with contextlib.suppress(CheckpointError):
+            self.checkpoints.wait()
+        kept = run_folder.whole_steps(self.folder)
+        if not kept:
+            text += f"{self.folder} has no checkpoint yet.\nStart again with"
+        else:
+            text += f"checkpoints in {self.folder}: {', '.join(map(str, kept))}.\n"
+            text += f"The same command goes on from step {kept[-1]}; add to it"
+        rate = self.recipe.optim.peak_lr / 2
+        text += f"\n  optim.peak_lr={rate:.1e} for a lower learning rate (or a longer warm-up)"
+        text += f"\n  data.skip_batches=[[{batch},{batch}]] to leave out batches, first to last"
+        if kept[:-1]:
+            text += f"\n  train.restart_from={kept[-2]} to go back to an older checkpoint"
+        return text
 
     def _evaluate(self) -> None:
         """Held-out loss of each source, and of the mixture by the sources' weights."""
@@ -432,12 +612,14 @@ class Run:
                 f"{r['unigram_entropy'] - r['loss']:.4f} above the loss"
             )
         self.report.write(record)
+        self.evaluated = self.step
 
     def sample(self) -> None:
         """Continue the recipe's prompts, where one process holds all the weights."""
         from llama_jax.llm import LLM
         from llama_jax.sampling import Sample
 
+        self.stop.phase("sampling; the run is finished and saved")
         if self.recipe.train.sample_prompts and jax.process_count() == 1:
             params = jax.device_get(self.state.params)
             how = Execution(np.dtype("float32"), unroll=self.how.unroll)
@@ -449,20 +631,6 @@ class Run:
             )  # fmt: skip
             for prompt, text in zip(prompts, texts, strict=True):
                 self.say("sample:\n" + textwrap.indent(prompt + text, "  | "))
-
-
-def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Settings that differ and that a run cannot change, as "name: was X, now Y"."""
-    lines = []
-    for key in before.keys() | now.keys():
-        name, a, b = prefix + key, before.get(key), now.get(key)
-        if name in FREE or a == b:
-            continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, name + ".")
-        else:
-            lines.append(f"{name}: was {a!r}, now {b!r}")
-    return sorted(lines)
 
 
 def _barrier(name: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -79,11 +80,11 @@ def test_every_model_round_trips(name):
 
 def test_round_trip_of_awkward_values(load):
     text = (
-        MINIMAL.replace('path = "text"', 'path = "a \\"b\\" \\\\ ü 雪"')
+        MINIMAL.replace('path = "text"', 'path = "a \\"b\\" \\\\ ü 雪 🦙 \\u007f"')
         + '[data.sources."with space.and dot"]\npath = "x"\nweight = 0.1\n'
     )
     recipe = load("train.profile_steps=[3, 5]", 'train.sample_prompts=["a", "b\\n"]', text=text)
-    assert recipe.data.sources["a"].path == 'a "b" \\ ü 雪'
+    assert recipe.data.sources["a"].path == 'a "b" \\ ü 雪 🦙 \x7f'
     assert recipe.data.sources["with space.and dot"].weight == 0.1
     assert recipe.train.profile_steps == (3, 5)
     assert load(text=to_toml(recipe)) == recipe
@@ -157,6 +158,36 @@ def test_another_rope_type_keeps_theta_only(load):
         (["checkpoint.dir=7"], "checkpoint.dir=7"),
         (["optim.peak_lr=nan"], "optim.peak_lr"),
         (["optim.b1=1.5"], "optim.b1=1.5"),
+        (["optim.b1=1.0"], "optim.b1=1.0: input should be less than 1"),
+        (["optim.b2=1.0"], "optim.b2=1.0"),
+        ([f"train.seed={2**70}"], "train.seed=1180591620717411303424: input should be less than"),
+        ([f"data.seed={2**32}"], "data.seed=4294967296"),
+        (['checkpoint.dir="a\\u0000b"'], "cannot contain a NUL character"),
+        (['checkpoint.dir=""'], "checkpoint.dir='': it is empty"),
+        (["checkpoint.dir=gs://bucket/run"], "checkpoint.dir='gs://bucket/run': URLs are not"),
+        (["train.init_from=s3://b/x"], "train.init_from='s3://b/x': URLs are not supported"),
+        (["data.tokenizer=https://x/t"], "data.tokenizer='https://x/t': URLs are not supported"),
+        (["data.prepared=gs://b/x"], "data.prepared='gs://b/x': URLs are not supported"),
+        (["data.sources.a.path=gs://b/x"], "data.sources.a.path='gs://b/x': URLs are not"),
+        (['data.sources.a.path=""'], "data.sources.a.path='': it is empty"),
+        (["data.sources={}"], "data.sources is empty; give at least one text source"),
+        (
+            ["data.sources.b.path=./text"],
+            "data.sources.b.path='./text' is the text of data.sources.a too",
+        ),
+        (["train.batch_size=1000000000"], "64,000,000,000 tokens a step; at most"),
+        (["train.batch_size=1e9"], "train.batch_size=1000000000.0"),
+        (["model.vocab_size=10000000000"], "model.vocab_size=10000000000: input should be less"),
+        (["model.vocab_size=1e10"], "model.vocab_size=10000000000.0"),
+        (["model.vocab_size=0"], "model.vocab_size=0: input should be greater than 0"),
+        (["model.num_layers=100000000"], "model.num_layers=100000000"),
+        (["train.profile_steps=[5, 2]"], "train.profile_steps=[5, 2]: give [first, last]"),
+        (["train.profile_steps=[0, 2]"], "train.profile_steps=[0, 2]"),
+        (["data.skip_batches=[[5, 2]]"], "give [first, last]"),
+        (["data.skip_batches=[5, 2]"], "data.skip_batches.0=5"),
+        (["checkpoint.dir=a\udcff"], "is not valid Unicode"),
+        (["train.sample_prompts=" + "[" * 50_000], "train.sample_prompts="),
+        (["a." * 5000 + "b=1"], "nested too deeply"),
         (["train.remat=some"], "train.remat='some'"),
         (["mesh.preset=ddp"], "'fsdp', 'fsdp_tensor' or 'tensor_sequence'"),
         (["train.profile_steps=[1]"], "train.profile_steps"),
@@ -219,6 +250,11 @@ def test_unreadable_recipes(load, tmp_path):
         load_recipe(tmp_path)
     with pytest.raises(ConfigError, match="cannot be read"):
         load(text="[train\nsteps=1")
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load(text="a = " + "[" * 50_000)
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        load_recipe(tmp_path / "pipe.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_recipe(tmp_path / "binary.toml")

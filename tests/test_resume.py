@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llama_jax import train
 from llama_jax.conversion.orbax_weights import open_array
 from llama_jax.file_hashes import read_list
 from llama_jax.verify import verify
@@ -20,6 +21,7 @@ from llama_jax.verify import verify
 ROOT = Path(__file__).parents[1]
 STEPS = 24
 SAVE_AT_THE_END = "checkpoint.every=1000"  # a save takes as long as 20 steps
+HOST = os.uname().nodename
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
 
 
@@ -147,21 +149,33 @@ def until(process, seen, timeout: float = 120) -> None:
 
 
 def test_a_killed_run_ends_bit_for_bit_as_one_never_killed(place):
-    """Killed in a save, then at random; nothing half written is left."""
+    """Killed while preparing, in the first save, and before a save has its checksums; then its data
+    and text move, and another start finds the folder in use."""
     run = place / "killed"
     steps = lambda pattern: {p.name for p in run.glob(f"steps/{pattern}")}
-    process = start(place, run.name)
-    until(process, lambda: any(map(str.isdigit, steps("*"))))
+    process = start(place, run.name, "data.prepared=")
+    until(process, lambda: (run / "data").exists())
+    kill(process)
+    assert not (run / "recipe.toml").exists()
+    process = start(place, run.name, "data.prepared=")
     until(process, lambda: steps("*tmp*"))
     kill(process)
-    process, before = start(place, run.name), steps("*")
-    until(process, lambda: steps("*") - before)
-    time.sleep(random.Random(0).random() * 0.1)
+    process, before = start(place, run.name, "data.prepared="), steps("*")
+    until(process, lambda: {s for s in steps("*") - before if s.isdigit()})
     kill(process)
     assert str(STEPS) not in steps("*")
-    finish(start(place, run.name, SAVE_AT_THE_END))
+    assert any(map(str.isdigit, steps("*")))
+
+    (run / "data").rename(place / "elsewhere")
+    moved = [f"data.prepared={place}/elsewhere", "data.sources.words.path=/no/longer/there"]
+    kept = {p: p.read_bytes() for p in (run / "recipe.toml", *place.glob("elsewhere/**/*.*"))}
+    process = start(place, run.name, SAVE_AT_THE_END, *moved)
+    until(process, lambda: (run / ".lock").read_text().endswith(f"{process.pid} on {HOST})\n"))
+    assert train.main([str(place / "recipe.toml"), f"checkpoint.dir={run}"]) == 2
+    finish(process)
     same_run(run, place / "base")
     assert not steps("*tmp*")
+    assert all(p.read_bytes() == content for p, content in kept.items())
 
 
 def kill(process) -> None:
@@ -178,9 +192,10 @@ def test_asked_to_stop_saves_and_continues(place):
         process = start(place, run.name, SAVE_AT_THE_END)
         until(process, lambda before=before: count(run) > before + 2)
         process.send_signal(number)
-        out = finish(process)
+        out = finish(process, 0 if number == signal.SIGTERM else 130)
         stopped = max(int(p.name) for p in (run / "steps").iterdir())
         assert f"stopped by {number.name} after step {stopped}" in out
+        assert "will end when a checkpoint is saved" in out
         assert before + 2 < stopped < STEPS
         before = stopped
     finish(start(place, run.name, SAVE_AT_THE_END))
@@ -204,13 +219,29 @@ def test_another_mesh_continues_the_same_run(place):
     same_losses(run, place / "base")
 
 
-def start_two(folder: Path, run: str, devices: int = 2, code: str = ""):
+def start_two(
+    folder: Path,
+    run: str,
+    *overrides: str,
+    second: tuple[str, ...] = (),
+    devices: int = 2,
+    code: str = "",
+):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     env = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2")
     return [
-        start(folder, run, devices=devices, code=code, **env, JAX_PROCESS_ID=str(i))
+        start(
+            folder,
+            run,
+            *overrides,
+            *second * i,
+            devices=devices,
+            code=code,
+            **env,
+            JAX_PROCESS_ID=str(i),
+        )
         for i in range(2)
     ]
 
@@ -243,6 +274,51 @@ def test_two_processes_whose_devices_take_turns(place):
         for lines in ((x / "metrics.jsonl").read_text().splitlines() for x in (run, place / "base"))
     ]
     np.testing.assert_allclose(*evaluations, rtol=1e-6)
+
+
+def test_an_error_of_one_process_ends_both_with_it(place):
+    """At the start, of the second; in the loop, of the first, which has the coordinator."""
+    began = time.monotonic()
+    pair = start_two(place, "failed", second=("data.prepared=/no/such/shards",))
+    for process in pair:
+        last = finish(process, 2, timeout=60).splitlines()[-1]
+        assert last.startswith("error: ")
+        assert "/no/such/shards has no manifest.json" in last
+    assert time.monotonic() - began < 60
+    pair = start_two(place, "failed", "train.steps=100000", "checkpoint.every=1000")
+    metrics = place / "failed/metrics.jsonl"
+    until(pair[0], lambda: count(place / "failed") > 2)
+    metrics.unlink()
+    metrics.mkdir()
+    for process in pair:
+        last = finish(process, 1, timeout=60).splitlines()[-1]
+        assert last.startswith("error: ")
+        assert f"Is a directory: '{metrics}'" in last
+
+
+def test_ctrl_c_ends_every_phase_at_once(place):
+    """Without a traceback, with a line that says what was ended; in the loop the second one."""
+    phases = {
+        "starting": lambda run: run.parent.exists(),
+        "preparing data": lambda run: (run / "data").exists(),
+        "training": lambda run: (run / "metrics.jsonl").exists() and count(run) > 1,
+    }
+    text = "train.steps=1000000", "checkpoint.every=1000000", "data.prepared="
+    # Sampled text is long: the tokenizer is trained for seconds, in C++.
+    for phase, reached in phases.items():
+        run = place / f"interrupted {phase}"
+        process = start(place, run.name, *text)
+        until(process, lambda reached=reached, run=run: reached(run))
+        if phase == "starting":
+            time.sleep(1)  # importing
+        process.send_signal(signal.SIGINT)
+        if phase == "training":
+            process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        out = finish(process, 130, timeout=30)
+        assert time.monotonic() - began < 3
+        assert f"Ctrl-C while {phase}" in out
+        assert "Traceback" not in out
 
 
 def test_a_dead_process_ends_the_other_with_an_error(place):

@@ -2,19 +2,28 @@
 
 import functools
 import json
+import os
 import random
+import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from llama_jax import train
+import llama_jax
+from llama_jax import report, train
 from llama_jax.config import load_recipe
+from llama_jax.conversion.orbax_weights import open_array
+from llama_jax.file_hashes import record_files
+from llama_jax.io import folder_lock
 from llama_jax.model import Execution
 from llama_jax.optim import decays, make_schedule
 from llama_jax.step import init_state, make_train_step, merge, nll_sum, structure, token_nll
+from llama_jax.tokenizer import train_tokenizer
 
 HOW = Execution(jnp.dtype(jnp.float32))
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
@@ -55,8 +64,21 @@ every = 2
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a recipe, its text, and a finished run."""
+    """A folder with a recipe, its text, and a finished run; what is compiled is kept, for the other
+    runs of the recipe."""
     folder = tmp_path_factory.mktemp("train")
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: jax.config.values[name] for name in names}
+    for name, value in zip(names, (str(folder / "cache"), 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield make_place(folder)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def make_place(folder):
     rng = random.Random(0)
     (folder / "text").mkdir()
     for i in range(60):
@@ -135,9 +157,9 @@ def test_a_finished_run_says_so(run, place):
 
 
 def test_a_changed_recipe_on_an_old_folder_is_an_error(run):
-    code, _, err = run("optim.peak_lr=0.5", "data.seed=3")
+    code, _, err = run("optim.b1=0.5", "train.seed=4", "data.seed=3")
     assert code == 2
-    assert "optim.peak_lr: was 0.01, now 0.5" in err
+    assert "train.seed: was 0, now 4" in err
     assert "data.seed: was 0, now 3" in err
 
 
@@ -156,14 +178,197 @@ def test_a_loss_that_is_no_number_stops_the_run(run, place, monkeypatch):
         return wrapped
 
     monkeypatch.setattr(train, "make_train_step", broken)
-    code, _, err = run(f"checkpoint.dir={place}/nan")
+    folder = place / "nan"
+    code, _, err = run(f"checkpoint.dir={folder}", "optim.peak_lr=0.02")
     assert code == 1
     assert "error: step 5: loss nan" in err
-    assert [p.name for p in sorted((place / "nan/steps").iterdir())] == ["2", "4"]
+    for advice in ("peak_lr=1.0e-02", "skip_batches=[[5,5]]", "restart_from=2"):
+        assert advice in err
+    assert [p.name for p in sorted((folder / "steps").iterdir())] == ["2", "4"]
     monkeypatch.undo()
-    code, out, _ = run(f"checkpoint.dir={place}/nan")
+
+    # What was advised can be done, and is exact, stopped on the way or not.
+    shutil.copytree(folder, place / "nan2")
+    changes = ["train.restart_from=2", "data.skip_batches=[[4,5],[7,7]]", "optim.peak_lr=1e-2"]
+    code, out, _ = run(f"checkpoint.dir={folder}", *changes)
     assert code == 0
+    for line in ("going back to step 2", "from step 2 on, optim.peak_lr: was 0.02, now 0.01"):
+        assert line in out
+    stop_at(monkeypatch, 6)
+    again = run(f"checkpoint.dir={place}/nan2", *changes)
+    assert again[0] == 0
+    assert "stopped by SIGTERM after step 4" in again[1]
+    monkeypatch.undo()
+    code, out, _ = run(f"checkpoint.dir={place}/nan2", *changes)
+    assert code == 0
+    assert "going back" not in out
     assert "from step 4" in out
+    exact = lambda f: [(r["loss"], r["learning_rate"]) for r in records(f, "train")]
+    assert exact(folder) == exact(place / "nan2")
+    assert weights(folder, 6) == weights(place / "nan2", 6)
+    schedule = make_schedule(recipe_of(place).optim, 6)
+    assert exact(folder)[2][1] == pytest.approx(float(schedule(2)))
+    assert [p.name for p in (folder / "set-aside-1").iterdir()] == ["metrics.jsonl", "4"]
+    (change,) = map(json.loads, (place / "nan2/changes.jsonl").read_text().splitlines())
+    assert change["step"] == change["restart_from"] == 2
+    assert change["changed"]["optim.peak_lr"] == {"was": 0.02, "now": 0.01}
+    assert load_recipe(folder / "recipe.toml").data.skip_batches == ((4, 5), (7, 7))
+    code, _, err = run(f"checkpoint.dir={folder}", *changes, "train.steps=9")
+    assert code == 2
+    assert "already gone back to step 2" in err
+    code, _, err = run(f"checkpoint.dir={folder}", "train.restart_from=3")
+    assert code == 2
+    assert "no such checkpoint, only 4, 6" in err
+
+
+def stop_at(monkeypatch, batch):
+    """Send SIGTERM when the batch of that number is drawn."""
+    draw = train.TrainData.__next__
+
+    def drawn(self):
+        if self.state()["batches"] + 1 == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self)
+
+    monkeypatch.setattr(train.TrainData, "__next__", drawn)
+
+
+def weights(folder, step):
+    """Bytes of every weight and optimizer number of a step."""
+    out = {}
+    for item in ("model", "optimizer"):
+        root = folder / "steps" / str(step) / item
+        for path in sorted(p.parent for p in root.rglob("zarr.json")):
+            name = str(path.relative_to(root))
+            out[item, name] = open_array(root, name).read().result().tobytes()
+    assert len(out) > 30
+    return out
+
+
+def contents(*folders):
+    return {p: p.read_bytes() for f in folders for p in f.rglob("*") if p.is_file()}
+
+
+def test_a_start_never_rewrites_what_was_saved(run, place):
+    """The text has changed or is gone, the shards have moved, and more steps are asked for."""
+    folder, data, text = (place / name for name in ("kept", "kept_data", "kept_text"))
+    shutil.copytree(place / "run", folder)
+    shutil.copytree(place / "data", data)
+    shutil.copytree(place / "text", text)
+    (text / "0.txt").write_text("another text of other words " * 40)
+    new = [f"checkpoint.dir={folder}", f"data.prepared={data}", f"data.sources.words.path={text}"]
+    before = contents(folder, data)
+    assert run(*new)[0] == 0
+    after = contents(folder, data)
+    assert {p for p in after if after[p] != before.get(p)} <= {folder / ".lock"}
+    shutil.rmtree(text)
+    code, out, _ = run(*new, "train.steps=8")
+    assert code == 0
+    assert "from step 6 on, train.steps: was 6, now 8" in out
+    recipe = recipe_of(place, "train.steps=8")
+    rate = make_schedule(recipe.optim, 8)(6)
+    assert f"{rate:.2e} after step 6, 1.00e-03 by the old settings" in out
+    assert records(folder, "train")[6]["learning_rate"] == pytest.approx(float(rate))
+    after = contents(folder, data)
+    changed = {str(p.relative_to(place)) for p in before if after.get(p) != before[p]}
+    assert not {name for name in changed if name.startswith("kept_data/")}
+    assert not changed & {"kept/model.json", "kept/tokenizer.model"}
+    assert load_recipe(folder / "recipe.toml").train.steps == 8
+
+    # A tokenizer made again under the shards is found, and the model keeps its own.
+    train_tokenizer(["other words make another tokenizer " * 9], 280, data / "tokenizer.model")
+    code, _, err = run(*new, "train.steps=8")
+    assert code == 2
+    assert "tokenizer" in err
+
+
+def test_a_run_folder_has_one_owner(run, place):
+    with folder_lock(place / "run", "training"):
+        code, _, err = run()
+    assert code == 2
+    assert f"is in use: training (process {os.getpid()} on" in err
+    assert run()[0] == 0
+
+
+def test_a_failed_start_leaves_the_folder_free(run, place, monkeypatch):
+    """Nothing is left of it, not even where it fails after preparing; then it can be corrected."""
+    new = f"checkpoint.dir={place}/🦙 corrected"
+    code, _, _ = run(new, "data.sources.words.path=/no/such/folder", "data.prepared=")
+    assert code == 2
+    folder = place / "🦙 corrected"
+    assert not (folder / "recipe.toml").exists()
+    monkeypatch.setattr(train.Run, "_compile", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(new, "optim.peak_lr=0.5")
+    assert not (folder / "recipe.toml").exists()
+    monkeypatch.undo()
+
+    # A stop at the last step: saved, and evaluated at the next start.
+    stop_at(monkeypatch, 6)
+    code, out, _ = run(new, "checkpoint.every=1000")
+    assert code == 0
+    assert "stopped by SIGTERM after step 6" in out
+    assert not records(folder, "eval")
+    monkeypatch.undo()
+    code, out, _ = run(new)
+    assert code == 0
+    assert "done: the last evaluation" in out
+    assert len(records(folder, "eval")) == 1
+    assert records(folder, "eval")[0]["loss"] == records(place / "run", "eval")[0]["loss"]
+    assert "is finished" in run(new)[1]
+
+
+def test_fine_tuning_keeps_tokenizer_template_and_stop_ids(run, place):
+    chat, tuned = place / "chat", place / "chat_tuned"
+    shutil.copytree(place / "run", chat)
+    about = json.loads((chat / "model.json").read_text())
+    about["token_ids"] = {"bos": 1, "eos": [2, 5]}
+    (chat / "model.json").write_text(json.dumps(about))
+    record_files(chat, "model.json")
+    (chat / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (place / "other").mkdir()
+    (place / "other/a.txt").write_text(
+        "\n\n".join(f"quite other text {i} " * 60 for i in range(60))
+    )
+    new = [f"train.init_from={chat}", f"checkpoint.dir={tuned}", "data.prepared="]
+    new += [f"data.sources.words.path={place}/other", "train.steps=1"]
+    train_tokenizer(["other words make another tokenizer " * 9], 280, place / "other.model")
+    given = f"data.tokenizer={place}/other.model"
+    code, _, err = run(*new, given)
+    assert code == 2
+    assert "is not the tokenizer of train.init_from" in err
+    assert "train.allow_other_tokenizer=true" in err
+    assert not tuned.exists()
+    assert run(*new)[0] == 0
+    for name in ("tokenizer.model", "data/tokenizer.model"):
+        assert (tuned / name).read_bytes() == (chat / "tokenizer.model").read_bytes()
+    llm = llama_jax.load(tuned)
+    assert list(llm.eos_ids) == [2, 5]
+    assert llm.chat_template == "{{ messages[0].content }}"
+
+
+def test_profiling_of_a_run_that_continues(monkeypatch, tmp_path):
+    done = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: done.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: done.append("stop"))
+    for first, last, want in [
+        (1, 9, "2-4"),
+        (4, 9, "4-4"),
+        (5, 9, ""),
+        (1, 2, "2-2"),
+        (3, 3, "3-3"),
+    ]:
+        profiler = report.Profiler((2, 4), tmp_path)
+        traced = []
+        for step in range(first, last + 1):
+            before = len(done)
+            profiler.before(step)
+            profiler.after(step, {})
+            traced += [step] * (len(done) > before)
+        profiler.close()
+        ends = f"{traced[0]}-{traced[-1]}" if traced else ""
+        assert ends == want
+        assert done.count("start") == done.count("stop")
 
 
 def test_training_starts_from_given_weights(run, place):
@@ -266,6 +471,9 @@ BAD = {
     "mesh.data=7 mesh.fsdp=11": "device",
     "model.num_heads=3 model.num_kv_heads=2": "num_heads=3",
     "train.batch_size=9 train.accumulate=2": "train.batch_size=9",
+    "train.attention=flash": "train.attention=flash cannot be used here",
+    "train.attention=nonsense": "train.attention=nonsense cannot be used here",
+    "train.sample_prompts=['the','" + "cat,sat," * 30 + "']": "prompt 2 has",
     "data.sources.words.path={folder}/empty.txt": "empty.txt",
     "data.sources.words.path={folder}/binary.txt": "binary.txt",
     "data.tokenizer={folder}/empty.txt": "empty.txt",

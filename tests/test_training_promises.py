@@ -276,7 +276,9 @@ def source(name: str, folder: str = "numbers", **changes) -> Source:
 
 def data_of(*sources: Source) -> TrainData:
     mixture = Mixture(golden.FOLDER / "numbers/tokenizer.model", 288, {s.name: s for s in sources})
-    cfg = DataConfig(sources={s.name: SourceConfig(path="unused") for s in sources}, seq_len=16)
+    cfg = DataConfig(
+        sources={s.name: SourceConfig(path=f"unused {s.name}") for s in sources}, seq_len=16
+    )
     return TrainData(mixture, cfg, 4)
 
 
