@@ -304,7 +304,6 @@ def test_ctrl_c_ends_every_phase_at_once(place):
         "training": lambda run: (run / "metrics.jsonl").exists() and count(run) > 1,
     }
     text = "train.steps=1000000", "checkpoint.every=1000000", "data.prepared="
-    # Sampled text is long: the tokenizer is trained for seconds, in C++.
     for phase, reached in phases.items():
         run = place / f"interrupted {phase}"
         process = start(place, run.name, *text)
@@ -313,10 +312,11 @@ def test_ctrl_c_ends_every_phase_at_once(place):
             time.sleep(1)  # importing
         process.send_signal(signal.SIGINT)
         if phase == "training":
+            time.sleep(0.2)  # two signals at once would arrive as one
             process.send_signal(signal.SIGINT)
         began = time.monotonic()
         out = finish(process, 130, timeout=30)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 2, phase
         assert f"Ctrl-C while {phase}" in out
         assert "Traceback" not in out
 
