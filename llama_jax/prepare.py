@@ -96,7 +96,6 @@ def prepare_mixture(data: DataConfig, vocab_size: int, out_dir: str | Path) -> P
       ValueError: input that cannot be used; names the file and line, and says what to do.
       OSError: reading or writing failed; what was half-written has been removed.
     """
-    _check_paths(data)
     made = {n: m for n, s in data.sources.items() if (m := _prepared(n, s.path))}
     skip = data.skip_bad_lines
     raw = {n: find_files(n, s.path, skip) for n, s in data.sources.items() if n not in made}
@@ -128,20 +127,6 @@ def _entry(name: str, source: SourceConfig, out: Path, made: bool) -> dict[str, 
     content = digest(read_manifest(folder, SourceManifest))
     entry = {"folder": str(folder) if made else name, "weight": source.weight, "content": content}
     return entry | ({"relative": os.path.relpath(folder, out.resolve())} if made else {})
-
-
-def _check_paths(data: DataConfig) -> None:
-    if not data.sources:
-        raise ValueError("there are no sources: give at least one, [data.sources.NAME] with path")
-    names: dict[str, str] = {}
-    for name, source in data.sources.items():
-        is_python = source.path.startswith("python:")
-        where = source.path if is_python else os.path.realpath(source.path or name)
-        if (other := names.setdefault(where, name)) != name:
-            raise ValueError(
-                f"sources {other} and {name} are the same: {source.path!r}; give it once, with the "
-                "sum of the weights"
-            )
 
 
 # Which documents are held out --------------------------------------------------------------------
@@ -781,7 +766,8 @@ def _settings(options: argparse.Namespace) -> DataConfig:
         )
     except pydantic.ValidationError as e:
         error = e.errors(include_url=False)[0]
-        raise ValueError(f"--{error['loc'][0]} {error['input']}: {error['msg']}") from None
+        what = f"--{error['loc'][0]} {error['input']}: " if error["loc"] else ""
+        raise ValueError(what + error["msg"].removeprefix("Value error, ")) from None
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -176,15 +176,6 @@ def _stop_at(problems: list[str]) -> None:
     raise LayoutError("\n".join(lines + [f"and {more:,} more problems"] * (more > 0)))
 
 
-def _check_layers(cfg: ModelConfig, tensors: int, where: Path) -> None:
-    """Refuse a number of layers that the files cannot hold, before all their names are listed."""
-    if cfg.num_layers > max(tensors, 1000):  # so many names are quickly listed
-        raise LayoutError(
-            f"{where}: the settings say {cfg.num_layers:,} layers, but there are {tensors:,} "
-            "tensors only"
-        )
-
-
 def _check_names(have: set[str], need: set[str], where: Path) -> list[str]:
     drop = ("rope.freqs", "rotary_emb.inv_freq")
     return [f"{where}: {n} is missing" for n in sorted(need - have)] + [
@@ -244,7 +235,6 @@ def _open_meta(path: Path, files: list[Path], context: int | None) -> Found:
         cfg = changed(cfg, context=context)
         remarks = [r for r in remarks if not r.startswith("context")]
     untied = changed(cfg, tie_embeddings=not has_output)
-    _check_layers(cfg, len(shards[0]), path)
     parts = _meta_parts(untied, shards, by_rows, path)
     if has_output and (hint.tie_embeddings if hint else _is_llama_32(cfg)):
         if _same_matrix(untied, parts["embed"], parts["unembed"]):
@@ -372,7 +362,6 @@ def _open_hf(path: Path, names: list[str]) -> Found:
     config = _json(path / "config.json")
     cfg, remarks = foreign.model_from_hf(config, str(path / "config.json"))
     regions, files = _hf_regions(path, names, remarks)
-    _check_layers(cfg, len(regions), path)
     untied = changed(cfg, tie_embeddings=cfg.tie_embeddings and "lm_head.weight" not in regions)
     problems = _check_names(set(regions), {u.torch_name(False) for u in units(untied)}, path)
     parts = {}
