@@ -6,26 +6,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chips import PEAK_TFLOPS
+from pallas_kernels.chips import peak_tflops
 
 
 def peak_flops(device: jax.Device) -> tuple[float, str]:
     """FLOP/s that utilisation is measured against, and where the number is from.
 
-    A CPU has no figure of its own: the rate of a large float32 matrix product is measured (0.1 s).
+    A chip that is not in the table (:func:`pallas_kernels.chips.peak_tflops`), and a CPU, is
+    measured: the rate of a large matrix product in the dtype of training there, bfloat16 on TPU and
+    GPU, float32 on a CPU.
     """
-    for name in sorted(PEAK_TFLOPS, key=len, reverse=True):
-        if name in device.device_kind:
-            return PEAK_TFLOPS[name] * 1e12, "data sheet, bfloat16"
-    n = 1536
-    x = jax.device_put(jnp.ones((n, n), jnp.float32), device)
+    if (rate := peak_tflops(device.device_kind)) is not None:
+        return rate * 1e12, "data sheet, bfloat16"
+    n, dtype = (1536, "float32") if device.platform == "cpu" else (8192, "bfloat16")
+    x = jax.device_put(jnp.ones((n, n), dtype), device)
     product = jax.jit(lambda x: x @ x)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
         product(x).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds), f"measured, float32 product of {n} x {n}"
+    return 2 * n**3 / min(seconds), f"measured, {dtype} product of {n} x {n}"
 
 
 def compiler_options(platform: str) -> dict[str, Any]:

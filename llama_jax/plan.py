@@ -29,6 +29,8 @@ from llama_jax.config import ConfigError, Recipe, load_recipe, to_toml
 from llama_jax.planning import budget, sampling
 from llama_jax.planning.machines import EXAMPLES, Machine, PlanError, machine
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code: 0 done, 1 does not fit or the compiler failed, 2 wrong
@@ -69,6 +71,17 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("dtype", "context", "batch"):
         if getattr(args, name) is not None and not args.sample:
             parser.error(f"--{name} goes with --sample")
+    for name in ("power", "price"):
+        if getattr(args, name) is not None and (args.sample or not args.what):
+            parser.error(f"--{name} goes with a recipe")
+    if args.on is not None and not args.what:
+        parser.error("--on goes with a recipe or --sample")
+    if args.out and (args.table or args.paper):
+        parser.error("--out goes with a recipe, --sample or --budget")
+    if args.out and args.budget is not None and args.out.suffix not in PICTURES:
+        parser.error(f"--out {args.out}: a picture is one of {', '.join(PICTURES)}")
+    if args.budget is not None and not 1e15 <= args.budget <= 1e35:
+        parser.error(f"--budget {args.budget:g}: the law says something from 1e15 to 1e35")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -109,12 +122,14 @@ def _plan(args: argparse.Namespace) -> int:
     with quiet():
         from llama_jax.planning.compiled import compile_step
         from llama_jax.planning.report import figures, text
+        from llama_jax.sharding import changed_settings
 
         if args.search:
             compiled = _search(recipe, on, path)
         else:
             print(f"compiling {path} for {on.name} ...", file=sys.stderr, flush=True)
             compiled = compile_step(recipe, on)
+        adapted = [f"{k}={v}" for k, v in changed_settings(recipe, compiled.recipe).items()]
     recipe = compiled.recipe
     plan = figures(compiled, args.power, args.price)
     sizes = " x ".join(f"{a} {n}" for a, n in compiled.mesh.items() if n > 1) or "one device"
@@ -124,6 +139,8 @@ def _plan(args: argparse.Namespace) -> int:
         f"{recipe.model.num_params / 1e9:.3g}B weights\n{train.batch_size} sequences of "
         f"{recipe.data.seq_len} tokens a step, in {train.accumulate} part(s)"
     )
+    if adapted and not args.search:
+        title += "\nadapted to the machine, as training does: " + ", ".join(adapted)
     print(text(plan, title, on.rate()))
     out = args.out or Path(f"plan-{Path(path).stem}-{on.name.replace(':', '-')}.json")
     out.write_text(
@@ -225,14 +242,28 @@ def _parser() -> argparse.ArgumentParser:
         help="with --budget: tokens the model will serve",
     )  # fmt: skip
     arg("--paper", action="store_true", help="the paper's carbon table, computed again")
-    arg("--out", type=Path, metavar="FILE", help="the JSON (or the picture) to write")
+    arg("--out", type=_file, metavar="FILE", help="the JSON (or the picture) to write")
     return parser
 
 
 def _count(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    if not re.fullmatch(r"[1-9]\d*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r:.100} is not a positive whole number")
+    if len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text:.100} is too large, more than 999,999,999")
     return int(text)
+
+
+def _file(text: str) -> Path:
+    """A file that can be written; found out before a compilation of minutes."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file")
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {path.parent}")
+    return path
 
 
 def _positive(text: str) -> float:

@@ -15,9 +15,10 @@ an error.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -161,29 +162,34 @@ def make_mesh(
         devices compiled for and not present, which all have 0).
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, or would place ``tensor`` or
-        ``context`` across slices.
+      ConfigError: the sizes do not multiply to the number of devices, would place ``tensor`` or
+        ``context`` across slices, or cannot be placed on the chips' grid.
     """
     devices = jax.devices() if devices is None else devices
     sizes = _mesh_sizes(cfg, len(devices))
     members = Counter(slice_ids(devices, host_is_slice))
-    explicit = (AxisType.Explicit,) * len(AXES)
-    if len(members) == 1:
-        placed = mesh_utils.create_device_mesh(
-            tuple(sizes.values()), devices, allow_split_physical_axes=True
-        )
-        return Mesh(placed, AXES, axis_types=explicit)
     if len(set(members.values())) > 1:
         raise ConfigError(f"the slices have different numbers of devices: {dict(members)}")
-    outer = _slices_along(sizes, len(members))
-    placed = mesh_utils.create_hybrid_device_mesh(
-        [n // outer[a] for a, n in sizes.items()],
-        list(outer.values()),
-        devices,
-        process_is_granule=host_is_slice,
-        allow_split_physical_axes=True,
-    )
-    return Mesh(placed, AXES, axis_types=explicit)
+    outer = _slices_along(sizes, len(members)) if len(members) > 1 else dict.fromkeys(AXES, 1)
+    inner = tuple(sizes[a] // outer[a] for a in AXES)
+    try:
+        if len(members) == 1:
+            placed = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+        else:
+            placed = mesh_utils.create_hybrid_device_mesh(
+                inner,
+                tuple(outer.values()),
+                devices,
+                process_is_granule=host_is_slice,
+                allow_split_physical_axes=True,
+            )
+    except (AssertionError, NotImplementedError, TypeError, ValueError) as e:
+        # jax 0.10 drops prime factors of some sizes (10, 14, 28), so it finds no place for them.
+        raise ConfigError(
+            f"JAX cannot place a mesh of {_text(sizes)} on the grid of these chips; take other "
+            "sizes, such as powers of two"
+        ) from e
+    return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def slice_ids(devices: Iterable[Any], host_is_slice: bool = False) -> list[int]:
@@ -195,7 +201,7 @@ def slice_ids(devices: Iterable[Any], host_is_slice: bool = False) -> list[int]:
 
 def _mesh_sizes(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
-    asked = ", ".join(f"mesh.{a}={n}" for a, n in sizes.items())
+    asked = _text(sizes)
     if any(n == 0 or n < -1 for n in sizes.values()) or list(sizes.values()).count(-1) > 1:
         raise ConfigError(
             f"{asked}: sizes are positive, and at most one may be -1 (all that is left)"
@@ -230,8 +236,102 @@ def _slices_along(sizes: dict[str, int], slices: int) -> dict[str, int]:
     return {"data": data, "fsdp": rest, "tensor": 1, "context": 1}
 
 
+def mesh_for(
+    recipe: Recipe, devices: Sequence[jax.Device] | None = None, host_is_slice: bool = False
+) -> tuple[Recipe, Mesh]:
+    """The mesh of a recipe on these devices, and the recipe with what was adapted to them.
+
+    On more devices than the model or the batch divides, a recipe that leaves ``mesh.fsdp`` open
+    (-1) gets more copies of the model (``mesh.data``, a multiple of the recipe's) and fewer parts
+    (``train.accumulate``). The batch of a step stays the same, and no device holds more rows of it
+    at once. :func:`changed_settings` says what was adapted.
+
+    Args:
+      recipe: what to train.
+      devices: as for :func:`make_mesh`.
+      host_is_slice: as for :func:`make_mesh`.
+
+    Raises:
+      ConfigError: the mesh cannot be built, or does not divide the run; with settings that work,
+        where there are any.
+    """
+    devices = jax.devices() if devices is None else devices
+    adaptable = False
+    try:
+        mesh = make_mesh(recipe.mesh, devices, host_is_slice)
+        adaptable = recipe.mesh.fsdp == -1
+        check_fits(recipe, mesh)
+        return recipe, mesh
+    except ConfigError as e:
+        error = e
+    for other in _alternatives(recipe, len(devices)):
+        try:
+            mesh = make_mesh(other.mesh, devices, host_is_slice)
+        except ConfigError:
+            continue
+        changed = changed_settings(recipe, other)
+        if (
+            adaptable
+            and changed.keys() <= {"mesh.data", "train.accumulate"}
+            and other.mesh.data % recipe.mesh.data == 0
+        ):
+            return other, mesh
+        hint = " ".join(f"{name}={value}" for name, value in changed.items())
+        raise ConfigError(f"{error}\nthese settings fit {len(devices)} device(s): {hint}")
+    raise ConfigError(
+        f"{error}\nno mesh of {len(devices)} device(s) divides this model and batch; change "
+        "train.batch_size or the number of devices"
+    )
+
+
+def changed_settings(recipe: Recipe, other: Recipe) -> dict[str, Any]:
+    """Settings of the mesh, and ``train.accumulate``, that differ: name to value in ``other``."""
+    names = [f.name for f in dataclasses.fields(MeshConfig)]
+    values = {f"mesh.{n}": (getattr(recipe.mesh, n), getattr(other.mesh, n)) for n in names}
+    values["train.accumulate"] = (recipe.train.accumulate, other.train.accumulate)
+    return {name: now for name, (was, now) in values.items() if was != now}
+
+
+def _alternatives(recipe: Recipe, num_devices: int) -> Iterator[Recipe]:
+    """The recipe with other mesh sizes and parts that divide the run, least changed first."""
+    given, train, model = recipe.mesh, recipe.train, recipe.model
+    found = []
+    for tensor, context in itertools.product(_divisors(num_devices), repeat=2):
+        if num_devices % (tensor * context) or model.num_kv_heads % tensor:
+            continue
+        rows = num_devices // (tensor * context)
+        if train.batch_size % rows:
+            continue
+        # Of the parts that leave each device a whole number of rows, the most: least memory.
+        parts = [n for n in _divisors(train.batch_size // rows) if n <= train.accumulate]
+        preset = "tensor_sequence" if tensor > 1 and given.preset == "fsdp" else given.preset
+        for data in _divisors(rows):
+            sizes = dict(data=data, fsdp=rows // data, tensor=tensor, context=context)
+            written = sizes | ({"fsdp": -1} if given.fsdp == -1 else {})
+            other = dataclasses.replace(
+                recipe,
+                mesh=MeshConfig(preset=preset, **written),
+                train=dataclasses.replace(train, accumulate=parts[-1]),
+            )
+            if not _undivided(other, sizes):
+                changes = [tensor != given.tensor, context != given.context, tensor * context]
+                found.append(([*changes, data != given.data, data], other))
+    return (other for _, other in sorted(found, key=lambda pair: pair[0]))
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
 def check_fits(recipe: Recipe, mesh: Mesh) -> None:
     """Raise a :class:`ConfigError` that lists each size of the recipe the mesh does not divide."""
+    if problems := _undivided(recipe, mesh.shape):
+        raise ConfigError("the mesh does not divide the run:\n  " + "\n  ".join(problems))
+
+
+def _undivided(recipe: Recipe, mesh: Mapping[str, int]) -> list[str]:
+    """A line for each size of the recipe that a mesh of these sizes does not divide."""
     rules, model, train = PRESETS[recipe.mesh.preset], recipe.model, recipe.train
     micro = train.batch_size // train.accumulate
     sizes = {
@@ -243,15 +343,14 @@ def check_fits(recipe: Recipe, mesh: Mesh) -> None:
     for rule, letters in ((rules.act, "B T N K F V"), (rules.weight, "DF")):
         for word in letters.split():
             for letter, axes in zip(word, rule(word), strict=True):
-                ways = math.prod(mesh.shape[a] for a in _axes(axes))
+                ways = math.prod(mesh[a] for a in _axes(axes))
                 size, name = sizes[letter]
                 if size % ways:
                     split = " x ".join(_axes(axes))
                     problems.append(
                         f"{name}={size} is not a multiple of {ways} ({split} of the mesh)"
                     )
-    if problems:
-        raise ConfigError("the mesh does not divide the run:\n  " + "\n  ".join(problems))
+    return problems
 
 
 _MODEL_SETTINGS = dict(
@@ -261,6 +360,10 @@ _MODEL_SETTINGS = dict(
     F="model.ffn_dim",
     V="model.vocab_size",
 )
+
+
+def _text(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"mesh.{a}={n}" for a, n in sizes.items())
 
 
 def _axes(entry) -> tuple[str, ...]:

@@ -15,11 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.config import ModelConfig, Recipe
-from llama_jax.model import JOINED, Execution, Llama, cut
+from llama_jax.config import ConfigError, ModelConfig, Recipe
+from llama_jax.model import JOINED, Execution, Llama, cut, rope_of
 from llama_jax.optim import make_optimizer, make_schedule
 from llama_jax.quantize import is_quantized
-from llama_jax.sharding import PRESETS, meshless, reshard
+from llama_jax.sharding import PRESETS, first_position, meshless, reshard
+from pallas_kernels import rotary_attention
 
 Params = dict[str, Any]
 
@@ -45,6 +46,38 @@ def execution(recipe: Recipe, platform: str) -> Execution:
         train.unroll,
         train.attention or None,
     )
+
+
+def check_attention(recipe: Recipe, mesh: Mesh) -> None:
+    """Raise a :class:`ConfigError` where the implementation named by ``train.attention`` does not
+    exist, or cannot compute this recipe on this mesh. Nothing is compiled."""
+    name, cfg, S = recipe.train.attention, recipe.model, recipe.data.seq_len
+    if not name:
+        return
+    how = execution(recipe, mesh.devices.flat[0].platform)
+    T, ways = S // mesh.shape["context"], mesh.shape["tensor"]
+    shape = lambda x, heads: jax.ShapeDtypeStruct((1, x, heads // ways, cfg.head_dim), how.dtype)
+    keys = shape(S, cfg.num_kv_heads)
+
+    def attend(q, k, v, positions, kv_positions):
+        segmented = recipe.data.packing == "segments"
+        return rotary_attention(
+            q, k, v, positions, rope_of(cfg, jnp.int32(S)), kv_positions_BS=kv_positions,
+            segment_ids_BT=positions if segmented else None,
+            kv_segment_ids_BS=kv_positions if segmented and T != S else None,
+            q_offset=first_position(T), implementation=name,
+        )  # fmt: skip
+
+    places = [jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (T, S)]
+    alone = jax.shard_map(attend, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    try:
+        with jax.set_mesh(mesh):
+            jax.eval_shape(alone, shape(T, cfg.num_heads), keys, keys, *places)
+    except (NotImplementedError, ValueError) as e:
+        raise ConfigError(
+            f"train.attention={name!r} cannot be used here: {e}; leave train.attention out to take "
+            "the best for the platform"
+        ) from e
 
 
 def split(llama: Llama) -> tuple[Any, Params]:

@@ -50,10 +50,11 @@ from llama_jax.io import atomic_write, folder_lock, sha256
 from llama_jax.model import Execution
 from llama_jax.optim import make_schedule
 from llama_jax.prepare import prepare_mixture
-from llama_jax.sharding import check_fits, make_mesh
+from llama_jax.sharding import changed_settings, mesh_for
 from llama_jax.step import (
     TrainState,
     abstract_state,
+    check_attention,
     execution,
     init_state,
     make_eval_step,
@@ -130,8 +131,12 @@ def run(recipe: Recipe, stop: Stop) -> None:
       TrainingError: the loss or the gradient stopped being a number.
       CheckpointError: a checkpoint could not be written or read.
     """
-    mesh = make_mesh(recipe.mesh)
-    check_fits(recipe, mesh)
+    given = recipe
+    recipe, mesh = mesh_for(given)
+    check_attention(recipe, mesh)
+    if (changed := changed_settings(given, recipe)) and jax.process_index() == 0:
+        text = ", ".join(f"{name}={value}" for name, value in changed.items())
+        print(f"adapted to {mesh.size} devices, which the recipe's sizes do not divide: {text}")
     peak = hardware.peak_flops(jax.local_devices()[0])
     with jax.set_mesh(mesh), _owned(Path(recipe.checkpoint.dir)):
         training = Run(recipe, mesh, stop, peak)

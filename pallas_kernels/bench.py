@@ -59,8 +59,7 @@ def main() -> None:
 
 
 def timed(args, device: jax.Device) -> list[dict[str, Any]]:
-    peak = next((x for name, x in sorted(chips.PEAK_TFLOPS.items(), key=lambda i: -len(i[0]))
-                 if name in device.device_kind), math.nan)  # fmt: skip
+    peak = chips.peak_tflops(device.device_kind) or math.nan
     rows = []
     for model, T, documents in cases(args):
         arrays, positions, ids, pairs = inputs(model, T, documents)

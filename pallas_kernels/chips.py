@@ -1,9 +1,10 @@
 """What is known of chips, and GPU machines to compile for that are not there.
 
-`PEAK_TFLOPS` and `gpu_topology` are all of it. Compiling for a GPU needs the packages
+`peak_tflops` and `gpu_topology` are all of it. Compiling for a GPU needs the packages
 `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's own version, and no GPU, driver or CUDA.
 """
 
+import re
 from typing import Any
 
 import jax
@@ -17,13 +18,43 @@ PEAK_TFLOPS = {
     "TPU v5p": 459.0,
     "TPU v6 lite": 918.0,
     "TPU v6e": 918.0,
+    "TPU7x": 1153.5,
     "A100": 312.0,
+    "A100 PCIe": 312.0,
+    "A800": 312.0,
+    "A800 PCIe": 312.0,
     "H100": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H200": 989.0,
+    "H200 NVL": 835.0,
+    "H800": 989.0,
+    "H20": 148.0,
+    "GH200": 989.0,
     "B200": 2250.0,
+    "L4": 121.0,
+    "L40S": 362.0,
+    "RTX 3090": 71.0,
+    "RTX 4090": 165.2,
+    "RTX 5090": 209.5,
 }
-"""Dense bfloat16 TFLOP/s of one JAX device by a part of its `device_kind`, from the vendors' data
-sheets (cloud.google.com/tpu/docs for TPU, NVIDIA's for A100, H100, H200, B200 in the SXM form)."""
+"""Dense bfloat16 TFLOP/s of one JAX device by its `device_kind` without maker, form and memory,
+from the vendors' data sheets (cloud.google.com/tpu/docs for TPU, half a chip of TPU7x; NVIDIA's for
+data-center cards, the SXM form where nothing else is said, and its architecture white papers for
+RTX, summed in float32)."""
+
+
+def peak_tflops(device_kind: str) -> float | None:
+    """The row of :data:`PEAK_TFLOPS` for a `device_kind`; None where the chip has none.
+
+    Every word counts: "RTX A1000" is no A100, and "RTX 4090 Laptop GPU" or a part of a card
+    ("H100 80GB HBM3 MIG 1g.10gb") has a rate of its own.
+    """
+    vendor = re.compile(r"NVIDIA|GeForce|SXM\d?|\d+GB|HBM\w+", re.IGNORECASE)
+    words = [w for w in re.split(r"[-\s]+", device_kind) if not vendor.fullmatch(w)]
+    rates = {name.lower(): rate for name, rate in PEAK_TFLOPS.items()}
+    return rates.get(" ".join(words).lower())
+
 
 # Multiprocessors, float32 lanes in each, shared memory of each and the most one block may ask for
 # (bytes), memory bandwidth (bytes/s), L2 and memory (bytes), clock (GHz), capability, name. As XLA

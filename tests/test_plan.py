@@ -331,6 +331,10 @@ def no_gpus(name, count):
         ("0xv5e:4x4", "no chip '0xv5e'"),
         ("2xh100:8", "only TPUs come in slices; give all chips, as in h100:16"),
         ("2xv5e:32x32", "the largest slice of v5e has 256 chips"),
+        ("cpu:99999", "the largest machine of cpu has 256 chips"),
+        ("h100:99999", "the largest machine of h100 has 16,384 chips"),
+        ("h100:" + "9" * 5000, "give the number of chips"),
+        ("9999xv5p:8x8x8", "plans are for 16,384 chips at most"),
     ],
 )
 def test_machines_that_are_none(name, message):
@@ -518,6 +522,20 @@ def test_the_plan_on_the_terminal(recipe, capsys, tmp_path):
         (["configs/tiny.toml", "--on", "v9:2"], "no chip 'v9'"),
         (["configs/tiny.toml", "--on", "cpu:8", "train.batch=3"], "train.batch"),
         (["configs/tiny.toml", "--on", "cpu:8", "--price", "0"], "is not a positive number"),
+        (["configs/tiny.toml", "--on", "cpu:8", "train.attention=flash"], "no implementation 'fl"),
+        (["configs/tiny.toml", "--on", "cpu:8", "train.attention=cudnn"], "runs on NVIDIA GPUs"),
+        (["configs/tiny.toml", "--on", "cpu:1", "mesh.fsdp=3"], "these settings fit 1 device(s)"),
+        (["configs/tiny.toml", "--on", "cpu:1", "--out", ""], "'' is not the name of a file"),
+        (["configs/tiny.toml", "--on", "cpu:1", "--out", "a\0b"], "is not the name of a file"),
+        (["configs/tiny.toml", "--on", "cpu:1", "--out", "tests"], "tests is a folder"),
+        (["configs/tiny.toml", "--on", "cpu:1", "--out", "no/x.json"], "there is no folder no"),
+        (["--budget", "1e22", "--out", "x.toml"], "a picture is one of .png"),
+        (["--budget", "1e-300"], "from 1e15 to 1e35"),
+        (["--budget", "1e22", "--on", "h100:8"], "--on goes with"),
+        (["--paper", "--price", "3"], "--price goes with a recipe"),
+        (["--table", "--out", "x"], "--out goes with"),
+        (["llama-7b", "--sample", "--on", "h100:1", "--power", "3"], "--power goes with"),
+        (["llama-7b", "--sample", "--on", "h100:1", "--batch", "9" * 400], "is too large"),
     ],
 )
 def test_wrong_arguments_say_what_to_do(args, message, capsys, monkeypatch):

@@ -22,13 +22,23 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.config import ConfigError, MeshConfig, check_recipe
+from llama_jax import hardware
+from llama_jax.config import ConfigError, MeshConfig, check_recipe, load_recipe
 from llama_jax.feed import Feed, host_rows, local_slice
 from llama_jax.model import Execution, Llama
 from llama_jax.planning.hlo_text import first_group
 from llama_jax.planning.machines import devices as planned_devices
 from llama_jax.planning.machines import machine
-from llama_jax.sharding import AXES, PRESETS, check_fits, make_mesh
+from llama_jax.sharding import (
+    AXES,
+    PRESETS,
+    changed_settings,
+    check_fits,
+    make_mesh,
+    mesh_for,
+)  # fmt: skip
+from llama_jax.step import check_attention
+from pallas_kernels.chips import peak_tflops
 
 ROOT = Path(__file__).parents[1]
 CFG = tools.small(vocab_size=64, dim=32, num_heads=8, num_kv_heads=4, head_dim=4, ffn_dim=64)
@@ -462,6 +472,146 @@ def test_check_fits_names_every_problem(recipe, messages):
         check_fits(recipe, make_mesh(recipe.mesh))
     for message in messages:
         assert message in str(error.value)
+
+
+def hosts(count, **kwargs):
+    """Devices of a machine: hosts of 8 GPUs, or one CPU."""
+    return [Proxy(i, i // 8, i // 8, **kwargs) for i in range(count)]
+
+
+RECIPES = sorted(ROOT.glob("configs/llama-*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_start_on_every_size_of_machine(path):
+    """As they are: mesh.data and train.accumulate follow the machine, the batch does not change;
+    on odd sizes the error names settings that work."""
+    assert len(RECIPES) == 8
+    recipe = load_recipe(path)
+    for count in (8, 64, 256, 512, 1024, 2048):
+        fitted, mesh = mesh_for(recipe, hosts(count))
+        assert mesh.size == count
+        check_fits(fitted, mesh)
+        assert changed_settings(recipe, fitted).keys() <= {"mesh.data", "train.accumulate"}
+        rows = recipe.train.batch_size // fitted.train.accumulate // count
+        assert 1 <= rows <= max(1, recipe.train.batch_size // recipe.train.accumulate // count)
+        assert mesh.shape["data"] == max(1, count // math.gcd(count, recipe.model.dim))
+        # The recipe that is recorded starts on the other sizes too.
+        assert mesh_for(fitted, hosts(count // 2))[1].size == count // 2
+    with pytest.raises(ConfigError, match=r"no mesh of 24 device\(s\) divides this"):
+        mesh_for(recipe, hosts(24))
+    more = hosts(4096)  # more than there are sequences in a batch
+    given = [f"mesh.fsdp={n}" for n in (-1, 4096)]
+    for override in given:
+        with pytest.raises(ConfigError, match=r"these settings fit 4096 device\(s\): ") as error:
+            mesh_for(load_recipe(path, [override]), more)
+        hint = str(error.value).rpartition(": ")[2].split()
+        other = load_recipe(path, [override, *hint])
+        fitted, mesh = mesh_for(other, more)
+        assert (fitted, mesh.size) == (other, 4096)
+
+
+def test_what_a_recipe_fixes_is_not_adapted():
+    """A size that the recipe names stays, or is an error that names what fits."""
+    fixed = _recipe(mesh=dict(fsdp=8), dim=60)
+    for recipe, hint in [
+        (fixed, "mesh.data=2 mesh.fsdp=4"),
+        (_recipe(mesh=dict(data=3), dim=60), "mesh.data=2"),
+        (_recipe(mesh=dict(data=1, fsdp=-1), batch=4), "mesh.context=2"),
+        (_recipe("fsdp", dict(tensor=2)), "mesh.preset=tensor_sequence"),
+        (_recipe("fsdp_tensor", dict(tensor=8), vocab_size=63), "mesh.tensor=1"),
+    ]:
+        with pytest.raises(ConfigError) as error:
+            mesh_for(recipe)
+        assert str(error.value).endswith(f"these settings fit 8 device(s): {hint}")
+    adapted, mesh = mesh_for(_recipe(dim=60, batch=16, accumulate=16))
+    assert changed_settings(fixed, adapted) == {
+        "mesh.data": 2, "mesh.fsdp": -1, "train.accumulate": 2
+    }  # fmt: skip
+    assert (mesh.shape["data"], mesh.shape["fsdp"]) == (2, 4)
+
+
+def test_sizes_that_jax_cannot_split():
+    """Chips of a grid of 4 x 4 x 20: JAX loses a factor of 10 where it splits an axis."""
+    chips = [Proxy(i, i // 4, 0, "tpu", "TPU v5") for i in range(4 * 4 * 20)]
+    for chip, place in zip(chips, itertools.product(range(20), range(4), range(4)), strict=True):
+        chip.coords, chip.core_on_chip = place[::-1], 0
+    assert make_mesh(MeshConfig(preset="fsdp_tensor", tensor=20), chips).size == 320
+    bad = dict(tensor=10), "JAX cannot place a mesh of mesh.data=1, mesh.fsdp=32, mesh.tensor=10"
+    with pytest.raises(ConfigError, match=bad[1]):
+        make_mesh(MeshConfig(preset="fsdp_tensor", **bad[0]), chips)
+    model = dict(dim=640, num_heads=20, num_kv_heads=20, ffn_dim=640, vocab_size=640)
+    recipe = _recipe("fsdp_tensor", bad[0], batch=320, **model)
+    with pytest.raises(ConfigError, match=r"these settings fit 320 device\(s\): mesh.tensor=1$"):
+        mesh_for(recipe, chips)
+
+
+# Chips -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"),
+    [
+        ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v5p", 459),
+        ("TPU v6 lite", 918), ("TPU7x", 1153.5), ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100-PCIE-40GB", 312), ("A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989), ("NVIDIA H20", 148), ("NVIDIA B200", 2250),
+        ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
+        # Not in the table, though a part of the name is.
+        ("NVIDIA RTX A1000", None), ("NVIDIA RTX A1000 Laptop GPU", None), ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("TPU v5x", None), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_peak_rates_of_chips(kind, rate):
+    assert peak_tflops(kind) == rate
+
+
+def test_an_unknown_accelerator_is_measured_in_bfloat16(monkeypatch):
+    class Unknown:
+        platform, device_kind = "gpu", "NVIDIA RTX A1000"
+
+    sizes = []
+
+    def ones(shape, dtype):
+        sizes.append((*shape, dtype))
+        return np.ones((8, 8), np.float32)
+
+    monkeypatch.setattr(hardware.jnp, "ones", ones)
+    monkeypatch.setattr(hardware.jax, "device_put", lambda x, device: x)
+    rate, source = hardware.peak_flops(Unknown())
+    assert rate > 0
+    assert sizes == [(8192, 8192, "bfloat16")]
+    assert source == "measured, bfloat16 product of 8192 x 8192"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("flash", "no implementation 'flash'; there are tpu, cudnn, gpu, xla"),
+        ("cudnn", "cuDNN runs on NVIDIA GPUs, not on cpu"),
+        ("gpu", "head_dim 48: the GPU kernels have 32, 64 and 128"),
+        ("tpu", "head_dim 48: the TPU kernels have 64 and 128"),
+        ("xla", ""),
+        ("", ""),
+    ],
+)
+@pytest.mark.parametrize("packing", ["concat", "segments"])
+def test_an_implementation_of_attention_that_cannot_run(name, message, packing):
+    recipe = _recipe("fsdp_tensor", dict(tensor=2, context=2), head_dim=48)
+    recipe = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, packing=packing),
+        train=dataclasses.replace(recipe.train, attention=name),
+    )
+    mesh = make_mesh(recipe.mesh)
+    if not message:
+        return check_attention(recipe, mesh)
+    with pytest.raises(ConfigError, match=f"^train.attention='{name}' cannot be used here: ") as e:
+        check_attention(recipe, mesh)
+    assert message in str(e.value)
+    return None
 
 
 def test_mesh_axes_are_named_in_one_file():

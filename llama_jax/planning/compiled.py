@@ -21,9 +21,10 @@ from llama_jax.config import Recipe
 from llama_jax.model import Execution
 from llama_jax.planning import hlo
 from llama_jax.planning.machines import GIB, Machine, PlanError, devices
-from llama_jax.sharding import AXES, check_fits, make_mesh, slice_ids
+from llama_jax.sharding import AXES, mesh_for, slice_ids
 from llama_jax.step import (
     abstract_state,
+    check_attention,
     execution,
     make_train_step,
     merge,
@@ -80,14 +81,14 @@ class Compiled:
 
 
 def compile_step(recipe: Recipe, on: Machine) -> Compiled:
-    """Compile the train step for the machine.
+    """Compile the train step for the machine; the recipe adapted to it, as `train` does.
 
     Raises:
       PlanError: the machine's compiler is not there.
       ConfigError: the recipe's mesh does not match the machine, or does not divide the model.
     """
-    mesh = make_mesh(recipe.mesh, devices(on), on.host_is_slice)
-    check_fits(recipe, mesh)
+    recipe, mesh = mesh_for(recipe, devices(on), on.host_is_slice)
+    check_attention(recipe, mesh)
     how = execution(recipe, on.chip.platform)
     start = time.perf_counter()
     program: Any = None

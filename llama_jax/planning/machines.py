@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 GIB = 2**30
+MOST_CHIPS = 16384  # that are planned for; their description alone takes minutes for many more
+MOST_CPUS = 256  # that one process simulates
 
 
 class PlanError(ValueError):
@@ -42,7 +44,7 @@ class Chip:
     """JAX devices of one chip; hours, watts and prices are of a chip"""
     grids: str = ""
     """of a TPU's slices, those that can be had (same pages; of large ones, some)"""
-    most: int | None = None
+    most: int = MOST_CHIPS
     """chips of the largest slice"""
     int8_tops: float | None = None
     """dense int8 TOP/s, where products of int8 weights run faster"""
@@ -67,7 +69,7 @@ CHIPS: dict[str, Chip] = {
     "a100": Chip("A100 80 GB SXM", "gpu", 312, 0.92 * 79.25, 2039, 300, 25, 400, int8_tops=624),
     "h100": Chip("H100 80 GB SXM", "gpu", 989, 0.92 * 79.11, 3352, 450, 50, 700, int8_tops=1979),
     "h200": Chip("H200 141 GB SXM", "gpu", 989, 0.92 * 141.0, 4800, 450, 50, 700, int8_tops=1979),
-    "cpu": Chip("CPU", "cpu", math.nan, math.inf, math.nan, math.nan),
+    "cpu": Chip("CPU", "cpu", math.nan, math.inf, math.nan, math.nan, most=MOST_CPUS),
 }
 
 GPUS_PER_HOST = 8
@@ -120,7 +122,7 @@ def machine(name: str, chips: Mapping[str, Chip] = CHIPS) -> Machine:
         known = ", ".join(chips)
         raise PlanError(f"--on {name}: no chip {kind!r}; known: {known} (as v5p:8x8x8, h100:64)")
     chip = chips[kind]
-    sizes = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size)
+    sizes = re.fullmatch(r"[1-9]\d{0,6}(x[1-9]\d{0,6})*", size, re.ASCII)
     if not sizes or (chip.platform != "tpu" and "x" in size):
         what = f" or their grid, one of {chip.grids}" if chip.grids else f", as in {kind}:8"
         raise PlanError(f"--on {name}: give the number of chips{what}")
@@ -130,9 +132,12 @@ def machine(name: str, chips: Mapping[str, Chip] = CHIPS) -> Machine:
         raise PlanError(
             f"--on {name}: chips of a {kind} lie in a grid of {axes} axes, as in {chip.grids}"
         )
-    if chip.most and math.prod(grid) > chip.most:
-        raise PlanError(f"--on {name}: the largest slice of {kind} has {chip.most:,} chips")
+    if math.prod(grid) > chip.most:
+        largest = "slice" if chip.platform == "tpu" else "machine"
+        raise PlanError(f"--on {name}: the largest {largest} of {kind} has {chip.most:,} chips")
     chips_a_slice = math.prod(grid)
+    if times * chips_a_slice > MOST_CHIPS:
+        raise PlanError(f"--on {name}: plans are for {MOST_CHIPS:,} chips at most")
     if chip.platform == "tpu":
         return Machine(name, chip, times * chips_a_slice, times)
     if times > 1:

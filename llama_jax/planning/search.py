@@ -42,6 +42,8 @@ def candidates(recipe: Recipe, on: Machine) -> list[Candidate]:
     widths = (model.num_heads, model.num_kv_heads, model.ffn_dim, model.vocab_size)
     # TPU slices along `fsdp`, or one copy of the model in each.
     copies = {1, on.slices} if on.chip.platform == "tpu" else {1}
+    # More devices than the width divides: the fewest copies that leave a size that does.
+    copies.add(on.devices // math.gcd(on.devices, model.dim))
     for data, tensor in itertools.product(sorted(copies), (1, 2, 4, 8)):
         fsdp = on.devices // data // tensor
         ok = on.devices % (data * tensor) == 0 and not any(w % tensor for w in widths)
