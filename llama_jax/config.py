@@ -386,7 +386,7 @@ def _model_section(section: dict[str, Any], where: str) -> dict[str, Any]:
     section = dict(section)
     if (name := section.pop("name", None)) is None:
         return section
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise ConfigError(
             f"{where}: model.name={name!r} is not a known model{_nearest(str(name), list(MODELS))}"
         )
