@@ -256,6 +256,12 @@ class Recipe:
                 f"data.seq_len={self.data.seq_len} is longer than "
                 f"model.context={self.model.context}; set model.context to at least data.seq_len"
             )
+        skipped = sum(last - first + 1 for first, last in self.data.skip_batches)
+        if skipped > self.train.steps:
+            raise ValueError(
+                f"data.skip_batches leaves out {skipped:,} batches, more than the "
+                f"{self.train.steps:,} of train.steps; give the batches to leave out alone"
+            )
 
 
 class ConfigError(ValueError):

@@ -562,7 +562,10 @@ class Run:
             text += f"The same command goes on from step {kept[-1]}; add to it"
         rate = self.recipe.optim.peak_lr / 2
         text += f"\n  optim.peak_lr={rate:.1e} for a lower learning rate (or a longer warm-up)"
-        text += f"\n  data.skip_batches=[[{batch},{batch}]] to leave out batches, first to last"
+        # With those left out before, which the setting would otherwise bring back.
+        skip = [list(r) for r in (*self.recipe.data.skip_batches, (batch, batch))]
+        skipped = str(skip).replace(" ", "")
+        text += f"\n  data.skip_batches={skipped} to leave out batches, first to last"
         if kept[:-1]:
             text += f"\n  train.restart_from={kept[-2]} to go back to an older checkpoint"
         return text

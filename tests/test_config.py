@@ -185,6 +185,7 @@ def test_another_rope_type_keeps_theta_only(load):
         (["train.profile_steps=[0, 2]"], "train.profile_steps=[0, 2]"),
         (["data.skip_batches=[[5, 2]]"], "give [first, last]"),
         (["data.skip_batches=[5, 2]"], "data.skip_batches.0=5"),
+        (["data.skip_batches=[[1, 1000000000]]"], "leaves out 1,000,000,000 batches, more than"),
         (["checkpoint.dir=a\udcff"], "is not valid Unicode"),
         (["train.sample_prompts=" + "[" * 50_000], "train.sample_prompts="),
         (["a." * 5000 + "b=1"], "nested too deeply"),

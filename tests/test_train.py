@@ -185,6 +185,12 @@ def test_a_loss_that_is_no_number_stops_the_run(run, place, monkeypatch):
     for advice in ("peak_lr=1.0e-02", "skip_batches=[[5,5]]", "restart_from=2"):
         assert advice in err
     assert [p.name for p in sorted((folder / "steps").iterdir())] == ["2", "4"]
+    # The advice after a second one keeps what was left out before.
+    code, _, err = run(
+        f"checkpoint.dir={place}/nan3", "optim.peak_lr=0.02", "data.skip_batches=[[1,2]]"
+    )
+    assert code == 1
+    assert "data.skip_batches=[[1,2],[7,7]] to leave out" in err
     monkeypatch.undo()
 
     # What was advised can be done, and is exact, stopped on the way or not.
