@@ -53,7 +53,7 @@ class ChatTemplate:
         joins or replaces parts of it, or changes its letter case. While it renders, such a string
         has a character more inside the name, so that a template that looks for the name does not
         find it. A template that builds a name of single characters of a message (turned around,
-        every second one) is beyond it.
+        every second one), or turns HTML's "&lt;" into "<" (the filter `striptags`), is beyond it.
 
         Args:
           messages: "role", "content", and what else the template reads: JSON values.
@@ -77,7 +77,9 @@ class ChatTemplate:
             bos_token=tokenizer.mark(tokenizer.bos_id),
             eos_token=tokenizer.mark(tokenizer.eos_id),
         )
-        return tokenizer.encode_marked(self._render(variables, list(tokenizer.controls)))
+        text = self._render(variables, list(tokenizer.controls))
+        check_text(f"what {self._where} writes", text.replace(BREAK, ""))
+        return tokenizer.encode_marked(text)
 
     def _render(self, variables: dict[str, Any] | None, names: list[str]) -> str:
         request = dict(template=self._source, variables=variables, names=names, mark=BREAK)

@@ -34,7 +34,8 @@ Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 
 
 class _Checked(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True)
+    # An unknown field is a known one whose name was altered.
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
 
 
 class Shard(_Checked):
@@ -81,8 +82,12 @@ class SourceManifest(_Checked):
     vocab_size: Annotated[int, Field(gt=0, le=2**22)]
     dtype: Literal["uint16", "uint32"]
     splits: Splits
+    path: str = ""
+    files: Count = 0
+    skipped: dict[str, Count] = {}
     made_from: dict[str, Any] = {}
     bad_lines: dict[str, Count] = {}
+    sha256: Sha256 = "0" * 64
 
     @pydantic.model_validator(mode="after")
     def _ids_fit(self) -> "SourceManifest":
@@ -113,6 +118,7 @@ class MixtureManifest(_Checked):
 
     format: Literal[1]
     tokenizer: TokenizerEntry
+    sha256: Sha256 = "0" * 64
     sources: Annotated[dict[Name, SourceEntry], Field(min_length=1)]
 
 
@@ -269,7 +275,8 @@ def check_tokenizer(path: Path, wanted: str) -> list[str]:
 
 def _verify_source(folder: Path, manifest: dict[str, Any]) -> list[str]:
     problems = []
-    if (folder / "tokenizer.model").exists():
+    # One that prepare made has a tokenizer; a manifest written by hand may have none.
+    if manifest.get("made_from") or (folder / "tokenizer.model").exists():
         problems += check_tokenizer(folder / "tokenizer.model", manifest["tokenizer_sha256"])
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     shards = [s for split in SPLITS for s in manifest["splits"][split]["shards"]]

@@ -496,12 +496,12 @@ def _make_unit(
 ) -> None:
     """Tokenise some files into shards in ``unit``, from where a killed process was."""
     state = _read_json(unit, PROGRESS)
-    if state.get("key") != key:
+    width = np.dtype(dtype).itemsize
+    if state.get("key") != key or not _is_intact(unit, state["splits"], width):
         state = {"chunks": 0, "splits": {}}
         for left_over in unit.iterdir():
             if left_over.name != ".lock":
                 left_over.unlink()
-    width = np.dtype(dtype).itemsize
     bad_lines: collections.Counter[str] = collections.Counter()
     plain = not source.is_python and all(f.name.lower().endswith(TEXT) for f in files)
 
@@ -598,6 +598,33 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _hash_start(f: Any, size: int) -> Any:
+    """SHA-256 of the next ``size`` bytes of a file, or of what there is of them."""
+    found = hashlib.sha256()
+    while block := f.read(min(size, 2**20)):
+        found.update(block)
+        size -= len(block)
+    return found
+
+
+def _is_intact(unit: Path, splits: dict[str, Any], width: int) -> bool:
+    """Whether the shards under way still begin with what was recorded."""
+    for split, state in splits.items():
+        if opened := state["open"]:
+            stem = f"{split}-{len(state['shards']):05d}"
+            sizes = opened["tokens"] * width, opened["documents"] * 8
+            for kind, size, wanted in zip(
+                ("tokens", "starts"), sizes, opened["sha256"], strict=True
+            ):
+                try:
+                    with open(unit / f"{stem}.{kind}", "rb") as f:
+                        if _hash_start(f, size).hexdigest() != wanted:
+                            return False
+                except FileNotFoundError:
+                    return False
+    return True
+
+
 class _Shards:
     """The shards of one split of a unit while they are written."""
 
@@ -619,9 +646,7 @@ class _Shards:
             f = open(self._folder / f"{self._name}.{kind}", "r+b" if size else "wb")  # noqa: SIM115
             self._files.append(f)
             f.truncate(size)
-            self._hashes.append(hashlib.sha256())
-            while block := f.read(2**20) if size else b"":
-                self._hashes[-1].update(block)
+            self._hashes.append(_hash_start(f, size) if size else hashlib.sha256())
 
     def add(self, ids: np.ndarray, lengths: list[int], text_bytes: int) -> None:
         """Documents back to back, and the length of each."""
@@ -657,7 +682,10 @@ class _Shards:
         if self._files and done:
             self._finish_shard()
         self._sync()
-        opened = {"tokens": self._tokens, "documents": self._documents} if self._files else None
+        opened = None
+        if self._files:
+            hashes = [h.hexdigest() for h in self._hashes]
+            opened = {"tokens": self._tokens, "documents": self._documents, "sha256": hashes}
         return {**self.total, "shards": self._shards, "open": opened}
 
     def _sync(self) -> None:
@@ -749,13 +777,18 @@ def parse_source(argument: str) -> tuple[str, SourceConfig]:
 
 
 def _settings(options: argparse.Namespace) -> DataConfig:
+    if not options.out.strip() or "://" in options.out:
+        raise ValueError(
+            f"OUT is {options.out!r}; give a folder of this machine, or of a file system that is "
+            "mounted on every host"
+        )
     sources: dict[str, SourceConfig] = {}
-    for argument in options.source:
-        name, source = parse_source(argument)
-        if name in sources:
-            raise ValueError(f"--source {name} is given twice")
-        sources[name] = source
     try:
+        for argument in options.source:
+            name, source = parse_source(argument)
+            if name in sources:
+                raise ValueError(f"--source {name} is given twice")
+            sources[name] = source
         return DataConfig(
             sources=sources,
             tokenizer=options.tokenizer,
@@ -766,8 +799,11 @@ def _settings(options: argparse.Namespace) -> DataConfig:
         )
     except pydantic.ValidationError as e:
         error = e.errors(include_url=False)[0]
-        what = f"--{error['loc'][0]} {error['input']}: " if error["loc"] else ""
-        raise ValueError(what + error["msg"].removeprefix("Value error, ")) from None
+        message = error["msg"].removeprefix("Value error, ")
+        if error["loc"] in ((), ("path",)):  # of all sources, or of one
+            given = f" {error['input']}" if error["loc"] else ""
+            raise ValueError(f"--source{given}: {message}") from None
+        raise ValueError(f"--{error['loc'][0]} {error['input']}: {message}") from None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -799,6 +835,9 @@ def main(arguments: list[str] | None = None) -> None:
         out = prepare_mixture(data, vocab_size, options.out)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print("Ctrl-C: ended; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     for name in data.sources:
         for split, n in _read_json(out / name).get("splits", {}).items():
             print(

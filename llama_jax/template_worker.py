@@ -102,8 +102,31 @@ class Marker:
 
     def __init__(self, names: tuple[str, ...], mark: str, words: frozenset[str]):
         class Text(str):
+            """A text of a message; parts of it are marked again, since they may now form a name:
+            "<think>" taken out of "<|im_<think>end|>"."""
+
             def __repr__(self) -> str:  # of a list or dict that a template prints
                 return _unescaped(super().__repr__(), mark)
+
+            def __str__(self) -> str:  # the filter `replace` calls str(x).replace
+                return self
+
+            def replace(self, *args: Any) -> str:
+                return marked(super().replace(*args))
+
+            def split(self, *args: Any, **named: Any) -> list[str]:
+                return marked(super().split(*args, **named))
+
+            def rsplit(self, *args: Any, **named: Any) -> list[str]:
+                return marked(super().rsplit(*args, **named))
+
+            def partition(self, at: str) -> Any:
+                return tuple(marked(list(super().partition(at))))
+
+            def rpartition(self, at: str) -> Any:
+                return tuple(marked(list(super().rpartition(at))))
+
+        marked = self.marked
 
         self._text, self._mark, self._words = Text, mark, words
         self._folded = {_fold(n) for n in names} - {""}
@@ -186,7 +209,8 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
+    text = " ".join(text.split())[:300]
+    return text.encode(errors="backslashreplace").decode()  # half a character cannot be printed
 
 
 def _limit(resource_kind: int, value: int) -> None:

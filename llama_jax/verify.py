@@ -8,6 +8,7 @@ was written, or cannot be checked.
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from llama_jax import manifest
 from llama_jax.file_hashes import MANIFEST, Files, find_problems, read_checksums, read_list
-from llama_jax.io import read_json
+from llama_jax.io import in_use, read_json
 
 
 class _Listed(NamedTuple):
@@ -50,10 +51,28 @@ def _check(listed: _Listed) -> list[str]:
     total = sum(size for _, files in listed.lists for size, _ in files.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=None) as bar:
         for folder, files in listed.lists:
-            problems += find_problems(folder, files, report=lambda count: bar.update(count))
+            try:
+                found = find_problems(folder, files, report=lambda count: bar.update(count))
+            except FileNotFoundError:
+                if not _removed(folder):
+                    raise
+                continue
+            if found and not _removed(folder):
+                problems += found
     for folder in listed.data:
         problems += manifest.verify(folder)
     return problems
+
+
+def _removed(folder: Path) -> bool:
+    """Whether a running training removes this step, an old one, while we read it."""
+    if folder.parent.name != "steps":
+        return False
+    for _ in range(100):
+        if not folder.is_dir() or not in_use(folder.parents[1]):
+            break
+        time.sleep(0.1)
+    return not folder.is_dir()
 
 
 def _listed(folder: Path) -> _Listed:
@@ -97,7 +116,8 @@ def _checkpoint(root: Path, steps: list[Path], prefix: str) -> _Listed:
         if not files:
             problems.append(f"{root / MANIFEST} lists no files: written by an older version")
     except FileNotFoundError:
-        problems.append(f"{root / MANIFEST} is missing")
+        begun = steps or (root / "model.json").exists()
+        problems.append(f"{root / MANIFEST} is missing" if begun else f"{root} holds no checkpoint")
     except ValueError as e:
         problems.append(str(e))
     kept = {n: e for n, e in files.items() if n.startswith(prefix) or not n.startswith("steps/")}
@@ -105,17 +125,28 @@ def _checkpoint(root: Path, steps: list[Path], prefix: str) -> _Listed:
     for step in steps:
         try:
             checksums = read_checksums(step)
-        except ValueError as e:
-            problems.append(str(e))
+        except (ValueError, FileNotFoundError) as e:
+            if not _removed(step):
+                problems.append(str(e))
             continue
         if checksums is not None:
             lists.append((step, checksums))
         elif not any(name.startswith(f"steps/{step.name}/") for name in files):
-            problems.append(
-                f"{step} has no checksums: the process ended before they were written; continue "
-                "the run to have them written"
-            )
+            problems += _without_checksums(root, step)
     return _Listed(lists, problems, [])
+
+
+def _without_checksums(root: Path, step: Path) -> list[str]:
+    """Why a step cannot be checked, in one line; nothing if it is being removed."""
+    if (step / "checksums.json").exists():
+        return [f"{step} has no SHA-256: written by an older version, it cannot be checked"]
+    if in_use(root):
+        why = "the run that is going on has not written them yet; try again in a moment"
+        return [f"{step} has no checksums: {why}"] if step.is_dir() else []
+    return [
+        f"{step} has no checksums: the process ended before they were written; continue the run "
+        "to have them written"
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

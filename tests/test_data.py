@@ -570,6 +570,7 @@ BAD_MANIFESTS = [
     ("a", 10**30, (*SHARD, "tokens"), "shards.0.tokens=1000000000"),
     ("a", "0" * 64, ("tokenizer_sha256",), "made with another tokenizer"),
     ("a", "0" * 64, ("sha256",), "was altered: its content does not have the hash"),
+    ("a", "0" * 64, ("sha257",), "sha257='0+: Extra inputs are not permitted"),
     (".", "gone", ("tokenizer",), "tokenizer: Field required"),
     (".", "gone", ("tokenizer", "sha256"), "tokenizer.sha256: Field required"),
     (".", "../t.model", ("tokenizer", "file"), r"tokenizer.file='../t.model': String should"),

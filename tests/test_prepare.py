@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -246,6 +247,8 @@ prepare.prepare_mixture(DataConfig(sources={{"a": SourceConfig(path={str(source)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert run.returncode == -9, run.stderr
     assert (out / "a.partial").is_dir()
+    damaged = tmp_path / "damaged"
+    shutil.copytree(out, damaged)
     assert not (out / "a").exists()
     with pytest.raises(ValueError, match=r"no manifest.json"):
         data_module.open_mixture(out)
@@ -258,6 +261,10 @@ prepare.prepare_mixture(DataConfig(sources={{"a": SourceConfig(path={str(source)
     assert 0 < sum(encoded) < 2700
     fresh = prepare_mixture(config(model, a=source), 320, tmp_path / "fresh")
     assert contents(out) == contents(fresh)
+    # Damage to what was written so far is not taken over: the unit is made again.
+    tokens = damaged / "a.partial/unit-00000/train-00000.tokens"
+    tokens.write_bytes(tokens.read_bytes()[:100] + b"\0" * 10)
+    assert contents(prepare_mixture(config(model, a=source), 320, damaged)) == contents(fresh)
 
 
 class Killed(BaseException):
@@ -643,6 +650,8 @@ def test_bad_settings(tmp_path, model):
         prepare_mixture(config(str(tmp_path / "no.model"), a=source), 320, out)
     with pytest.raises(ValueError, match="embedded ones are python:code and python:prose"):
         prepare_mixture(config(model, a="python:poems"), 320, out)
+    with pytest.raises(ValueError, match="it is empty; give a path"):
+        prepare_mixture(config(model, a=""), 320, out)
     with pytest.raises(ValueError, match=r"source name '\.\./a' must be of letters"):
         prepare_mixture(config(model, **{"../a": source}), 320, out)
     assert sorted(p.name for p in tmp_path.rglob("*")) == [".lock", "a.jsonl", "out"]
@@ -824,7 +833,9 @@ def test_command(tmp_path, model, capsys):
         ([*good, "--workers", "-1"], "--workers -1: Input should be greater than or equal to 0$"),
         ([*good, "--workers", "1000000"], "--workers 1000000: Input should be less than"),
         ([*good, "--source", "a=x.txt"], "--source a is given twice"),
-        ([*good, "--source", f"b={source.parent}/./a.jsonl"], "is the text of data.sources.a too"),
+        ([*good, "--source", f"b={source}"], "--source: .* is the text of data.sources.a too"),
+        (["--source", "a=gs://b/x", "--tokenizer", model], "--source gs://b/x: URLs are not"),
+        ([*good, "--source", f"b={source.parent}/./a.jsonl"], "of data.sources.a too"),
         (["--source", f"a={fifo}", "--tokenizer", model], "a.jsonl.fifo' is not a regular file"),
         (["--source", f"a={source}", "--tokenizer", str(fifo)], "fifo is not a regular file"),
     ):
@@ -833,6 +844,9 @@ def test_command(tmp_path, model, capsys):
         assert e.value.code != 0
         assert "\n" not in str(e.value)
     assert not list(tmp_path.glob("out2/a*"))
+    for out in ("gs://b/x", " "):
+        with pytest.raises(SystemExit, match="give a folder of this machine"):
+            main([out, *good])
 
 
 def test_import_is_cheap_and_without_side_effects():

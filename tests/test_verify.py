@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import convert_tools as tools
@@ -17,6 +18,7 @@ from llama_jax.checkpoint import Checkpoints, check_weights, write_about
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.conversion import verify as verification
 from llama_jax.file_hashes import files_below, record_files
+from llama_jax.io import folder_lock
 from llama_jax.prepare import prepare_mixture
 from llama_jax.tokenizer import train_tokenizer
 
@@ -101,6 +103,30 @@ def test_missing_and_longer_files_are_found_and_named(place, name, capsys):
             # A list that is missing is told by its folder.
             named = file.rpartition("/")[0] if file.endswith(".json") else file
             assert str(folder / named) in "".join(capsys.readouterr()), (file, how)
+
+
+def test_steps_that_cannot_be_checked(place, tmp_path):
+    """While a run goes on, old steps are removed and the newest has no list yet."""
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    first, second = run / "steps/1", run / "steps/2"
+    (second / "checksums.0-of-1.json").unlink()
+    (run / "data/a/tokenizer.model").rename(run / "gone")
+    problems = "".join(verify.verify(run))
+    assert "the process ended before" in problems
+    assert "data/a/tokenizer.model is missing" in problems
+    (run / "gone").rename(run / "data/a/tokenizer.model")
+    with folder_lock(run, "training"):
+        (first / "commit_success.txt").unlink(missing_ok=True)
+        shutil.rmtree(first / "model")
+        remover = threading.Timer(0.3, shutil.rmtree, [first])
+        remover.start()
+        [problem] = verify.verify(run)
+        remover.join()
+    assert problem.startswith(f"{second} has no checksums: the run that is going on has not")
+    (second / "checksums.json").write_text("{}")  # of before SHA-256
+    [problem] = verify.verify(run)
+    assert "written by an older version" in problem
 
 
 def test_other_folders_are_refused(place, tmp_path, capsys):
