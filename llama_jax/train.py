@@ -138,10 +138,12 @@ def run(recipe: Recipe, stop: Stop) -> None:
         text = ", ".join(f"{name}={value}" for name, value in changed.items())
         print(f"adapted to {mesh.size} devices, which the recipe's sizes do not divide: {text}")
     peak = hardware.peak_flops(jax.local_devices()[0])
-    with jax.set_mesh(mesh), _owned(Path(recipe.checkpoint.dir)):
-        training = Run(recipe, mesh, stop, peak)
-        if training.train():
-            training.sample()
+    with _owned(Path(recipe.checkpoint.dir)):
+        with jax.set_mesh(mesh):
+            training = Run(recipe, mesh, stop, peak)
+            finished = training.train()
+        if finished:
+            training.sample()  # on one device, where no mesh may be set
 
 
 @contextlib.contextmanager

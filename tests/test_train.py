@@ -60,6 +60,8 @@ eval_batches = 1
 dir = "{folder}/run"
 every = 2
 """
+FIRST = ("train.profile_steps=[2, 3]", 'train.sample_prompts=["the cat"]')
+"""of the finished run"""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def make_place(folder):
     for i in range(60):
         (folder / f"text/{i}.txt").write_text(" ".join(rng.choice(WORDS) for _ in range(120)))
     (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
-    assert train.main([str(folder / "recipe.toml"), "train.profile_steps=[2, 3]"]) == 0
+    assert train.main([str(folder / "recipe.toml"), *FIRST]) == 0
     return folder
 
 
@@ -133,7 +135,7 @@ def test_a_run_leaves_everything_behind(place):
         assert (folder / name).exists()
     assert list((folder / "tensorboard").iterdir())
     assert list((folder / "profile").rglob("*.xplane.pb"))
-    assert load_recipe(folder / "recipe.toml") == recipe_of(place, "train.profile_steps=[2,3]")
+    assert load_recipe(folder / "recipe.toml") == recipe_of(place, *FIRST)
     lines = records(folder, "train")
     fields = "kind step tokens loss grad_norm learning_rate tokens_per_second tflops mfu memory_gib"
     assert set(lines[0]) == {*fields.split(), "data_wait", "sources"}
