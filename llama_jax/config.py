@@ -195,6 +195,9 @@ class TrainConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of activations and products; auto: bfloat16 on TPU and GPU, float32 on CPU; weights are
     float32"""
+    reduce_dtype: Literal["compute", "float32"] = "compute"
+    """dtype in which the gradient of a weight is summed over devices: compute (that of the
+    products), or float32, for twice the bytes of these sums"""
     remat: Literal["none", "matmuls", "full"] = "none"
     """what the backward pass recomputes: nothing, all but the outputs of matrix products (as the
     paper), everything"""

@@ -21,7 +21,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig
-from llama_jax.sharding import PRESETS, Rules, first_position, gather, meshless, reshard, splits
+from llama_jax.sharding import (
+    PRESETS,
+    Rules,
+    all_gather_columns,
+    first_position,
+    gather,
+    gather_float32_gradient,
+    meshless,
+    reshard,
+    splits,
+)
 from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
 
 
@@ -39,6 +49,8 @@ class Execution:
     """layers one after the other instead of a scan"""
     attention: str | None = None
     """implementation of the attention; None: the best for the platform"""
+    reduce_float32: bool = False
+    """gradients of weights are summed over devices in float32, and not in ``dtype``"""
 
 
 class KVCache(NamedTuple):
@@ -361,9 +373,7 @@ def _embed(how: Execution, embed_VD, tokens_BT):
     rows, width = stored
 
     def lookup(table_VD, tokens_BT):
-        # Gathered as rows of the transpose, as in sharding.gather.
-        table_DV = jnp.swapaxes(table_VD.astype(how.dtype), 0, 1)
-        table_VD = jnp.swapaxes(jax.lax.all_gather(table_DV, width, axis=0, tiled=True), 0, 1)
+        table_VD = all_gather_columns(table_VD, width, how.dtype, how.reduce_float32)
         if rows is None:
             return table_VD[tokens_BT]
         ids = tokens_BT - jax.lax.axis_index(rows) * table_VD.shape[0]
@@ -387,16 +397,19 @@ def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=N
     """
     B, T = x.shape[:2]
     # A weight of the model, or a matrix made of one; either may stand for small integers.
-    w = (w.get_value() if isinstance(w, nnx.Variable) else w).astype(how.dtype)
+    w = w.get_value() if isinstance(w, nnx.Variable) else w
     product = functools.partial(jnp.einsum, preferred_element_type=out_dtype or how.dtype)
     if meshless():
-        y = product("xi,io->xo", x.reshape(B * T, -1), w).reshape(B, T, -1)
+        y = product("xi,io->xo", x.reshape(B * T, -1), w.astype(how.dtype)).reshape(B, T, -1)
         return checkpoint_name(y, "matmul")
     tokens, out = how.rules.operand("BT"), how.rules.act(out_letters)
     flat = not splits(tokens[1])
     gathered = how.rules.gathered(w_letters, tokens[:1] if flat else tokens)
     w_in, w_out = gathered.partitions
-    w = gather(w, gathered)
+    if how.reduce_float32:
+        w = gather_float32_gradient(w, gathered, how.dtype)
+    else:
+        w = gather(w.astype(how.dtype), gathered)
     # Over heads or widths that lie on several devices, each has a partial sum; it is summed into
     # the sharding wanted.
     partial = frozenset({w_in} if w_in else ())

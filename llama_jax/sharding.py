@@ -110,6 +110,51 @@ def gather(w_IO: jax.Array, whole: P) -> jax.Array:
     return jnp.swapaxes(w, 0, 1) if turn else w
 
 
+def gather_float32_gradient(w_IO: jax.Array, whole: P, dtype: jnp.dtype) -> jax.Array:
+    """``gather(w_IO.astype(dtype), whole)`` for a float32 weight, whose gradient is converted to
+    float32 before it is summed over devices."""
+    kind = jax.typeof(w_IO)
+
+    @jax.custom_vjp
+    def cast_and_gather(w):
+        return gather(w.astype(dtype), whole)
+
+    def backward(_, gradient):
+        zeros = jnp.zeros(kind.shape, jnp.float32, out_sharding=kind.sharding)
+        return jax.vjp(lambda w: gather(w, whole), zeros)[1](gradient.astype(jnp.float32))
+
+    cast_and_gather.defvjp(lambda w: (cast_and_gather(w), None), backward)
+    return cast_and_gather(w_IO)
+
+
+def all_gather_columns(w_IO: jax.Array, axis: Any, dtype: jnp.dtype, float32: bool) -> jax.Array:
+    """A device's columns of a float32 weight to all columns in ``dtype``, inside `shard_map`.
+
+    Args:
+      axis: mesh axis that splits the columns.
+      float32: the gradient is summed over devices in float32, and not in ``dtype``.
+    """
+
+    def all_columns(w):  # as rows of the transpose, see gather
+        w = jax.lax.all_gather(jnp.swapaxes(w, 0, 1), axis, axis=0, tiled=True)
+        return jnp.swapaxes(w, 0, 1)
+
+    if not float32:
+        return all_columns(w_IO.astype(dtype))
+
+    @jax.custom_vjp
+    def cast_and_gather(w):
+        return all_columns(w.astype(dtype))
+
+    def backward(_, gradient):
+        gradient_OI = jnp.swapaxes(gradient.astype(jnp.float32), 0, 1)
+        shard = jax.lax.psum_scatter(gradient_OI, axis, scatter_dimension=0, tiled=True)
+        return (jnp.swapaxes(shard, 0, 1),)
+
+    cast_and_gather.defvjp(lambda w: (cast_and_gather(w), None), backward)
+    return cast_and_gather(w_IO)
+
+
 def first_position(T: int) -> jax.Array | int:
     """Where a device's own T positions start in the whole sequence, inside `shard_map`."""
     # The number 0 where nothing is split: some kernels can only do that.

@@ -45,6 +45,7 @@ def execution(recipe: Recipe, platform: str) -> Execution:
         train.remat,
         train.unroll,
         train.attention or None,
+        reduce_float32=train.reduce_dtype == "float32",
     )
 
 

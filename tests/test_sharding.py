@@ -108,6 +108,8 @@ def _one_device(cfg):
 def test_equals_one_device(case, remat, unroll, cfg, capfd):
     preset, sizes = case
     how = Execution(jnp.dtype("float32"), PRESETS[preset], remat=remat, unroll=unroll)
+    if remat != "full":  # the other way to sum gradients
+        how = dataclasses.replace(how, reduce_float32=True)
     mesh = make_mesh(MeshConfig(preset=preset, **sizes))
     want, want_grads = _one_device(cfg)
     with jax.set_mesh(mesh):
@@ -163,8 +165,9 @@ def traffic(text: str) -> Counter:
 
 
 @functools.cache
-def _compiled(preset, sizes, devices=None, dtype="float32", cfg=WIDE, remat="full"):
-    how = Execution(jnp.dtype(dtype), PRESETS[preset], remat=remat)
+def _compiled(preset, sizes, devices=None, dtype="float32", cfg=WIDE, reduce_float32=False):
+    kind = jnp.dtype(dtype)
+    how = Execution(kind, PRESETS[preset], remat="full", reduce_float32=reduce_float32)
     mesh = make_mesh(MeshConfig(preset=preset, **dict(sizes)), devices)
     with jax.set_mesh(mesh):
         specs = _specs(cfg, how, mesh)
@@ -232,6 +235,7 @@ for sizes in [(), (("data", 2),)]:
     assert "rotary_attention_forward" in program
     assert "rotary_attention_backward" in program
     print(dict(t.traffic(program)))
+print(dict(t.traffic(t._compiled("fsdp", (), devices, "bfloat16", cfg, reduce_float32=True))))
 """
 
 
@@ -250,7 +254,7 @@ def test_tpu_gradients_are_reduce_scattered():
     command = [sys.executable, "-c", TPU]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    fsdp, data_fsdp = map(ast.literal_eval, run.stdout.splitlines()[-2:])
+    fsdp, data_fsdp, float32 = map(ast.literal_eval, run.stdout.splitlines()[-3:])
     layer = 2 * (4 * 1024 * 1024 + 3 * 1024 * 2048)
     embed, norms = 2 * 1024 * 1024, 4 * 7 * 1024
     assert layer <= fsdp["reduce-scatter"] <= 1.1 * (layer + 2 * embed)
@@ -259,6 +263,10 @@ def test_tpu_gradients_are_reduce_scattered():
     # Four shards: a quarter of each gradient is summed over the two copies.
     assert layer <= data_fsdp["reduce-scatter"] <= 1.1 * (layer + 2 * embed)
     assert data_fsdp["all-reduce"] <= (layer + 2 * embed) / 4 + embed + 2 * norms
+    # train.reduce_dtype="float32": these sums, and nothing else, have twice the bytes.
+    assert 2 * layer <= float32["reduce-scatter"] <= 2.2 * (layer + 2 * embed)
+    assert float32["all-gather"] == fsdp["all-gather"]
+    assert float32.get("all-reduce", 0) <= 2 * embed + 2 * norms
 
 
 def test_presets_say_where_things_lie():
