@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     given = list(arguments.arguments)
     is_recipe = bool(given) and ("=" not in given[0] or Path(given[0]).is_file())
     path = given.pop(0) if is_recipe else DEFAULT_RECIPE
-    with interrupt.listening() as stop:
+    with interrupt.listening() as stop, _quiet_threads():
         try:
             recipe = load_recipe(path, given)
             start_distributed()
@@ -112,6 +113,17 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             failure.stop_watching()
     return 128 + signal.SIGINT if stop.signal == signal.SIGINT else 0
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """A full disk ends the writing threads of libraries too; the main thread reports it, once."""
+    before = threading.excepthook
+    threading.excepthook = lambda e: None if isinstance(e.exc_value, OSError) else before(e)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _fail(error: str, code: int) -> int:

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -517,3 +518,18 @@ def test_a_mesh_that_does_not_divide_the_heads(run, place):
     assert code == 2
     assert "model.num_heads=4 is not a multiple of 8 (tensor of the mesh)" in err
     assert "model.num_kv_heads=2" in err
+
+
+def test_a_full_disk_is_reported_by_the_main_thread_alone(monkeypatch):
+    said = []
+    monkeypatch.setattr(threading, "excepthook", lambda e: said.append(e.exc_type))
+
+    def write(error):
+        raise error
+
+    with train._quiet_threads():
+        for error in (OSError(28, "No space left on device"), KeyError("a bug")):
+            thread = threading.Thread(target=write, args=(error,))
+            thread.start()
+            thread.join()
+    assert said == [KeyError]
