@@ -460,14 +460,7 @@ class Run:
             donate_argnums=0,
             compiler_options=hardware.compiler_options(self.platform),
         )
-        try:
-            compiled = step.lower(self.state, batch).compile()
-        except (ValueError, NotImplementedError) as e:
-            if not self.recipe.train.attention:
-                raise
-            raise ConfigError(
-                f"train.attention={self.recipe.train.attention} cannot be used here: {e}"
-            ) from e
+        compiled = step.lower(self.state, batch).compile()
         self.say(f"compiled the step in {time.perf_counter() - start:.1f} s")
         return compiled
 
