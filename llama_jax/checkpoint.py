@@ -253,7 +253,7 @@ class Checkpoints:
             for folder in left:
                 shutil.rmtree(folder, ignore_errors=True)
             time.sleep(0.02)
-        steps = [int(p.name) for p in self._steps.iterdir() if p.name.isdigit()]
+        steps = whole_steps(self._steps.parent)
         good = f"the last good one is step {max(steps)}" if steps else "there is no earlier one"
         return CheckpointError(
             f"saving step {step} to {self._steps} failed: {_first_line(error)}\n"
@@ -449,12 +449,19 @@ def load_layers(folder: str | Path, name: str, shape: tuple[int, ...]) -> Iterat
         raise _unreadable(item, e) from e
 
 
+def whole_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a run folder, ascending."""
+    steps = folder / "steps"
+    return (
+        sorted(int(p.name) for p in steps.iterdir() if p.name.isdigit()) if steps.is_dir() else []
+    )
+
+
 def _newest(folder: str | Path) -> Path:
-    steps = Path(folder).resolve() / "steps"
-    there = [int(p.name) for p in steps.iterdir() if p.name.isdigit()] if steps.is_dir() else []
-    if not there:
+    steps = whole_steps(Path(folder))
+    if not steps:
         raise ConfigError(f"{folder} holds no finished step")
-    return steps / str(max(there)) / "model"
+    return Path(folder).resolve() / "steps" / str(steps[-1]) / "model"
 
 
 def _unreadable(item: Path, error: BaseException) -> ConfigError:

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama_jax.checkpoint import whole_steps
 from llama_jax.config import ConfigError, Recipe, load_recipe, to_dict, to_toml
 from llama_jax.file_hashes import record_files
 from llama_jax.io import atomic_write
@@ -42,14 +43,6 @@ class Saved(NamedTuple):
     """recorded settings that change now: name to (was, now)"""
     restart_from: int
     """checkpoint to go back to; 0: the newest"""
-
-
-def whole_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a run folder, ascending."""
-    steps = folder / "steps"
-    return (
-        sorted(int(p.name) for p in steps.iterdir() if p.name.isdigit()) if steps.is_dir() else []
-    )
 
 
 def read_saved(folder: Path, recipe: Recipe) -> Saved | None:

@@ -39,6 +39,7 @@ from llama_jax.checkpoint import (
     check_weights,
     load_weights,
     read_about,
+    whole_steps,
     write_about,
 )  # fmt: skip
 from llama_jax.config import ConfigError, DataConfig, Recipe, load_recipe, settings, to_dict
@@ -561,7 +562,7 @@ class Run:
         text += "stopped, nothing saved after it; "
         with contextlib.suppress(CheckpointError):
             self.checkpoints.wait()
-        kept = run_folder.whole_steps(self.folder)
+        kept = whole_steps(self.folder)
         if not kept:
             text += f"{self.folder} has no checkpoint yet.\nStart again with"
         else:
