@@ -29,13 +29,13 @@ ROWS = {
 
 def measure(name: str) -> dict:
     """One row, compiled here."""
-    from llama_jax.plan import prepare_jax
+    from llama_jax.plan.__main__ import prepare_jax
 
     prepare_jax(1)
     from llama_jax.config import load_recipe
-    from llama_jax.planning.compiled import compile_step
-    from llama_jax.planning.machines import machine
-    from llama_jax.planning.report import recomputed
+    from llama_jax.plan.compile import compile_step
+    from llama_jax.plan.machines import machine
+    from llama_jax.plan.report import recomputed
 
     size, on, batch, seq_len, remat, _ = ROWS[name]
     settings = {"train.batch_size": batch, "train.accumulate": 1, "train.remat": remat}

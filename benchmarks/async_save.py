@@ -21,10 +21,10 @@ import jax
 import numpy as np
 import tqdm
 
-from llama_jax.checkpoint import Checkpoints
+from llama_jax.checkpoint.checkpoints import Checkpoints
 from llama_jax.config import load_recipe
-from llama_jax.sharding import make_mesh
-from llama_jax.step import execution, init_state, make_train_step
+from llama_jax.model.sharding import make_mesh
+from llama_jax.train.step import execution, init_state, make_train_step
 
 ROOT = Path(__file__).parent.parent
 

@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.config import MODELS, ModelConfig
-from llama_jax.conversion import foreign, targets
-from llama_jax.conversion.weights import rows_per_chunk, units
+from llama_jax.convert import foreign, targets
+from llama_jax.convert.tensors import rows_per_chunk, units
 
 COMMANDS = {  # name: source, then what to write
     "meta to orbax": ("source", "orbax"),
@@ -69,7 +69,7 @@ def run(command: list[str]) -> tuple[float, int]:
 def measure(args: argparse.Namespace, place: Path) -> None:
     """Every command, every round; then the table."""
     size = make_source(place / "source", MODELS[args.model])
-    idle = run([sys.executable, "-c", "import llama_jax.convert, orbax.checkpoint"])[1]
+    idle = run([sys.executable, "-c", "import llama_jax.convert.job, orbax.checkpoint"])[1]
     convert = [sys.executable, "-m", "llama_jax.convert", "--max-memory", args.max_memory]
     rates: dict[str, list[float]] = {"cp": []}
     ratios: dict[str, list[float]] = {name: [] for name in COMMANDS}

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.tokenise import machine, write
-from llama_jax.checkpoint import Checkpoints, write_about
+from llama_jax.checkpoint.checkpoints import Checkpoints, write_about
 from llama_jax.config import MODELS
-from llama_jax.model import Execution, Llama
-from llama_jax.step import split
-from llama_jax.tokenizer import train_tokenizer
+from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.model.llama import Execution, Llama
+from llama_jax.train.step import split
 
 MODEL, PROMPT = "stories110m", "def main("
 PEER = """

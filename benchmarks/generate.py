@@ -51,11 +51,11 @@ def jax_generate(cfg, batch: int):
     import jax
     import jax.numpy as jnp
 
-    from llama_jax.decoding import STRIDE
-    from llama_jax.llm import LLM
-    from llama_jax.model import Execution
-    from llama_jax.sampling import Greedy, settings_of
-    from llama_jax.step import take_apart
+    from llama_jax.generate.decode import STRIDE
+    from llama_jax.generate.llm import LLM
+    from llama_jax.generate.sampler import Greedy, settings_of
+    from llama_jax.model.llama import Execution
+    from llama_jax.train.step import take_apart
 
     w, ones = random_weights(cfg), lambda *shape: np.ones(cfg.shape(*shape), np.float32)
     block = dict(

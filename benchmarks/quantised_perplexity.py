@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.tokenise import machine, write
-from llama_jax.checkpoint import load_weights
+from llama_jax.checkpoint.checkpoints import load_weights
 from llama_jax.config import load_recipe
-from llama_jax.data import Mixture, eval_batches, open_mixture
-from llama_jax.model import Execution, Llama
-from llama_jax.quantize import quantize, weight_bytes
-from llama_jax.step import make_eval_step, split
+from llama_jax.data.mixture import Mixture, eval_batches, open_mixture
+from llama_jax.model.llama import Execution, Llama
+from llama_jax.model.quantize import quantize, weight_bytes
+from llama_jax.train.step import make_eval_step, split
 
 BATCH = 8
 

@@ -1,6 +1,6 @@
 """How fast is prepare, against SentencePiece alone in one process?
 
-The whole of :func:`llama_jax.prepare.prepare_mixture` on a file (read, hash, encode on every core,
+The whole of ``prepare_mixture`` on a file (read, hash, encode on every core,
 write, sync) against encoding the same texts, held in memory, one after the other in one thread:
 ratio = speed of prepare / (cores x speed of SentencePiece). Both in one run, in turns. On a
 machine that others use as well the ratio is lower; the ratio of CPU times shows by how much.
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import DataConfig, SourceConfig
-from llama_jax.prepare import prepare_mixture
-from llama_jax.text import find_files, read_documents
-from llama_jax.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.prepare.shards import prepare_mixture
+from llama_jax.prepare.text import find_files, read_documents
 
 RESULTS = Path(__file__).parent / "results"
 VOCAB_SIZE = 8192

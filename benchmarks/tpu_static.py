@@ -2,8 +2,8 @@
 
 Compiles our kernel and splash attention for a v5p at the heads of Llama 3 8B and T = 4096, and
 counts the bundles of each loop of libtpu's schedule times the loop's turns
-(`pallas_kernels.bench_schedule`). Splash is told rotated queries and keys, so the count of its
-rotary is not in it. Our kernels at all shapes: ``python -m pallas_kernels.bench``.
+(`benchmarks.kernels.schedule`). Splash is told rotated queries and keys, so the count of its
+rotary is not in it. Our kernels at all shapes: ``python -m benchmarks.kernels``.
 
     python -m benchmarks.tpu_static      writes benchmarks/results/tpu_static.json
 """
@@ -16,8 +16,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from benchmarks.kernels.schedule import Blocks, Loop, a_head, by_loop, compiler_options, take
 from benchmarks.tokenise import machine, write
-from pallas_kernels.bench_schedule import Blocks, Loop, a_head, by_loop, compiler_options, take
 
 CHIP, T, G, H = "v5p", 4096, 4, 128
 SPLASH_BLOCK = 1024
@@ -96,8 +96,8 @@ def compile_both_ways(name: str) -> None:
     import numpy as np
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-    from pallas_kernels.bench_cases import both_ways
-    from pallas_kernels.chips import topology
+    from benchmarks.kernels.cases import both_ways
+    from llama_jax.chips import topology
 
     mesh = Mesh(np.array(topology(CHIP)[:1]), ("x",), axis_types=(AxisType.Explicit,))
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -38,8 +38,8 @@ def jax_steps(shape: str):
     import numpy as np
 
     from llama_jax.config import load_recipe
-    from llama_jax.sharding import make_mesh
-    from llama_jax.step import execution, init_state, make_train_step
+    from llama_jax.model.sharding import make_mesh
+    from llama_jax.train.step import execution, init_state, make_train_step
 
     recipe = load_recipe(ROOT / "configs/tiny.toml", [f"model.name={shape}"])
     jax.set_mesh(make_mesh(recipe.mesh))

@@ -8,16 +8,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_jax.loading import load as load
-    from llama_jax.sampling import Greedy as Greedy
-    from llama_jax.sampling import Sample as Sample
+    from llama_jax.generate.load import load as load
+    from llama_jax.generate.sampler import Greedy as Greedy
+    from llama_jax.generate.sampler import Sample as Sample
 
-_ROOMS = {"load": "loading", "Greedy": "sampling", "Sample": "sampling"}
+_MODULES = {"load": "generate.load", "Greedy": "generate.sampler", "Sample": "generate.sampler"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"llama_jax.{_ROOMS[name]}"), name)
+    value = getattr(importlib.import_module(f"llama_jax.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

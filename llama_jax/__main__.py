@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from llama_jax import interrupt
+from llama_jax.train import interrupt
 
 VERBS = {
     "prepare": "text to token shards",
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int | str | None:
         return 2
     if argv[0] == "train" and is_command:
         interrupt.start_command()  # before the imports, which take seconds
-    return importlib.import_module(f"llama_jax.{argv[0]}").main(argv[1:])
+    return importlib.import_module(f"llama_jax.{argv[0]}.__main__").main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chips import peak_tflops
+from llama_jax.chips import peak_tflops
 
 
 def peak_flops(device: jax.Device) -> tuple[float, str]:
     """FLOP/s that utilisation is measured against, and where the number is from.
 
-    A chip that is not in the table (:func:`pallas_kernels.chips.peak_tflops`), and a CPU, is
+    A chip that is not in the table (:func:`llama_jax.chips.peak_tflops`), and a CPU, is
     measured: the rate of a large matrix product in the dtype of training there, bfloat16 on TPU and
     GPU, float32 on a CPU.
     """

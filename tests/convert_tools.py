@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax.config import ModelConfig, RopeConfig
-from llama_jax.conversion import formats, torch_files
+from llama_jax.convert import formats, torch_files
 
 DTYPES = {d.name: d for d in map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32))}
 DATA = Path(__file__).parents[1] / "../shared/data"

@@ -278,7 +278,7 @@ def record() -> tuple[np.ndarray, dict[str, np.ndarray]]:
     import shutil
     import tempfile
 
-    from llama_jax import prepare
+    from llama_jax.prepare import shards as prepare
 
     recipe = settings()
     names = list(recipe["data"]["sources"])
@@ -327,8 +327,8 @@ def recorded_order() -> np.ndarray:
     """(source, sequence) of every place of the run, found by the tokens of the batches."""
     import tempfile
 
-    from llama_jax.data import TrainData, open_mixture
-    from llama_jax.prepare import prepare_mixture
+    from llama_jax.data.mixture import TrainData, open_mixture
+    from llama_jax.prepare.shards import prepare_mixture
 
     recipe = loaded()
     T = recipe.data.seq_len
@@ -355,8 +355,8 @@ def recorded_weights() -> dict[str, np.ndarray]:
     import jax
     import jax.numpy as jnp
 
-    from llama_jax.model import Execution
-    from llama_jax.step import init_state
+    from llama_jax.model.llama import Execution
+    from llama_jax.train.step import init_state
 
     params = init_state(loaded(), Execution(jnp.dtype("float32"))).params
     return {

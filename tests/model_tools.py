@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from llama_jax.config import ModelConfig, RopeConfig
-from llama_jax.model import Execution, Llama
+from llama_jax.model.llama import Execution, Llama
 
 F32 = Execution(jnp.dtype("float32"))
 

@@ -8,10 +8,10 @@ A mutation is a table of a TOML file:
 
     [[mutation]]
     name = "top_p_keeps_one_more"
-    file = "llama_jax/sampling.py"
+    file = "llama_jax/generate/sampler.py"
     old = "before_BV < s.top_p"           # occurs exactly once in the file
     new = "before_BV <= s.top_p"
-    tests = ["tests/test_sampling.py::test_top_p_at_the_limit"]
+    tests = ["tests/generate/test_sampling.py::test_top_p_at_the_limit"]
     equivalent = "..."                    # only where no test can see the change: the reason
 
 All heavy libraries are imported once; each run is a fork of this process, which therefore must

@@ -1,1 +1,0 @@
-"""The rooms behind `llama_jax.convert`: files, layouts, the one table of tensors, copying."""

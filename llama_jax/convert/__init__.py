@@ -1,0 +1,1 @@
+"""Weight conversion: ``python -m llama_jax.convert``."""

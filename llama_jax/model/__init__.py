@@ -1,0 +1,1 @@
+"""The model: forward pass, sharding, parameters, quantization."""

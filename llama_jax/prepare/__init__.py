@@ -1,0 +1,1 @@
+"""Text to token shards: ``python -m llama_jax.prepare``."""

@@ -1,0 +1,320 @@
+"""The train step: state, loss, gradient, update. What `train` runs and `plan` compiles.
+
+In: a :class:`TrainState` and a batch. Out: the next state and the metrics of this update.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config import ConfigError, ModelConfig, Recipe
+from llama_jax.model.llama import JOINED, Execution, Llama, cut, rope_of
+from llama_jax.model.quantize import is_quantized
+from llama_jax.model.sharding import PRESETS, first_position, meshless, reshard
+from llama_jax.train.optim import make_optimizer, make_schedule
+from pallas_kernels import rotary_attention
+
+Params = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """What a step changes: float32 weights (the tree of a checkpoint's `model`) and the
+    optimizer's state."""
+
+    params: Params
+    optimizer: Any
+
+
+def execution(recipe: Recipe, platform: str) -> Execution:
+    """How the recipe's model is computed on ``platform``."""
+    train = recipe.train
+    dtype = train.compute_dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    return Execution(
+        jnp.dtype(dtype),
+        PRESETS[recipe.mesh.preset],
+        train.remat,
+        train.unroll,
+        train.attention or None,
+        reduce_float32=train.reduce_dtype == "float32",
+    )
+
+
+def check_attention(recipe: Recipe, mesh: Mesh) -> None:
+    """Raise a :class:`ConfigError` where the implementation named by ``train.attention`` does not
+    exist, or cannot compute this recipe on this mesh. Nothing is compiled."""
+    name, cfg, S = recipe.train.attention, recipe.model, recipe.data.seq_len
+    if not name:
+        return
+    how = execution(recipe, mesh.devices.flat[0].platform)
+    T, ways = S // mesh.shape["context"], mesh.shape["tensor"]
+    shape = lambda x, heads: jax.ShapeDtypeStruct((1, x, heads // ways, cfg.head_dim), how.dtype)
+    keys = shape(S, cfg.num_kv_heads)
+
+    def attend(q, k, v, positions, kv_positions):
+        segmented = recipe.data.packing == "segments"
+        return rotary_attention(
+            q, k, v, positions, rope_of(cfg, jnp.int32(S)), kv_positions_BS=kv_positions,
+            segment_ids_BT=positions if segmented else None,
+            kv_segment_ids_BS=kv_positions if segmented and T != S else None,
+            q_offset=first_position(T), implementation=name,
+        )  # fmt: skip
+
+    places = [jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (T, S)]
+    alone = jax.shard_map(attend, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    try:
+        with jax.set_mesh(mesh):
+            jax.eval_shape(alone, shape(T, cfg.num_heads), keys, keys, *places)
+    except (NotImplementedError, ValueError) as e:
+        raise ConfigError(
+            f"train.attention={name!r} cannot be used here: {e}; leave train.attention out to take "
+            "the best for the platform"
+        ) from e
+
+
+def split(llama: Llama) -> tuple[Any, Params]:
+    """A model as its structure and a nested dict of arrays."""
+    graphdef, state = nnx.split(llama)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def init_state(recipe: Recipe, how: Execution) -> TrainState:
+    """Fresh weights from ``train.seed``, and an optimizer that has seen nothing."""
+    llama = Llama(recipe.model, how, nnx.Rngs(recipe.train.seed), recipe.train.init_std)
+    _, params = split(llama)
+    return TrainState(params, make_optimizer(recipe.optim, recipe.train.steps).init(params))
+
+
+def abstract_state(recipe: Recipe, how: Execution, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of :func:`init_state`, with no memory used."""
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(functools.partial(init_state, recipe, how))
+    # A vector or a count has no sharding of its own: every device has it.
+    spec = lambda x: P() if x.sharding is None else x.sharding.spec
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x)))
+    return jax.tree.map(place, state)
+
+
+def make_train_step(
+    recipe: Recipe, how: Execution
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """The function that is compiled: (state, batch) -> (state, metrics).
+
+    A batch holds int32 ``inputs_BT`` and ``targets_BT``, optionally ``mask_BT`` (float32, which
+    targets count),
+    ``segment_ids_BT`` and ``positions_BT``, each with a leading axis of accumulation steps; and
+    ``stop``, a flag a
+    device. Metrics: loss (mean over counted targets, nats), grad_norm (before clipping),
+    learning_rate (of this
+    update), stop (how many devices ask to).
+    """
+    optimizer = make_optimizer(recipe.optim, recipe.train.steps)
+    schedule = make_schedule(recipe.optim, recipe.train.steps)
+    graphdef = structure(recipe.model, how)
+
+    def loss_sum(params: Params, part: dict) -> jax.Array:
+        return nll_sum(merge(graphdef, params), part, recipe.train.loss_chunk)
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        batch = dict(batch)
+        stop = jnp.sum(batch.pop("stop"))
+        mask = batch.get("mask_BT")
+        counted = jnp.float32(batch["targets_BT"].size) if mask is None else jnp.sum(mask)
+        parts = batch["targets_BT"].shape[0]
+        if parts == 1:
+            part = jax.tree.map(lambda x: x[0], batch)
+            total, grads = jax.value_and_grad(lambda p: loss_sum(p, part) / counted)(state.params)
+        else:
+
+            def add(carry, part):
+                loss, grads = jax.value_and_grad(lambda p: loss_sum(p, part) / counted)(
+                    state.params
+                )
+                return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+            zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+            (total, grads), _ = jax.lax.scan(add, zeros, batch)
+        metrics = {
+            "loss": total,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(_count(state.optimizer)),
+            "stop": stop,
+        }
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+
+    return train_step
+
+
+def merge(graphdef: Any, params: Params) -> Llama:
+    """The model of :func:`split` again."""
+    shape, variables, state = graphdef
+    values = jax.tree.leaves(params, is_leaf=is_quantized)
+    filled = [v.replace(x) for v, x in zip(variables, values, strict=True)]
+    return nnx.merge(shape, jax.tree.unflatten(state, filled))
+
+
+def structure(cfg: ModelConfig, how: Execution, apart: bool = False) -> Any:
+    """What :func:`merge` needs to make a model of its arrays: no arrays. ``apart``: of arrays that
+    :func:`take_apart` has cut."""
+
+    def build() -> Llama:
+        llama = Llama(cfg, how, nnx.Rngs(0))
+        if apart:
+            llama.take_apart()
+        return llama
+
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    # Whole variables: the value of one may be an array or a quantised matrix.
+    return graphdef, *jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def take_apart(params: Params) -> Params:
+    """The stack of layers cut into one dict a layer.
+
+    For programs that run the layers one after the other again and again: cut inside, all weights
+    would be copied each time, as XLA does on CPU and GPU. The matrices are taken out of ``params``
+    one by one, so that what goes and what comes are never all held at once.
+    """
+
+    def pieces(tree: dict) -> dict:
+        out = {}
+        for name in list(tree):
+            x = tree.pop(name)
+            out[name] = pieces(x) if isinstance(x, dict) else _layers_of(x)
+        return out
+
+    cut_up = pieces(params["blocks"])
+    L = len(cut_up["mlp_norm"])
+    is_list = lambda x: isinstance(x, list)
+    layers = {}
+    for i in range(L):
+        layers[i] = join(jax.tree.map(lambda x: x.pop(0), cut_up, is_leaf=is_list))
+    return {**params, "blocks": layers}
+
+
+def join(layer: Params) -> Params:
+    """A layer's weights, on one device with matrices joined as in
+    :data:`llama_jax.model.llama.JOINED`; changed in place."""
+    for room, (whole, parts) in JOINED.items() if meshless() else ():
+        if room in layer:
+            matrices = [layer[room].pop(part) for part in parts]
+            layer[room][whole] = _side_by_side(*matrices)
+    return layer
+
+
+@jax.jit
+def _side_by_side(*matrices: Any) -> Any:
+    return jax.tree.map(lambda *w: jnp.concatenate(w, axis=-1), *matrices)
+
+
+@jax.jit
+def _layers_of(w_L: Any) -> list[Any]:
+    leaves, tree = jax.tree.flatten(w_L)
+    layers = zip(*map(cut, leaves), strict=True)
+    return [jax.tree.unflatten(tree, layer) for layer in layers]
+
+
+def _count(opt_state: Any) -> jax.Array:
+    """Updates so far, from the learning rate's own counter: the rate reported is the one used."""
+    return opt_state[-1].count
+
+
+def nll_sum(llama: Llama, batch: dict, chunk: int) -> jax.Array:
+    """Sum over counted targets of -log p(target), nats, float32.
+
+    ``chunk`` tokens of each device have logits at a time (0: all); their logits are computed again
+    in the backward pass.
+    """
+    x_BTD = llama.hidden(
+        batch["inputs_BT"],
+        positions_BT=batch.get("positions_BT"),
+        segment_ids_BT=batch.get("segment_ids_BT"),
+    )
+    targets_BT, mask_BT = batch["targets_BT"], batch.get("mask_BT")
+    if mask_BT is None:
+        mask_BT = jnp.ones(targets_BT.shape, jnp.float32)
+    rules = llama.how.rules
+    targets_BT, mask_BT = (reshard(a, rules.operand("BT")) for a in (targets_BT, mask_BT))
+    part = lambda x, targets, mask: jnp.sum(token_nll(llama.logits(x), targets) * mask)
+    pieces = _pieces(x_BTD, chunk)
+    if pieces == 1:
+        return part(x_BTD, targets_BT, mask_BT)
+    # Every pieces-th position together: each device's own positions are cut, whatever splits T.
+    cut = lambda a, letters: jnp.moveaxis(_cut(a, pieces, rules.operand(letters)), 2, 0)
+    pieces_of = cut(x_BTD, "BTD"), cut(targets_BT, "BT"), cut(mask_BT, "BT")
+    body = jax.checkpoint(lambda total, a: (total + part(*a), None))
+    return jax.lax.scan(body, jnp.float32(0), pieces_of)[0]
+
+
+def _pieces(x_BTD: jax.Array, chunk: int) -> int:
+    if not chunk:
+        return 1
+    B, T = (
+        x_BTD.shape[:2] if meshless() else jax.typeof(x_BTD).sharding.shard_shape(x_BTD.shape)[:2]
+    )
+    wanted = math.ceil(B * T / chunk)
+    return next((n for n in range(wanted, T) if T % n == 0), T)
+
+
+def _cut(a: jax.Array, pieces: int, spec: P) -> jax.Array:
+    shape = (*a.shape[:2], *a.shape[2:])
+    new = (shape[0], shape[1] // pieces, pieces, *shape[2:])
+    return (
+        a.reshape(new) if meshless() else a.reshape(new, out_sharding=P(*spec[:2], None, *spec[2:]))
+    )
+
+
+@jax.custom_vjp
+def token_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """-log softmax(logits)[target] of each token, [B, T] float32.
+
+    The backward pass is written out, softmax(logits) - onehot: one pass over the logits, with no
+    scatter.
+    """
+    return _token_nll_forward(logits_BTV, targets_BT)[0]
+
+
+def _token_nll_forward(logits_BTV, targets_BT):
+    top = jnp.max(logits_BTV, axis=-1, keepdims=True)
+    log_total = top + jnp.log(jnp.sum(jnp.exp(logits_BTV - top), axis=-1, keepdims=True))
+    # A masked sum and not a gather: it works where V lies on several devices.
+    target = jnp.sum(jnp.where(_is_target(logits_BTV, targets_BT), logits_BTV, 0), axis=-1)
+    return log_total[..., 0] - target, (logits_BTV, targets_BT, log_total)
+
+
+def _token_nll_backward(residuals, g_BT):
+    logits_BTV, targets_BT, log_total = residuals
+    softmax = jnp.exp(logits_BTV - log_total)
+    return (softmax - _is_target(logits_BTV, targets_BT)) * g_BT[..., None], None
+
+
+token_nll.defvjp(_token_nll_forward, _token_nll_backward)
+
+
+def _is_target(logits_BTV, targets_BT):
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
+    if not meshless():
+        ids = reshard(ids, jax.typeof(logits_BTV).sharding.spec)
+    return ids == targets_BT[..., None]
+
+
+def make_eval_step(recipe: Recipe, how: Execution) -> Callable[[Params, dict], jax.Array]:
+    """(params, batch) -> sum of -log p over counted targets, nats; a batch as for the train step,
+    of one part."""
+    graphdef = structure(recipe.model, how)
+
+    def eval_step(params: Params, batch: dict) -> jax.Array:
+        part = {key: value[0] for key, value in batch.items() if key != "stop"}
+        return nll_sum(merge(graphdef, params), part, recipe.train.loss_chunk)
+
+    return eval_step

@@ -1,0 +1,1 @@
+"""Integrity check: ``python -m llama_jax.verify``."""

@@ -1,0 +1,192 @@
+"""Check every byte of a run, a checkpoint, converted weights or prepared data.
+
+In comes a folder; out comes a line for each file that is missing, has another size or content than
+was written, or cannot be checked.
+
+    python -m llama_jax.verify FOLDER
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from llama_jax.checkpoint.file_hashes import (
+    MANIFEST,
+    Files,
+    find_problems,
+    read_checksums,
+    read_list,
+)
+from llama_jax.data import manifest
+from llama_jax.io import in_use, read_json
+
+
+class _Listed(NamedTuple):
+    """What a folder should hold."""
+
+    lists: list[tuple[Path, Files]]
+    problems: list[str]
+    """with the lists themselves"""
+    data: list[Path]
+    """folders of prepared data"""
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Compare all files with the hashes that were written with them.
+
+    Args:
+      folder: a run, one step of it, converted weights (Orbax, Hugging Face or Meta), or data made
+        by `python -m llama_jax.prepare` (a mixture or one source).
+
+    Returns:
+      One line for each problem; empty when everything is as it was written.
+
+    Raises:
+      ValueError: the folder is none of these.
+      OSError: a file cannot be read.
+    """
+    return _check(_listed(Path(folder)))
+
+
+def _check(listed: _Listed) -> list[str]:
+    problems = list(listed.problems)
+    total = sum(size for _, files in listed.lists for size, _ in files.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=None) as bar:
+        for folder, files in listed.lists:
+            try:
+                found = find_problems(folder, files, report=lambda count: bar.update(count))
+            except FileNotFoundError:
+                if not _removed(folder):
+                    raise
+                continue
+            if found and not _removed(folder):
+                problems += found
+    for folder in listed.data:
+        problems += manifest.verify(folder)
+    return problems
+
+
+def _removed(folder: Path) -> bool:
+    """Whether a running training removes this step, an old one, while we read it."""
+    if folder.parent.name != "steps":
+        return False
+    for _ in range(100):
+        if not folder.is_dir() or not in_use(folder.parents[1]):
+            break
+        time.sleep(0.1)
+    return not folder.is_dir()
+
+
+def _listed(folder: Path) -> _Listed:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    absolute = folder.resolve()
+    for step in (absolute, absolute.parent):  # a step, or an item of it
+        if step.parent.name == "steps" and step.name.isdigit():
+            return _checkpoint(step.parents[1], [step], f"steps/{step.name}/")
+    if (folder / "steps").is_dir() or (folder / "model.json").exists():
+        steps = [p for p in sorted(folder.glob("steps/*")) if p.name.isdigit()]
+        listed = _checkpoint(folder, steps, "steps/")
+        if (folder / "data").is_dir():
+            listed.data.append(folder / "data")
+        return listed
+    if not (folder / MANIFEST).exists():
+        raise ValueError(
+            f"{folder} is no run, checkpoint, converted weights or prepared data: it has neither "
+            f"{MANIFEST} nor steps/"
+        )
+    try:
+        tree = read_json(folder / MANIFEST, 1 << 30)
+        if "sources" in tree or "splits" in tree:
+            return _Listed([], [], [folder])
+        return _with_files(folder, read_list(folder / MANIFEST))
+    except ValueError as e:
+        return _Listed([], [str(e)], [])
+
+
+def _with_files(folder: Path, files: Files) -> _Listed:
+    old = [] if files else [f"{folder / MANIFEST} lists no files: written by an older version"]
+    return _Listed([(folder, files)], old, [])
+
+
+def _checkpoint(root: Path, steps: list[Path], prefix: str) -> _Listed:
+    """The small files of a checkpoint folder, and these steps: all, or the one called prefix."""
+    problems: list[str] = []
+    files: Files = {}
+    try:
+        files = read_list(root / MANIFEST)
+        if not files:
+            problems.append(f"{root / MANIFEST} lists no files: written by an older version")
+    except FileNotFoundError:
+        begun = steps or (root / "model.json").exists()
+        problems.append(f"{root / MANIFEST} is missing" if begun else f"{root} holds no checkpoint")
+    except ValueError as e:
+        problems.append(str(e))
+    kept = {n: e for n, e in files.items() if n.startswith(prefix) or not n.startswith("steps/")}
+    lists = [(root, kept)]
+    for step in steps:
+        try:
+            checksums = read_checksums(step)
+        except (ValueError, FileNotFoundError) as e:
+            if not _removed(step):
+                problems.append(str(e))
+            continue
+        if checksums is not None:
+            lists.append((step, checksums))
+        elif not any(name.startswith(f"steps/{step.name}/") for name in files):
+            problems += _without_checksums(root, step)
+    return _Listed(lists, problems, [])
+
+
+def _without_checksums(root: Path, step: Path) -> list[str]:
+    """Why a step cannot be checked, in one line; nothing if it is being removed."""
+    if (step / "checksums.json").exists():
+        return [f"{step} has no SHA-256: written by an older version, it cannot be checked"]
+    if in_use(root):
+        why = "the run that is going on has not written them yet; try again in a moment"
+        return [f"{step} has no checksums: {why}"] if step.is_dir() else []
+    return [
+        f"{step} has no checksums: the process ended before they were written; continue the run "
+        "to have them written"
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns 0 if everything is as written, 1 with problems, 2 for another
+    folder."""
+    parser = argparse.ArgumentParser(prog="python -m llama_jax.verify", description=_summary())
+    parser.add_argument("folder", type=Path, help="run, checkpoint, converted weights or data")
+    folder = parser.parse_args(argv).folder
+    try:
+        listed = _listed(folder)
+        problems = _check(listed)
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"error: {e.filename or folder}: {e.strerror or e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if problems:
+        print(*problems, sep="\n")
+        print(f"{folder}: {len(problems)} problem(s)")
+        return 1
+    count = sum(len(files) for _, files in listed.lists)
+    size = sum(entry[0] for _, files in listed.lists for entry in files.values())
+    data = " and the prepared data" if listed.data and count else ""
+    what = f"{count:,} files, {size / 1e9:,.3f} GB{data}" if count else "the prepared data"
+    print(f"{folder}: all right: {what} are as they were written")
+    return 0
+
+
+def _summary() -> Any:
+    return "Check every file against the hashes that were written with it."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

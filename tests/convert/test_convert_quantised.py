@@ -1,0 +1,210 @@
+"""Checkpoints of matrices in 8 or 4 bits: what loading would make of the weights, on the disk."""
+
+import functools
+import hashlib
+import json
+import shutil
+
+import convert_tools as tools
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+
+import llama_jax
+from llama_jax.config import ConfigError, MeshConfig
+from llama_jax.convert import layouts, quantised
+from llama_jax.convert import logits as verification
+from llama_jax.convert.job import convert, main
+from llama_jax.convert.orbax import ORBAX
+from llama_jax.convert.quantised import pack, unpack
+from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.generate import load as loading
+from llama_jax.model.llama import Execution, Llama
+from llama_jax.model.quantize import is_quantized
+from llama_jax.model.sharding import AXES, PRESETS, make_mesh
+from llama_jax.train.step import split
+
+# In int4 groups of 64 and of 32; over two devices of 32 and 16.
+CFG = tools.small(vocab_size=300, dim=64, head_dim=16, num_heads=4, num_kv_heads=4, ffn_dim=96)
+
+TEXT = ["the cat sat on a mat", "some animals saw 12 cats", "日本 and é", "def main(argv):"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint of whole weights, and those of 8 and 4 bits made of the same source.
+
+    In bfloat16 many numbers lie exactly between two integers: rounding has to agree.
+    """
+    folder = tmp_path_factory.mktemp("weights")
+    state = tools.meta_state(CFG, tools.DTYPES["bfloat16"], make=tools.random_values)
+    state["layers.1.feed_forward.w1.weight"][5] = 0  # an output that is always zero
+    tools.make_meta(folder / "meta", state, CFG)
+    train_tokenizer(TEXT * 50, 300, folder / "meta" / "tokenizer.model")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(quantised, "BLOCK", 1000)  # a matrix is more than one block
+        patched.setattr(verification, "compare_logits", lambda *_: "logits compared")
+        for kind in (None, "int8", "int4"):
+            convert(folder / "meta", folder / str(kind), verify=kind is not None, quantize=kind)
+    return folder
+
+
+def loaded(folder, kind, tensor=1, stored=True, dtype="float32"):
+    mesh = jax.make_mesh(
+        (1, 1, tensor, 1), AXES, (AxisType.Explicit,) * 4, devices=jax.devices()[:tensor]
+    )
+    with jax.set_mesh(mesh):
+        how = Execution(jnp.dtype(dtype), PRESETS["fsdp_tensor"])
+        like = split(nnx.eval_shape(lambda: Llama(CFG, how, nnx.Rngs(0))))[1]
+        place = lambda x: jax.ShapeDtypeStruct(
+            x.shape, dtype, sharding=NamedSharding(mesh, x.sharding.spec)
+        )
+        read = functools.partial(loading._quantized_now, folder / "None")
+        if stored:
+            folder = folder / kind
+            read = functools.partial(loading._quantized_before, folder, CFG)
+        else:
+            folder = folder / "None"
+        return loading._load_quantized(folder, jax.tree.map(place, like), kind, False, read)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+    assert jax.tree.map(lambda x: (x.dtype, x.sharding), a) == jax.tree.map(
+        lambda x: (x.dtype, x.sharding), b
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor", "dtype"), [("int8", 2, "float32"), ("int4", 1, "bfloat16")]
+)
+def test_bits_are_those_of_quantising_at_load(folders, kind, tensor, dtype):
+    same(loaded(folders, kind, tensor, True, dtype), loaded(folders, kind, tensor, False, dtype))
+
+
+def test_devices_that_cut_a_group_share_its_scale(folders):
+    whole = lambda x: x.astype(jnp.float32) if is_quantized(x) else x
+    one, two = (
+        jax.tree.map(jax.vmap(whole), loaded(folders, "int4", n)["blocks"], is_leaf=is_quantized)
+        for n in (1, 2)
+    )
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(two), jax.device_get(one))
+
+
+def test_texts_are_those_of_quantising_at_load(folders):
+    stored = llama_jax.load(folders / "int4")
+    again = llama_jax.load(folders / "None", quantize="int4")
+    ask = lambda llm: llm.generate("the cat", max_new_tokens=12, logprobs=True)
+    assert ask(stored) == ask(again)
+    same(llama_jax.load(folders / "int4", quantize="int4").params, stored.params)
+    with pytest.raises(ValueError, match=r"quantize='int8', but .* holds int4: leave quantize out"):
+        llama_jax.load(folders / "int4", quantize="int8")
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("int4", 4)])
+def test_what_lies_on_the_disk(folders, kind, bits, capsys):
+    """Sizes, the manifest's sums over what a stock restore reads, and what --inspect says."""
+    folder = folders / kind
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**ORBAX)) as files:
+        tree = files.metadata(folder / "steps/0/model").item_metadata.tree
+        as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        args = ocp.args.PyTreeRestore(restore_args=as_arrays)
+        tree = files.restore(folder / "steps/0/model", args=args)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["quantize"] == kind
+    for path, entry in manifest["tensors"].items():
+        array = functools.reduce(dict.__getitem__, path.split("/"), tree)
+        assert (list(array.shape), array.dtype.name) == (entry["shape"], entry["dtype"])
+        layers = array if path.startswith("blocks/") else [array]
+        sums = [hashlib.sha256(np.ascontiguousarray(w).tobytes()).hexdigest() for w in layers]
+        assert sums == entry["sha256"], path
+    up = tree["blocks"]["mlp"]["up"]
+    assert up["q"].nbytes * 8 == CFG.num_layers * CFG.dim * CFG.ffn_dim * bits
+    assert up["scale"].shape == (CFG.num_layers, 1, CFG.ffn_dim)
+    assert main(["--inspect", str(folder)]) == 0
+    assert f"the layers' matrices {kind}, all else " in capsys.readouterr().out
+
+
+def test_it_is_for_sampling(folders, tmp_path, capsys):
+    """Nothing whole comes back out of it, and errors say so."""
+    out = str(tmp_path / "out")
+    for arguments, said in [
+        ([str(folders / "int8"), out, "--to", "hf"], "holds matrices in int8, which cannot be"),
+        ([str(folders / "int8"), out, "--quantize", "int4"], "holds matrices in int8"),
+        ([str(folders / "meta"), out, "--to", "hf", "--quantize", "int4"], "Orbax; Hugging Face"),
+    ]:
+        assert main(arguments) == 1
+        assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="quantize='int2': there are 'int8' and 'int4'"):
+        convert(folders / "meta", tmp_path / "out", quantize="int2")
+
+
+def test_over_several_devices(folders):
+    mesh = lambda devices, **sizes: make_mesh(
+        MeshConfig(preset="fsdp_tensor", **sizes), jax.devices()[:devices]
+    )
+    for name in ("None", "int4"):
+        llm = llama_jax.load(folders / name, quantize="int4", mesh=mesh(2, fsdp=1, tensor=2))
+        assert llm.params["blocks"][0]["mlp"]["down"].q.dtype == jnp.int4
+    with pytest.raises(ValueError, match=r"the mesh has fsdp=8: sampling splits .* tensor alone"):
+        llama_jax.load(folders / "int4", mesh=mesh(8))
+    message = "tensor=8 does not divide num_kv_heads=4, vocab_size=300 of this model"
+    with pytest.raises(ValueError, match=message):
+        llama_jax.load(folders / "None", mesh=mesh(8, fsdp=1, tensor=8))
+
+
+def test_weights_that_are_damaged_or_one_step_of_some(folders, tmp_path):
+    with pytest.raises(ConfigError, match=r"one step of a checkpoint: load .*/None, its newest"):
+        llama_jax.load(folders / "None/steps/0")
+    for name, kind in (("None", None), ("int8", "int8")):
+        shutil.copytree(folders / name, tmp_path / name)
+        path = f"blocks.mlp.up{'.q' if kind else ''}/c"
+        chunk = next(p for p in (tmp_path / name).rglob(f"{path}/1/**/*") if p.is_file())
+        chunk.write_bytes(chunk.read_bytes()[:10])
+        with pytest.raises(ConfigError, match=f"{chunk} has 10 bytes, not "):
+            llama_jax.load(tmp_path / name)
+        (tmp_path / name / "manifest.json").unlink()
+        with pytest.raises(ConfigError, match=r"the weights in .* cannot be read: .*mlp.up"):
+            llama_jax.load(tmp_path / name)
+
+
+def test_a_stopped_run_continues(folders, tmp_path, monkeypatch):
+    read, done = quantised.Quantizing.read, []
+
+    def stops(self, unit, start, stop):
+        done.append(unit.name)
+        if len(done) == 20:
+            raise KeyboardInterrupt
+        return read(self, unit, start, stop)
+
+    monkeypatch.setattr(quantised.Quantizing, "read", stops)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folders / "meta", tmp_path / "out", quantize="int8")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(layouts.LayoutError):
+        layouts.open_folder(tmp_path / "out.partial")
+    monkeypatch.setattr(quantised.Quantizing, "read", read)
+    convert(folders / "None", tmp_path / "other", quantize="int8")  # from Orbax as well
+    convert(folders / "meta", tmp_path / "out", quantize="int8")
+    sums = lambda name: json.loads((name / "manifest.json").read_text())["tensors"]
+    assert sums(tmp_path / "out") == sums(folders / "int8") == sums(tmp_path / "other")
+
+
+def test_numbers_without_a_scale_are_an_error(tmp_path):
+    state = tools.meta_state(CFG, tools.DTYPES["float32"], make=tools.random_values)
+    state["layers.0.attention.wo.weight"][3, 4] = np.inf
+    tools.make_meta(tmp_path / "meta", state, CFG)
+    with pytest.raises(ValueError, match="blocks/attention/o/0 holds numbers that are not finite"):
+        convert(tmp_path / "meta", tmp_path / "out", quantize="int4")
+
+
+@pytest.mark.parametrize("rows", [6, 7])
+def test_two_rows_a_byte(rows):
+    q = np.random.default_rng(0).integers(-8, 8, (rows, 5)).astype(np.int8)
+    assert pack(q).shape == (-(-rows // 2), 5)
+    np.testing.assert_array_equal(unpack(pack(q), rows), q)

@@ -1,0 +1,517 @@
+"""Continuations: a real model's text, transformers' ids, rows that do not depend on each other."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from model_tools import F32, hf_model, random_weights, small, tree_of
+
+import llama_jax
+from llama_jax import Greedy, Sample
+from llama_jax.config import ConfigError
+from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.generate.__main__ import main
+from llama_jax.generate.decode import STRIDE
+from llama_jax.generate.detokenize import Row
+from llama_jax.generate.llm import LLM, Generation
+from llama_jax.generate.load import _eos_of
+from llama_jax.generate.sampler import settings_of
+from llama_jax.model.llama import Execution, Llama
+from llama_jax.model.sharding import AXES, PRESETS
+from llama_jax.train.step import merge, split, structure, take_apart
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared/data"
+STORIES = DATA / "stories260k"
+TEXT = ["the cat sat on a mat", "some animals saw 12 cats", "日本 and é", "def main(argv):"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return train_tokenizer([t for t in TEXT for _ in range(50)], 300, path)
+
+
+UNROLLED = Execution(jnp.dtype("float32"), unroll=True)
+
+
+def model(tokenizer, seed=0, std=0.3, how=F32, **changes):
+    """A random model whose logits differ enough to make text of."""
+    cfg = small(vocab_size=300, context=400, **changes)
+    return LLM(cfg, split(Llama(cfg, how, nnx.Rngs(seed), std))[1], tokenizer, how)
+
+
+@pytest.fixture(scope="module")
+def llm(tokenizer):
+    return model(tokenizer)
+
+
+def test_layers_apart_make_the_same_text(llm, tokenizer):
+    """As weights are loaded on CPU and GPU; nothing of the stack is left."""
+    stacked = split(Llama(llm.cfg, F32, nnx.Rngs(0), 0.3))[1]
+    held = stacked["blocks"]
+    apart = LLM(llm.cfg, take_apart(stacked), tokenizer, UNROLLED)
+    assert sorted(apart.params["blocks"]) == [0, 1]
+    assert held == {}
+    prompts = ["the cat", "some animals saw 12 cats"]
+    assert apart.generate(prompts, max_new_tokens=24) == llm.generate(prompts, max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    if not STORIES.exists():
+        # Only where the material lies beside the project; the tests below run without it as well.
+        return None
+    folder = tmp_path_factory.mktemp("stories") / "st"
+    command = [sys.executable, "-m", "llama_jax.convert", str(STORIES / "hf-mha"), str(folder)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    return llama_jax.load(folder)
+
+
+def test_a_real_model(stories):
+    """The text of llama2.c, alone and beside rows of other lengths; its likelihoods."""
+    if stories is None:
+        return
+    golden = json.loads((STORIES / "golden.json").read_text())
+    want = golden["greedy_text_200_steps"]
+    assert stories.generate("", max_new_tokens=200) == want
+    others = ["Lily", "", "One day, a dog and a cat went to the park to play with a ball."]
+    assert stories.generate(others, max_new_tokens=200)[1] == want
+    assert "".join(stories.stream("", max_new_tokens=200)) == want
+    (whole,) = stories.generate([""], max_new_tokens=200, logprobs=True)
+    assert list(whole.ids) == golden["greedy_ids_from_bos"][1:]
+    np.testing.assert_allclose(-np.mean(whole.logprobs), golden["nll"]["greedy200"], rtol=1e-4)
+    text = (DATA / "tinyshakespeare/input.txt").read_text()[:3000]
+    scores = stories.score(text)
+    assert len(scores.ids) == golden["rolling"]["n_tokens"]
+    np.testing.assert_allclose(sum(scores.logprobs), golden["rolling"]["loglikelihood"], rtol=1e-5)
+
+
+def test_ids_are_those_of_transformers(tokenizer):
+    """Greedy, prompts of mixed length, one with the end of a document in it."""
+    pytest.importorskip("torch", reason="needs torch and transformers")
+    pytest.importorskip("transformers")
+    import torch
+
+    for changes in ({}, {"num_kv_heads": 4, "tie_embeddings": True}):
+        cfg = small(vocab_size=300, context=400, **changes)
+        weights = random_weights(cfg)
+        ours = LLM(cfg, tree_of(weights), tokenizer, F32)
+        theirs = hf_model(cfg, weights)
+        theirs.generation_config.eos_token_id = tokenizer.eos_id
+        prompts = ["the cat", "some animals saw 12 cats and a mat", ""]
+        made = ours.generate(prompts, max_new_tokens=24, logprobs=True)
+        for prompt, mine in zip(prompts, made, strict=True):
+            ids = torch.tensor([tokenizer.encode(prompt, bos=True)])
+            out = theirs.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
+            assert [i for i in out[0, ids.shape[1] :].tolist() if i != 2] == list(mine.ids)
+        ids = [1, 2, 1, 20, 30]
+        out = theirs.generate(
+            torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0
+        )
+        again, *_ = ours.resume(ids, [], None, max_new_tokens=8, sampling=Greedy(), seed=0)
+        assert [i for i in out[0, 5:].tolist() if i != 2] == list(again.ids)
+
+
+@pytest.mark.parametrize("sampling", [Greedy(), Sample(temperature=1.2, top_p=0.95)])
+def test_a_row_does_not_depend_on_its_mates(llm, sampling):
+    prompts = ["the cat", "", "some animals saw 12 cats " * 4, "日本", "def main("]
+    together = llm.generate(prompts, max_new_tokens=40, sampling=sampling, seed=5)
+    turned = llm.generate(prompts[::-1], max_new_tokens=40, sampling=sampling, seed=5)
+    assert turned[::-1] == together
+    for prompt, text in zip(prompts, together, strict=True):
+        assert llm.generate(prompt, max_new_tokens=40, sampling=sampling, seed=5) == text
+
+
+def test_seeds_and_samples(llm):
+    draw = lambda seed, n=3: llm.generate(
+        "the cat", max_new_tokens=20, sampling=Sample(), n=n, seed=seed
+    )
+    first = draw(0)
+    assert len(set(first)) == 3
+    assert draw(0) == first
+    assert draw(0, n=2) == first[:2]
+    assert draw(1) != first
+    assert llm.generate(["a", "b"], max_new_tokens=2, n=2, sampling=Sample())[1:] == [
+        llm.generate("b", max_new_tokens=2, n=2, sampling=Sample())
+    ]
+
+
+@pytest.mark.parametrize("length", [600])
+def test_chunks_of_a_prompt_equal_the_whole(tokenizer, length):
+    """A prompt in padded chunks, and what follows it, equal one pass over all of it."""
+    cfg = dataclasses.replace(model(tokenizer).cfg, context=1024)
+    llm = LLM(cfg, split(Llama(cfg, F32, nnx.Rngs(0), 0.3))[1], tokenizer, F32)
+    llm.empty_cache(300)  # a smaller one first: sizes are kept apart
+    ids = np.random.default_rng(0).integers(3, 300, length).tolist()
+    logits_V, cache = llm.prefill(ids, llm.empty_cache(length + 256))
+    whole = merge(structure(cfg, F32), llm.params)(np.asarray([ids]))[0, -1]
+    np.testing.assert_allclose(logits_V, whole, atol=1e-5 * float(jnp.ptp(whole)))
+    assert cache.lengths_B.tolist() == [length]
+    made, *_ = llm.resume(ids, [], None, max_new_tokens=12, sampling=Greedy(), seed=0)
+    whole = merge(structure(cfg, F32), llm.params)(np.asarray([[*ids, *made.ids]]))[0]
+    assert list(made.ids) == np.argmax(whole[length - 1 : -1], axis=-1).tolist()
+
+
+def test_nothing_compiles_again(tokenizer):
+    llm = model(tokenizer)
+    llm.generate("the cat", max_new_tokens=5)
+    llm.generate("the cat " * 20, max_new_tokens=5, sampling=Sample(temperature=0.5))
+    compiled = len(llm._compiled)
+    for length, new, sampling in (
+        (1, 40, Greedy()), (9, 3, Sample(top_k=4)), (3, 64, Sample(temperature=2.0, top_p=0.3)),
+        (17, 31, Sample(min_p=0.1, repetition_penalty=1.1)),
+    ):  # fmt: skip
+        llm.generate("a cat " * length, max_new_tokens=new, sampling=sampling, seed=new)
+    assert len(llm._compiled) == compiled
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_joins_to_the_text(llm, seed):
+    """No piece ends inside a character: this model speaks bytes at random."""
+    how = dict(max_new_tokens=60, sampling=Sample(temperature=1.5), seed=seed)
+    whole = llm.generate("日本", **how)
+    pieces = list(llm.stream("日本", **how))
+    assert "".join(pieces) == whole
+    assert not any(p.endswith("\ufffd") for p in pieces[:-1])
+    stop = whole[20:23]
+    stopped = llm.generate("日本", stop=stop, **how)
+    assert stopped == whole[: whole.index(stop)]
+    assert "".join(llm.stream("日本", stop=stop, **how)) == stopped
+
+
+def test_text_is_made_of_new_tokens_alone(tokenizer, monkeypatch):
+    """Decoding all of a text for each of its tokens would cost the square of its length."""
+    decoded = []
+    decode = type(tokenizer).decode
+    count = lambda self, ids: decoded.append(len(ids)) or decode(self, ids)
+    ids = tokenizer.encode("some animals saw 12 cats on a mat " * 40)
+    row = Row(tokenizer, [1], ["dog"])
+    monkeypatch.setattr(type(tokenizer), "decode", count)
+    for token in ids:
+        row.take([token], [0.0], (), 10**6)
+        row.settled()
+    assert max(decoded) < 16
+    assert row.result().text == decode(tokenizer, ids)
+
+
+def test_ends(llm, tokenizer):
+    (g,) = llm.generate(["the cat"], max_new_tokens=3, logprobs=True)
+    assert isinstance(g, Generation)
+    assert (g.finish, len(g.ids), len(g.logprobs)) == ("length", 3, 3)
+    (longest,) = llm.generate(["the cat"], max_new_tokens=10**6, logprobs=True)
+    assert len(longest.ids) <= llm.cfg.context
+    ended = LLM(llm.cfg, llm.params, tokenizer, F32, eos_ids=[g.ids[1]])
+    (end,) = ended.generate(["the cat"], max_new_tokens=9, logprobs=True)
+    assert (end.finish, end.ids) == ("end", g.ids[:1])
+
+
+def test_draws_and_logprobs_are_the_models_own(llm):
+    """Token i of a sample is drawn with its own key from the logits after those before it."""
+    (made,) = llm.generate(["the cat"], max_new_tokens=8, sampling=Sample(), seed=5, logprobs=True)
+    ids = llm.encode("the cat")
+    tokens = np.asarray([[*ids, *made.ids]])
+    logits = np.asarray(merge(structure(llm.cfg, F32), llm.params)(tokens))[0, len(ids) - 1 : -1]
+    key = jax.random.fold_in(jax.random.key(5), 0)
+    drawn = [jax.random.categorical(jax.random.fold_in(key, i), x) for i, x in enumerate(logits)]
+    assert list(made.ids) == list(map(int, drawn))
+    want = np.asarray(jax.nn.log_softmax(logits))[range(8), list(made.ids)]
+    np.testing.assert_allclose(made.logprobs, want, atol=1e-4)
+
+
+def test_the_penalty_counts_what_was_drawn(llm):
+    """So large a penalty never takes a token twice; without it, this text repeats itself."""
+    draw = lambda penalty: llm.generate(
+        ["def main("], max_new_tokens=60, logprobs=True,
+        sampling=Sample(temperature=0.0, repetition_penalty=penalty),
+    )[0].ids  # fmt: skip
+    assert len(set(draw(1.0))) < 50
+    assert len(set(draw(1e6))) == 60
+
+
+def test_a_conversation_that_turns_back_reads_anew(llm):
+    """What the cache holds is used as far as the new ids equal it."""
+    ask = dict(max_new_tokens=8, sampling=Greedy(), seed=0)
+    _, known, cache = llm.resume([1, 20, 30, 40], [], None, **ask)
+    ids = [1, 20, 31, 40, 50]
+    again, *_ = llm.resume(ids, known, cache, **ask)
+    anew, *_ = llm.resume(ids, [], None, **ask)
+    assert again.ids == anew.ids
+
+
+def test_a_mesh_gives_the_same_text(llm, tokenizer):
+    cfg = dataclasses.replace(llm.cfg, num_kv_heads=4)
+    params = jax.tree.map(np.asarray, split(Llama(cfg, F32, nnx.Rngs(0), 0.3))[1])
+    want = LLM(cfg, params, tokenizer, F32).generate(["the cat", "a"], max_new_tokens=12)
+    mesh = jax.make_mesh((1, 1, 4, 1), AXES, (AxisType.Explicit,) * 4, devices=jax.devices()[:4])
+    how = Execution(jnp.dtype("float32"), PRESETS["fsdp_tensor"])
+    with jax.set_mesh(mesh):
+        like = split(nnx.eval_shape(lambda: Llama(cfg, how, nnx.Rngs(0))))[1]
+        place = lambda x, s: jax.device_put(x, NamedSharding(mesh, s.sharding.spec))
+        placed = jax.tree.map(place, params, like)
+    split_llm = LLM(cfg, placed, tokenizer, how, mesh=mesh)
+    assert split_llm.generate(["the cat", "a"], max_new_tokens=12) == want
+    whole = LLM(cfg, params, tokenizer, F32).score("the cat sat")
+    scores = split_llm.score("the cat sat")
+    np.testing.assert_allclose(scores.logprobs, whole.logprobs, atol=1e-4)
+    np.testing.assert_allclose(scores.entropies, whole.entropies, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "how", "message"),
+    [
+        (5, {}, "the prompt must be a string, not int: 5"),
+        (["a", None], {}, r"prompts\[1\] must be a string, not NoneType"),
+        (b"a", {}, "the prompt must be a string, not bytes: b'a'"),
+        ("a\ud800", {}, "the prompt holds half a character, .* at 1"),
+        (["a", "cat " * 400], {}, r"prompts\[1\] has \d+ tokens"),
+        # As large as its key would be another's.
+        ("a", {"seed": 2**32}, "seed=4294967296 must be less than"),
+        ("a", {"stop": 3}, "stop=3 must be texts"),
+        ("a", {"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number, 1 or more"),
+        ("a", {"n": 0}, "n=0 must be"),
+        ("a", {"seed": -1}, "seed=-1 must be"),
+        ("a", {"stop": [""]}, "must be texts that are not empty"),
+        ("a", {"sampling": "hot"}, r"must be Greedy\(\) or Sample"),
+        ("cat " * 400, {}, r"the prompt has \d+ tokens; the model's context is 400"),
+    ],
+)
+def test_bad_arguments(llm, prompt, how, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompt, **how)
+    if isinstance(prompt, str) and "n" not in how:
+        with pytest.raises(ValueError, match=message):
+            llm.stream(prompt, **how)
+
+
+def test_a_cache_too_large(llm, monkeypatch):
+    """Refused before it is made, with what it takes and what there is."""
+    monkeypatch.setattr("llama_jax.generate.llm.memory_of", lambda *_: 3e6)
+    assert llm.generate("the cat", max_new_tokens=2)
+    message = r"cache of 32 rows of 512 positions takes .* has 0.0 GB: give fewer prompts"
+    with pytest.raises(MemoryError, match=message):
+        llm.generate(["the cat"] * 32, max_new_tokens=2)
+
+
+def test_an_ended_row_stays_as_long_as_it_was(llm, tokenizer):
+    """Its cache does not grow with the rows that go on beside it."""
+    prompts = ["the cat", "some animals saw 12 cats"]
+    first, _ = llm.generate(prompts, max_new_tokens=3, logprobs=True)
+    ending = LLM(llm.cfg, llm.params, tokenizer, F32, eos_ids=[first.ids[2]])
+    asked = [(llm.encode(p), 0) for p in prompts]
+    rows = [Row(tokenizer, ids, ()) for ids, _ in asked]
+    making = ending._decode(asked, rows, 20, settings_of(Greedy()), 0, STRIDE)
+    state = None
+    while state is None:
+        try:
+            next(making)
+        except StopIteration as end:
+            state = end.value
+    made = [row.result() for row in rows]
+    assert (made[0].finish, made[0].ids) == ("end", first.ids[:2])
+    assert len(made[1].ids) > 2
+    lengths = state.cache.lengths_B.tolist()
+    assert lengths == [len(ids) + len(g.ids) for (ids, _), g in zip(asked, made, strict=True)]
+
+
+def test_the_penalty_counts_the_prompt(llm):
+    """The first new token, when the likeliest one is in the prompt and nowhere else yet."""
+    penalised = Sample(temperature=0.0, repetition_penalty=3.0)
+    changed = 0
+    for seed in range(6):
+        ids = np.random.default_rng(seed).integers(3, 300, 120).tolist()
+        logits_V = np.asarray(llm.prefill(ids, llm.empty_cache(400))[0])
+        seen = np.isin(np.arange(300), ids)
+        want = np.where(seen, np.where(logits_V > 0, logits_V / 3, logits_V * 3), logits_V)
+        made, *_ = llm.resume(ids, [], None, max_new_tokens=1, sampling=penalised, seed=0)
+        assert (made.ids or llm.eos_ids)[0] == np.argmax(want)
+        changed += np.argmax(want) != np.argmax(logits_V)
+    assert changed
+
+
+def test_a_prompt_fills_the_context_but_for_one_token(llm):
+    """Digits are a token each."""
+    spare = len(llm.encode("1" * 50)) - 50
+    digits = llm.cfg.context - spare
+    assert len(llm.encode("1" * (digits - 1))) == llm.cfg.context - 1
+    (made,) = llm.generate(["1" * (digits - 1)], max_new_tokens=9, logprobs=True)
+    assert len(made.ids) <= 1
+    for make in (llm.generate, llm.stream):
+        with pytest.raises(ValueError, match="the prompt has 400 tokens; the model's context"):
+            make("1" * digits)
+    with pytest.raises(ValueError, match="the prompt has 400 tokens"):
+        llm.resume([5] * 400, [], None, max_new_tokens=1, sampling=Greedy(), seed=0)
+
+
+def test_ids_that_the_tokenizer_does_not_know(tokenizer):
+    """An embedding with more rows than the tokenizer has ids: they are drawn, and give no text."""
+    cfg = small(vocab_size=400, context=200)  # caches of one size, compiled once
+    llm = LLM(
+        cfg, split(Llama(cfg, F32, nnx.Rngs(0), 0.3))[1], tokenizer, F32,
+        chat_template="{{ messages[-1].content }}",
+    )  # fmt: skip
+    how = dict(max_new_tokens=40, sampling=Sample(temperature=3.0), seed=2)
+    made = llm.generate(["the cat", "a"], logprobs=True, **how)
+    for g in made:
+        assert max(g.ids) >= 300
+    prompt, ids = llm.encode("the cat"), made[0].ids
+    known = [i for i in ids if i < 300]
+    whole = tokenizer.decode([*prompt, *known])
+    assert made[0].text == whole[len("the cat") :]
+    assert "".join(llm.stream("the cat", **how)) == made[0].text
+    stop = made[0].text[5:8]
+    assert llm.generate("the cat", stop=stop, **how) == made[0].text.split(stop)[0]
+    chat = llm.chat()
+    assert chat.say("the cat", **how)
+    assert chat.say("a cat", max_new_tokens=2)
+    narrow = small(vocab_size=100, context=400)
+    llm = LLM(narrow, split(Llama(narrow, F32, nnx.Rngs(0)))[1], tokenizer, F32)
+    for read in (llm.generate, llm.score):
+        with pytest.raises(ValueError, match=r"has token id \d+, and the model only 100 ids"):
+            read("some animals saw 12 cats")
+
+
+def test_ids_that_end_a_text(llm, tokenizer):
+    """As many as a model has; odd ones are refused."""
+    (g,) = llm.generate(["the cat"], max_new_tokens=3, logprobs=True)
+    spare = [i for i in range(3, 300) if i not in g.ids]
+    many = LLM(llm.cfg, llm.params, tokenizer, F32, eos_ids=[*spare[:19], g.ids[1]])
+    (end,) = many.generate(["the cat"], max_new_tokens=9, logprobs=True)
+    assert (end.finish, end.ids) == ("end", g.ids[:1])
+    for odd in (-1, 300, True, "2", 2.0, None, [2]):
+        with pytest.raises(ValueError, match="must be a whole number from 0 to 299, an id of"):
+            LLM(llm.cfg, llm.params, tokenizer, F32, eos_ids=[2, odd])
+        if odd is not None:
+            about = {"token_ids": {"eos": odd if odd != [2] else [2, [2]]}}
+            with pytest.raises(ConfigError, match=r"run/model\.json: the end-of-text id"):
+                _eos_of(Path("run"), about, llm.cfg)
+    with pytest.raises(ConfigError, match=r"run/model\.json: token_ids must be an object"):
+        _eos_of(Path("run"), {"token_ids": [1]}, llm.cfg)
+    assert _eos_of(Path("run"), {"token_ids": {"eos": 2}}, llm.cfg) == (2,)
+    assert _eos_of(Path("run"), {"token_ids": {"eos": [5, 2, 5]}}, llm.cfg) == (5, 2)
+    assert _eos_of(Path("run"), {}, llm.cfg) is None
+
+
+def test_the_command_line(llm, monkeypatch, capsys):
+    """The seed is used; what cannot be is one line, before the weights are read."""
+    monkeypatch.setattr("llama_jax.generate.load", lambda *_, **__: llm)
+    texts = []
+    for seed in (0, 3):
+        how = ["--temperature", "1.5", "--max-new-tokens", "20", "--seed", str(seed)]
+        assert main(["x", "the cat", *how]) == 0
+        out = capsys.readouterr().out
+        sampling = Sample(temperature=1.5)
+        text = llm.generate("the cat", sampling=sampling, max_new_tokens=20, seed=seed)
+        assert out == f"the cat{text}\n"
+        texts.append(out)
+        assert main(["x", "the cat", "--json", *how]) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == text
+    assert texts[0] != texts[1]
+    assert main(["x", "cat " * 400]) == 2
+    assert "error: the prompt has" in capsys.readouterr().err
+
+    monkeypatch.setattr("llama_jax.generate.load", lambda *_, **__: pytest.fail("weights read"))
+    for words, message in (
+        (["--top-k", "x"], "argument --top-k: invalid int value: 'x'"),
+        (["--top-p", "2"], "top_p=2.0 must be a number"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0 must be a whole number"),
+        (["--seed", "-1"], "seed=-1 must be"), (["--seed", str(2**70)], "must be less than 2**32"),
+        (["--n", "0"], "n=0 must be"), (["--stop", ""], "must be texts that are not empty"),
+        (["--dtype", "int3"], "invalid choice: 'int3'"), (["--sed", "1", "y"], "unrecognized"),
+    ):  # fmt: skip
+        try:
+            status = main(["x", "a", *words])
+        except SystemExit as e:
+            status = e.code
+        assert status == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert error.startswith("error: ")
+
+
+def test_ctrl_c(monkeypatch, capsys):
+    """At once in every phase, and nothing but a line."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llama_jax.generate.load", interrupted)
+    assert main(["x", "a"]) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+    def compiling(*_, **__):  # Python's own exception comes only when it is over
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
+        assert over.wait(20)
+        raise ImportError("numpy could not be imported")  # what a library makes of it
+
+    over, ended = threading.Event(), []
+    monkeypatch.setattr("llama_jax.generate.load", compiling)
+    monkeypatch.setattr("llama_jax.generate.__main__._GRACE", 0.05)
+    monkeypatch.setattr("os._exit", lambda status: (ended.append(status), over.set()))
+    assert main(["x", "a"]) == 130
+    assert ended == [130]
+
+
+def test_ctrl_c_while_libraries_are_imported():
+    command = [sys.executable, "-X", "importtime", "-m", "llama_jax.generate", "none", "x"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "jax._src" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "stopped" in rest
+    assert "Traceback" not in rest
+
+
+def test_lines_that_cannot_be_read_and_readers_that_leave(llm, monkeypatch, capsys):
+    monkeypatch.setattr("llama_jax.generate.load", lambda *_, **__: llm)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n" + "cat " * 400))
+    assert main(["x", "-", "--max-new-tokens", "1"]) == 2
+    assert "error: line 2: the prompt has" in capsys.readouterr().err
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        assert main(["x", "a", "--max-new-tokens", "1"]) == 141
+
+
+def test_what_cannot_be_loaded(tmp_path, capsys):
+    assert main([str(tmp_path / "none"), "x"]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/readme.txt").write_text("x")
+    assert main([str(tmp_path / "hf"), "x"]) == 2
+    assert "is not a checkpoint of llama_jax" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="quantize='int3'"):
+        llama_jax.load(tmp_path, quantize="int3")
+    if STORIES.exists():
+        assert main([str(STORIES / "hf-mha"), "x"]) == 2
+        err = capsys.readouterr().err
+        assert "holds Hugging Face weights; convert them first:" in err
+        assert "python -m llama_jax.convert" in err
+
+
+def test_import_is_light():
+    code = "import llama_jax, sys; print('jax' in sys.modules)"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert out.stdout.strip() == "False"

@@ -1,0 +1,123 @@
+"""The decode step compiled for chips that are not there: memory, changes in place, bytes moved."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from llama_jax.chips import topology
+from llama_jax.config import MODELS
+from llama_jax.model.llama import Execution, KVCache, Llama
+from llama_jax.model.sharding import AXES, PRESETS, on_mesh, reshard
+from llama_jax.plan.hlo import count
+from llama_jax.train.step import merge, split, structure, take_apart
+from pallas_kernels import Rope, dispatch, rotary_decode_attention
+
+CFG = MODELS["llama2-7b"]
+SLOTS = 4096
+MIB = 1 << 20
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A TPU by name -> a mesh of one of its chips."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+
+    return lambda name: mesh_of(topology(name)[:1])
+
+
+def mesh_of(devices):
+    """The devices along `tensor`."""
+    grid = np.array(devices).reshape(1, 1, len(devices), 1)
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 4)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize(
+    ("B", "T", "N", "K", "dtype"),
+    [(1, 1, 32, 32, "bfloat16"), (16, 1, 32, 8, "bfloat16"), (2, 5, 4, 4, "float32")],
+    ids=["one_row", "rows", "few_positions"],
+)
+def test_the_kernel_alone(machine, name, B, T, N, K, dtype):
+    """Both caches aliased and no temporary memory; told to XLA: one pass over a layer's cache."""
+    L, H = 4, 128
+    mesh = machine(name)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    of = lambda *shape, t=dtype: jax.ShapeDtypeStruct(shape, t, sharding=everywhere)
+    cache, number = of(L, B, K, SLOTS, H), functools.partial(of, t="int32")
+    new = of(B, T, N, H), of(B, T, K, H), of(B, T, K, H)
+
+    def decode(*arguments):
+        rope = Rope(arguments[-1], 1.0)
+        return rotary_decode_attention(*arguments[:-1], rope, implementation="tpu")
+
+    arguments = *new, cache, cache, number(), number(B), of(H // 2, t="float32")
+    with jax.set_mesh(mesh):
+        program = jax.jit(decode, donate_argnums=(3, 4)).lower(*arguments).compile()
+    memory = program.memory_analysis()
+    one = math.prod(cache.shape) * cache.dtype.itemsize
+    assert memory.temp_size_in_bytes == 0
+    assert memory.alias_size_in_bytes == 2 * one
+    assert program.cost_analysis()["bytes accessed"] < 1.05 * 2 * one / L
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "B"),
+    [("v5e", 1, 1), ("v6e", 1, 1), ("v5e", 4, 16), ("v6e", 4, 16), ("h200", 1, 1), ("h200", 1, 16)],
+)
+def test_the_whole_step(name, chips, B, monkeypatch):
+    """7B, bfloat16, greedy, 4096 slots: one pass over weights and cache, and nothing copied.
+
+    The cache of 16 rows alone is 34 GB: on four TPU chips.
+    """
+    gpu = name == "h200"
+    package = "jax_cuda13_plugin" if gpu else "libtpu"
+    pytest.importorskip(package, reason="needs the compiler")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    devices = topology(name)[:chips]
+    mesh = None if gpu else mesh_of(devices)
+    if gpu:
+        monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+        monkeypatch.setattr(dispatch, "device_kind", lambda: devices[0].device_kind)
+    # As `llama_jax.load` does it: on one GPU no mesh and layers apart, on a TPU stacked.
+    how = Execution(jnp.dtype(jnp.bfloat16), PRESETS["fsdp_tensor"], unroll=gpu)
+    graphdef = structure(CFG, how, apart=gpu)
+    place = lambda x, spec, dtype=None: jax.ShapeDtypeStruct(
+        x.shape,
+        dtype or x.dtype,
+        sharding=SingleDeviceSharding(devices[0]) if gpu else NamedSharding(mesh, spec),
+    )
+
+    def step(params, tokens_BT, cache):
+        logits_BTV, cache = merge(graphdef, params)(tokens_BT, cache=cache)
+        whole_BTV = reshard(logits_BTV, PartitionSpec())
+        return jnp.argmax(whole_BTV, axis=-1).astype(jnp.int32), cache
+
+    spec_of = lambda x: None if gpu else x.sharding.spec
+    with on_mesh(mesh):
+        weights = jax.eval_shape(lambda: split(Llama(CFG, how, nnx.Rngs(0)))[1])
+        weights = jax.eval_shape(take_apart, weights) if gpu else weights
+        params = jax.tree.map(lambda x: place(x, spec_of(x), jnp.bfloat16), weights)
+        cache = jax.eval_shape(lambda: KVCache.empty(CFG, B, SLOTS, jnp.bfloat16))
+        act = how.rules.act
+        specs = KVCache(act("LBKSH"), act("LBKSH"), act("B"))
+        cache = KVCache(*map(place, cache, specs))
+        tokens = place(jax.ShapeDtypeStruct((B, 1), jnp.int32), act("BT"))
+        program = jax.jit(step, donate_argnums=2).lower(params, tokens, cache).compile()
+    memory = program.memory_analysis()
+    stacks = (cache.k_LBKSH.size + cache.v_LBKSH.size) * 2 // chips
+    assert stacks <= memory.alias_size_in_bytes < stacks + 1024
+    # A copy of one matrix of a layer would be 32 MiB.
+    assert memory.temp_size_in_bytes < (32 if gpu else 1) * MIB
+    matrices = 2 * (CFG.num_params - math.prod(CFG.shape("VD"))) // chips  # of the embedding, rows
+    # What a GPU kernel reads of a cache is not in the program: its live blocks, by its loops.
+    moved = count(program.as_text()).bytes + (stacks if gpu else 0)
+    assert 0.99 * (matrices + stacks) < moved < 1.05 * (matrices + stacks)

@@ -1,0 +1,335 @@
+"""A run that is killed, stopped, or moved to other devices goes on as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_jax.checkpoint.file_hashes import read_list
+from llama_jax.convert.orbax import open_array
+from llama_jax.train import loop as train
+from llama_jax.verify.__main__ import verify
+
+ROOT = Path(__file__).parents[2]
+STEPS = 24
+SAVE_AT_THE_END = "checkpoint.every=1000"  # a save takes as long as 20 steps
+HOST = os.uname().nodename
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a recipe, its text, and its shards made once."""
+    folder = tmp_path_factory.mktemp("runs")
+    rng = random.Random(0)
+    (folder / "text").mkdir()
+    for i in range(60):
+        text = " ".join(rng.choice(WORDS) for _ in range(120))
+        (folder / f"text/{i}.txt").write_text(text)
+    (folder / "recipe.toml").write_text(f"""
+[model]
+vocab_size = 288
+dim = 16
+num_layers = 2
+num_heads = 4
+num_kv_heads = 2
+head_dim = 8
+ffn_dim = 32
+norm_eps = 1e-5
+context = 64
+tie_embeddings = false
+rope = {{ theta = 10000.0 }}
+[data]
+seq_len = 32
+holdout = 0.1
+sources = {{ words = {{ path = "{folder}/text" }} }}
+prepared = "{folder}/data"
+packing = "segments"
+[optim]
+peak_lr = 1e-2
+warmup_steps = 4
+[train]
+steps = {STEPS}
+batch_size = 8
+log_every = 1
+eval_batches = 1
+[checkpoint]
+dir = "{folder}/base"
+every = 2
+""")
+    finish(start(folder, "base", SAVE_AT_THE_END))
+    return folder
+
+
+# The order of devices on a TPU torus: hosts in turns.
+INTERLEAVED = """
+import sys
+import jax
+from llama_jax.model import sharding
+from llama_jax.train import loop as train
+make_mesh = sharding.make_mesh
+def interleaved(cfg):
+    first, second = ([d for d in jax.devices() if d.process_index == i] for i in (0, 1))
+    mesh = make_mesh(cfg, [d for pair in zip(first, second) for d in pair])
+    assert [d.process_index for d in mesh.devices.flat] == [0, 1] * 4
+    return mesh
+train.make_mesh = interleaved
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def start(folder: Path, run: str, *overrides: str, devices: int = 1, code: str = "", **env: str):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    module = ["-c", code] if code else ["-m", "llama_jax.train"]
+    command = [sys.executable, *module, str(folder / "recipe.toml")]
+    env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | env
+    env["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # half the time to compile, and steps are small
+    return subprocess.Popen(
+        [*command, f"checkpoint.dir={folder / run}", *overrides],
+        env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(process, code: int = 0, timeout: float = 180) -> str:
+    out, _ = process.communicate(timeout=timeout)
+    assert process.returncode == code, out
+    return out
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [r for r in map(json.loads, lines) if r["kind"] == "train"]
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+    return {r["step"]: (r["loss"], r["grad_norm"], r["learning_rate"]) for r in records}
+
+
+def count(folder: Path) -> int:
+    """Steps logged so far."""
+    return len(losses(folder)) if (folder / "metrics.jsonl").exists() else 0
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Every parameter and every number of the optimizer, of the last step."""
+    out = {}
+    for item in ("model", "optimizer"):
+        step = folder / "steps" / str(STEPS) / item
+        for path in sorted(p.parent for p in step.rglob("zarr.json")):
+            name = str(path.relative_to(step))
+            out[f"{item}/{name}"] = open_array(step, name).read().result().tobytes()
+    assert len(out) > 30
+    return out
+
+
+def same_run(a: Path, b: Path) -> None:
+    assert losses(a) == losses(b)
+    assert len(losses(a)) == STEPS
+    assert weights(a) == weights(b)
+
+
+def same_losses(a: Path, b: Path, rtol: float = 1e-5) -> None:
+    got, want = ([loss for loss, *_ in losses(x).values()] for x in (a, b))
+    np.testing.assert_allclose(got, want, rtol=rtol)
+
+
+def until(process, seen, timeout: float = 120) -> None:
+    """Wait for something to be there while the process lives."""
+    end = time.monotonic() + timeout
+    while not seen() and process.poll() is None:
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.002)
+
+
+def test_a_killed_run_ends_bit_for_bit_as_one_never_killed(place):
+    """Killed while preparing, in the first save, and before a save has its checksums; then its data
+    and text move, and another start finds the folder in use."""
+    run = place / "killed"
+    steps = lambda pattern: {p.name for p in run.glob(f"steps/{pattern}")}
+    process = start(place, run.name, "data.prepared=")
+    until(process, lambda: (run / "data").exists())
+    kill(process)
+    assert not (run / "recipe.toml").exists()
+    process = start(place, run.name, "data.prepared=")
+    until(process, lambda: steps("*tmp*"))
+    kill(process)
+    process, before = start(place, run.name, "data.prepared="), steps("*")
+    until(process, lambda: {s for s in steps("*") - before if s.isdigit()})
+    kill(process)
+    assert str(STEPS) not in steps("*")
+    assert any(map(str.isdigit, steps("*")))
+
+    (run / "data").rename(place / "elsewhere")
+    moved = [f"data.prepared={place}/elsewhere", "data.sources.words.path=/no/longer/there"]
+    kept = {p: p.read_bytes() for p in (run / "recipe.toml", *place.glob("elsewhere/**/*.*"))}
+    process = start(place, run.name, SAVE_AT_THE_END, *moved)
+    until(process, lambda: (run / ".lock").read_text().endswith(f"{process.pid} on {HOST})\n"))
+    assert train.main([str(place / "recipe.toml"), f"checkpoint.dir={run}"]) == 2
+    finish(process)
+    same_run(run, place / "base")
+    assert not steps("*tmp*")
+    assert all(p.read_bytes() == content for p, content in kept.items())
+
+
+def kill(process) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_asked_to_stop_saves_and_continues(place):
+    """Told by both signals, one after the other."""
+    run = place / "stopped"
+    before = 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start(place, run.name, SAVE_AT_THE_END)
+        until(process, lambda before=before: count(run) > before + 2)
+        process.send_signal(number)
+        out = finish(process, 0 if number == signal.SIGTERM else 130)
+        stopped = max(int(p.name) for p in (run / "steps").iterdir())
+        assert f"stopped by {number.name} after step {stopped}" in out
+        assert "will end when a checkpoint is saved" in out
+        assert before + 2 < stopped < STEPS
+        before = stopped
+    finish(start(place, run.name, SAVE_AT_THE_END))
+    same_run(run, place / "base")
+
+
+def test_another_mesh_continues_the_same_run(place):
+    """8 devices to 4, FSDP to tensor and sequence: the losses are those of one device to 1e-5."""
+    run = place / "moved"
+    meshes = [
+        (8, ["mesh.preset=fsdp"]),
+        (4, ["mesh.preset=fsdp_tensor", "mesh.tensor=2"]),
+        (8, ["mesh.preset=tensor_sequence", "mesh.tensor=2", "mesh.context=2"]),
+    ]
+    for i, (devices, mesh) in enumerate(meshes):
+        before = count(run)
+        process = start(place, run.name, *mesh, "checkpoint.every=8", devices=devices)
+        if i < 2:
+            until(process, lambda before=before: count(run) > before + 2)
+            process.send_signal(signal.SIGTERM)
+        finish(process)
+    same_losses(run, place / "base")
+
+
+def start_two(
+    folder: Path,
+    run: str,
+    *overrides: str,
+    second: tuple[str, ...] = (),
+    devices: int = 2,
+    code: str = "",
+):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2")
+    return [
+        start(
+            folder,
+            run,
+            *overrides,
+            *second * i,
+            devices=devices,
+            code=code,
+            **env,
+            JAX_PROCESS_ID=str(i),
+        )
+        for i in range(2)
+    ]
+
+
+def test_two_processes_train_save_stop_and_resume_together(place):
+    run = place / "two"
+    pair = start_two(place, run.name)
+    until(pair[0], lambda: count(run) > 2)
+    pair[1].send_signal(signal.SIGTERM)  # one is told, both stop
+    for process in pair:
+        finish(process)
+    assert max(int(p.name) for p in (run / "steps").iterdir() if p.name.isdigit()) < STEPS
+    for process in start_two(place, run.name):
+        finish(process)
+    same_losses(run, place / "base")
+    parts = [read_list(p) for p in run.glob(f"steps/{STEPS}/checksums.*-of-2.json")]
+    assert len(parts) == 2
+    assert min(map(len, parts)) > 10  # each process hashed its share
+    assert not verify(run)
+
+
+def test_two_processes_whose_devices_take_turns(place):
+    """Each reads every other row; the losses are those of one process."""
+    run = place / "interleaved"
+    for process in start_two(place, run.name, devices=4, code=INTERLEAVED):
+        finish(process)
+    same_losses(run, place / "base", rtol=1e-6)
+    evaluations = [
+        [r["loss"] for r in map(json.loads, lines) if r["kind"] == "eval"]
+        for lines in ((x / "metrics.jsonl").read_text().splitlines() for x in (run, place / "base"))
+    ]
+    np.testing.assert_allclose(*evaluations, rtol=1e-6)
+
+
+def test_an_error_of_one_process_ends_both_with_it(place):
+    """At the start, of the second; in the loop, of the first, which has the coordinator."""
+    began = time.monotonic()
+    pair = start_two(place, "failed", second=("data.prepared=/no/such/shards",))
+    for process in pair:
+        last = finish(process, 2, timeout=60).splitlines()[-1]
+        assert last.startswith("error: ")
+        assert "/no/such/shards has no manifest.json" in last
+    assert time.monotonic() - began < 60
+    pair = start_two(place, "failed", "train.steps=100000", "checkpoint.every=1000")
+    metrics = place / "failed/metrics.jsonl"
+    until(pair[0], lambda: count(place / "failed") > 2)
+    metrics.unlink()
+    metrics.mkdir()
+    for process in pair:
+        last = finish(process, 1, timeout=60).splitlines()[-1]
+        assert last.startswith("error: ")
+        assert f"Is a directory: '{metrics}'" in last
+
+
+def test_ctrl_c_ends_every_phase_at_once(place):
+    """Without a traceback, with a line that says what was ended; in the loop the second one."""
+    phases = {
+        "starting": lambda run: run.parent.exists(),
+        "preparing data": lambda run: (run / "data").exists(),
+        "training": lambda run: (run / "metrics.jsonl").exists() and count(run) > 1,
+    }
+    text = "train.steps=1000000", "checkpoint.every=1000000", "data.prepared="
+    for phase, reached in phases.items():
+        run = place / f"interrupted {phase}"
+        process = start(place, run.name, *text)
+        until(process, lambda reached=reached, run=run: reached(run))
+        if phase == "starting":
+            time.sleep(1)  # importing
+        process.send_signal(signal.SIGINT)
+        if phase == "training":
+            time.sleep(0.2)  # two signals at once would arrive as one
+            process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        out = finish(process, 130, timeout=30)
+        assert time.monotonic() - began < 2, phase
+        assert f"Ctrl-C while {phase}" in out
+        assert "Traceback" not in out
+
+
+def test_a_dead_process_ends_the_other_with_an_error(place):
+    run = place / "dead"
+    pair = start_two(place, run.name)
+    until(pair[0], lambda: count(run) > 2)
+    pair[1].kill()
+    began = time.monotonic()
+    pair[0].communicate(timeout=120)
+    assert pair[0].returncode != 0
+    assert time.monotonic() - began < 90
+    pair[1].communicate()

@@ -1,0 +1,536 @@
+"""The step's arithmetic, the run's folder, and what a run does with input that cannot be used."""
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+import llama_jax
+from llama_jax.checkpoint.file_hashes import record_files
+from llama_jax.config import load_recipe
+from llama_jax.convert.orbax import open_array
+from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.io import folder_lock
+from llama_jax.model.llama import Execution
+from llama_jax.train import loop as train
+from llama_jax.train import metrics as report
+from llama_jax.train.optim import decays, make_schedule
+from llama_jax.train.step import init_state, make_train_step, merge, nll_sum, structure, token_nll
+
+HOW = Execution(jnp.dtype(jnp.float32))
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
+RECIPE = """
+[model]
+vocab_size = 288
+dim = 16
+num_layers = 2
+num_heads = 4
+num_kv_heads = 2
+head_dim = 8
+ffn_dim = 32
+norm_eps = 1e-5
+context = 64
+tie_embeddings = false
+rope = {{ theta = 10000.0 }}
+[data]
+seq_len = 32
+holdout = 0.1
+sources = {{ words = {{ path = "{folder}/text" }} }}
+prepared = "{folder}/data"
+[mesh]
+data = -1
+fsdp = 1
+[optim]
+peak_lr = 1e-2
+warmup_steps = 2
+[train]
+steps = 6
+batch_size = 8
+log_every = 1
+eval_batches = 1
+[checkpoint]
+dir = "{folder}/run"
+every = 2
+"""
+FIRST = ("train.profile_steps=[2, 3]", 'train.sample_prompts=["the cat"]')
+"""of the finished run"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a recipe, its text, and a finished run; what is compiled is kept, for the other
+    runs of the recipe."""
+    folder = tmp_path_factory.mktemp("train")
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: jax.config.values[name] for name in names}
+    for name, value in zip(names, (str(folder / "cache"), 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield make_place(folder)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def make_place(folder):
+    rng = random.Random(0)
+    (folder / "text").mkdir()
+    for i in range(60):
+        (folder / f"text/{i}.txt").write_text(" ".join(rng.choice(WORDS) for _ in range(120)))
+    (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
+    assert train.main([str(folder / "recipe.toml"), *FIRST]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(place, capsys):
+    """Run the command on the recipe; (exit code, standard output, standard error)."""
+
+    def call(*overrides):
+        code = train.main([str(place / "recipe.toml"), *overrides])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def records(folder, kind):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def recipe_of(place, *overrides):
+    return load_recipe(place / "recipe.toml", overrides)
+
+
+def batch(parts=1, rows=8, seed=0, mask=False):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 288, (parts, rows // parts, 33), np.int32)
+    out = {"inputs_BT": ids[..., :-1], "targets_BT": ids[..., 1:], "stop": np.zeros(1, np.int32)}
+    if mask:
+        out["mask_BT"] = (rng.random(out["targets_BT"].shape) < 0.7).astype(np.float32)
+    return out
+
+
+def near(a, b, tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
+
+
+def fresh_state(recipe):
+    return jax.jit(functools.partial(init_state, recipe, HOW))()
+
+
+def test_a_run_leaves_everything_behind(place):
+    folder = place / "run"
+    for name in ("model.json", "tokenizer.model", "loss.png", "recipe.toml", "steps/6/model"):
+        assert (folder / name).exists()
+    assert list((folder / "tensorboard").iterdir())
+    assert list((folder / "profile").rglob("*.xplane.pb"))
+    assert load_recipe(folder / "recipe.toml") == recipe_of(place, *FIRST)
+    lines = records(folder, "train")
+    fields = "kind step tokens loss grad_norm learning_rate tokens_per_second tflops mfu memory_gib"
+    assert set(lines[0]) == {*fields.split(), "data_wait", "sources"}
+    assert [r["step"] for r in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["tokens"] == 6 * 8 * 32
+    schedule = make_schedule(recipe_of(place).optim, 6)
+    np.testing.assert_allclose(
+        [r["learning_rate"] for r in lines], [schedule(i) for i in range(6)], rtol=1e-6
+    )
+    (held_out,) = records(folder, "eval")
+    assert held_out["loss"] < lines[0]["loss"]
+    assert held_out["bits_per_byte"] > 0 < held_out["unigram_entropy"]
+
+
+def test_a_finished_run_says_so(run, place):
+    before = (place / "run/metrics.jsonl").read_text()
+    code, out, _ = run("train.log_every=3")  # a setting that may change
+    assert code == 0
+    assert "is finished: 6 steps" in out
+    assert (place / "run/metrics.jsonl").read_text() == before
+
+
+def test_a_changed_recipe_on_an_old_folder_is_an_error(run):
+    code, _, err = run("optim.b1=0.5", "train.seed=4", "data.seed=3")
+    assert code == 2
+    assert "train.seed: was 0, now 4" in err
+    assert "data.seed: was 0, now 3" in err
+
+
+def test_a_loss_that_is_no_number_stops_the_run(run, place, monkeypatch):
+    """The step is named, the last good checkpoint stays, and nothing is saved after it."""
+    real = train.make_train_step
+
+    def broken(recipe, how):
+        step = real(recipe, how)
+
+        def wrapped(state, batch):
+            count = state.optimizer[-1].count
+            state, metrics = step(state, batch)
+            return state, metrics | {"loss": jnp.where(count >= 4, jnp.nan, metrics["loss"])}
+
+        return wrapped
+
+    monkeypatch.setattr(train, "make_train_step", broken)
+    folder = place / "nan"
+    code, _, err = run(f"checkpoint.dir={folder}", "optim.peak_lr=0.02")
+    assert code == 1
+    assert "error: step 5: loss nan" in err
+    for advice in ("peak_lr=1.0e-02", "skip_batches=[[5,5]]", "restart_from=2"):
+        assert advice in err
+    assert [p.name for p in sorted((folder / "steps").iterdir())] == ["2", "4"]
+    # The advice after a second one keeps what was left out before.
+    code, _, err = run(
+        f"checkpoint.dir={place}/nan3", "optim.peak_lr=0.02", "data.skip_batches=[[1,2]]"
+    )
+    assert code == 1
+    assert "data.skip_batches=[[1,2],[7,7]] to leave out" in err
+    monkeypatch.undo()
+
+    # What was advised can be done, and is exact, stopped on the way or not.
+    shutil.copytree(folder, place / "nan2")
+    changes = ["train.restart_from=2", "data.skip_batches=[[4,5],[7,7]]", "optim.peak_lr=1e-2"]
+    code, out, _ = run(f"checkpoint.dir={folder}", *changes)
+    assert code == 0
+    for line in ("going back to step 2", "from step 2 on, optim.peak_lr: was 0.02, now 0.01"):
+        assert line in out
+    stop_at(monkeypatch, 6)
+    again = run(f"checkpoint.dir={place}/nan2", *changes)
+    assert again[0] == 0
+    assert "stopped by SIGTERM after step 4" in again[1]
+    monkeypatch.undo()
+    code, out, _ = run(f"checkpoint.dir={place}/nan2", *changes)
+    assert code == 0
+    assert "going back" not in out
+    assert "from step 4" in out
+    exact = lambda f: [(r["loss"], r["learning_rate"]) for r in records(f, "train")]
+    assert exact(folder) == exact(place / "nan2")
+    assert weights(folder, 6) == weights(place / "nan2", 6)
+    schedule = make_schedule(recipe_of(place).optim, 6)
+    assert exact(folder)[2][1] == pytest.approx(float(schedule(2)))
+    assert [p.name for p in (folder / "set-aside-1").iterdir()] == ["metrics.jsonl", "4"]
+    (change,) = map(json.loads, (place / "nan2/changes.jsonl").read_text().splitlines())
+    assert change["step"] == change["restart_from"] == 2
+    assert change["changed"]["optim.peak_lr"] == {"was": 0.02, "now": 0.01}
+    assert load_recipe(folder / "recipe.toml").data.skip_batches == ((4, 5), (7, 7))
+    code, _, err = run(f"checkpoint.dir={folder}", *changes, "train.steps=9")
+    assert code == 2
+    assert "already gone back to step 2" in err
+    code, _, err = run(f"checkpoint.dir={folder}", "train.restart_from=3")
+    assert code == 2
+    assert "no such checkpoint, only 4, 6" in err
+
+
+def stop_at(monkeypatch, batch):
+    """Send SIGTERM when the batch of that number is drawn."""
+    draw = train.TrainData.__next__
+
+    def drawn(self):
+        if self.state()["batches"] + 1 == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self)
+
+    monkeypatch.setattr(train.TrainData, "__next__", drawn)
+
+
+def weights(folder, step):
+    """Bytes of every weight and optimizer number of a step."""
+    out = {}
+    for item in ("model", "optimizer"):
+        root = folder / "steps" / str(step) / item
+        for path in sorted(p.parent for p in root.rglob("zarr.json")):
+            name = str(path.relative_to(root))
+            out[item, name] = open_array(root, name).read().result().tobytes()
+    assert len(out) > 30
+    return out
+
+
+def contents(*folders):
+    return {p: p.read_bytes() for f in folders for p in f.rglob("*") if p.is_file()}
+
+
+def test_a_start_never_rewrites_what_was_saved(run, place):
+    """The text has changed or is gone, the shards have moved, and more steps are asked for."""
+    folder, data, text = (place / name for name in ("kept", "kept_data", "kept_text"))
+    shutil.copytree(place / "run", folder)
+    shutil.copytree(place / "data", data)
+    shutil.copytree(place / "text", text)
+    (text / "0.txt").write_text("another text of other words " * 40)
+    new = [f"checkpoint.dir={folder}", f"data.prepared={data}", f"data.sources.words.path={text}"]
+    before = contents(folder, data)
+    assert run(*new)[0] == 0
+    after = contents(folder, data)
+    assert {p for p in after if after[p] != before.get(p)} <= {folder / ".lock"}
+    shutil.rmtree(text)
+    code, out, _ = run(*new, "train.steps=8")
+    assert code == 0
+    assert "from step 6 on, train.steps: was 6, now 8" in out
+    recipe = recipe_of(place, "train.steps=8")
+    rate = make_schedule(recipe.optim, 8)(6)
+    assert f"{rate:.2e} after step 6, 1.00e-03 by the old settings" in out
+    assert records(folder, "train")[6]["learning_rate"] == pytest.approx(float(rate))
+    after = contents(folder, data)
+    changed = {str(p.relative_to(place)) for p in before if after.get(p) != before[p]}
+    assert not {name for name in changed if name.startswith("kept_data/")}
+    assert not changed & {"kept/model.json", "kept/tokenizer.model"}
+    assert load_recipe(folder / "recipe.toml").train.steps == 8
+
+    # A tokenizer made again under the shards is found, and the model keeps its own.
+    train_tokenizer(["other words make another tokenizer " * 9], 280, data / "tokenizer.model")
+    code, _, err = run(*new, "train.steps=8")
+    assert code == 2
+    assert "tokenizer" in err
+
+
+def test_a_run_folder_has_one_owner(run, place):
+    with folder_lock(place / "run", "training"):
+        code, _, err = run()
+    assert code == 2
+    assert f"is in use: training (process {os.getpid()} on" in err
+    assert run()[0] == 0
+
+
+def test_a_failed_start_leaves_the_folder_free(run, place, monkeypatch):
+    """Nothing is left of it, not even where it fails after preparing; then it can be corrected."""
+    new = f"checkpoint.dir={place}/🦙 corrected"
+    code, _, _ = run(new, "data.sources.words.path=/no/such/folder", "data.prepared=")
+    assert code == 2
+    folder = place / "🦙 corrected"
+    assert not (folder / "recipe.toml").exists()
+    monkeypatch.setattr(train.Run, "_compile", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(new, "optim.peak_lr=0.5")
+    assert not (folder / "recipe.toml").exists()
+    monkeypatch.undo()
+
+    # A stop at the last step: saved, and evaluated at the next start.
+    stop_at(monkeypatch, 6)
+    code, out, _ = run(new, "checkpoint.every=1000")
+    assert code == 0
+    assert "stopped by SIGTERM after step 6" in out
+    assert not records(folder, "eval")
+    monkeypatch.undo()
+    code, out, _ = run(new)
+    assert code == 0
+    assert "done: the last evaluation" in out
+    assert len(records(folder, "eval")) == 1
+    assert records(folder, "eval")[0]["loss"] == records(place / "run", "eval")[0]["loss"]
+    assert "is finished" in run(new)[1]
+
+
+def test_fine_tuning_keeps_tokenizer_template_and_stop_ids(run, place):
+    chat, tuned = place / "chat", place / "chat_tuned"
+    shutil.copytree(place / "run", chat)
+    about = json.loads((chat / "model.json").read_text())
+    about["token_ids"] = {"bos": 1, "eos": [2, 5]}
+    (chat / "model.json").write_text(json.dumps(about))
+    record_files(chat, "model.json")
+    (chat / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (place / "other").mkdir()
+    (place / "other/a.txt").write_text(
+        "\n\n".join(f"quite other text {i} " * 60 for i in range(60))
+    )
+    new = [f"train.init_from={chat}", f"checkpoint.dir={tuned}", "data.prepared="]
+    new += [f"data.sources.words.path={place}/other", "train.steps=1"]
+    train_tokenizer(["other words make another tokenizer " * 9], 280, place / "other.model")
+    given = f"data.tokenizer={place}/other.model"
+    code, _, err = run(*new, given)
+    assert code == 2
+    assert "is not the tokenizer of train.init_from" in err
+    assert "train.allow_other_tokenizer=true" in err
+    assert not tuned.exists()
+    assert run(*new)[0] == 0
+    for name in ("tokenizer.model", "data/tokenizer.model"):
+        assert (tuned / name).read_bytes() == (chat / "tokenizer.model").read_bytes()
+    llm = llama_jax.load(tuned)
+    assert list(llm.eos_ids) == [2, 5]
+    assert llm.chat_template == "{{ messages[0].content }}"
+
+
+def test_profiling_of_a_run_that_continues(monkeypatch, tmp_path):
+    done = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: done.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: done.append("stop"))
+    for first, last, want in [
+        (1, 9, "2-4"),
+        (4, 9, "4-4"),
+        (5, 9, ""),
+        (1, 2, "2-2"),
+        (3, 3, "3-3"),
+    ]:
+        profiler = report.Profiler((2, 4), tmp_path)
+        traced = []
+        for step in range(first, last + 1):
+            before = len(done)
+            profiler.before(step)
+            profiler.after(step, {})
+            traced += [step] * (len(done) > before)
+        profiler.close()
+        ends = f"{traced[0]}-{traced[-1]}" if traced else ""
+        assert ends == want
+        assert done.count("start") == done.count("stop")
+
+
+def test_training_starts_from_given_weights(run, place):
+    assert run(f"train.init_from={place}/run", f"checkpoint.dir={place}/tuned")[0] == 0
+    assert records(place / "tuned", "train")[0]["loss"] < records(place / "run", "train")[2]["loss"]
+    code, _, err = run(f"train.init_from={place}/nothing", f"checkpoint.dir={place}/t2")
+    assert code == 2
+    assert "is not a checkpoint" in err
+    code, _, err = run(
+        f"train.init_from={place}/run", f"checkpoint.dir={place}/t3", "model.ffn_dim=48"
+    )
+    assert code == 2
+    assert "ffn_dim: was 32, now 48" in err
+    about = json.loads((place / "run/model.json").read_text())
+    (place / "q").mkdir()
+    (place / "q/model.json").write_text(json.dumps(about | {"quantize": "int8"}))
+    code, _, err = run(f"train.init_from={place}/q", f"checkpoint.dir={place}/t4")
+    assert code == 2
+    assert "holds int8 matrices, which are for sampling; give the weights" in err
+
+
+def test_accumulation_equals_the_big_batch(place):
+    """With a mask: parts of the batch then have different numbers of targets."""
+    results = []
+    for parts in (1, 4):
+        recipe = recipe_of(place, f"train.accumulate={parts}")
+        state = fresh_state(recipe)
+        whole = batch(mask=True)
+        cut = {k: v.reshape(parts, -1, 32) if k != "stop" else v for k, v in whole.items()}
+        results.append(jax.jit(make_train_step(recipe, HOW))(state, cut))
+    near(results[0][1], results[1][1], 1e-6)
+    near(results[0][0].optimizer[1].mu, results[1][0].optimizer[1].mu, 1e-5)
+
+
+def test_pieces_of_the_loss_equal_the_whole(place):
+    recipe = recipe_of(place)
+    params, shape = fresh_state(recipe).params, structure(recipe.model, HOW)
+    part = {k: v[0] for k, v in batch(mask=True).items() if k != "stop"}
+    loss = lambda chunk, p: nll_sum(merge(shape, p), part, chunk)
+    whole, pieces = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, chunk)))(params) for chunk in (0, 64)
+    )
+    near(whole, pieces, 1e-5)
+    text = jax.jit(functools.partial(loss, 64)).lower(params).as_text()
+    assert "8x8x288" in text
+    assert "8x32x288" not in text
+
+
+def test_token_nll_is_the_cross_entropy():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(2, 5, 11)) * 10, jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 11, (2, 5)))
+    weight = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
+    reference = optax.softmax_cross_entropy_with_integer_labels
+    ours, want = (
+        jax.jit(jax.value_and_grad(lambda x, nll=nll: jnp.sum(nll(x, targets) * weight)))(logits)
+        for nll in (token_nll, reference)
+    )
+    near(ours, want, 1e-6)
+
+
+def test_the_schedule_and_the_update_are_the_papers(place):
+    """AdamW written out: clip, moments, decay of matrices alone, the rate reported."""
+    recipe = recipe_of(place, "optim.warmup_steps=4", "train.steps=20", "optim.clip=0.1")
+    schedule = make_schedule(recipe.optim, 20)
+    np.testing.assert_allclose([schedule(0), schedule(3)], [0.0025, 0.01], rtol=1e-6)
+    np.testing.assert_allclose([schedule(4), schedule(20)], [0.01, 0.001], rtol=1e-6)
+    np.testing.assert_allclose(schedule(12), 0.0055, rtol=1e-6)
+
+    state = fresh_state(recipe)
+    part = {k: v[0] for k, v in batch().items() if k != "stop"}
+    shape = structure(recipe.model, HOW)
+    loss = lambda p: nll_sum(merge(shape, p), part, 0) / 256
+    grads = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(state.params))
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+    after, metrics = jax.jit(make_train_step(recipe, HOW))(state, batch())
+    assert norm > 0.1
+    np.testing.assert_allclose(
+        [metrics["grad_norm"], metrics["learning_rate"]], [norm, 0.0025], 1e-5
+    )
+
+    def update(p, g, decay):
+        g = g * (0.1 / norm)
+        # The moments after one step.
+        return np.asarray(p) - 0.0025 * (g / (np.abs(g) + 1e-8) + 0.1 * decay * np.asarray(p))
+
+    want = jax.tree.map(update, state.params, grads, decays(state.params))
+    near(after.params, want, 1e-4)  # elements whose gradient is near epsilon differ most
+    norms = {k for k, v in jax.tree_util.tree_leaves_with_path(decays(state.params)) if not v}
+    assert len(norms) == 3
+
+
+BAD = {
+    "train.stepz=3": "unknown setting train.stepz; did you mean train.steps?",
+    "train.steps=many": "train.steps='many'",
+    "nonsense": "not of the form section.key=value",
+    "data.sources.words.path=/no/such/file.txt": "/no/such/file.txt",
+    "model.vocab_size=5000": "5000",
+    "data.seq_len=60000 model.context=60000": "60000",
+    "mesh.data=7 mesh.fsdp=11": "device",
+    "model.num_heads=3 model.num_kv_heads=2": "num_heads=3",
+    "train.batch_size=9 train.accumulate=2": "train.batch_size=9",
+    "train.attention=flash": "train.attention='flash' cannot be used here",
+    "train.attention=nonsense": "train.attention='nonsense' cannot be used here",
+    "train.sample_prompts=['the','" + "cat,sat," * 30 + "']": "prompt 2 has",
+    "data.sources.words.path={folder}/empty.txt": "empty.txt",
+    "data.sources.words.path={folder}/binary.txt": "binary.txt",
+    "data.tokenizer={folder}/empty.txt": "empty.txt",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_bad_input_is_one_clear_error(run, place, overrides, request):
+    (place / "empty.txt").write_bytes(b"")
+    (place / "binary.txt").write_bytes(bytes(range(256)) * 40)
+    number = list(BAD).index(overrides)
+    new = [f"checkpoint.dir={place}/bad{number}", f"data.prepared={place}/baddata{number}"]
+    code, _, err = run(*overrides.format(folder=place).split(), *new)
+    assert code == 2, err
+    assert err.splitlines()[-1].strip()
+    assert "error: " in err
+    assert "Traceback" not in err
+    assert BAD[overrides] in err
+    assert not list(place.glob(f"bad{number}/steps/*"))
+
+
+def test_a_missing_recipe_is_an_error(capsys):
+    assert train.main(["configs/none.toml"]) == 2
+    assert "recipe configs/none.toml does not exist" in capsys.readouterr().err
+
+
+def test_a_mesh_that_does_not_divide_the_heads(run, place):
+    if jax.device_count() < 8:
+        pytest.fail("tests/conftest.py sets 8 devices")
+    code, _, err = run(
+        "mesh.preset=fsdp_tensor", "mesh.tensor=8", "mesh.data=1", f"checkpoint.dir={place}/m"
+    )
+    assert code == 2
+    assert "model.num_heads=4 is not a multiple of 8 (tensor of the mesh)" in err
+    assert "model.num_kv_heads=2" in err
+
+
+def test_a_full_disk_is_reported_by_the_main_thread_alone(monkeypatch):
+    said = []
+    monkeypatch.setattr(threading, "excepthook", lambda e: said.append(e.exc_type))
+
+    def write(error):
+        raise error
+
+    with train._quiet_threads():
+        for error in (OSError(28, "No space left on device"), KeyError("a bug")):
+            thread = threading.Thread(target=write, args=(error,))
+            thread.start()
+            thread.join()
+    assert said == [KeyError]

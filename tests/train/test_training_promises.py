@@ -1,0 +1,389 @@
+"""Promises of training that a whole run does not show, each with the cheapest test that can fail.
+
+The loop's are tested with a step that computes nothing, so that a run takes seconds.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import resource
+import shutil
+import stat
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import make_golden_run as golden
+import model_tools as tools
+import numpy as np
+import pytest
+
+from llama_jax import io
+from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints, load_weights
+from llama_jax.config import DataConfig, OptimConfig, SourceConfig
+from llama_jax.data.mixture import Mixture, Source, TokenStream, TrainData
+from llama_jax.model.llama import Execution, rms_norm
+from llama_jax.prepare.shards import prepare_mixture
+from llama_jax.train import loop as train
+from llama_jax.train import metrics as report
+from llama_jax.train.optim import make_optimizer
+from llama_jax.train.step import execution, init_state, make_train_step, nll_sum
+
+CFG = tools.small()
+
+
+# The step ----------------------------------------------------------------------------------------
+
+
+def batch_of(rows: int = 2, T: int = 12) -> dict[str, np.ndarray]:
+    """Random ids and masks, two segments a row, positions that no default would give."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, CFG.vocab_size, (rows, T + 1), np.int32)
+    return {
+        "inputs_BT": ids[:, :-1],
+        "targets_BT": ids[:, 1:],
+        "mask_BT": (rng.random((rows, T)) < 0.6).astype(np.float32),
+        "segment_ids_BT": np.sort(rng.integers(1, 3, (rows, T)), axis=1).astype(np.int32),
+        "positions_BT": np.cumsum(rng.integers(1, 4, (rows, T)), axis=1).astype(np.int32),
+    }
+
+
+def test_the_loss_uses_everything_in_a_batch():
+    """Mask, segments and positions: the sum equals that of the model's own logits, which use them.
+
+    Positions that restart with each document give the same loss as ones that do not, since rotary
+    attention sees differences alone; so these have gaps.
+    """
+    batch = batch_of()
+    build = tools.model_of(CFG)
+    params = tools.tree_of(tools.random_weights(CFG))
+    ours = jax.jit(lambda params, batch: nll_sum(build(params), batch, 0))
+
+    @jax.jit
+    def want(params, batch):
+        known = {k: v for k, v in batch.items() if k in ("segment_ids_BT", "positions_BT")}
+        log_p = jax.nn.log_softmax(build(params)(batch["inputs_BT"], **known))
+        nll = -jnp.take_along_axis(log_p, batch["targets_BT"][..., None], axis=-1)[..., 0]
+        return jnp.sum(nll * batch["mask_BT"])
+
+    whole = float(ours(params, batch))
+    assert whole == pytest.approx(float(want(params, batch)), rel=1e-6)
+    for key in ("mask_BT", "segment_ids_BT", "positions_BT"):
+        less = {k: v for k, v in batch.items() if k != key}
+        assert abs(float(ours(params, less)) / whole - 1) > 1e-4, key
+
+
+@pytest.mark.parametrize("decay", ["matrices", "all"])
+@pytest.mark.parametrize("clip", [0.5, 0.0])
+def test_the_optimiser_is_adamw_with_a_warm_up_and_a_cosine(decay, clip):
+    """Eight updates of a matrix, an embedding and a norm, written out in float64."""
+    cfg = OptimConfig(
+        peak_lr=0.1, warmup_steps=3, final_fraction=0.3, b1=0.7, b2=0.8, eps=1e-2,
+        weight_decay=0.4, decay=decay, clip=clip,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (3, 4), "up": (2, 4, 5), "mlp_norm": (2, 4)}
+    weights = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    optimizer = make_optimizer(cfg, 8)
+    found = jax.tree.map(jnp.float32, weights)
+    state = optimizer.init(found)
+    m, v = ({name: np.zeros(shape) for name, shape in shapes.items()} for _ in range(2))
+    for i in range(8):
+        # Norms on both sides of the limit.
+        grads = {n: rng.normal(size=w.shape) * 0.05 * (1 + i) for n, w in weights.items()}
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, grads), state, found)
+        found = jax.tree.map(jnp.add, found, updates)
+        norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        turn = (1 + np.cos(np.pi * (i - 3) / 5)) / 2
+        rate = 0.1 * ((i + 1) / 3 if i < 3 else 0.3 + 0.7 * turn)
+        for n, w in weights.items():
+            g = grads[n] * (min(1, clip / norm) if clip else 1)
+            m[n], v[n] = 0.7 * m[n] + 0.3 * g, 0.8 * v[n] + 0.2 * g**2
+            step = m[n] / (1 - 0.7 ** (i + 1)) / (np.sqrt(v[n] / (1 - 0.8 ** (i + 1))) + 1e-2)
+            decays = decay == "all" or n != "mlp_norm"
+            weights[n] = w - rate * (step + 0.4 * decays * w)
+            np.testing.assert_allclose(found[n], weights[n], rtol=1e-5, atol=1e-6, err_msg=n)
+
+
+def test_norm_statistics_are_float32():
+    """With bfloat16 activations too: equal to float32 statistics rounded once, but for ties."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 32, 64)) * 3, jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5)
+    want = np.asarray(jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16), np.float32)
+    found = np.asarray(rms_norm(x, jnp.ones(64, jnp.bfloat16), 1e-5), np.float32)
+    assert (found != want).mean() < 1e-3
+
+
+def test_what_remat_computes_again():
+    """matmuls: no product with a weight a second time; full: all of a layer's that are needed."""
+    tokens = np.zeros((1, 8), np.int32)
+    params = tools.tree_of(tools.random_weights(CFG))
+    products = {}
+    for remat in ("none", "matmuls", "full"):
+        build = tools.model_of(CFG, Execution(jnp.dtype("float32"), remat=remat))
+        gradient = jax.grad(lambda p, build=build: jnp.sum(build(p)(tokens) ** 2))
+        text = jax.jit(gradient).lower(params).as_text()
+        lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        # A product with a weight is one of two dimensions; attention's have batch dimensions.
+        products[remat] = sum("batching_dims" not in line for line in lines)
+    assert products["none"] == products["matmuls"] < products["full"]
+
+
+def test_a_request_to_stop_on_any_device_is_seen():
+    """The step counts the devices that ask; only the count is computed here."""
+    recipe = golden.loaded()
+    how = Execution(jnp.dtype("float32"))
+    zeros = lambda tree: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+    state = zeros(jax.eval_shape(lambda: init_state(recipe, how)))
+    batch = {k: v[None] for k, v in batch_of().items()}
+    count = jax.jit(lambda batch: make_train_step(recipe, how)(state, batch)[1]["stop"])
+    assert count(batch | {"stop": np.array([0, 0, 1, 0], np.int32)}) == 1
+
+
+def test_dtypes_follow_the_platform():
+    recipe = golden.loaded()
+    auto = dataclasses.replace(
+        recipe, train=dataclasses.replace(recipe.train, compute_dtype="auto")
+    )
+    assert [execution(auto, p).dtype for p in ("cpu", "tpu", "gpu")] == [
+        jnp.float32,
+        jnp.bfloat16,
+        jnp.bfloat16,
+    ]
+    assert execution(recipe, "tpu").dtype == jnp.float32
+
+
+# The loop ----------------------------------------------------------------------------------------
+
+
+def a_run(monkeypatch, folder: Path, metrics_of, *overrides: str) -> int:
+    """The command's exit code, on the recipe of the golden run with a step that only counts.
+
+    ``metrics_of(step)`` replaces metrics of that step (a traced number from 1).
+    """
+
+    def make(recipe, how):
+        def step(state, batch):
+            done = state.optimizer[-1].count + 1
+            count_up = lambda x: x + 1 if jnp.issubdtype(x.dtype, jnp.integer) else x
+            metrics = {
+                "loss": jnp.float32(1),
+                "grad_norm": jnp.float32(1),
+                "learning_rate": jnp.float32(1),
+                "stop": jnp.sum(batch["stop"]),
+            }
+            return jax.tree.map(count_up, state), metrics | metrics_of(done)
+
+        return step
+
+    monkeypatch.setattr(train, "make_train_step", make)
+    monkeypatch.setattr(train, "make_eval_step", lambda *_: lambda params, batch: jnp.float32(1))
+    paths = [f"data.sources.{n}.path={golden.FOLDER / n}" for n in ("letters", "numbers")]
+    more = ["train.log_every=1000", "train.eval_every=0", f"checkpoint.dir={folder}"]
+    return train.main([str(golden.FOLDER / "recipe.toml"), *paths, *more, *overrides])
+
+
+def test_a_step_is_looked_at_before_it_is_saved(monkeypatch, tmp_path, capsys):
+    """A gradient that is no number, at a step that would be saved, between two log lines."""
+    bad = lambda step: {"grad_norm": jnp.where(step == 6, jnp.nan, 1.0)}
+    assert a_run(monkeypatch, tmp_path, bad, "checkpoint.every=3") == 1
+    assert "step 6: loss 1.0, gradient norm nan" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "steps").iterdir()] == ["3"]
+
+
+# Checkpoints -------------------------------------------------------------------------------------
+
+
+def save(checkpoints: Checkpoints, step: int, size: int = 6) -> None:
+    state = {"a": jnp.full(size, float(step))}, {"count": jnp.int32(7)}
+    checkpoints.save(step, *state, {"step": step, "data": {"batches": 1}})
+
+
+def save_whole(checkpoints: Checkpoints, step: int, size: int) -> None:
+    save(checkpoints, step, size)
+    checkpoints.wait()
+
+
+def abstract(size: int = 6) -> tuple[dict, dict]:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+    return {"a": place((size,), jnp.float32)}, {"count": place((), jnp.int32)}
+
+
+def test_a_finished_save_gets_its_checksums_without_another(tmp_path):
+    """The loop polls at each log line: a run killed long after a save leaves it checked."""
+    checkpoints = Checkpoints(tmp_path, 2)
+    save(checkpoints, 1)
+    sums = lambda: list((tmp_path / "steps").glob("1/checksums*.json"))
+    end = time.monotonic() + 20
+    while not sums() and time.monotonic() < end:
+        checkpoints.poll()
+        time.sleep(0.01)
+    assert sums()
+    checkpoints.close()
+
+
+def test_a_failed_save_leaves_nothing(tmp_path):
+    """A disk that is full gets no fuller; the step before is all that there is."""
+    checkpoints = Checkpoints(tmp_path, 2)
+    save_whole(checkpoints, 1, 6)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="last good one is step 1"):
+            save_whole(checkpoints, 2, 100_000)  # four bytes each
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in (tmp_path / "steps").iterdir()] == ["1"]
+    checkpoints.close()
+
+
+def test_the_run_record_is_checked_too(tmp_path):
+    """A changed data position would continue on other sequences without a word."""
+    checkpoints = Checkpoints(tmp_path, 2)
+    save(checkpoints, 1)
+    checkpoints.close()
+    [record] = [p for p in (tmp_path / "steps/1/run").rglob("*") if b'"batches"' in content_of(p)]
+    record.write_bytes(record.read_bytes().replace(b'"batches": 1', b'"batches": 2'))
+    checkpoints = Checkpoints(tmp_path, 2)
+    with pytest.raises(CheckpointError, match=re.escape(str(record))):
+        checkpoints.restore(*abstract())
+    checkpoints.close()
+
+
+def test_the_newest_weights_are_loaded(tmp_path):
+    """Newest by number: 10 comes after 9."""
+    checkpoints = Checkpoints(tmp_path, 3)
+    for step in (9, 10):
+        save(checkpoints, step)
+    checkpoints.close()
+    assert load_weights(tmp_path, abstract()[0])["a"][0] == 10
+
+
+def content_of(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
+# Data --------------------------------------------------------------------------------------------
+
+
+def source(name: str, folder: str = "numbers", **changes) -> Source:
+    path = golden.FOLDER / folder
+    manifest = json.loads((path / "manifest.json").read_text())
+    return Source(name, path, 1.0, manifest | changes)
+
+
+def data_of(*sources: Source) -> TrainData:
+    mixture = Mixture(golden.FOLDER / "numbers/tokenizer.model", 288, {s.name: s for s in sources})
+    cfg = DataConfig(
+        sources={s.name: SourceConfig(path=f"unused {s.name}") for s in sources}, seq_len=16
+    )
+    return TrainData(mixture, cfg, 4)
+
+
+def test_a_position_belongs_to_the_content_and_the_weights_of_the_data():
+    """Shards of the same name and size with other tokens are other data."""
+    data = data_of(source("a"))
+    state = data.state()
+    data.restore(state)
+    data.close()
+    splits = json.loads(json.dumps(source("a").manifest["splits"]))
+    splits["train"]["shards"][0]["tokens_sha256"] = "0" * 64
+    for changed in (source("a", splits=splits), dataclasses.replace(source("a"), weight=2.0)):
+        other = data_of(changed)
+        with pytest.raises(ValueError, match="in other data"):
+            other.restore(state)
+        other.close()
+
+
+def test_a_file_that_takes_the_place_of_another_is_read(tmp_path):
+    """Shards stay open; one that was made again is another file of the same name and size."""
+    folder = shutil.copytree(golden.FOLDER / "numbers", tmp_path / "numbers")
+    manifest = source("a").manifest
+    ids = TokenStream(folder, manifest, "train").read(0, 600)[0]
+    np.full(712, 9, "<u2").tofile(folder / "new")
+    (folder / "new").rename(folder / "train-00000.tokens")
+    assert (ids != 9).any()
+    assert (TokenStream(folder, manifest, "train").read(0, 600)[0] == 9).all()
+
+
+def test_sources_of_one_length_are_shuffled_apart():
+    data = data_of(source("a"), source("b"))
+    rows = np.concatenate([next(data)["inputs_BT"] for _ in range(20)])
+    data.close()
+    # Both have the same text, in turns: the orders would be equal.
+    assert len({row.tobytes() for row in rows}) > 30
+    assert (rows[::2] == rows[1::2]).all(axis=1).sum() < len(rows) / 8
+
+
+@pytest.mark.parametrize("fits", [False, True])
+def test_the_largest_id_is_one_less_than_the_vocabulary(fits):
+    ids, _ = golden.read_split("numbers", "train")
+    manifest = source("a").manifest | {"vocab_size": int(ids.max()) + (1 if fits else 0)}
+    stream = TokenStream(golden.FOLDER / "numbers", manifest, "train")
+    if fits:
+        assert stream.read(0, len(ids))[0].max() == ids.max()
+    else:
+        with pytest.raises(ValueError, match=f"token id {ids.max()} is outside the vocabulary"):
+            stream.read(0, len(ids))
+
+
+def test_a_text_changed_in_place_is_prepared_again(tmp_path):
+    """Another content of the same size, by its time; and nothing is made twice without a change."""
+    text = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"the cat sat on mat {i}"}) for i in range(40)]
+    text.write_text("\n".join(lines))
+    cfg = DataConfig(
+        sources={"a": SourceConfig(path=str(text))},
+        tokenizer=str(golden.FOLDER / "numbers/tokenizer.model"),
+        seq_len=16,
+        holdout=0.3,  # so many are held out that no text decides the rule by which they are
+    )
+
+    def tokens():
+        out = prepare_mixture(cfg, 288, tmp_path / "out")
+        path = out / "a" / "train-00000.tokens"
+        return path.read_bytes(), path.stat().st_ino
+
+    first = tokens()
+    assert tokens() == first
+    text.write_text("\n".join(lines).replace("cat", "tac"))
+    assert tokens()[0] != first[0]
+    assert tokens()[0] == tokens()[0]
+
+
+# The record of a run -----------------------------------------------------------------------------
+
+
+def test_a_damaged_metrics_file_does_not_end_a_run(tmp_path):
+    """Lines after a damaged one are lost, and those of steps that will be made again."""
+    record = {"kind": "train", "tokens": 1, "loss": 1.0}
+    line = lambda step: json.dumps(record | {"step": step}) + "\n"
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(line(1) + line(2) + line(3) + '{"kind": "train", "st\n' + line(4))
+    log = report.Report(tmp_path, 2)
+    log.write(record | {"step": 3})
+    log.close("test")
+    steps = [json.loads(x)["step"] for x in file.read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def test_content_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_path):
+    """A power cut leaves the old file or the new one: content first, then the name, then the
+    folder."""
+    path, events, real = tmp_path / "file", [], os.fsync
+
+    def fsync(descriptor):
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        events.append(("folder" if folder else "content", path.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    io.atomic_write(path, b"new")
+    assert events == [("content", False), ("folder", True)]
