@@ -38,7 +38,7 @@ def measure(name: str) -> dict:
     from llama_jax.plan.report import recomputed
 
     size, on, batch, seq_len, remat, _ = ROWS[name]
-    settings = {"train.batch_size": batch, "train.accumulate": 1, "train.remat": remat}
+    settings = {"train.batch_size": batch, "train.gradient_accumulation": 1, "train.remat": remat}
     settings |= {"data.seq_len": seq_len, "model.context": seq_len}
     overrides = [f"{k}={v}" for k, v in settings.items()]
     recipe = load_recipe(ROOT / f"configs/llama-{size}-tpu.toml", overrides)

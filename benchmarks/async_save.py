@@ -41,14 +41,14 @@ def main() -> None:
         "jax": jax.__version__,
         "tokens a step": {},
     }
-    for accumulate in (1, 4):
-        rounds = measure(accumulate, arguments.rounds, arguments.quiet_steps)
+    for gradient_accumulation in (1, 4):
+        rounds = measure(gradient_accumulation, arguments.rounds, arguments.quiet_steps)
         slowdowns = [
             sum(r["during"]) / (len(r["during"]) * statistics.median(r["quiet"])) - 1
             for r in rounds
             if r["during"]
         ]
-        tokens = 2048 * accumulate
+        tokens = 2048 * gradient_accumulation
         print(
             f"{tokens} tokens a step: {statistics.median(slowdowns):+.1%} while a save is "
             f"under way ({min(slowdowns):+.1%} to {max(slowdowns):+.1%})"
@@ -61,19 +61,19 @@ def main() -> None:
     (ROOT / "benchmarks/results/async_save.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(accumulate: int, count: int, quiet_steps: int) -> list[dict]:
+def measure(gradient_accumulation: int, count: int, quiet_steps: int) -> list[dict]:
     """Seconds of ``count`` rounds: steps before, the call of save, steps while it writes."""
     settings = [
         "model.name=small",
-        f"train.accumulate={accumulate}",
-        f"train.batch_size={8 * accumulate}",
+        f"train.gradient_accumulation={gradient_accumulation}",
+        f"train.batch_size={8 * gradient_accumulation}",
     ]
     recipe = load_recipe(ROOT / "configs/tiny.toml", settings)
-    how = execution(recipe, "cpu")
+    compute = execution(recipe, "cpu")
     with jax.set_mesh(make_mesh(recipe.mesh)), tempfile.TemporaryDirectory() as folder:
-        state = jax.jit(lambda: init_state(recipe, how))()
-        step = jax.jit(make_train_step(recipe, how), donate_argnums=0)
-        ids = np.random.default_rng(0).integers(0, 8192, (accumulate, 8, 257), np.int32)
+        state = jax.jit(lambda: init_state(recipe, compute))()
+        step = jax.jit(make_train_step(recipe, compute), donate_argnums=0)
+        ids = np.random.default_rng(0).integers(0, 8192, (gradient_accumulation, 8, 257), np.int32)
         stop = np.zeros(1, np.int32)
         batch = {"inputs_BT": ids[..., :-1], "targets_BT": ids[..., 1:], "stop": stop}
 
@@ -87,7 +87,7 @@ def measure(accumulate: int, count: int, quiet_steps: int) -> list[dict]:
         train(), train()
         rounds = []
         checkpoints = Checkpoints(folder, 1)
-        for number in tqdm.trange(count, desc=f"accumulate {accumulate}"):
+        for number in tqdm.trange(count, desc=f"accumulate {gradient_accumulation}"):
             quiet = [train() for _ in range(quiet_steps)]
             start = time.perf_counter()
             checkpoints.save(number, *state, {"step": number})

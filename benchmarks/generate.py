@@ -51,11 +51,11 @@ def jax_generate(cfg, batch: int):
     import jax
     import jax.numpy as jnp
 
-    from llama_jax.generate.decode import STRIDE
+    from llama_jax.generate.decode import DECODE_STEPS_PER_CALL
     from llama_jax.generate.llm import LLM
     from llama_jax.generate.sampler import Greedy, settings_of
-    from llama_jax.model.llama import Execution
-    from llama_jax.train.step import take_apart
+    from llama_jax.model.llama import ComputeConfig
+    from llama_jax.train.step import unstack_layers
 
     w, ones = random_weights(cfg), lambda *shape: np.ones(cfg.shape(*shape), np.float32)
     block = dict(
@@ -63,14 +63,14 @@ def jax_generate(cfg, batch: int):
         attention_norm=ones("LD"), mlp_norm=ones("LD"),
     )  # fmt: skip
     params = jax.tree.map(jnp.asarray, dict(embed=w["embed"], blocks=block, norm=ones("D")))
-    params = take_apart(params)  # as llama_jax.load does
-    how = Execution(jnp.dtype("float32"), unroll=True)
-    llm = LLM(cfg, params, None, how, eos_ids=())
+    params = unstack_layers(params)  # as llama_jax.load does
+    compute = ComputeConfig(jnp.dtype("float32"), unroll=True)
+    llm = LLM(cfg, params, None, compute, eos_ids=())
     asked = [(ids, 0) for ids in prompts(cfg, batch).tolist()]
 
     def generate():
         rows = [Ids(ids) for ids, _ in asked]
-        for _ in llm._decode(asked, rows, NEW, settings_of(Greedy()), 0, STRIDE):
+        for _ in llm._decode(asked, rows, NEW, settings_of(Greedy()), 0, DECODE_STEPS_PER_CALL):
             pass
         return np.array([row.made for row in rows])
 

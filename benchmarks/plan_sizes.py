@@ -26,7 +26,7 @@ PLANS = {
 
 def figures(plan: dict, seconds: float, rss_kib: int) -> dict:
     """What is kept of a plan."""
-    kept = {k: plan[k] for k in ("machine", "mesh", "accumulate", "remat", "fits")}
+    kept = {k: plan[k] for k in ("machine", "mesh", "gradient_accumulation", "remat", "fits")}
     gib = {k: plan["memory"][k] / 2**30 for k in ("peak", "available")}
     ratio = plan["step"]["operations"] / plan["step"]["model_operations"]
     return kept | {

@@ -19,7 +19,7 @@ from benchmarks.tokenise import machine, write
 from llama_jax.checkpoint.checkpoints import load_weights
 from llama_jax.config import load_recipe
 from llama_jax.data.mixture import Mixture, eval_batches, open_mixture
-from llama_jax.model.llama import Execution, Llama
+from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.quantize import quantize, weight_bytes
 from llama_jax.train.step import make_eval_step, split
 
@@ -32,10 +32,10 @@ def main() -> None:
     parser.add_argument("run", nargs="?", type=Path, default=Path("checkpoints/tiny"))
     run = parser.parse_args().run
     recipe = load_recipe(run / "recipe.toml", [])
-    cfg, how = recipe.model, Execution(jnp.dtype("float32"))
-    params = load_weights(run, jax.eval_shape(lambda: split(Llama(cfg, how, nnx.Rngs(0)))[1]))
+    cfg, compute = recipe.model, ComputeConfig(jnp.dtype("float32"))
+    params = load_weights(run, jax.eval_shape(lambda: split(Llama(cfg, compute, nnx.Rngs(0)))[1]))
     mixture = open_mixture(run / "data")
-    step = jax.jit(make_eval_step(recipe, how))
+    step = jax.jit(make_eval_step(recipe, compute))
     result = {}
     for kind in ("float32", "int8", "int4"):
         weights = params if kind == "float32" else quantize(params, kind)

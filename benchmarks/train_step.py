@@ -43,9 +43,9 @@ def jax_steps(shape: str):
 
     recipe = load_recipe(ROOT / "configs/tiny.toml", [f"model.name={shape}"])
     jax.set_mesh(make_mesh(recipe.mesh))
-    how = execution(recipe, "cpu")
-    state = jax.jit(lambda: init_state(recipe, how))()
-    step = jax.jit(make_train_step(recipe, how), donate_argnums=0)
+    compute = execution(recipe, "cpu")
+    state = jax.jit(lambda: init_state(recipe, compute))()
+    step = jax.jit(make_train_step(recipe, compute), donate_argnums=0)
     ids = np.random.default_rng(0).integers(0, recipe.model.vocab_size, (1, B, T + 1), np.int32)
     batch = {"inputs_BT": ids[..., :-1], "targets_BT": ids[..., 1:], "stop": np.zeros(1, np.int32)}
 

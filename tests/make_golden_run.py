@@ -192,9 +192,9 @@ def reference(order: np.ndarray, initial: dict[str, np.ndarray]) -> dict[str, np
         loss = (nll * mask).sum() / mask.sum()
         loss.backward()
         norm = math.sqrt(sum((w.grad**2).sum().item() for w in weights.values()))
-        if norm > optim["clip"]:
+        if norm > optim["max_grad_norm"]:
             for w in weights.values():
-                w.grad *= optim["clip"] / norm
+                w.grad *= optim["max_grad_norm"] / norm
         rates.append(learning_rate(update, optim, steps))
         for group in adamw.param_groups:
             group["lr"] = rates[-1]
@@ -204,7 +204,7 @@ def reference(order: np.ndarray, initial: dict[str, np.ndarray]) -> dict[str, np
         if (update + 1) % train["eval_every"] == 0 or update + 1 == steps:
             for name, value in evaluate(torch, weights, recipe).items():
                 figures.setdefault(f"eval/{name}", []).append(value)
-    clipped = sum(n > optim["clip"] for n in norms)
+    clipped = sum(n > optim["max_grad_norm"] for n in norms)
     assert 3 <= clipped <= steps - 3, norms
     out = {"loss": losses, "grad_norm": norms, "learning_rate": rates, **figures}
     final = {f"final/{k}": w.detach().numpy().astype(np.float32) for k, w in weights.items()}
@@ -214,7 +214,7 @@ def reference(order: np.ndarray, initial: dict[str, np.ndarray]) -> dict[str, np
 def evaluate(torch, weights: dict, recipe: dict) -> dict[str, float]:
     """Validation figures of each source, and of the mixture by the sources' weights."""
     train, T = recipe["train"], recipe["data"]["seq_len"]
-    rows = train["batch_size"] // train["accumulate"]
+    rows = train["batch_size"] // train["gradient_accumulation"]
     out: dict[str, float] = {}
     shares = {n: s["weight"] for n, s in recipe["data"]["sources"].items()}
     for name in shares:
@@ -290,7 +290,7 @@ def record() -> tuple[np.ndarray, dict[str, np.ndarray]]:
             Path(f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
         sources = [f"--source={name}={name}.jsonl" for name in names]
         vocabulary = f"--vocab-size={recipe['model']['vocab_size']}"
-        prepare.main(["out", *sources, vocabulary, "--holdout=0.2", "--workers=1"])
+        prepare.main(["out", *sources, vocabulary, "--val-fraction=0.2", "--workers=1"])
         for name in names:
             shutil.rmtree(FOLDER / name, ignore_errors=True)
             shutil.copytree(Path("out") / name, FOLDER / name)
@@ -355,10 +355,10 @@ def recorded_weights() -> dict[str, np.ndarray]:
     import jax
     import jax.numpy as jnp
 
-    from llama_jax.model.llama import Execution
+    from llama_jax.model.llama import ComputeConfig
     from llama_jax.train.step import init_state
 
-    params = init_state(loaded(), Execution(jnp.dtype("float32"))).params
+    params = init_state(loaded(), ComputeConfig(jnp.dtype("float32"))).params
     return {
         path[-1].key: np.asarray(value)
         for path, value in jax.tree_util.tree_leaves_with_path(params)

@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 
 from llama_jax.config import ModelConfig, RopeConfig
-from llama_jax.model.llama import Execution, Llama
+from llama_jax.model.llama import ComputeConfig, Llama
 
-F32 = Execution(jnp.dtype("float32"))
+F32 = ComputeConfig(jnp.dtype("float32"))
 
 
 def small(rope: dict | None = None, **changes) -> ModelConfig:
@@ -119,9 +119,9 @@ def flat_of(tree: dict, prefix: str = "") -> dict:
     return out
 
 
-def model_of(cfg: ModelConfig, how: Execution = F32):
+def model_of(cfg: ModelConfig, compute: ComputeConfig = F32):
     """A function from parameters (nested dict) to the model: `model_of(cfg)(params)(tokens_BT)`."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(cfg, how, nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(cfg, compute, nnx.Rngs(0))))
     structure = jax.tree.structure(state)
     return lambda params: nnx.merge(
         graphdef, jax.tree.unflatten(structure, jax.tree.leaves(params))

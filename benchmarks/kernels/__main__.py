@@ -100,12 +100,12 @@ def _line(row: dict[str, Any]) -> str:
     head += f"{row['implementation']:8}"
     if "cannot" in row:
         return f"{head} cannot: {row['cannot'][:90]}"
-    ways = "".join(
+    num_shards = "".join(
         f"  {way} {r['ms']:8.3f} ms ±{r['spread']:3.0%} {r['tflops']:5.0f} TFLOP/s "
         f"{r['of_peak']:4.0%} of peak, {r.get('of_best_peer', math.nan):4.2f} x peer"
         for way, r in row.items() if way in ("forward", "both")
     )  # fmt: skip
-    return f"{head}{ways}  error {row['error']:.1e}"
+    return f"{head}{num_shards}  error {row['error']:.1e}"
 
 
 def inputs(model: str, T: int, documents: bool):

@@ -93,7 +93,7 @@ class DataConfig:
     packing: Literal["concat", "segments"] = "concat"
     """concat: documents back to back, attention sees across them (as LLaMA); segments: attention
     stays inside a document and positions restart with it"""
-    holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    val_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     """share of the documents kept out of training, for evaluation (prepared folders have their
     own)"""
     seed: Seed = 0
@@ -164,7 +164,7 @@ class OptimConfig:
     """decoupled weight decay"""
     decay: Literal["matrices", "all"] = "matrices"
     """which weights decay: matrices (not the norms), or all"""
-    clip: Annotated[float, Field(ge=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """largest global gradient norm; 0: no clipping"""
 
 
@@ -176,7 +176,7 @@ class TrainConfig:
     """optimizer steps"""
     batch_size: Positive
     """B, sequences a step over all devices and accumulation steps"""
-    accumulate: Positive = 1
+    gradient_accumulation: Positive = 1
     """split each batch into this many parts, one after the other"""
     seed: Seed = 0
     """initial weights"""
@@ -225,7 +225,7 @@ class CheckpointConfig:
 
     dir: RequiredPath
     """run folder: checkpoints, recipe, metrics, pictures"""
-    every: Positive = 1000
+    save_every: Positive = 1000
     """steps between checkpoints"""
     keep: Positive = 2
     """newest checkpoints kept"""
@@ -243,10 +243,10 @@ class Recipe:
     checkpoint: CheckpointConfig
 
     def __post_init__(self):
-        if self.train.batch_size % self.train.accumulate:
+        if self.train.batch_size % self.train.gradient_accumulation:
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} must be a multiple of "
-                f"train.accumulate={self.train.accumulate}"
+                f"train.gradient_accumulation={self.train.gradient_accumulation}"
             )
         tokens = self.train.batch_size * self.data.seq_len
         if tokens > MAX_STEP_TOKENS:
@@ -267,6 +267,16 @@ class Recipe:
             )
 
 
+RENAMED = {
+    "optim.clip": "optim.max_grad_norm",
+    "checkpoint.every": "checkpoint.save_every",
+    "data.holdout": "data.val_fraction",
+    "train.accumulate": "train.gradient_accumulation",
+}
+"""Former names of settings. A recipe that has one is refused with the new name; the recipe that an
+older version saved in its run folder is read."""
+
+
 class ConfigError(ValueError):
     """A recipe or override that cannot be used; the message says where and what to do."""
 
@@ -281,14 +291,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
       ConfigError: unreadable file, unknown setting (with the nearest known one), wrong type, or
         values that do not fit; all problems of the recipe at once.
     """
-    try:
-        tree = tomllib.loads(read_limited(Path(path), MAX_RECIPE_BYTES).decode("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"recipe {path} does not exist; recipes are in configs/") from None
-    except RecursionError:
-        raise ConfigError(f"recipe {path} cannot be read: nested too deeply") from None
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"recipe {path} cannot be read: {e}") from None
+    tree = _read_toml(Path(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -296,6 +299,30 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
                 f"override {override!r} is not of the form section.key=value (see --help)"
             )
         _set(tree, key.strip(), _value(text.strip()))
+    return check_recipe(tree, where=str(path))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(read_limited(path, MAX_RECIPE_BYTES).decode("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path} does not exist; recipes are in configs/") from None
+    except RecursionError:
+        raise ConfigError(f"recipe {path} cannot be read: nested too deeply") from None
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"recipe {path} cannot be read: {e}") from None
+
+
+def load_saved_recipe(path: Path) -> Recipe:
+    """The recipe that a run saved in its folder, perhaps with former names of settings.
+
+    Raises :class:`ConfigError` as :func:`load_recipe`.
+    """
+    tree = _read_toml(path)
+    for old, new in RENAMED.items():
+        section, _, key = old.partition(".")
+        if isinstance(settings := tree.get(section), dict) and key in settings:
+            settings.setdefault(new.partition(".")[2], settings.pop(key))
     return check_recipe(tree, where=str(path))
 
 
@@ -445,6 +472,8 @@ def _strings(tree: Any) -> Iterator[str]:
 def _explain(error: Any, known: list[str]) -> str:
     name = ".".join(map(str, error["loc"]))[:100]
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if name in RENAMED:
+            return f"unknown setting {name}: it is now called {RENAMED[name]}"
         return f"unknown setting {name}{_nearest(name, known)}"
     if error["type"] in ("missing", "missing_argument"):
         hint = ' (or give model.name, for example "tiny")' if name.startswith("model") else ""

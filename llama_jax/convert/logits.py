@@ -94,7 +94,7 @@ def _our_logits(found: Found, cut: ModelConfig, dtypes: Dtypes, tokens, position
     import jax.numpy as jnp
     from flax import nnx
 
-    from llama_jax.model.llama import Execution, Llama
+    from llama_jax.model.llama import ComputeConfig, Llama
 
     tensors = _tensors(found, cut, dtypes)
     tree: dict[str, Any] = {}
@@ -109,8 +109,8 @@ def _our_logits(found: Found, cut: ModelConfig, dtypes: Dtypes, tokens, position
             node[name] = jnp.asarray(np.stack(layers).reshape(cut.num_layers, *shape))
         else:
             node[name] = jnp.asarray(tensors.pop(row.path).reshape(shape))
-    how = Execution(jnp.dtype(jnp.float32))
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(cut, how, nnx.Rngs(0))))
+    compute = ComputeConfig(jnp.dtype(jnp.float32))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(cut, compute, nnx.Rngs(0))))
     nnx.replace_by_pure_dict(state, tree)
     with jax.default_matmul_precision("highest"):
         llama = nnx.merge(graph, state)

@@ -19,7 +19,7 @@ class Feed:
     """
 
     def __init__(self, recipe: Recipe, mesh: Mesh, spec: P):
-        self.parts = recipe.train.accumulate
+        self.parts = recipe.train.gradient_accumulation
         self.rows = recipe.train.batch_size // self.parts
         """rows of a part, over all hosts"""
         self._mesh, self._spec = mesh, spec

@@ -183,7 +183,7 @@ class Windows:
             raise ValueError(
                 f"source {source.name}: the {split} split has {len(self._stream)} tokens, too few "
                 f"for one sequence of data.seq_len={cfg.seq_len} and the token after it; give more "
-                "text, a smaller data.seq_len, or another data.holdout"
+                "text, a smaller data.seq_len, or another data.val_fraction"
             )
 
     def __len__(self) -> int:

@@ -42,11 +42,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
 
 
-def load(folder: str, **how: Any) -> Any:
+def load(folder: str, **compute: Any) -> Any:
     """:func:`llama_jax.load`."""
     from llama_jax.generate import load as loading
 
-    return loading.load(folder, **how)
+    return loading.load(folder, **compute)
 
 
 @contextlib.contextmanager

@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig
 from llama_jax.generate.sampler import Settings, choose
-from llama_jax.model.llama import Execution, KVCache
-from llama_jax.model.sharding import meshless, reshard
+from llama_jax.model.llama import ComputeConfig, KVCache
+from llama_jax.model.sharding import no_mesh, reshard
 from llama_jax.train.step import Params, merge
 
-STRIDE = 32
+DECODE_STEPS_PER_CALL = 32
 """Most tokens a row between two looks of the host: at stops, at rows that have ended."""
 
 
@@ -106,7 +106,10 @@ def decode(
         )
         return i + 1, state, tokens_TB.at[i].set(token_B), logprobs_TB.at[i].set(logprob_B)
 
-    blank = jnp.zeros((STRIDE, B), jnp.int32), jnp.zeros((STRIDE, B), jnp.float32)
+    blank = (
+        jnp.zeros((DECODE_STEPS_PER_CALL, B), jnp.int32),
+        jnp.zeros((DECODE_STEPS_PER_CALL, B), jnp.float32),
+    )
     _, state, tokens_TB, logprobs_TB = jax.lax.while_loop(going, one, (0, state, *blank))
     return state, tokens_TB, logprobs_TB
 
@@ -116,27 +119,27 @@ def _logprob(logits_BV, token_B):
     return picked_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
-def empty(how: Execution, cfg: ModelConfig, slots: int) -> KVCache:
+def empty(compute: ComputeConfig, cfg: ModelConfig, slots: int) -> KVCache:
     """A cache of one row."""
-    return _placed(how, KVCache.empty(cfg, 1, slots, how.dtype))
+    return _placed(compute, KVCache.empty(cfg, 1, slots, compute.dtype))
 
 
-def _placed(how: Execution, cache: KVCache) -> KVCache:
-    if meshless():
+def _placed(compute: ComputeConfig, cache: KVCache) -> KVCache:
+    if no_mesh():
         return cache
-    spec = P(None, *how.rules.act("BKSH"))
+    spec = P(None, *compute.rules.activation("BKSH"))
     return cache._replace(
         k_LBKSH=reshard(cache.k_LBKSH, spec), v_LBKSH=reshard(cache.v_LBKSH, spec)
     )
 
 
-def empty_rows(how: Execution, batch: int, cache: KVCache, logits_V: jax.Array) -> Rows:
+def empty_rows(compute: ComputeConfig, batch: int, cache: KVCache, logits_V: jax.Array) -> Rows:
     """Rows that have all ended, of the shapes of a prefilled one."""
     wide = lambda x: jnp.zeros((x.shape[0], batch, *x.shape[2:]), x.dtype)
     caches = KVCache(wide(cache.k_LBKSH), wide(cache.v_LBKSH), jnp.zeros(batch, jnp.int32))
     V = logits_V.shape[0]
     return Rows(
-        _placed(how, caches),
+        _placed(compute, caches),
         jnp.zeros((batch, V), jnp.float32),
         jnp.zeros((batch, V), bool),
         jax.random.split(jax.random.key(0), batch),

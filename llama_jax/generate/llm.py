@@ -24,21 +24,21 @@ import numpy as np
 from llama_jax.config import ModelConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.generate import decode as decoding
-from llama_jax.generate.decode import STRIDE, Rows
+from llama_jax.generate.decode import DECODE_STEPS_PER_CALL, Rows
 from llama_jax.generate.detokenize import Generation, Row, check_text
 from llama_jax.generate.sampler import Greedy, Sample, Settings, check_whole, settings_of
-from llama_jax.model.llama import Execution, KVCache
+from llama_jax.model.llama import ComputeConfig, KVCache
 from llama_jax.model.quantize import bytes_of
-from llama_jax.model.sharding import on_mesh
+from llama_jax.model.sharding import use_mesh
 from llama_jax.train.step import structure
 
 if TYPE_CHECKING:
     from llama_jax.generate.chat import Chat
     from llama_jax.generate.scores import Scores
 
-CHUNKS = (32, 256)
+PREFILL_CHUNKS = (32, 256)
 """Tokens of a prompt that go through the model at once: the few of a chat's turn, or many."""
-MOST_ROWS = 32
+MAX_BATCH = 32
 """Rows at once; more prompts than that take turns."""
 
 
@@ -55,7 +55,7 @@ class LLM:
         cfg: ModelConfig,
         params: dict[str, Any],
         tokenizer: Tokenizer,
-        how: Execution,
+        compute: ComputeConfig,
         *,
         eos_ids: Sequence[int] | None = None,
         mesh: jax.sharding.Mesh | None = None,
@@ -78,14 +78,14 @@ class LLM:
           ValueError: an id of ``eos_ids`` that the model does not have.
         """
         self.cfg, self.params, self.tokenizer, self.mesh = cfg, params, tokenizer, mesh
-        self.how, self.chat_template, self.no_template = how, chat_template, no_template
+        self.compute, self.chat_template, self.no_template = compute, chat_template, no_template
         self.eos_ids = check_eos(eos_ids, cfg) if eos_ids is not None else ()
         if eos_ids is None and tokenizer.eos_id is not None:
             self.eos_ids = (tokenizer.eos_id,)
         self._compiled: dict[tuple, Any] = {}
-        with on_mesh(self.mesh):
-            apart = 0 in params["blocks"]
-            self._graphdef = structure(cfg, self.how, apart)
+        with use_mesh(self.mesh):
+            unstacked = 0 in params["blocks"]
+            self._graphdef = structure(cfg, self.compute, unstacked)
 
     def generate(
         self,
@@ -125,12 +125,12 @@ class LLM:
         asked = [(ids, sample) for ids in encoded for sample in range(n)]
         made: list[Generation] = []
         # Dynamic rotary frequencies follow the longest row: a row of its own for each.
-        most_rows = 1 if self.cfg.rope.type == "dynamic" else MOST_ROWS
+        most_rows = 1 if self.cfg.rope.type == "dynamic" else MAX_BATCH
         for first in range(0, len(asked), most_rows):
             part = asked[first : first + most_rows]
             rows = [Row(self.tokenizer, ids, stops) for ids, _ in part]
             making = self._decode(
-                part, rows, max_new_tokens, settings, seed, STRIDE, logprobs=logprobs
+                part, rows, max_new_tokens, settings, seed, DECODE_STEPS_PER_CALL, logprobs=logprobs
             )
             for _ in making:
                 pass
@@ -212,7 +212,7 @@ class LLM:
         settings = settings_of(sampling)
         self._check_room(ids)
         if cache is None:
-            cache, known = self.empty_cache(self.cfg.context + CHUNKS[-1]), []
+            cache, known = self.empty_cache(self.cfg.context + PREFILL_CHUNKS[-1]), []
         same = 0
         while same < min(len(known), len(ids) - 1) and known[same] == ids[same]:
             same += 1
@@ -221,7 +221,7 @@ class LLM:
         row = Row(self.tokenizer, ids, ())
         state = self._rows([(ids, 0)], [first], seed)
         making = self._decode(
-            [(ids, 0)], [row], max_new_tokens, settings, seed, STRIDE, state, True
+            [(ids, 0)], [row], max_new_tokens, settings, seed, DECODE_STEPS_PER_CALL, state, True
         )
         while True:
             try:
@@ -265,9 +265,9 @@ class LLM:
         """Read tokens into a cache of one row; the logits [V] after the last, and the cache."""
         done = 0
         logits_V = None
-        with on_mesh(self.mesh):
+        with use_mesh(self.mesh):
             while done < len(ids):
-                size = next((c for c in CHUNKS if c >= len(ids) - done), CHUNKS[-1])
+                size = next((c for c in PREFILL_CHUNKS if c >= len(ids) - done), PREFILL_CHUNKS[-1])
                 part = list(ids[done : done + size])
                 tokens_1T = np.zeros((1, size), np.int32)
                 tokens_1T[0, : len(part)] = part
@@ -280,12 +280,12 @@ class LLM:
     def empty_cache(self, slots: int) -> KVCache:
         """A cache of one row with room for ``slots`` positions, rounded up."""
         room = self._room(slots)
-        make = functools.partial(decoding.empty, self.how, self.cfg, room)
-        with on_mesh(self.mesh):
+        make = functools.partial(decoding.empty, self.compute, self.cfg, room)
+        with use_mesh(self.mesh):
             return self.run(f"cache {room}", make, ())
 
     def _room(self, slots: int) -> int:
-        chunk = CHUNKS[-1]
+        chunk = PREFILL_CHUNKS[-1]
         # A doubling beyond the context (and a padded chunk) would be memory for nothing.
         most = -(-self.cfg.context // chunk) * chunk + chunk
         return min(max(_power(slots), 2 * chunk), most)
@@ -300,7 +300,7 @@ class LLM:
         if state is None:
             longest = self.cfg.context - min(room)
             # A prompt's last chunk is padded, and a row ends at the context at the latest.
-            slots = max(longest + CHUNKS[-1], min(longest + most, self.cfg.context))
+            slots = max(longest + PREFILL_CHUNKS[-1], min(longest + most, self.cfg.context))
             state = self._prefilled(asked, slots, seed)
         ends = np.full(max(8, _power(len(self.eos_ids))), -1, np.int32)
         ends[: len(self.eos_ids)] = self.eos_ids
@@ -311,7 +311,7 @@ class LLM:
             done_B[: len(rows)] = [row.finish is not None for row in rows]
             state = state._replace(done_B=jnp.asarray(done_B))
             args = (self.params, state, settings, ends, np.int32(count), np.bool_(logprobs))
-            with on_mesh(self.mesh):
+            with use_mesh(self.mesh):
                 state, tokens_TB, logprobs_TB = self.run("decode", decoding.decode, args, (1,))
             tokens_TB, logprobs_TB = np.asarray(tokens_TB), np.asarray(logprobs_TB)
             for b, row in enumerate(rows):
@@ -341,10 +341,10 @@ class LLM:
         batch = _power(len(asked))
         root = jax.random.key(seed)
         state: Any = None  # until the shapes of the first row are known
-        with on_mesh(self.mesh):
+        with use_mesh(self.mesh):
             for b, ((ids, sample), (logits_V, cache)) in enumerate(zip(asked, firsts, strict=True)):
                 if state is None:
-                    make = functools.partial(decoding.empty_rows, self.how, batch)
+                    make = functools.partial(decoding.empty_rows, self.compute, batch)
                     state = self.run(f"rows {batch}", make, (cache, logits_V))
                 seen_V = np.zeros(self.cfg.vocab_size, bool)
                 seen_V[ids] = True
@@ -356,7 +356,7 @@ class LLM:
         """Raises MemoryError before a cache is made that cannot fit beside the weights."""
         L, K, H = self.cfg.shape("LKH")
         batch = _power(rows)
-        cache = 2 * L * K * H * slots * self.how.dtype.itemsize * (batch + 1)  # one being read
+        cache = 2 * L * K * H * slots * self.compute.dtype.itemsize * (batch + 1)  # one being read
         held = bytes_of(self.params)
         devices = 1 if self.mesh is None else self.mesh.size
         device = jax.local_devices()[0] if self.mesh is None else self.mesh.devices.flat[0]

@@ -24,7 +24,7 @@ from llama_jax.convert.tensors import TABLE
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.generate.llm import LLM, check_eos, memory_of
 from llama_jax.io import read_json, read_limited
-from llama_jax.model.llama import Execution, Llama
+from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.quantize import (
     KINDS,
     MATRICES,
@@ -33,8 +33,8 @@ from llama_jax.model.quantize import (
     quantize_weight,
     weight_bytes,
 )
-from llama_jax.model.sharding import PRESETS, on_mesh, ways
-from llama_jax.train.step import join, split, take_apart
+from llama_jax.model.sharding import PRESETS, num_shards, use_mesh
+from llama_jax.train.step import join, split, unstack_layers
 
 DTYPES = ("float32", "bfloat16")
 MAX_TEMPLATE_BYTES = 1 << 20
@@ -92,9 +92,9 @@ def load(
     devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
     cpu, tpu = (devices[0].platform == name for name in ("cpu", "tpu"))
     kind = jnp.dtype(dtype or ("float32" if cpu else "bfloat16"))
-    how = Execution(kind, PRESETS["fsdp_tensor"], unroll=not tpu)
-    with on_mesh(mesh):
-        abstract = jax.eval_shape(lambda: split(Llama(cfg, how, nnx.Rngs(0)))[1])
+    compute = ComputeConfig(kind, PRESETS["fsdp_tensor"], unroll=not tpu)
+    with use_mesh(mesh):
+        abstract = jax.eval_shape(lambda: split(Llama(cfg, compute, nnx.Rngs(0)))[1])
         _check_memory(folder, abstract, quantize or kind.name, devices)
     _keep_compiled()
 
@@ -103,31 +103,35 @@ def load(
         return jax.ShapeDtypeStruct(x.shape, kind, sharding=spec)
 
     like = jax.tree.map(place, abstract)
-    with on_mesh(mesh):
+    with use_mesh(mesh):
         if quantize is not None:
             whole = functools.partial(_quantized_now, folder)
             read = whole if stored is None else functools.partial(_quantized_before, folder, cfg)
-            params = _load_quantized(folder, like, quantize, how.unroll, read)
+            params = _load_quantized(folder, like, quantize, compute.unroll, read)
         else:
             params = load_weights(folder, like)
-            if how.unroll:
-                params = take_apart(params)
+            if compute.unroll:
+                params = unstack_layers(params)
     return LLM(
-        cfg, params, tokenizer, how,
+        cfg, params, tokenizer, compute,
         eos_ids=eos_ids, mesh=mesh, chat_template=template, no_template=no_template,
     )  # fmt: skip
 
 
 def _load_quantized(
-    folder: Path, like: Any, kind: str, apart: bool, read: Callable[..., Iterator[QuantizedWeight]]
+    folder: Path,
+    like: Any,
+    kind: str,
+    unstacked: bool,
+    read: Callable[..., Iterator[QuantizedWeight]],
 ) -> dict[str, Any]:
     """The weights, matrices of the layers read one by one and quantised: what is held is what the
     model will be, and two matrices."""
     stacks = {room: like["blocks"][room] for room in MATRICES}
     norms = {name: x for name, x in like["blocks"].items() if name not in MATRICES}
     params = load_weights(folder, {**like, "blocks": norms}, partial=True)
-    if apart:
-        params = take_apart(params)
+    if unstacked:
+        params = unstack_layers(params)
     blocks = params["blocks"]
     names = [(room, name) for room in MATRICES for name in stacks[room]]
     total = sum(stacks[room][name].shape[0] for room, name in names)
@@ -137,13 +141,13 @@ def _load_quantized(
             for w in read(f"blocks/{room}/{name}", x, kind):
                 made.append(jax.block_until_ready(w))
                 bar.update()
-            if apart:
+            if unstacked:
                 for i, whole in enumerate(made):
                     blocks[i].setdefault(room, {})[name] = whole
             else:
                 blocks.setdefault(room, {})[name] = jax.tree.map(lambda *x: jnp.stack(x), *made)
             del made, w
-    if apart:
+    if unstacked:
         for layer in blocks.values():
             join(layer)
     return params
@@ -168,7 +172,7 @@ def _quantized_before(
     grouped = kind == "int4"
     spec = (inputs, None, out) if grouped else (inputs, out)
     of_scale = spec if grouped else (None, out)
-    parts = 1 if inputs is None else ways(inputs)
+    parts = 1 if inputs is None else num_shards(inputs)
     for scale, q in zip(scales, integers, strict=True):
         q, scale = from_stored(q, scale, kind, stack.shape[1], parts)
         # Narrowed where it lies: an array of 4 bits from the host is laid out in another way.
@@ -222,10 +226,12 @@ def _check_mesh(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> None:
             f"the mesh has {', '.join(wide)}: sampling splits a model over tensor alone; "
             "make_mesh(MeshConfig(preset='fsdp_tensor', fsdp=1, tensor=-1)) takes every device"
         )
-    ways = mesh.shape["tensor"]
+    num_shards = mesh.shape["tensor"]
     sizes = dict(num_kv_heads=cfg.num_kv_heads, ffn_dim=cfg.ffn_dim, vocab_size=cfg.vocab_size)
-    if bad := [f"{name}={size}" for name, size in sizes.items() if size % ways]:
-        raise ValueError(f"the mesh's tensor={ways} does not divide {', '.join(bad)} of this model")
+    if bad := [f"{name}={size}" for name, size in sizes.items() if size % num_shards]:
+        raise ValueError(
+            f"the mesh's tensor={num_shards} does not divide {', '.join(bad)} of this model"
+        )
 
 
 def _check_memory(folder: Path, abstract: Any, kind: str, devices: list[jax.Device]) -> None:

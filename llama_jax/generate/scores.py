@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.generate.detokenize import Detokenizer, check_text
-from llama_jax.model.sharding import on_mesh, reshard
+from llama_jax.model.sharding import reshard, use_mesh
 from llama_jax.train.step import merge
 
 LOGITS = 1 << 23
@@ -151,7 +151,7 @@ def _score_window(llm: Any, inputs: list[int], targets: list[int]) -> tuple[np.n
     tokens_1T, targets_T = np.zeros((1, size), np.int32), np.zeros(size, np.int32)
     tokens_1T[0, :end] = inputs
     targets_T[first:end] = targets
-    with on_mesh(llm.mesh):
+    with use_mesh(llm.mesh):
         args = (llm.params, tokens_1T, targets_T, np.int32(end))
         logprob_T, entropy_T = llm.run("score", _score, args)
     return np.asarray(logprob_T)[first:end], np.asarray(entropy_T)[first:end]
@@ -168,7 +168,7 @@ def _score(graphdef, params, tokens_1T, targets_T, count):
 
     def part(of):
         hidden_CD, target_C = of
-        hidden_1CD = reshard(hidden_CD[None], llama.how.rules.operand("BTD"))
+        hidden_1CD = reshard(hidden_CD[None], llama.compute.rules.activation_without_tensor("BTD"))
         logprob_CV = jax.nn.log_softmax(reshard(llama.logits(hidden_1CD), P())[0], axis=-1)
         logprob_C = jnp.take_along_axis(logprob_CV, target_C[:, None], axis=-1)[:, 0]
         return logprob_C, -jnp.sum(jnp.exp(logprob_CV) * logprob_CV, axis=-1)

@@ -28,15 +28,15 @@ from llama_jax.model.sharding import (
     first_position,
     gather,
     gather_float32_gradient,
-    meshless,
+    is_sharded,
+    no_mesh,
     reshard,
-    splits,
 )
 from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
 
 
 @dataclasses.dataclass(frozen=True)
-class Execution:
+class ComputeConfig:
     """How a model is computed, as opposed to what it computes."""
 
     dtype: jnp.dtype
@@ -72,71 +72,71 @@ class KVCache(NamedTuple):
 class Attention(nnx.Module):
     """Grouped-query attention with the rotary embedding: x_BTD -> [B, T, D]."""
 
-    def __init__(self, cfg: ModelConfig, how: Execution, init_std: float, rngs: nnx.Rngs):
-        w = functools.partial(_weight, cfg, how.rules, rngs)
+    def __init__(self, cfg: ModelConfig, compute: ComputeConfig, init_std: float, rngs: nnx.Rngs):
+        w = functools.partial(_weight, cfg, compute.rules, rngs)
         # Heads side by side, as matrices: on a TPU, H = 64 or few heads as axes of their own would
         # be padded, and [D, N, H] turned whole before each product.
         self.q = w("DQ", init_std)
         self.k = w("DE", init_std)
         self.v = w("DE", init_std)
         self.o = w("QD", init_std / math.sqrt(2 * cfg.num_layers))
-        self.how, self.head_dim = how, cfg.head_dim
+        self.compute, self.head_dim = compute, cfg.head_dim
         Q, E = cfg.shape("QE")
         self.bounds = Q, Q + E
 
     def __call__(self, x_BTD, where: "Where", cache=None, layer=None):
         q_BTNH, k_BTKH, v_BTKH = map(self._heads, self._qkv(x_BTD))
-        out_BTNH, cache = _attend(self.how, q_BTNH, k_BTKH, v_BTKH, where, cache, layer)
-        return _project(self.how, out_BTNH, self.o, "QD", "BTD"), cache
+        out_BTNH, cache = _attend(self.compute, q_BTNH, k_BTKH, v_BTKH, where, cache, layer)
+        return _project(self.compute, out_BTNH, self.o, "QD", "BTD"), cache
 
     def _qkv(self, x_BTD):
         if hasattr(self, "qkv"):  # joined by Llama.take_apart
-            qkv = _project(self.how, x_BTD, self.qkv, "DQ", "BTQ")
+            qkv = _project(self.compute, x_BTD, self.qkv, "DQ", "BTQ")
             return jnp.split(qkv, self.bounds, axis=-1)
-        q_BTQ = _project(self.how, x_BTD, self.q, "DQ", "BTQ")
-        k_BTE = _project(self.how, x_BTD, self.k, "DE", "BTE")
-        v_BTE = _project(self.how, x_BTD, self.v, "DE", "BTE")
+        q_BTQ = _project(self.compute, x_BTD, self.q, "DQ", "BTQ")
+        k_BTE = _project(self.compute, x_BTD, self.k, "DE", "BTE")
+        v_BTE = _project(self.compute, x_BTD, self.v, "DE", "BTE")
         return q_BTQ, k_BTE, v_BTE
 
     def _heads(self, x_BTQ):
         shape = (*x_BTQ.shape[:2], -1, self.head_dim)
-        if meshless():
+        if no_mesh():
             return x_BTQ.reshape(shape)
-        return x_BTQ.reshape(shape, out_sharding=self.how.rules.act("BTNH"))
+        return x_BTQ.reshape(shape, out_sharding=self.compute.rules.activation("BTNH"))
 
 
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)); arXiv 2002.05202."""
 
-    def __init__(self, cfg: ModelConfig, how: Execution, init_std: float, rngs: nnx.Rngs):
-        w = functools.partial(_weight, cfg, how.rules, rngs)
+    def __init__(self, cfg: ModelConfig, compute: ComputeConfig, init_std: float, rngs: nnx.Rngs):
+        w = functools.partial(_weight, cfg, compute.rules, rngs)
         self.gate = w("DF", init_std)
         self.up = w("DF", init_std)
         self.down = w("FD", init_std / math.sqrt(2 * cfg.num_layers))
-        self.how = how
+        self.compute = compute
 
     def __call__(self, x_BTD):
         if hasattr(self, "gate_up"):  # joined by Llama.take_apart
-            gate_up = _project(self.how, x_BTD, self.gate_up, "DF", "BTF")
+            gate_up = _project(self.compute, x_BTD, self.gate_up, "DF", "BTF")
             gate_BTF, up_BTF = jnp.split(gate_up, 2, axis=-1)
         else:
-            gate_BTF = _project(self.how, x_BTD, self.gate, "DF", "BTF")
-            up_BTF = _project(self.how, x_BTD, self.up, "DF", "BTF")
-        return _project(self.how, jax.nn.silu(gate_BTF) * up_BTF, self.down, "FD", "BTD")
+            gate_BTF = _project(self.compute, x_BTD, self.gate, "DF", "BTF")
+            up_BTF = _project(self.compute, x_BTD, self.up, "DF", "BTF")
+        return _project(self.compute, jax.nn.silu(gate_BTF) * up_BTF, self.down, "FD", "BTD")
 
 
 class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, cfg: ModelConfig, how: Execution, init_std: float, rngs: nnx.Rngs):
-        self.attention_norm = _weight(cfg, how.rules, rngs, "D", None)
-        self.attention = Attention(cfg, how, init_std, rngs)
-        self.mlp_norm = _weight(cfg, how.rules, rngs, "D", None)
-        self.mlp = MLP(cfg, how, init_std, rngs)
+    def __init__(self, cfg: ModelConfig, compute: ComputeConfig, init_std: float, rngs: nnx.Rngs):
+        self.attention_norm = _weight(cfg, compute.rules, rngs, "D", None)
+        self.attention = Attention(cfg, compute, init_std, rngs)
+        self.mlp_norm = _weight(cfg, compute.rules, rngs, "D", None)
+        self.mlp = MLP(cfg, compute, init_std, rngs)
         self.eps = cfg.norm_eps
 
     def __call__(self, x_BTD, where: "Where", cache=None, layer=None):
-        whole = self.attention.how.rules.operand("BTD")
+        whole = self.attention.compute.rules.activation_without_tensor("BTD")
         normed_BTD = reshard(rms_norm(x_BTD, self.attention_norm[...], self.eps), whole)
         out_BTD, cache = self.attention(normed_BTD, where, cache, layer)
         x_BTD = x_BTD + out_BTD
@@ -152,7 +152,7 @@ class Where(NamedTuple):
     segment_ids_BT: jax.Array | None
 
 
-JOINED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
+FUSED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
 """Matrices with the same operand, side by side in one when layers are taken apart for sampling:
 fewer and wider products. Not of sharded ones: a device's part of the whole would not be its parts
 of the matrices."""
@@ -161,20 +161,22 @@ of the matrices."""
 class Llama(nnx.Module):
     """Embedding, L blocks, a final norm, and the output matrix (the embedding again when tied)."""
 
-    def __init__(self, cfg: ModelConfig, how: Execution, rngs: nnx.Rngs, init_std: float = 0.02):
-        self.embed = _weight(cfg, how.rules, rngs, "VD", init_std)
+    def __init__(
+        self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs, init_std: float = 0.02
+    ):
+        self.embed = _weight(cfg, compute.rules, rngs, "VD", init_std)
 
         @nnx.split_rngs(splits=cfg.num_layers)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
         def stack(rngs):
-            return Block(cfg, how, init_std, rngs)
+            return Block(cfg, compute, init_std, rngs)
 
         self.blocks = stack(rngs)
-        self.norm = _weight(cfg, how.rules, rngs, "D", None)
+        self.norm = _weight(cfg, compute.rules, rngs, "D", None)
         if not cfg.tie_embeddings:
-            self.unembed = _weight(cfg, how.rules, rngs, "DV", init_std)
+            self.unembed = _weight(cfg, compute.rules, rngs, "DV", init_std)
         self.cfg = cfg
-        self.how = how
+        self.compute = compute
 
     def __call__(self, tokens_BT, **kwargs):
         """Logits [B, T, V] float32; with a cache, (logits, cache). Arguments as :meth:`hidden`."""
@@ -227,22 +229,22 @@ class Llama(nnx.Module):
         elif self.cfg.rope.type == "dynamic":
             real_BT = jnp.arange(T) < (T if counts_B is None else counts_B[:, None])
             last = jnp.max(jnp.where(real_BT, positions_BT, 0))
-        positions_BT = reshard(positions_BT, self.how.rules.operand("BT"))
+        positions_BT = reshard(positions_BT, self.compute.rules.activation_without_tensor("BT"))
         where = Where(rope_of(self.cfg, last), positions_BT, segment_ids_BT)
-        x_BTD = _embed(self.how, self.embed[...], tokens_BT)
+        x_BTD = _embed(self.compute, self.embed[...], tokens_BT)
         x_BTD, cache = self._layers(x_BTD, where, cache)
         if cache is not None:
             grown_B = cache.lengths_B + (T if counts_B is None else counts_B)
             cache = cache._replace(lengths_B=grown_B)
         x_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
-        x_BTD = reshard(x_BTD, self.how.rules.operand("BTD"))
+        x_BTD = reshard(x_BTD, self.compute.rules.activation_without_tensor("BTD"))
         return x_BTD if cache is None else (x_BTD, cache)
 
     def logits(self, x_BTD):
         """Output matrix product: [B, T, D] -> [B, T, V] float32."""
         w = jnp.swapaxes(self.embed[...], 0, 1) if self.cfg.tie_embeddings else self.unembed[...]
         # float32: the softmax over V that follows loses small probabilities in bfloat16.
-        return _project(self.how, x_BTD, w, "DV", "BTV", jnp.float32)
+        return _project(self.compute, x_BTD, w, "DV", "BTV", jnp.float32)
 
     def layers(self) -> list[Block]:
         """The layers one by one, cut from the stack if they are in one."""
@@ -250,11 +252,11 @@ class Llama(nnx.Module):
             return list(self.blocks)
         return _unstack(self.blocks, self.cfg.num_layers)
 
-    def take_apart(self) -> None:
+    def unstack_layers(self) -> None:
         """Cut the stack of layers for good; on one device, join matrices of one operand."""
         blocks = self.layers()
-        for block in blocks if meshless() else ():
-            for room, (whole, parts) in JOINED.items():
+        for block in blocks if no_mesh() else ():
+            for room, (whole, parts) in FUSED.items():
                 module = getattr(block, room)
                 matrices = [getattr(module, part)[...] for part in parts]
                 setattr(module, whole, nnx.Param(jnp.concatenate(matrices, axis=-1)))
@@ -268,9 +270,9 @@ class Llama(nnx.Module):
             block, layer = block_and_index
             return block(x, where, cache, layer), None
 
-        body = _remat(body, self.how.remat)
+        body = _remat(body, self.compute.remat)
         L = self.cfg.num_layers
-        if self.how.unroll or isinstance(self.blocks, nnx.List):
+        if self.compute.unroll or isinstance(self.blocks, nnx.List):
             body = body if cache is None else jax.jit(body)  # sampling: traced once for all layers
             carry = (x_BTD, cache)
             for i, block in enumerate(self.layers()):
@@ -366,29 +368,29 @@ def _weight(
     return nnx.Param(value, out_sharding=rules.weight(letters))
 
 
-def _embed(how: Execution, embed_VD, tokens_BT):
-    if meshless():
-        return embed_VD.astype(how.dtype)[tokens_BT]
-    stored, out = how.rules.weight("VD"), how.rules.act("BTD")
+def _embed(compute: ComputeConfig, embed_VD, tokens_BT):
+    if no_mesh():
+        return embed_VD.astype(compute.dtype)[tokens_BT]
+    stored, out = compute.rules.weight("VD"), compute.rules.activation("BTD")
     rows, width = stored
 
     def lookup(table_VD, tokens_BT):
-        table_VD = all_gather_columns(table_VD, width, how.dtype, how.reduce_float32)
+        table_VD = all_gather_columns(table_VD, width, compute.dtype, compute.reduce_float32)
         if rows is None:
             return table_VD[tokens_BT]
         ids = tokens_BT - jax.lax.axis_index(rows) * table_VD.shape[0]
         here = (ids >= 0) & (ids < table_VD.shape[0])
         x_BTD = jnp.where(here[..., None], table_VD[jnp.where(here, ids, 0)], 0)
-        if splits(out[1]) and rows in out[1]:
+        if is_sharded(out[1]) and rows in out[1]:
             return jax.lax.psum_scatter(x_BTD, rows, scatter_dimension=1, tiled=True)
         return jax.lax.psum(x_BTD, rows)
 
-    BT = how.rules.operand("BT")
+    BT = compute.rules.activation_without_tensor("BT")
     looked_up = jax.shard_map(lookup, in_specs=(stored, BT), out_specs=out)
     return looked_up(embed_VD, reshard(tokens_BT, BT))
 
 
-def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=None):
+def _project(compute: ComputeConfig, x, w, w_letters: str, out_letters: str, out_dtype=None):
     """Matrix product of activations (B, T, ...) and a weight (in, out), [B, T, out].
 
     The weight is cast, then gathered over ``fsdp``. Where no axis splits T, the product is one of
@@ -398,18 +400,21 @@ def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=N
     B, T = x.shape[:2]
     # A weight of the model, or a matrix made of one; either may stand for small integers.
     w = w.get_value() if isinstance(w, nnx.Variable) else w
-    product = functools.partial(jnp.einsum, preferred_element_type=out_dtype or how.dtype)
-    if meshless():
-        y = product("xi,io->xo", x.reshape(B * T, -1), w.astype(how.dtype)).reshape(B, T, -1)
+    product = functools.partial(jnp.einsum, preferred_element_type=out_dtype or compute.dtype)
+    if no_mesh():
+        y = product("xi,io->xo", x.reshape(B * T, -1), w.astype(compute.dtype)).reshape(B, T, -1)
         return checkpoint_name(y, "matmul")
-    tokens, out = how.rules.operand("BT"), how.rules.act(out_letters)
-    flat = not splits(tokens[1])
-    gathered = how.rules.gathered(w_letters, tokens[:1] if flat else tokens)
+    tokens, out = (
+        compute.rules.activation_without_tensor("BT"),
+        compute.rules.activation(out_letters),
+    )
+    flat = not is_sharded(tokens[1])
+    gathered = compute.rules.weight_without_fsdp(w_letters, tokens[:1] if flat else tokens)
     w_in, w_out = gathered.partitions
-    if how.reduce_float32:
-        w = gather_float32_gradient(w, gathered, how.dtype)
+    if compute.reduce_float32:
+        w = gather_float32_gradient(w, gathered, compute.dtype)
     else:
-        w = gather(w.astype(how.dtype), gathered)
+        w = gather(w.astype(compute.dtype), gathered)
     # Over heads or widths that lie on several devices, each has a partial sum; it is summed into
     # the sharding wanted.
     partial = frozenset({w_in} if w_in else ())
@@ -423,7 +428,7 @@ def _project(how: Execution, x, w, w_letters: str, out_letters: str, out_dtype=N
     return checkpoint_name(reshard(y, out), "matmul")
 
 
-def _attend(how: Execution, q, k, v, where: Where, cache: KVCache | None, layer):
+def _attend(compute: ComputeConfig, q, k, v, where: Where, cache: KVCache | None, layer):
     """The kernel on each device's own heads and queries.
 
     Keys of a sequence split over ``context`` are gathered.
@@ -435,10 +440,10 @@ def _attend(how: Execution, q, k, v, where: Where, cache: KVCache | None, layer)
             kv_segments = None  # the queries' own; some kernels can only do that
         return rotary_attention(
             q, k, v, positions, rope, kv_positions_BS=kv_positions, segment_ids_BT=segments,
-            kv_segment_ids_BS=kv_segments, q_offset=offset, implementation=how.attention,
+            kv_segment_ids_BS=kv_segments, q_offset=offset, implementation=compute.attention,
         )  # fmt: skip
 
-    act = how.rules.act
+    act = compute.rules.activation
     positions, segments = where.positions_BT, where.segment_ids_BT
     if cache is not None:
         heads, stack = act("BTNH"), act("LBKSH")
@@ -448,13 +453,13 @@ def _attend(how: Execution, q, k, v, where: Where, cache: KVCache | None, layer)
         out, *stacks = _on_each_device(rotary_decode_attention, new, specs, out_specs)
         return out, cache._replace(k_LBKSH=stacks[0], v_LBKSH=stacks[1])
     args = (q, k, v, positions, positions, segments, segments, where.rope)
-    BT, BS = how.rules.operand("BT"), act("BS")
+    BT, BS = compute.rules.activation_without_tensor("BT"), act("BS")
     in_specs = (act("BTNH"), act("BSKH"), act("BSKH"), BT, BS, BT, BS, P())
     return _on_each_device(train, args, in_specs, act("BTNH")), None
 
 
 def _on_each_device(function, args, in_specs, out_specs):
-    if meshless():
+    if no_mesh():
         return function(*args)
     args = [
         jax.tree.map(functools.partial(reshard, spec=spec), arg)

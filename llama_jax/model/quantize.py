@@ -20,7 +20,7 @@ import numpy as np
 
 from llama_jax.convert.quantised import MOST, unpack
 from llama_jax.convert.tensors import GROUP
-from llama_jax.model.sharding import meshless, ways
+from llama_jax.model.sharding import no_mesh, num_shards
 
 KINDS = tuple(MOST)
 MATRICES = ("attention", "mlp")
@@ -60,7 +60,7 @@ def quantize_weight(w_IO: jax.Array, kind: str) -> QuantizedWeight:
         dtype = jnp.int4
         inputs, out = jax.typeof(w).sharding.spec
         # The widest group that divides what a device has of the inputs.
-        group = math.gcd(w.shape[0] // (1 if meshless() else ways(inputs)), GROUP)
+        group = math.gcd(w.shape[0] // (1 if no_mesh() else num_shards(inputs)), GROUP)
         w = _reshape(w, (-1, group, w.shape[1]), (inputs, None, out))
     largest = jnp.max(jnp.abs(w), axis=-2, keepdims=True)
     # Products: XLA makes such of these divisions anyway, and conversion is to give the same bits.
@@ -86,7 +86,7 @@ def from_stored(
 
 
 def _reshape(w: jax.Array, shape: tuple[int, ...], spec: tuple) -> jax.Array:
-    if meshless():
+    if no_mesh():
         return w.reshape(shape)
     return w.reshape(shape, out_sharding=jax.sharding.PartitionSpec(*spec))
 

@@ -43,7 +43,7 @@ class Rules:
         """Sharding of a stored weight. A vector (a norm's scale) is small: all devices have all."""
         return _spec(letters, dict(self.weights)) if len(letters.lstrip("L")) > 1 else P()
 
-    def gathered(self, letters: str, tokens: Iterable[Any]) -> P:
+    def weight_without_fsdp(self, letters: str, tokens: Iterable[Any]) -> P:
         """Sharding of a weight while it is used: whole over ``fsdp``.
 
         ``tokens`` are the axes that split the tokens it is used on. Its gradient arrives as one
@@ -53,43 +53,43 @@ class Rules:
         rules = {k: tuple(a for a in axes if a != "fsdp") for k, axes in self.weights}
         return _spec(letters, rules, reduced=frozenset(a for entry in tokens for a in _axes(entry)))
 
-    def act(self, letters: str) -> P:
+    def activation(self, letters: str) -> P:
         """Sharding of an activation.
 
         An axis serves one letter: widths take ``tensor`` before positions do.
         """
         return _spec(letters, dict(self.acts))
 
-    def operand(self, letters: str) -> P:
+    def activation_without_tensor(self, letters: str) -> P:
         """Sharding of an activation that meets a weight split over ``tensor``: whole over it."""
         rules = {k: tuple(a for a in axes if a != "tensor") for k, axes in self.acts}
         return _spec(letters, rules)
 
 
-def ways(axes: tuple[str, ...] | str | None) -> int:
+def num_shards(axes: tuple[str, ...] | str | None) -> int:
     """Into how many parts an entry of a spec divides its axis on the mesh that is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[a] for a in _axes(axes))
 
 
-def splits(axes: tuple[str, ...] | str | None) -> bool:
+def is_sharded(axes: tuple[str, ...] | str | None) -> bool:
     """Whether an entry of a spec divides its axis on the mesh that is set."""
-    return ways(axes) > 1
+    return num_shards(axes) > 1
 
 
-def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """The context in which arrays lie on ``mesh``; for None, one that changes nothing."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def meshless() -> bool:
+def no_mesh() -> bool:
     """True where no mesh is set: a notebook on one device, where arrays carry no sharding."""
     return jax.sharding.get_abstract_mesh().empty
 
 
 def reshard(x: jax.Array, spec: P) -> jax.Array:
     """`jax.sharding.reshard` where a mesh is set."""
-    return x if meshless() else jax.sharding.reshard(x, spec)
+    return x if no_mesh() else jax.sharding.reshard(x, spec)
 
 
 def gather(w_IO: jax.Array, whole: P) -> jax.Array:
@@ -158,7 +158,7 @@ def all_gather_columns(w_IO: jax.Array, axis: Any, dtype: jnp.dtype, float32: bo
 def first_position(T: int) -> jax.Array | int:
     """Where a device's own T positions start in the whole sequence, inside `shard_map`."""
     # The number 0 where nothing is split: some kernels can only do that.
-    split = not meshless() and splits("context")
+    split = not no_mesh() and is_sharded("context")
     return jax.lax.axis_index("context") * T if split else 0
 
 
@@ -287,9 +287,9 @@ def mesh_for(
     """The mesh of a recipe on these devices, and the recipe with what was adapted to them.
 
     On more devices than the model or the batch divides, a recipe that leaves ``mesh.fsdp`` open
-    (-1) gets more copies of the model (``mesh.data``, a multiple of the recipe's) and fewer parts
-    (``train.accumulate``). The batch of a step stays the same, and no device holds more rows of it
-    at once. :func:`changed_settings` says what was adapted.
+    (-1) gets more copies of the model (``mesh.data``, a multiple of the recipe's) and fewer
+    microbatches (``train.gradient_accumulation``). The batch size per step stays the same, and no
+    device holds more of its rows at once. :func:`changed_settings` says what was adapted.
 
     Args:
       recipe: what to train.
@@ -317,7 +317,7 @@ def mesh_for(
         changed = changed_settings(recipe, other)
         if (
             adaptable
-            and changed.keys() <= {"mesh.data", "train.accumulate"}
+            and changed.keys() <= {"mesh.data", "train.gradient_accumulation"}
             and other.mesh.data % recipe.mesh.data == 0
         ):
             return other, mesh
@@ -330,10 +330,13 @@ def mesh_for(
 
 
 def changed_settings(recipe: Recipe, other: Recipe) -> dict[str, Any]:
-    """Settings of the mesh, and ``train.accumulate``, that differ: name to value in ``other``."""
+    """Mesh settings and ``train.gradient_accumulation`` that differ: name to value in ``other``."""
     names = [f.name for f in dataclasses.fields(MeshConfig)]
     values = {f"mesh.{n}": (getattr(recipe.mesh, n), getattr(other.mesh, n)) for n in names}
-    values["train.accumulate"] = (recipe.train.accumulate, other.train.accumulate)
+    values["train.gradient_accumulation"] = (
+        recipe.train.gradient_accumulation,
+        other.train.gradient_accumulation,
+    )
     return {name: now for name, (was, now) in values.items() if was != now}
 
 
@@ -348,7 +351,7 @@ def _alternatives(recipe: Recipe, num_devices: int) -> Iterator[Recipe]:
         if train.batch_size % rows:
             continue
         # Of the parts that leave each device a whole number of rows, the most: least memory.
-        parts = [n for n in _divisors(train.batch_size // rows) if n <= train.accumulate]
+        parts = [n for n in _divisors(train.batch_size // rows) if n <= train.gradient_accumulation]
         preset = "tensor_sequence" if tensor > 1 and given.preset == "fsdp" else given.preset
         for data in _divisors(rows):
             sizes = dict(data=data, fsdp=rows // data, tensor=tensor, context=context)
@@ -356,7 +359,7 @@ def _alternatives(recipe: Recipe, num_devices: int) -> Iterator[Recipe]:
             other = dataclasses.replace(
                 recipe,
                 mesh=MeshConfig(preset=preset, **written),
-                train=dataclasses.replace(train, accumulate=parts[-1]),
+                train=dataclasses.replace(train, gradient_accumulation=parts[-1]),
             )
             if not _undivided(other, sizes):
                 changes = [tensor != given.tensor, context != given.context, tensor * context]
@@ -378,22 +381,22 @@ def check_fits(recipe: Recipe, mesh: Mesh) -> None:
 def _undivided(recipe: Recipe, mesh: Mapping[str, int]) -> list[str]:
     """A line for each size of the recipe that a mesh of these sizes does not divide."""
     rules, model, train = PRESETS[recipe.mesh.preset], recipe.model, recipe.train
-    micro = train.batch_size // train.accumulate
+    micro = train.batch_size // train.gradient_accumulation
     sizes = {
-        "B": (micro, "train.batch_size / train.accumulate"),
+        "B": (micro, "train.batch_size / train.gradient_accumulation"),
         "T": (recipe.data.seq_len, "data.seq_len"),
         **{x: (model.size(x), name) for x, name in _MODEL_SETTINGS.items()},
     }
     problems = []
-    for rule, letters in ((rules.act, "B T N K F V"), (rules.weight, "DF")):
+    for rule, letters in ((rules.activation, "B T N K F V"), (rules.weight, "DF")):
         for word in letters.split():
             for letter, axes in zip(word, rule(word), strict=True):
-                ways = math.prod(mesh[a] for a in _axes(axes))
+                num_shards = math.prod(mesh[a] for a in _axes(axes))
                 size, name = sizes[letter]
-                if size % ways:
+                if size % num_shards:
                     split = " x ".join(_axes(axes))
                     problems.append(
-                        f"{name}={size} is not a multiple of {ways} ({split} of the mesh)"
+                        f"{name}={size} is not a multiple of {num_shards} ({split} of the mesh)"
                     )
     return problems
 

@@ -138,7 +138,7 @@ def _plan(args: argparse.Namespace) -> int:
     title = (
         f"{path} on {on.name}: {on.chips} x {on.chip.kind}, mesh {sizes} ({recipe.mesh.preset}), "
         f"{recipe.model.num_params / 1e9:.3g}B weights\n{train.batch_size} sequences of "
-        f"{recipe.data.seq_len} tokens a step, in {train.accumulate} part(s)"
+        f"{recipe.data.seq_len} tokens a step, in {train.gradient_accumulation} part(s)"
     )
     if adapted and not args.search:
         title += "\nadapted to the machine, as training does: " + ", ".join(adapted)

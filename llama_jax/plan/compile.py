@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax import hardware
 from llama_jax.config import Recipe
-from llama_jax.model.llama import Execution
+from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.sharding import AXES, mesh_for, slice_ids
 from llama_jax.plan import hlo
 from llama_jax.plan.machines import GIB, Machine, PlanError, devices
@@ -89,13 +89,13 @@ def compile_step(recipe: Recipe, on: Machine) -> Compiled:
     """
     recipe, mesh = mesh_for(recipe, devices(on), on.host_is_slice)
     check_attention(recipe, mesh)
-    how = execution(recipe, on.chip.platform)
+    compute = execution(recipe, on.chip.platform)
     start = time.perf_counter()
     program: Any = None
     with jax.set_mesh(mesh):
-        state, batch = abstract_state(recipe, how, mesh), abstract_batch(recipe, how, mesh)
+        state, batch = abstract_state(recipe, compute, mesh), abstract_batch(recipe, compute, mesh)
         step = jax.jit(
-            make_train_step(recipe, how),
+            make_train_step(recipe, compute),
             donate_argnums=0,
             compiler_options=hardware.compiler_options(on.chip.platform),
         )
@@ -104,7 +104,7 @@ def compile_step(recipe: Recipe, on: Machine) -> Compiled:
             program, needed = lowered.compile(), 0.0
         except Exception as e:  # the compiler's own type
             needed = _needed(e)
-        kept = kept_bytes(recipe, how, state.params, batch)
+        kept = kept_bytes(recipe, compute, state.params, batch)
     seconds = time.perf_counter() - start
     code, cost = 0.0, None
     if program is not None:
@@ -136,11 +136,13 @@ def _rates_a_cycle(on: Machine) -> tuple[float, float]:
     return on.chip.tflops * 1e3 / on.chip.clock, on.chip.bandwidth / on.chip.clock
 
 
-def abstract_batch(recipe: Recipe, how: Execution, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(
+    recipe: Recipe, compute: ComputeConfig, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of what :class:`llama_jax.data.batch.Feed` makes."""
-    parts = recipe.train.accumulate
+    parts = recipe.train.gradient_accumulation
     shape = (parts, recipe.train.batch_size // parts, recipe.data.seq_len)
-    rows = NamedSharding(mesh, P(None, *how.rules.operand("BT")))
+    rows = NamedSharding(mesh, P(None, *compute.rules.activation_without_tensor("BT")))
     kinds = {"inputs_BT": jnp.int32, "targets_BT": jnp.int32}
     if recipe.data.packing == "segments":
         kinds |= {
@@ -161,10 +163,10 @@ def _bytes(x: Any) -> int:
     return math.prod(shape) * np.dtype(x.dtype).itemsize
 
 
-def kept_bytes(recipe: Recipe, how: Execution, params: Any, batch: dict) -> float:
+def kept_bytes(recipe: Recipe, compute: ComputeConfig, params: Any, batch: dict) -> float:
     """Bytes a device keeps of the forward pass for the backward pass, weights not counted: the
     arrays that JAX itself hands from one to the other."""
-    graphdef = structure(recipe.model, how)
+    graphdef = structure(recipe.model, compute)
 
     def backward(params, part):
         loss = lambda p: nll_sum(merge(graphdef, p), part, recipe.train.loss_chunk)

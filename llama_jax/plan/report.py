@@ -22,7 +22,7 @@ def figures(c: Compiled, watts: float | None, price: float | None) -> dict[str, 
         "parameters": recipe.model.num_params,
         "batch_size": recipe.train.batch_size,
         "seq_len": recipe.data.seq_len,
-        "accumulate": recipe.train.accumulate,
+        "gradient_accumulation": recipe.train.gradient_accumulation,
         "remat": recipe.train.remat,
         "fits": c.fits,
         "compile_seconds": c.seconds,
@@ -161,7 +161,7 @@ def least_traffic(c: Compiled) -> float:
     count what stays on the chip between two of them, so this is the state, read and written once,
     and what the forward pass keeps, written and read once a part."""
     m = c.memory
-    return 2 * (m.weights + m.optimizer) + 2 * m.activations * c.recipe.train.accumulate
+    return 2 * (m.weights + m.optimizer) + 2 * m.activations * c.recipe.train.gradient_accumulation
 
 
 def text(f: dict[str, Any], title: str, rates: str) -> str:

@@ -33,7 +33,7 @@ class Candidate(NamedTuple):
             + f"fsdp {mesh.fsdp}"
             + f" x tensor {mesh.tensor}" * (mesh.tensor > 1)
         )
-        return f"{sizes}, {train.accumulate} part(s), remat {train.remat}"
+        return f"{sizes}, {train.gradient_accumulation} part(s), remat {train.remat}"
 
 
 def candidates(recipe: Recipe, on: Machine) -> list[Candidate]:
@@ -55,7 +55,7 @@ def candidates(recipe: Recipe, on: Machine) -> list[Candidate]:
         most = recipe.train.batch_size / (data * fsdp)
         for parts in [2**i for i in range(12) if most % 2**i == 0 and most >= 2**i]:
             for remat in ("none", "matmuls", "full"):
-                train = dataclasses.replace(recipe.train, accumulate=parts, remat=remat)
+                train = dataclasses.replace(recipe.train, gradient_accumulation=parts, remat=remat)
                 each = dataclasses.replace(recipe, mesh=mesh, train=train)
                 found.append(Candidate(each, *_estimate(each, on)))
     return sorted(found, key=lambda c: c.seconds)
@@ -69,13 +69,13 @@ def _estimate(recipe: Recipe, on: Machine) -> tuple[float, float]:
     outputs = N + 2 * K + 2 * D + 2 * F
     # The residual stream is kept everywhere; of the wide arrays each tensor device has its part.
     wide = {"full": 0, "matmuls": outputs, "none": 2.5 * outputs}[train.remat]
-    kept = 2 * model.num_layers * (D + wide) * tokens / train.accumulate
+    kept = 2 * model.num_layers * (D + wide) * tokens / train.gradient_accumulation
     layer = 4 * (D * (2 * N + 2 * K) + 3 * D * F) / mesh.tensor
     memory = 16 * model.num_params / (mesh.fsdp * mesh.tensor) + kept + 2 * layer
     own = model.flops_per_token(recipe.data.seq_len) * tokens
     compute = own * (4 / 3 if train.remat == "full" else 1.03) / (on.chip.tflops * 1e12)
     # Weights come twice a part, gradients leave once, 2 bytes each.
-    weights = 6 * model.num_params / mesh.tensor * train.accumulate
+    weights = 6 * model.num_params / mesh.tensor * train.gradient_accumulation
     # What a slice lacks comes in once, shared by its devices; copies exchange gradients alone.
     near = on.devices // on.slices // mesh.tensor
     between = weights / near if mesh.data == 1 else weights / (3 * mesh.fsdp)

@@ -22,8 +22,9 @@ that share the disk (one with working file locks): each takes units of work, fil
 together, until all are done. The result is the same, bit for bit, however often it was killed and
 however many hosts and threads there were.
 
-A document is held out by its content alone: if the hash of its text is below data.holdout, in every
-source. A source in which no text is, has the one of the lowest hash held out, also in every source.
+A document is held out by its content alone: if the hash of its text is below
+data.val_fraction, in every source. In a source where no hash is that low, the document with the
+lowest hash is held out, also in every source.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def prepare_mixture(data: DataConfig, vocab_size: int, out_dir: str | Path) -> P
     skip = data.skip_bad_lines
     raw = {n: find_files(n, s.path, skip) for n, s in data.sources.items() if n not in made}
     _check_holdout(data, made, bool(raw))
-    rule = split_rule(list(raw.values()), data.holdout, made)
+    rule = split_rule(list(raw.values()), data.val_fraction, made)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -196,12 +197,12 @@ def _check_holdout(data: DataConfig, made: dict[str, dict[str, Any]], any_raw: b
     shares = {n: m.get("made_from", {}).get("holdout") for n, m in made.items()}
     shares = {n: share for n, share in shares.items() if share is not None}
     if any_raw:
-        shares["the other sources"] = data.holdout
+        shares["the other sources"] = data.val_fraction
     if len(set(shares.values())) > 1:
         listed = ", ".join(f"{share} in {name}" for name, share in shares.items())
         raise ValueError(
             f"the share held out differs: {listed}; a text in two sources could be held out in one "
-            "and trained on in the other: prepare all with one holdout (data.holdout, --holdout)"
+            "and trained on in the other: prepare all with one --val-fraction (data.val_fraction)"
         )
 
 
@@ -301,7 +302,7 @@ def _prepare_source(
 ) -> None:
     made_from = {
         "input": source.inputs,
-        "holdout": data.holdout,
+        "holdout": data.val_fraction,
         "split": rule.plain(),
         "tokenizer": sha256,
         "block_bytes": source.block_bytes,
@@ -414,7 +415,7 @@ def _merge(partial: Path, count: int, manifest: dict[str, Any], tokenizer: Token
             side = "training" if split == "train" else "evaluation"
             raise ValueError(
                 f"source {manifest['name']}: no document is left for {side}, because of what other "
-                "small sources hold out; give it more text, or change data.holdout"
+                "small sources hold out; give it more text, or change data.val_fraction"
             )
     bad_lines = sum((collections.Counter(s["bad_lines"]) for s in states), collections.Counter())
     atomic_write(partial / TOKENIZER, tokenizer.path.read_bytes())
@@ -793,7 +794,7 @@ def _settings(options: argparse.Namespace) -> DataConfig:
             sources=sources,
             tokenizer=options.tokenizer,
             seq_len=1,
-            holdout=options.holdout,
+            val_fraction=options.val_fraction,
             workers=options.workers,
             skip_bad_lines=options.skip_bad_lines,
         )
@@ -821,7 +822,12 @@ def main(arguments: list[str] | None = None) -> None:
     kinds = "SentencePiece, tokenizer.json or tiktoken"
     which.add_argument("--tokenizer", default="", help=f"a tokenizer's file: {kinds}")
     which.add_argument("--vocab-size", type=int, help="train a tokenizer of that many pieces")
-    add("--holdout", type=float, default=0.02, help="share of documents kept out (default 0.02)")
+    add(
+        "--val-fraction",
+        type=float,
+        default=0.02,
+        help="share of documents kept out (default 0.02)",
+    )
     add("--workers", type=int, default=0, help="threads (default: one a core)")
     skip_help = "leave out lines that cannot be used, and count them (default: an error)"
     add("--skip-bad-lines", action="store_true", help=skip_help)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stop:
+class PreemptionHandler:
     """The request to stop, and what happens when one arrives.
 
     Args:
@@ -79,25 +79,25 @@ class Stop:
         return True
 
 
-_command: Stop | None = None
+_command: PreemptionHandler | None = None
 
 
 def start_command() -> None:
     """Answer signals as a command does, from now to the end of the process."""
     global _command
     if _command is None:
-        _command = Stop(ends_process=True)
+        _command = PreemptionHandler(ends_process=True)
         _command.install()
         _command.answer_from_thread()
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Stop]:
+def listening() -> Iterator[PreemptionHandler]:
     """The command's :class:`Stop`; in a call from Python one that lasts until the block ends."""
     if _command is not None:
         yield _command
         return
-    stop = Stop()
+    stop = PreemptionHandler()
     # Only the main thread can have signal handlers.
     if threading.current_thread() is not threading.main_thread():
         stop.install = lambda: None  # type: ignore[method-assign]

@@ -43,13 +43,13 @@ from llama_jax.data.batch import Feed
 from llama_jax.data.mixture import TrainData, eval_batches, held_out, open_mixture
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.io import atomic_write, folder_lock, sha256
-from llama_jax.model.llama import Execution
+from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.sharding import changed_settings, mesh_for
 from llama_jax.prepare.shards import prepare_mixture
 from llama_jax.train import failure, interrupt, run_folder
 from llama_jax.train import metrics as report
 from llama_jax.train.distributed import start_distributed
-from llama_jax.train.interrupt import Stop
+from llama_jax.train.interrupt import PreemptionHandler
 from llama_jax.train.optim import make_schedule
 from llama_jax.train.step import (
     TrainState,
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             if "RESOURCE_EXHAUSTED" in text:
                 return _fail(
                     f"out of memory while {stop.doing}: {text:.300}\nlower train.batch_size, or "
-                    'raise train.accumulate, or set train.remat="full"',
+                    'raise train.gradient_accumulation, or set train.remat="full"',
                     1,
                 )
             if not failure.several():
@@ -131,7 +131,7 @@ def _fail(error: str, code: int) -> int:
     return code
 
 
-def run(recipe: Recipe, stop: Stop) -> None:
+def run(recipe: Recipe, stop: PreemptionHandler) -> None:
     """Train from nothing, or from the newest checkpoint of the run folder, to the recipe's last
     step.
 
@@ -189,12 +189,14 @@ def _owned(folder: Path) -> Iterator[None]:
 class Run:
     """A run under way: its folder, its data, its state."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, stop: Stop, peak: tuple[float, str]):
+    def __init__(
+        self, recipe: Recipe, mesh: Mesh, stop: PreemptionHandler, peak: tuple[float, str]
+    ):
         self.recipe, self.mesh, self.stop = recipe, mesh, stop
         self.peak, self.peak_source = peak
         self.evaluated = -1  # the step of the last evaluation
         self.platform = mesh.devices.flat[0].platform
-        self.how = execution(recipe, self.platform)
+        self.compute = execution(recipe, self.platform)
         self.folder = Path(recipe.checkpoint.dir)
         self.first = jax.process_index() == 0
         self.say(f"{report.environment()}")
@@ -281,7 +283,7 @@ class Run:
             self.mixture = open_mixture(prepared, moved)
             self._check_tokenizer()
         self.tokenizer = Tokenizer.load(self.mixture.tokenizer)
-        self.feed = Feed(self.recipe, self.mesh, self.how.rules.operand("BT"))
+        self.feed = Feed(self.recipe, self.mesh, self.compute.rules.activation_without_tensor("BT"))
         batch_size = self.recipe.train.batch_size
         self.data = TrainData(self.mixture, data, batch_size, self.feed.batch_rows)
 
@@ -343,7 +345,7 @@ class Run:
 
     def _start(self) -> tuple[int, TrainState]:
         """The newest checkpoint, or fresh weights."""
-        abstract = abstract_state(self.recipe, self.how, self.mesh)
+        abstract = abstract_state(self.recipe, self.compute, self.mesh)
         if self.checkpoints.latest() is not None:
             params, optimizer, record = self.checkpoints.restore(*abstract)
             try:
@@ -354,7 +356,7 @@ class Run:
             return record["step"], TrainState(params, optimizer)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         state = jax.jit(
-            functools.partial(init_state, self.recipe, self.how), out_shardings=shardings
+            functools.partial(init_state, self.recipe, self.compute), out_shardings=shardings
         )()
         if self.recipe.train.init_from:
             check_weights(self.recipe.train.init_from)
@@ -441,8 +443,8 @@ class Run:
             f"{len(devices)} x {devices[0].device_kind} in {jax.process_count()} process(es), "
             f"mesh {sizes} ({self.recipe.mesh.preset}), "
             f"peak {self.peak / 1e12:.3g} TFLOP/s each ({self.peak_source})\n"
-            f"model: {model.num_params:,} parameters, {self.how.dtype} compute | {train.steps:,} "
-            f"steps of {tokens:,} tokens "
+            f"model: {model.num_params:,} parameters, {self.compute.dtype} compute | "
+            f"{train.steps:,} steps of {tokens:,} tokens "
             f"= {train.steps * tokens / 1e6:,.1f}M"
         )
         for name, part in self.mixture.sources.items():
@@ -454,7 +456,7 @@ class Run:
         start = time.perf_counter()
         batch = self.feed(self._example(), False)
         step = jax.jit(
-            make_train_step(self.recipe, self.how),
+            make_train_step(self.recipe, self.compute),
             donate_argnums=0,
             compiler_options=hardware.compiler_options(self.platform),
         )
@@ -471,7 +473,7 @@ class Run:
         return {key: np.zeros(shape, dtype) for key, dtype in dtypes.items()}
 
     def _loop(self, compiled: Any, bar: tqdm) -> None:
-        train, every = self.recipe.train, self.recipe.checkpoint.every
+        train, every = self.recipe.train, self.recipe.checkpoint.save_every
         clock = report.Clock()
         pending: list[tuple[int, dict]] = []
         profiler = report.Profiler(train.profile_steps, self.folder)
@@ -579,7 +581,7 @@ class Run:
         """Held-out loss of each source, and of the mixture by the sources' weights."""
         recipe, rows = self.recipe, self.feed.rows
         if not hasattr(self, "_eval_step"):
-            self._eval_step = jax.jit(make_eval_step(recipe, self.how))
+            self._eval_step = jax.jit(make_eval_step(recipe, self.compute))
             self._held_out = {
                 name: held_out(self.mixture, recipe.data, rows, recipe.train.eval_batches, name)
                 for name in self.mixture.sources
@@ -635,8 +637,8 @@ class Run:
         self.stop.phase("sampling; the run is finished and saved")
         if self.recipe.train.sample_prompts and jax.process_count() == 1:
             params = jax.device_get(self.state.params)
-            how = Execution(np.dtype("float32"), unroll=self.how.unroll)
-            llm = LLM(self.recipe.model, params, self.tokenizer, how)
+            compute = ComputeConfig(np.dtype("float32"), unroll=self.compute.unroll)
+            llm = LLM(self.recipe.model, params, self.tokenizer, compute)
             prompts = self.recipe.train.sample_prompts
             texts = llm.generate(
                 prompts, max_new_tokens=100, sampling=Sample(temperature=0.7),

@@ -30,7 +30,7 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
     """clip by global norm -> Adam moments -> decoupled weight decay -> learning rate."""
     mask = decays if cfg.decay == "matrices" else None
     return optax.chain(
-        optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
+        optax.clip_by_global_norm(cfg.max_grad_norm) if cfg.max_grad_norm else optax.identity(),
         optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
         optax.add_decayed_weights(cfg.weight_decay, mask=mask),
         optax.scale_by_learning_rate(make_schedule(cfg, steps)),

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from llama_jax.checkpoint.checkpoints import whole_steps
 from llama_jax.checkpoint.file_hashes import record_files
-from llama_jax.config import ConfigError, Recipe, load_recipe, to_dict, to_toml
+from llama_jax.config import ConfigError, Recipe, load_saved_recipe, to_dict, to_toml
 from llama_jax.io import atomic_write
 
 FREE = (
     "mesh.*", "checkpoint.*", "data.workers", "data.prepared", "data.tokenizer",
-    "data.skip_bad_lines", "data.sources.*.path", "train.accumulate", "train.remat",
+    "data.skip_bad_lines", "data.sources.*.path", "train.gradient_accumulation", "train.remat",
     "train.unroll", "train.loss_chunk",
     "train.attention", "train.log_every", "train.eval_every", "train.eval_batches",
     "train.profile_steps", "train.sample_prompts", "train.restart_from",
@@ -59,7 +59,7 @@ def read_saved(folder: Path, recipe: Recipe) -> Saved | None:
         raise ConfigError(
             f"{folder} holds a checkpoint that is no training run; take another checkpoint.dir"
         )
-    before = load_recipe(path)
+    before = load_saved_recipe(path)
     changed = differences(to_dict(before), to_dict(recipe))
     changed = {k: v for k, v in changed.items() if not _matches(k, FREE)}
     if refused := {k: v for k, v in changed.items() if not _matches(k, RECORDED)}:

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ConfigError, ModelConfig, Recipe
-from llama_jax.model.llama import JOINED, Execution, Llama, cut, rope_of
+from llama_jax.model.llama import FUSED, ComputeConfig, Llama, cut, rope_of
 from llama_jax.model.quantize import is_quantized
-from llama_jax.model.sharding import PRESETS, first_position, meshless, reshard
+from llama_jax.model.sharding import PRESETS, first_position, no_mesh, reshard
 from llama_jax.train.optim import make_optimizer, make_schedule
 from pallas_kernels import rotary_attention
 
@@ -33,13 +33,13 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-def execution(recipe: Recipe, platform: str) -> Execution:
+def execution(recipe: Recipe, platform: str) -> ComputeConfig:
     """How the recipe's model is computed on ``platform``."""
     train = recipe.train
     dtype = train.compute_dtype
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
-    return Execution(
+    return ComputeConfig(
         jnp.dtype(dtype),
         PRESETS[recipe.mesh.preset],
         train.remat,
@@ -55,9 +55,11 @@ def check_attention(recipe: Recipe, mesh: Mesh) -> None:
     name, cfg, S = recipe.train.attention, recipe.model, recipe.data.seq_len
     if not name:
         return
-    how = execution(recipe, mesh.devices.flat[0].platform)
-    T, ways = S // mesh.shape["context"], mesh.shape["tensor"]
-    shape = lambda x, heads: jax.ShapeDtypeStruct((1, x, heads // ways, cfg.head_dim), how.dtype)
+    compute = execution(recipe, mesh.devices.flat[0].platform)
+    T, num_shards = S // mesh.shape["context"], mesh.shape["tensor"]
+    shape = lambda x, heads: jax.ShapeDtypeStruct(
+        (1, x, heads // num_shards, cfg.head_dim), compute.dtype
+    )
     keys = shape(S, cfg.num_kv_heads)
 
     def attend(q, k, v, positions, kv_positions):
@@ -87,17 +89,17 @@ def split(llama: Llama) -> tuple[Any, Params]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-def init_state(recipe: Recipe, how: Execution) -> TrainState:
+def init_state(recipe: Recipe, compute: ComputeConfig) -> TrainState:
     """Fresh weights from ``train.seed``, and an optimizer that has seen nothing."""
-    llama = Llama(recipe.model, how, nnx.Rngs(recipe.train.seed), recipe.train.init_std)
+    llama = Llama(recipe.model, compute, nnx.Rngs(recipe.train.seed), recipe.train.init_std)
     _, params = split(llama)
     return TrainState(params, make_optimizer(recipe.optim, recipe.train.steps).init(params))
 
 
-def abstract_state(recipe: Recipe, how: Execution, mesh: Mesh) -> TrainState:
+def abstract_state(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of :func:`init_state`, with no memory used."""
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(functools.partial(init_state, recipe, how))
+        state = jax.eval_shape(functools.partial(init_state, recipe, compute))
     # A vector or a count has no sharding of its own: every device has it.
     spec = lambda x: P() if x.sharding is None else x.sharding.spec
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x)))
@@ -105,7 +107,7 @@ def abstract_state(recipe: Recipe, how: Execution, mesh: Mesh) -> TrainState:
 
 
 def make_train_step(
-    recipe: Recipe, how: Execution
+    recipe: Recipe, compute: ComputeConfig
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """The function that is compiled: (state, batch) -> (state, metrics).
 
@@ -119,7 +121,7 @@ def make_train_step(
     """
     optimizer = make_optimizer(recipe.optim, recipe.train.steps)
     schedule = make_schedule(recipe.optim, recipe.train.steps)
-    graphdef = structure(recipe.model, how)
+    graphdef = structure(recipe.model, compute)
 
     def loss_sum(params: Params, part: dict) -> jax.Array:
         return nll_sum(merge(graphdef, params), part, recipe.train.loss_chunk)
@@ -163,14 +165,14 @@ def merge(graphdef: Any, params: Params) -> Llama:
     return nnx.merge(shape, jax.tree.unflatten(state, filled))
 
 
-def structure(cfg: ModelConfig, how: Execution, apart: bool = False) -> Any:
+def structure(cfg: ModelConfig, compute: ComputeConfig, unstacked: bool = False) -> Any:
     """What :func:`merge` needs to make a model of its arrays: no arrays. ``apart``: of arrays that
     :func:`take_apart` has cut."""
 
     def build() -> Llama:
-        llama = Llama(cfg, how, nnx.Rngs(0))
-        if apart:
-            llama.take_apart()
+        llama = Llama(cfg, compute, nnx.Rngs(0))
+        if unstacked:
+            llama.unstack_layers()
         return llama
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
@@ -178,7 +180,7 @@ def structure(cfg: ModelConfig, how: Execution, apart: bool = False) -> Any:
     return graphdef, *jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def take_apart(params: Params) -> Params:
+def unstack_layers(params: Params) -> Params:
     """The stack of layers cut into one dict a layer.
 
     For programs that run the layers one after the other again and again: cut inside, all weights
@@ -205,7 +207,7 @@ def take_apart(params: Params) -> Params:
 def join(layer: Params) -> Params:
     """A layer's weights, on one device with matrices joined as in
     :data:`llama_jax.model.llama.JOINED`; changed in place."""
-    for room, (whole, parts) in JOINED.items() if meshless() else ():
+    for room, (whole, parts) in FUSED.items() if no_mesh() else ():
         if room in layer:
             matrices = [layer[room].pop(part) for part in parts]
             layer[room][whole] = _side_by_side(*matrices)
@@ -243,14 +245,18 @@ def nll_sum(llama: Llama, batch: dict, chunk: int) -> jax.Array:
     targets_BT, mask_BT = batch["targets_BT"], batch.get("mask_BT")
     if mask_BT is None:
         mask_BT = jnp.ones(targets_BT.shape, jnp.float32)
-    rules = llama.how.rules
-    targets_BT, mask_BT = (reshard(a, rules.operand("BT")) for a in (targets_BT, mask_BT))
+    rules = llama.compute.rules
+    targets_BT, mask_BT = (
+        reshard(a, rules.activation_without_tensor("BT")) for a in (targets_BT, mask_BT)
+    )
     part = lambda x, targets, mask: jnp.sum(token_nll(llama.logits(x), targets) * mask)
     pieces = _pieces(x_BTD, chunk)
     if pieces == 1:
         return part(x_BTD, targets_BT, mask_BT)
     # Every pieces-th position together: each device's own positions are cut, whatever splits T.
-    cut = lambda a, letters: jnp.moveaxis(_cut(a, pieces, rules.operand(letters)), 2, 0)
+    cut = lambda a, letters: jnp.moveaxis(
+        _cut(a, pieces, rules.activation_without_tensor(letters)), 2, 0
+    )
     pieces_of = cut(x_BTD, "BTD"), cut(targets_BT, "BT"), cut(mask_BT, "BT")
     body = jax.checkpoint(lambda total, a: (total + part(*a), None))
     return jax.lax.scan(body, jnp.float32(0), pieces_of)[0]
@@ -259,9 +265,7 @@ def nll_sum(llama: Llama, batch: dict, chunk: int) -> jax.Array:
 def _pieces(x_BTD: jax.Array, chunk: int) -> int:
     if not chunk:
         return 1
-    B, T = (
-        x_BTD.shape[:2] if meshless() else jax.typeof(x_BTD).sharding.shard_shape(x_BTD.shape)[:2]
-    )
+    B, T = x_BTD.shape[:2] if no_mesh() else jax.typeof(x_BTD).sharding.shard_shape(x_BTD.shape)[:2]
     wanted = math.ceil(B * T / chunk)
     return next((n for n in range(wanted, T) if T % n == 0), T)
 
@@ -270,7 +274,7 @@ def _cut(a: jax.Array, pieces: int, spec: P) -> jax.Array:
     shape = (*a.shape[:2], *a.shape[2:])
     new = (shape[0], shape[1] // pieces, pieces, *shape[2:])
     return (
-        a.reshape(new) if meshless() else a.reshape(new, out_sharding=P(*spec[:2], None, *spec[2:]))
+        a.reshape(new) if no_mesh() else a.reshape(new, out_sharding=P(*spec[:2], None, *spec[2:]))
     )
 
 
@@ -303,15 +307,15 @@ token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 def _is_target(logits_BTV, targets_BT):
     ids = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
-    if not meshless():
+    if not no_mesh():
         ids = reshard(ids, jax.typeof(logits_BTV).sharding.spec)
     return ids == targets_BT[..., None]
 
 
-def make_eval_step(recipe: Recipe, how: Execution) -> Callable[[Params, dict], jax.Array]:
+def make_eval_step(recipe: Recipe, compute: ComputeConfig) -> Callable[[Params, dict], jax.Array]:
     """(params, batch) -> sum of -log p over counted targets, nats; a batch as for the train step,
     of one part."""
-    graphdef = structure(recipe.model, how)
+    graphdef = structure(recipe.model, compute)
 
     def eval_step(params: Params, batch: dict) -> jax.Array:
         part = {key: value[0] for key, value in batch.items() if key != "stop"}

@@ -50,7 +50,9 @@ def place(tmp_path_factory):
     (root / "text").mkdir()
     for i, text in enumerate(TEXT * 10):
         (root / f"text/{i}.txt").write_text(f"{text} {i}")
-    data = DataConfig(sources={"a": SourceConfig(path=str(root / "text"))}, seq_len=8, holdout=0.2)
+    data = DataConfig(
+        sources={"a": SourceConfig(path=str(root / "text"))}, seq_len=8, val_fraction=0.2
+    )
     prepare_mixture(data, 300, run / "data")
     weights = {"a": jnp.ones((64, 64)), "b": {"c": jnp.zeros(5)}}
     checkpoints = Checkpoints(run, 2)
@@ -61,12 +63,12 @@ def place(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def damaged(path: Path, how: str):
+def damaged(path: Path, compute: str):
     """A file in that state for a while."""
     before = path.read_bytes()
-    if how == "missing":
+    if compute == "missing":
         path.unlink()
-    elif how == "longer":
+    elif compute == "longer":
         path.write_bytes(before + b"x")
     else:
         middle = len(before) // 2
@@ -98,12 +100,12 @@ def test_missing_and_longer_files_are_found_and_named(place, name, capsys):
     files = [f for f in files_below(folder) if not f.startswith("data/")]  # test_prepare's
     by_kind = {(Path(f).name.split("-")[0], f.count("/")): f for f in files}
     for file in by_kind.values():
-        for how in ("missing", "longer"):
-            with damaged(folder / file, how):
-                assert verify.main([str(folder)]) in (1, 2), (file, how)
+        for compute in ("missing", "longer"):
+            with damaged(folder / file, compute):
+                assert verify.main([str(folder)]) in (1, 2), (file, compute)
             # A list that is missing is told by its folder.
             named = file.rpartition("/")[0] if file.endswith(".json") else file
-            assert str(folder / named) in "".join(capsys.readouterr()), (file, how)
+            assert str(folder / named) in "".join(capsys.readouterr()), (file, compute)
 
 
 def test_steps_that_cannot_be_checked(place, tmp_path):
@@ -155,9 +157,9 @@ def load_error(folder: Path, **options) -> str:
 def test_reading_weights_refuses_damage(place, tmp_path, capsys):
     """Loading in three ways, training from them (check_weights) and converting."""
     for name, file in (("orbax", CHUNK), ("int8", CHUNK.replace("up", "up.q"))):
-        for how in ("missing", "longer", "flipped"):
+        for compute in ("missing", "longer", "flipped"):
             path = place / name / file
-            with damaged(path, how):
+            with damaged(path, compute):
                 errors = [load_error(place / name)]
                 if name == "orbax":
                     errors.append(load_error(place / name, quantize="int8"))

@@ -23,6 +23,7 @@ from llama_jax.config import (
     check_model,
     check_recipe,
     load_recipe,
+    load_saved_recipe,
     settings,
     to_dict,
     to_toml,
@@ -92,7 +93,7 @@ def test_round_trip_of_awkward_values(load):
 
 def test_defaults_are_those_of_the_paper(load):
     optim = load().optim
-    assert (optim.b1, optim.b2, optim.weight_decay, optim.clip) == (0.9, 0.95, 0.1, 1.0)
+    assert (optim.b1, optim.b2, optim.weight_decay, optim.max_grad_norm) == (0.9, 0.95, 0.1, 1.0)
     assert (optim.warmup_steps, optim.final_fraction) == (2000, 0.1)
 
 
@@ -192,14 +193,17 @@ def test_another_rope_type_keeps_theta_only(load):
         (["train.remat=some"], "train.remat='some'"),
         (["mesh.preset=ddp"], "'fsdp', 'fsdp_tensor' or 'tensor_sequence'"),
         (["train.profile_steps=[1]"], "train.profile_steps"),
-        (["data.holdout=0.5"], "data.holdout=0.5"),
+        (["data.val_fraction=0.5"], "data.val_fraction=0.5"),
         (["steps"], "override 'steps' is not of the form section.key=value"),
         (["train.steps.more=1"], "steps is a setting, not a section"),
         (["model.rope=3"], "[model.rope]"),
         (["train=3"], "train"),
         (["model.num_kv_heads=2"], "num_heads=3 must be a multiple of num_kv_heads=2"),
         (["model.head_dim=63"], "head_dim=63 must be even"),
-        (["train.accumulate=3"], "train.batch_size=8 must be a multiple of train.accumulate=3"),
+        (
+            ["train.gradient_accumulation=3"],
+            "train.batch_size=8 must be a multiple of train.gradient_accumulation=3",
+        ),
         (["data.seq_len=512"], "data.seq_len=512 is longer than model.context=256"),
         (["rope.factor=2"], "rope.type='default' does not use factor; it takes theta only"),
         (["rope.type=linear"], "rope.type='linear' needs factor"),
@@ -322,3 +326,24 @@ def test_flops_per_token():
     assert cfg.flops_per_token(2048) == 6 * products + attention
     tied = MODELS["stories15m"]
     assert tied.flops_per_token(1) == 6 * tied.num_params + 6 * 6 * 288
+
+
+def test_a_former_name_of_a_setting_is_refused_with_the_new_one():
+    from llama_jax.config.recipe import RENAMED
+
+    path = ROOT / "configs" / "tiny.toml"
+    for old, new in RENAMED.items():
+        with pytest.raises(ConfigError, match=f"unknown setting {old}: it is now called {new}"):
+            load_recipe(path, [f"{old}=1"])
+
+
+def test_the_saved_recipe_of_an_older_version_is_read(tmp_path):
+    text = (ROOT / "configs" / "tiny.toml").read_text()
+    text = text.replace("save_every = 100", "every = 7") + '\n[mesh]\npreset = "fsdp"\n'
+    text = text.replace("[optim]", "[optim]\nclip = 0.5")
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"checkpoint\.save_every"):
+        load_recipe(path)
+    recipe = load_saved_recipe(path)
+    assert (recipe.checkpoint.save_every, recipe.optim.max_grad_norm) == (7, 0.5)

@@ -89,7 +89,7 @@ def test_the_papers_numbers(size, kind):
     assert not model.tie_embeddings
     # Section 2.2: AdamW with a cosine that ends at a tenth of the peak.
     assert optim.peak_lr == peak_lr
-    assert (optim.b1, optim.b2, optim.weight_decay, optim.clip) == (0.9, 0.95, 0.1, 1.0)
+    assert (optim.b1, optim.b2, optim.weight_decay, optim.max_grad_norm) == (0.9, 0.95, 0.1, 1.0)
     assert (optim.warmup_steps, optim.final_fraction, optim.eps) == (2000, 0.1, 1e-8)
     assert optim.decay == "matrices"
     # "4M" is 2048 sequences of 2048 tokens, 4,194,304; enough steps for the tokens, and no more.
@@ -105,7 +105,7 @@ def test_the_papers_numbers(size, kind):
 
 def test_defaults_are_the_papers():
     optim = OptimConfig()
-    assert (optim.b1, optim.b2, optim.weight_decay, optim.clip) == (0.9, 0.95, 0.1, 1.0)
+    assert (optim.b1, optim.b2, optim.weight_decay, optim.max_grad_norm) == (0.9, 0.95, 0.1, 1.0)
     assert (optim.warmup_steps, optim.final_fraction, optim.eps) == (2000, 0.1, 1e-8)
     assert (optim.peak_lr, optim.decay) == (3e-4, "matrices")
 

@@ -235,8 +235,12 @@ def test_a_step_of_a_training_run_is_a_source(tmp_path):
         tools.meta_state(cfg, DTYPES["float32"], seed, tools.random_values) for seed in (1, 2)
     ]
     made = quiet(tools.make_hf(tmp_path / "hf", states[0], cfg), tmp_path / "made")
-    ways = [dict(use_ocdbt=True, use_zarr3=True), dict(use_ocdbt=False, use_zarr3=False), ORBAX]
-    for i, way in enumerate(ways):
+    num_shards = [
+        dict(use_ocdbt=True, use_zarr3=True),
+        dict(use_ocdbt=False, use_zarr3=False),
+        ORBAX,
+    ]
+    for i, way in enumerate(num_shards):
         run = tmp_path / f"run{i}"
         run.mkdir()
         (run / "model.json").write_text((made / "model.json").read_text())

@@ -653,10 +653,10 @@ def test_a_damaged_source_is_refused_by_its_manifest(tmp_path, cfg, state, capsy
         byte = f.read(1)
         f.seek(offset)
         f.write(bytes([byte[0] ^ 1]))
-    ways: list[dict] = [dict(to="hf"), dict(to="meta"), dict(to="orbax")]
-    ways += [dict(dtype="float32", to="hf"), dict(quantize="int8", to="orbax")]
-    ways += [dict(quantize="int4", to="orbax")]
-    for way in ways:
+    num_shards: list[dict] = [dict(to="hf"), dict(to="meta"), dict(to="orbax")]
+    num_shards += [dict(dtype="float32", to="hf"), dict(quantize="int8", to="orbax")]
+    num_shards += [dict(quantize="int4", to="orbax")]
+    for way in num_shards:
         with pytest.raises(
             ValueError, match=r"blocks/mlp/up/1 is not what manifest.json says|blocks.mlp.up/c/1/"
         ):

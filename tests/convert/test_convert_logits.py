@@ -19,7 +19,7 @@ from llama_jax.config import recipe as cf
 from llama_jax.convert import layouts
 from llama_jax.convert import logits as verify
 from llama_jax.convert.job import convert
-from llama_jax.model.llama import Execution, Llama
+from llama_jax.model.llama import ComputeConfig, Llama
 
 SHAPE = small(dim=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=80, context=4096)
 
@@ -27,8 +27,8 @@ SHAPE = small(dim=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=80, cont
 def load(folder: Path) -> Llama:
     """Our model with a checkpoint's weights, as everybody loads them."""
     cfg, _ = read_about(folder)
-    how = Execution(jnp.dtype(jnp.float32))
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(cfg, how, nnx.Rngs(0))))
+    compute = ComputeConfig(jnp.dtype(jnp.float32))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(cfg, compute, nnx.Rngs(0))))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
     abstract = jax.tree.map(place, nnx.to_pure_dict(state))

@@ -23,7 +23,7 @@ from llama_jax.convert.orbax import ORBAX
 from llama_jax.convert.quantised import pack, unpack
 from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.generate import load as loading
-from llama_jax.model.llama import Execution, Llama
+from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.quantize import is_quantized
 from llama_jax.model.sharding import AXES, PRESETS, make_mesh
 from llama_jax.train.step import split
@@ -58,8 +58,8 @@ def loaded(folder, kind, tensor=1, stored=True, dtype="float32"):
         (1, 1, tensor, 1), AXES, (AxisType.Explicit,) * 4, devices=jax.devices()[:tensor]
     )
     with jax.set_mesh(mesh):
-        how = Execution(jnp.dtype(dtype), PRESETS["fsdp_tensor"])
-        like = split(nnx.eval_shape(lambda: Llama(CFG, how, nnx.Rngs(0))))[1]
+        compute = ComputeConfig(jnp.dtype(dtype), PRESETS["fsdp_tensor"])
+        like = split(nnx.eval_shape(lambda: Llama(CFG, compute, nnx.Rngs(0))))[1]
         place = lambda x: jax.ShapeDtypeStruct(
             x.shape, dtype, sharding=NamedSharding(mesh, x.sharding.spec)
         )

@@ -439,7 +439,7 @@ def test_no_held_out_window_in_training(tmp_path):
     lines = [f"{i} {t}" for i, t in enumerate(texts(5, 300))]
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in lines + lines[:100]))
     cfg = DataConfig(
-        sources={"a": SourceConfig(path=str(path))}, seq_len=T, packing="segments", holdout=0.2
+        sources={"a": SourceConfig(path=str(path))}, seq_len=T, packing="segments", val_fraction=0.2
     )
     mixture = open_mixture(prepare_mixture(cfg, 320, tmp_path / "out"))
     held = {tuple(d) for d in documents(mixture, "a", "holdout")}

@@ -72,7 +72,9 @@ def folder(tmp_path_factory) -> Path:
 
 def config(folder: Path) -> DataConfig:
     sources = {"a": SourceConfig(path=str(folder / "a.jsonl"))}
-    return DataConfig(sources=sources, tokenizer=str(folder / "t.model"), seq_len=8, holdout=0.1)
+    return DataConfig(
+        sources=sources, tokenizer=str(folder / "t.model"), seq_len=8, val_fraction=0.1
+    )
 
 
 @settings(suppress_health_check=SHARED_FOLDER)

@@ -205,7 +205,7 @@ def test_text_is_prepared_with_it(folder):
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
     sources = {"a": SourceConfig(path=str(folder / "text.jsonl"))}
     data = DataConfig(
-        sources=sources, tokenizer=str(folder / "tokenizer.model"), seq_len=8, holdout=0.1
+        sources=sources, tokenizer=str(folder / "tokenizer.model"), seq_len=8, val_fraction=0.1
     )
     out = prepare_mixture(data, N + 256, folder / "out")
     found = []

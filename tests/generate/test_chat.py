@@ -315,12 +315,12 @@ def test_a_chat_goes_on_after_errors(talker, monkeypatch):
     chat = talker.chat()
     assert chat.say("the cat", max_new_tokens=6) == want[0]
     messages, ids = list(chat.messages), list(chat._ids)
-    for text, how in (
+    for text, compute in (
         ("a mat", dict(seed=-1)), ("a mat", dict(max_new_tokens=0)), ("cat " * 400, {}),
         ("a mat", dict(sampling="hot")), (5, {}), ("\ud800", {}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"must be|has .* tokens|half a character"):
-            chat.say(text, **how)
+            chat.say(text, **compute)
         assert chat.messages == messages
         assert chat._ids == ids
         assert not chat._cache.k_LBKSH.is_deleted()

@@ -25,14 +25,14 @@ from llama_jax import Greedy, Sample
 from llama_jax.config import ConfigError
 from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.generate.__main__ import main
-from llama_jax.generate.decode import STRIDE
+from llama_jax.generate.decode import DECODE_STEPS_PER_CALL
 from llama_jax.generate.detokenize import Row
 from llama_jax.generate.llm import LLM, Generation
 from llama_jax.generate.load import _eos_of
 from llama_jax.generate.sampler import settings_of
-from llama_jax.model.llama import Execution, Llama
+from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.sharding import AXES, PRESETS
-from llama_jax.train.step import merge, split, structure, take_apart
+from llama_jax.train.step import merge, split, structure, unstack_layers
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared/data"
@@ -46,13 +46,13 @@ def tokenizer(tmp_path_factory):
     return train_tokenizer([t for t in TEXT for _ in range(50)], 300, path)
 
 
-UNROLLED = Execution(jnp.dtype("float32"), unroll=True)
+UNROLLED = ComputeConfig(jnp.dtype("float32"), unroll=True)
 
 
-def model(tokenizer, seed=0, std=0.3, how=F32, **changes):
+def model(tokenizer, seed=0, std=0.3, compute=F32, **changes):
     """A random model whose logits differ enough to make text of."""
     cfg = small(vocab_size=300, context=400, **changes)
-    return LLM(cfg, split(Llama(cfg, how, nnx.Rngs(seed), std))[1], tokenizer, how)
+    return LLM(cfg, split(Llama(cfg, compute, nnx.Rngs(seed), std))[1], tokenizer, compute)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +64,13 @@ def test_layers_apart_make_the_same_text(llm, tokenizer):
     """As weights are loaded on CPU and GPU; nothing of the stack is left."""
     stacked = split(Llama(llm.cfg, F32, nnx.Rngs(0), 0.3))[1]
     held = stacked["blocks"]
-    apart = LLM(llm.cfg, take_apart(stacked), tokenizer, UNROLLED)
-    assert sorted(apart.params["blocks"]) == [0, 1]
+    unstacked = LLM(llm.cfg, unstack_layers(stacked), tokenizer, UNROLLED)
+    assert sorted(unstacked.params["blocks"]) == [0, 1]
     assert held == {}
     prompts = ["the cat", "some animals saw 12 cats"]
-    assert apart.generate(prompts, max_new_tokens=24) == llm.generate(prompts, max_new_tokens=24)
+    assert unstacked.generate(prompts, max_new_tokens=24) == llm.generate(
+        prompts, max_new_tokens=24
+    )
 
 
 @pytest.fixture(scope="module")
@@ -183,15 +185,15 @@ def test_nothing_compiles_again(tokenizer):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_stream_joins_to_the_text(llm, seed):
     """No piece ends inside a character: this model speaks bytes at random."""
-    how = dict(max_new_tokens=60, sampling=Sample(temperature=1.5), seed=seed)
-    whole = llm.generate("日本", **how)
-    pieces = list(llm.stream("日本", **how))
+    compute = dict(max_new_tokens=60, sampling=Sample(temperature=1.5), seed=seed)
+    whole = llm.generate("日本", **compute)
+    pieces = list(llm.stream("日本", **compute))
     assert "".join(pieces) == whole
     assert not any(p.endswith("\ufffd") for p in pieces[:-1])
     stop = whole[20:23]
-    stopped = llm.generate("日本", stop=stop, **how)
+    stopped = llm.generate("日本", stop=stop, **compute)
     assert stopped == whole[: whole.index(stop)]
-    assert "".join(llm.stream("日本", stop=stop, **how)) == stopped
+    assert "".join(llm.stream("日本", stop=stop, **compute)) == stopped
 
 
 def test_text_is_made_of_new_tokens_alone(tokenizer, monkeypatch):
@@ -258,12 +260,12 @@ def test_a_mesh_gives_the_same_text(llm, tokenizer):
     params = jax.tree.map(np.asarray, split(Llama(cfg, F32, nnx.Rngs(0), 0.3))[1])
     want = LLM(cfg, params, tokenizer, F32).generate(["the cat", "a"], max_new_tokens=12)
     mesh = jax.make_mesh((1, 1, 4, 1), AXES, (AxisType.Explicit,) * 4, devices=jax.devices()[:4])
-    how = Execution(jnp.dtype("float32"), PRESETS["fsdp_tensor"])
+    compute = ComputeConfig(jnp.dtype("float32"), PRESETS["fsdp_tensor"])
     with jax.set_mesh(mesh):
-        like = split(nnx.eval_shape(lambda: Llama(cfg, how, nnx.Rngs(0))))[1]
+        like = split(nnx.eval_shape(lambda: Llama(cfg, compute, nnx.Rngs(0))))[1]
         place = lambda x, s: jax.device_put(x, NamedSharding(mesh, s.sharding.spec))
         placed = jax.tree.map(place, params, like)
-    split_llm = LLM(cfg, placed, tokenizer, how, mesh=mesh)
+    split_llm = LLM(cfg, placed, tokenizer, compute, mesh=mesh)
     assert split_llm.generate(["the cat", "a"], max_new_tokens=12) == want
     whole = LLM(cfg, params, tokenizer, F32).score("the cat sat")
     scores = split_llm.score("the cat sat")
@@ -290,12 +292,12 @@ def test_a_mesh_gives_the_same_text(llm, tokenizer):
         ("cat " * 400, {}, r"the prompt has \d+ tokens; the model's context is 400"),
     ],
 )
-def test_bad_arguments(llm, prompt, how, message):
+def test_bad_arguments(llm, prompt, compute, message):
     with pytest.raises(ValueError, match=message):
-        llm.generate(prompt, **how)
-    if isinstance(prompt, str) and "n" not in how:
+        llm.generate(prompt, **compute)
+    if isinstance(prompt, str) and "n" not in compute:
         with pytest.raises(ValueError, match=message):
-            llm.stream(prompt, **how)
+            llm.stream(prompt, **compute)
 
 
 def test_a_cache_too_large(llm, monkeypatch):
@@ -314,7 +316,7 @@ def test_an_ended_row_stays_as_long_as_it_was(llm, tokenizer):
     ending = LLM(llm.cfg, llm.params, tokenizer, F32, eos_ids=[first.ids[2]])
     asked = [(llm.encode(p), 0) for p in prompts]
     rows = [Row(tokenizer, ids, ()) for ids, _ in asked]
-    making = ending._decode(asked, rows, 20, settings_of(Greedy()), 0, STRIDE)
+    making = ending._decode(asked, rows, 20, settings_of(Greedy()), 0, DECODE_STEPS_PER_CALL)
     state = None
     while state is None:
         try:
@@ -364,19 +366,19 @@ def test_ids_that_the_tokenizer_does_not_know(tokenizer):
         cfg, split(Llama(cfg, F32, nnx.Rngs(0), 0.3))[1], tokenizer, F32,
         chat_template="{{ messages[-1].content }}",
     )  # fmt: skip
-    how = dict(max_new_tokens=40, sampling=Sample(temperature=3.0), seed=2)
-    made = llm.generate(["the cat", "a"], logprobs=True, **how)
+    compute = dict(max_new_tokens=40, sampling=Sample(temperature=3.0), seed=2)
+    made = llm.generate(["the cat", "a"], logprobs=True, **compute)
     for g in made:
         assert max(g.ids) >= 300
     prompt, ids = llm.encode("the cat"), made[0].ids
     known = [i for i in ids if i < 300]
     whole = tokenizer.decode([*prompt, *known])
     assert made[0].text == whole[len("the cat") :]
-    assert "".join(llm.stream("the cat", **how)) == made[0].text
+    assert "".join(llm.stream("the cat", **compute)) == made[0].text
     stop = made[0].text[5:8]
-    assert llm.generate("the cat", stop=stop, **how) == made[0].text.split(stop)[0]
+    assert llm.generate("the cat", stop=stop, **compute) == made[0].text.split(stop)[0]
     chat = llm.chat()
-    assert chat.say("the cat", **how)
+    assert chat.say("the cat", **compute)
     assert chat.say("a cat", max_new_tokens=2)
     narrow = small(vocab_size=100, context=400)
     llm = LLM(narrow, split(Llama(narrow, F32, nnx.Rngs(0)))[1], tokenizer, F32)
@@ -411,14 +413,14 @@ def test_the_command_line(llm, monkeypatch, capsys):
     monkeypatch.setattr("llama_jax.generate.load", lambda *_, **__: llm)
     texts = []
     for seed in (0, 3):
-        how = ["--temperature", "1.5", "--max-new-tokens", "20", "--seed", str(seed)]
-        assert main(["x", "the cat", *how]) == 0
+        compute = ["--temperature", "1.5", "--max-new-tokens", "20", "--seed", str(seed)]
+        assert main(["x", "the cat", *compute]) == 0
         out = capsys.readouterr().out
         sampling = Sample(temperature=1.5)
         text = llm.generate("the cat", sampling=sampling, max_new_tokens=20, seed=seed)
         assert out == f"the cat{text}\n"
         texts.append(out)
-        assert main(["x", "the cat", "--json", *how]) == 0
+        assert main(["x", "the cat", "--json", *compute]) == 0
         assert json.loads(capsys.readouterr().out)["text"] == text
     assert texts[0] != texts[1]
     assert main(["x", "cat " * 400]) == 2

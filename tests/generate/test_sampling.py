@@ -142,7 +142,7 @@ def test_the_tokens_kept_are_those_of_transformers():
     rng = np.random.default_rng(0)
     flat, steep = (rng.normal(size=(53, 3000)).astype(np.float32) * s for s in (3, 12))
     rounded = np.asarray(jnp.asarray(flat, jnp.bfloat16).astype(jnp.float32))
-    for logits_BV, how in (
+    for logits_BV, compute in (
         (steep, dict(top_k=1000)), (flat, dict(top_p=0.9)), (rounded, dict(top_k=50, top_p=0.95)),
         (rounded, dict(top_p=0.7)), (rounded, dict(top_k=300, min_p=0.01)),
     ):  # fmt: skip
@@ -152,11 +152,11 @@ def test_the_tokens_kept_are_those_of_transformers():
             min_p=warpers.MinPLogitsWarper,
         )
         theirs = torch.tensor(logits_BV)
-        for name, value in how.items():
+        for name, value in compute.items():
             theirs = kinds[name](value)(None, theirs)
         # Of tokens with equal logits at the border, either may keep one or the other.
-        mine = np.where(kept_by(Sample(**how), logits_BV), logits_BV, -np.inf)
-        np.testing.assert_array_equal(np.sort(mine), np.sort(theirs.numpy()), err_msg=str(how))
+        mine = np.where(kept_by(Sample(**compute), logits_BV), logits_BV, -np.inf)
+        np.testing.assert_array_equal(np.sort(mine), np.sort(theirs.numpy()), err_msg=str(compute))
 
 
 def test_not_a_sampler():

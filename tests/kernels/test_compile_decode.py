@@ -12,10 +12,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from llama_jax.chips import topology
 from llama_jax.config import MODELS
-from llama_jax.model.llama import Execution, KVCache, Llama
-from llama_jax.model.sharding import AXES, PRESETS, on_mesh, reshard
+from llama_jax.model.llama import ComputeConfig, KVCache, Llama
+from llama_jax.model.sharding import AXES, PRESETS, reshard, use_mesh
 from llama_jax.plan.hlo import count
-from llama_jax.train.step import merge, split, structure, take_apart
+from llama_jax.train.step import merge, split, structure, unstack_layers
 from pallas_kernels import Rope, dispatch, rotary_decode_attention
 
 CFG = MODELS["llama2-7b"]
@@ -88,8 +88,8 @@ def test_the_whole_step(name, chips, B, monkeypatch):
         monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
         monkeypatch.setattr(dispatch, "device_kind", lambda: devices[0].device_kind)
     # As `llama_jax.load` does it: on one GPU no mesh and layers apart, on a TPU stacked.
-    how = Execution(jnp.dtype(jnp.bfloat16), PRESETS["fsdp_tensor"], unroll=gpu)
-    graphdef = structure(CFG, how, apart=gpu)
+    compute = ComputeConfig(jnp.dtype(jnp.bfloat16), PRESETS["fsdp_tensor"], unroll=gpu)
+    graphdef = structure(CFG, compute, unstacked=gpu)
     place = lambda x, spec, dtype=None: jax.ShapeDtypeStruct(
         x.shape,
         dtype or x.dtype,
@@ -102,12 +102,12 @@ def test_the_whole_step(name, chips, B, monkeypatch):
         return jnp.argmax(whole_BTV, axis=-1).astype(jnp.int32), cache
 
     spec_of = lambda x: None if gpu else x.sharding.spec
-    with on_mesh(mesh):
-        weights = jax.eval_shape(lambda: split(Llama(CFG, how, nnx.Rngs(0)))[1])
-        weights = jax.eval_shape(take_apart, weights) if gpu else weights
+    with use_mesh(mesh):
+        weights = jax.eval_shape(lambda: split(Llama(CFG, compute, nnx.Rngs(0)))[1])
+        weights = jax.eval_shape(unstack_layers, weights) if gpu else weights
         params = jax.tree.map(lambda x: place(x, spec_of(x), jnp.bfloat16), weights)
         cache = jax.eval_shape(lambda: KVCache.empty(CFG, B, SLOTS, jnp.bfloat16))
-        act = how.rules.act
+        act = compute.rules.act
         specs = KVCache(act("LBKSH"), act("LBKSH"), act("B"))
         cache = KVCache(*map(place, cache, specs))
         tokens = place(jax.ShapeDtypeStruct((B, 1), jnp.int32), act("BT"))

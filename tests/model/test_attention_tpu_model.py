@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.kernels.compiled import bytes_around
 from llama_jax.chips import topology
 from llama_jax.config import MeshConfig
-from llama_jax.model.llama import Attention, Execution, Where, rope_of
+from llama_jax.model.llama import Attention, ComputeConfig, Where, rope_of
 from llama_jax.model.sharding import PRESETS, make_mesh
 
 # Heads of 64 for the kernel; two documents a row that end at different places.
@@ -30,14 +30,14 @@ CFG = tools.small(
 )
 def test_model_over_the_kernel_equals_one_device(preset, sizes):
     """Loss and gradients on eight devices with the kernel, as one device's without."""
-    how = Execution(jnp.dtype("float32"), PRESETS[preset], attention="tpu")
+    compute = ComputeConfig(jnp.dtype("float32"), PRESETS[preset], attention="tpu")
     mesh = make_mesh(MeshConfig(preset=preset, **sizes))
     want, want_grads = sharding._one_device(CFG)
     with jax.set_mesh(mesh):
-        specs = sharding._specs(CFG, how, mesh)
+        specs = sharding._specs(CFG, compute, mesh)
         params = jax.device_put(tools.tree_of(tools.random_weights(CFG)), specs)
         batch = [jax.device_put(x, P(("data", "fsdp"))) for x in sharding._batch(CFG)]
-        step = jax.jit(jax.value_and_grad(sharding._loss(CFG, how)))
+        step = jax.jit(jax.value_and_grad(sharding._loss(CFG, compute)))
         lowered = step.lower(params, *batch).as_text(debug_info=True)
         loss, grads = step(params, *batch)
     assert "rotary_attention_forward" in lowered
@@ -57,10 +57,10 @@ def v5p():
 def _layer(device, B, T):
     """Projections and attention of Llama 3 8B, forward and backward, compiled for a chip."""
     cfg = tools.small(dim=4096, num_layers=1, num_heads=32, num_kv_heads=8, head_dim=128)
-    how = Execution(jnp.dtype("bfloat16"))
+    compute = ComputeConfig(jnp.dtype("bfloat16"))
     mesh = make_mesh(MeshConfig(), [device])
     with jax.set_mesh(mesh):
-        abstract = nnx.eval_shape(lambda: Attention(cfg, how, 0.02, nnx.Rngs(0)))
+        abstract = nnx.eval_shape(lambda: Attention(cfg, compute, 0.02, nnx.Rngs(0)))
         graph, state = nnx.split(abstract)
         of = lambda x, dtype: jax.ShapeDtypeStruct(
             x.shape, dtype, sharding=NamedSharding(mesh, P())

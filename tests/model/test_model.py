@@ -14,7 +14,7 @@ from flax import nnx
 from make_golden import GOLDEN, golden_of, sample
 
 from llama_jax.config import MODELS, ModelConfig, RopeConfig
-from llama_jax.model.llama import Execution, KVCache, Llama, rms_norm, rope_of
+from llama_jax.model.llama import ComputeConfig, KVCache, Llama, rms_norm, rope_of
 from pallas_kernels import Rope
 from pallas_kernels.rotary_attention import rotate
 
@@ -109,14 +109,14 @@ PUBLISHED = {
 def test_every_model_in_the_abstract(name):
     """Published counts, the formula and the arrays agree; no weight is allocated."""
     cfg = MODELS[name]
-    how = Execution(jnp.dtype("bfloat16"), remat="full")
+    compute = ComputeConfig(jnp.dtype("bfloat16"), remat="full")
     start = time.monotonic()
-    shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Llama(cfg, how, nnx.Rngs(0)))))
+    shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Llama(cfg, compute, nnx.Rngs(0)))))
     sizes = [np.prod(x.shape, dtype=np.int64) for x in jax.tree.leaves(shapes)]
     assert sum(sizes) == cfg.num_params == PUBLISHED.get(name, cfg.num_params)
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     tokens = jax.ShapeDtypeStruct((1, cfg.context), jnp.int32)
-    logits = jax.eval_shape(lambda p, t: tools.model_of(cfg, how)(p)(t), shapes, tokens)
+    logits = jax.eval_shape(lambda p, t: tools.model_of(cfg, compute)(p)(t), shapes, tokens)
     assert logits.shape == (1, cfg.context, cfg.vocab_size)
     assert logits.dtype == jnp.float32
     assert time.monotonic() - start < 20
@@ -328,9 +328,9 @@ def test_packed_equals_unpacked():
 
 @functools.cache
 def _loss_and_grads(remat: str, unroll: bool, dtype: str = "float32"):
-    how = Execution(jnp.dtype(dtype), remat=remat, unroll=unroll)
+    compute = ComputeConfig(jnp.dtype(dtype), remat=remat, unroll=unroll)
     tokens, d_logits = tools.random_tokens(GQA, 2, 24), tools.cotangent(GQA, 2, 24)
-    build = tools.model_of(GQA, how)
+    build = tools.model_of(GQA, compute)
     loss = lambda p: jnp.vdot(build(p)(tokens), d_logits)
     value, grads = jax.jit(jax.value_and_grad(loss))(tools.tree_of(tools.random_weights(GQA)))
     return float(value), tools.flat_of(grads)
@@ -351,8 +351,8 @@ def test_remat_keeps_what_it_says():
     tokens, params = tools.random_tokens(GQA, 1, 8), tools.tree_of(tools.random_weights(GQA))
 
     def products(remat):
-        how = Execution(jnp.dtype("float32"), remat=remat, unroll=True)
-        loss = lambda p: jnp.sum(tools.model_of(GQA, how)(p)(tokens))
+        compute = ComputeConfig(jnp.dtype("float32"), remat=remat, unroll=True)
+        loss = lambda p: jnp.sum(tools.model_of(GQA, compute)(p)(tokens))
         return count(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
 
     def count(jaxpr):
@@ -466,12 +466,12 @@ def test_dynamic_rope_does_not_count_padding():
 def test_layers_taken_apart_decode_the_same():
     """In a loop of steps, as generation does it."""
     cfg = tools.small()
-    how = Execution(jnp.dtype(jnp.float32), unroll=True)
+    compute = ComputeConfig(jnp.dtype(jnp.float32), unroll=True)
     tokens_TB = np.random.default_rng(0).integers(0, cfg.vocab_size, (5, 2), np.int32)
 
-    def decode(llama, apart):
-        if apart:
-            llama.take_apart()
+    def decode(llama, unstacked):
+        if unstacked:
+            llama.unstack_layers()
 
         def step(cache, tokens_B):
             logits_BTV, cache = llama(tokens_B[:, None], cache=cache)
@@ -479,11 +479,13 @@ def test_layers_taken_apart_decode_the_same():
 
         return jax.lax.scan(step, KVCache.empty(cfg, 2, 8, jnp.float32), tokens_TB)
 
-    graphdef, state = nnx.split(Llama(cfg, how, nnx.Rngs(0)))
-    together, apart = (
-        jax.jit(lambda state, apart=apart: decode(nnx.merge(graphdef, state), apart))(state)
-        for apart in (False, True)
+    graphdef, state = nnx.split(Llama(cfg, compute, nnx.Rngs(0)))
+    together, unstacked = (
+        jax.jit(lambda state, unstacked=unstacked: decode(nnx.merge(graphdef, state), unstacked))(
+            state
+        )
+        for unstacked in (False, True)
     )
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, apart
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, unstacked
     )

@@ -18,7 +18,7 @@ from llama_jax.config import MODELS, ConfigError
 from llama_jax.convert.job import convert
 from llama_jax.convert.orbax import ORBAX, open_array
 from llama_jax.generate import load as loading
-from llama_jax.model.llama import Execution, KVCache, Llama
+from llama_jax.model.llama import ComputeConfig, KVCache, Llama
 from llama_jax.model.quantize import (
     QuantizedWeight,
     is_quantized,
@@ -27,7 +27,7 @@ from llama_jax.model.quantize import (
     weight_bytes,
 )
 from llama_jax.model.sharding import AXES, PRESETS
-from llama_jax.train.step import merge, split, structure, take_apart
+from llama_jax.train.step import merge, split, structure, unstack_layers
 
 GB = 1e9
 
@@ -108,15 +108,15 @@ def test_sharded_equals_one_device(kind):
     want = merge(structure(cfg, F32), quantize(params, kind))(tokens_BT)
     mesh = jax.make_mesh((1, 1, 4, 1), AXES, (AxisType.Explicit,) * 4, devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
-        how = Execution(jnp.dtype("float32"), PRESETS["fsdp_tensor"])
-        like = split(nnx.eval_shape(lambda: Llama(cfg, how, nnx.Rngs(0))))[1]
+        compute = ComputeConfig(jnp.dtype("float32"), PRESETS["fsdp_tensor"])
+        like = split(nnx.eval_shape(lambda: Llama(cfg, compute, nnx.Rngs(0))))[1]
         placed = jax.tree.map(
             lambda x, s: jax.device_put(x, NamedSharding(mesh, s.sharding.spec)), params, like
         )
         quantized = quantize(placed, kind)
         q = quantized["blocks"]["mlp"]["up"].q
         assert q.addressable_shards[0].data.size * 4 == q.size
-        got = jax.jit(lambda p, t: merge(structure(cfg, how), p)(t))(quantized, tokens_BT)
+        got = jax.jit(lambda p, t: merge(structure(cfg, compute), p)(t))(quantized, tokens_BT)
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
@@ -145,8 +145,8 @@ def test_quantised_while_loading_equals_afterwards(checkpoint, kind, tensor):
         (1, 1, tensor, 1), AXES, (AxisType.Explicit,) * 4, devices=jax.devices()[:tensor]
     )
     with jax.set_mesh(mesh):
-        how = Execution(jnp.dtype("float32"), PRESETS["fsdp_tensor"])
-        like = split(nnx.eval_shape(lambda: Llama(cfg, how, nnx.Rngs(0))))[1]
+        compute = ComputeConfig(jnp.dtype("float32"), PRESETS["fsdp_tensor"])
+        like = split(nnx.eval_shape(lambda: Llama(cfg, compute, nnx.Rngs(0))))[1]
         place = lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
         )
@@ -154,11 +154,11 @@ def test_quantised_while_loading_equals_afterwards(checkpoint, kind, tensor):
         want = quantize(load_weights(folder, like), kind)
         read = functools.partial(loading._quantized_now, folder)
         stacked = loading._load_quantized(folder, like, kind, False, read)
-        apart = loading._load_quantized(folder, like, kind, True, read)
+        unstacked = loading._load_quantized(folder, like, kind, True, read)
         same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
         jax.tree.map(same, stacked, want)
-        jax.tree.map(same, apart, take_apart(want))
-        q = apart["blocks"][1]["mlp"]["up"].q
+        jax.tree.map(same, unstacked, unstack_layers(want))
+        q = unstacked["blocks"][1]["mlp"]["up"].q
         assert q.addressable_shards[0].data.size * tensor == q.size
 
 

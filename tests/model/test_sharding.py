@@ -26,7 +26,7 @@ from llama_jax import hardware
 from llama_jax.chips import peak_tflops
 from llama_jax.config import ConfigError, MeshConfig, check_recipe, load_recipe
 from llama_jax.data.batch import Feed, host_rows, local_slice
-from llama_jax.model.llama import Execution, Llama
+from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.sharding import (
     AXES,
     PRESETS,
@@ -70,8 +70,8 @@ def _batch(cfg):
     return tools.random_tokens(cfg, B, T), targets, segments, positions
 
 
-def _loss(cfg, how):
-    build = tools.model_of(cfg, how)
+def _loss(cfg, compute):
+    build = tools.model_of(cfg, compute)
 
     def loss(params, tokens, targets, segments, positions):
         logits = build(params)(tokens, segment_ids_BT=segments, positions_BT=positions)
@@ -81,9 +81,9 @@ def _loss(cfg, how):
     return loss
 
 
-def _specs(cfg, how, mesh):
+def _specs(cfg, compute, mesh):
     """Where each weight is stored."""
-    shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Llama(cfg, how, nnx.Rngs(0)))))
+    shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Llama(cfg, compute, nnx.Rngs(0)))))
     return jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), shapes)
 
 
@@ -107,16 +107,16 @@ def _one_device(cfg):
 )
 def test_equals_one_device(case, remat, unroll, cfg, capfd):
     preset, sizes = case
-    how = Execution(jnp.dtype("float32"), PRESETS[preset], remat=remat, unroll=unroll)
+    compute = ComputeConfig(jnp.dtype("float32"), PRESETS[preset], remat=remat, unroll=unroll)
     if remat != "full":  # the other way to sum gradients
-        how = dataclasses.replace(how, reduce_float32=True)
+        compute = dataclasses.replace(compute, reduce_float32=True)
     mesh = make_mesh(MeshConfig(preset=preset, **sizes))
     want, want_grads = _one_device(cfg)
     with jax.set_mesh(mesh):
-        specs = _specs(cfg, how, mesh)
+        specs = _specs(cfg, compute, mesh)
         params = jax.device_put(tools.tree_of(tools.random_weights(cfg)), specs)
         batch = [jax.device_put(x, P(("data", "fsdp"))) for x in _batch(cfg)]
-        loss, grads = jax.jit(jax.value_and_grad(_loss(cfg, how)))(params, *batch)
+        loss, grads = jax.jit(jax.value_and_grad(_loss(cfg, compute)))(params, *batch)
     # The partitioner never gives up and copies an array whole to every device.
     assert "full rematerialization" not in capfd.readouterr().err
     assert float(loss) == pytest.approx(want, rel=1e-5)
@@ -167,10 +167,10 @@ def traffic(text: str) -> Counter:
 @functools.cache
 def _compiled(preset, sizes, devices=None, dtype="float32", cfg=WIDE, reduce_float32=False):
     kind = jnp.dtype(dtype)
-    how = Execution(kind, PRESETS[preset], remat="full", reduce_float32=reduce_float32)
+    compute = ComputeConfig(kind, PRESETS[preset], remat="full", reduce_float32=reduce_float32)
     mesh = make_mesh(MeshConfig(preset=preset, **dict(sizes)), devices)
     with jax.set_mesh(mesh):
-        specs = _specs(cfg, how, mesh)
+        specs = _specs(cfg, compute, mesh)
         weights = tools.tree_of(tools.random_weights(cfg))
         place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
         params = jax.tree.map(place, weights, specs)
@@ -178,7 +178,7 @@ def _compiled(preset, sizes, devices=None, dtype="float32", cfg=WIDE, reduce_flo
         tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=rows)
 
         def loss(params, tokens):
-            return jnp.sum(jnp.tanh(tools.model_of(cfg, how)(params)(tokens)))
+            return jnp.sum(jnp.tanh(tools.model_of(cfg, compute)(params)(tokens)))
 
         return jax.jit(jax.value_and_grad(loss)).lower(params, tokens).compile().as_text()
 
@@ -280,10 +280,10 @@ def test_presets_say_where_things_lie():
     assert table.keys() == PRESETS.keys()
     for preset, (stream, positions, wide) in table.items():
         rules = PRESETS[preset]
-        assert rules.act("BTD") == P(rows, stream, None)
-        assert rules.act("BTNH") == P(rows, positions, wide, None)
-        assert rules.act("BTF") == rules.act("BTV") == P(rows, positions, wide)
-        assert rules.operand("BTD") == P(rows, "context", None)
+        assert rules.activation("BTD") == P(rows, stream, None)
+        assert rules.activation("BTNH") == P(rows, positions, wide, None)
+        assert rules.activation("BTF") == rules.activation("BTV") == P(rows, positions, wide)
+        assert rules.activation_without_tensor("BTD") == P(rows, "context", None)
         for word in ("DQ", "DE", "DF", "DV"):
             assert rules.weight(word) == P("fsdp", wide)
         for word in ("QD", "FD", "VD"):
@@ -373,7 +373,7 @@ def test_tensor_and_context_across_slices(sizes, message):
 def check_rows(mesh, rows):
     """A host reads exactly the rows of its devices, and hands each device the right ones; of many
     hosts 16 are looked at."""
-    spec = PRESETS["fsdp"].operand("BT")
+    spec = PRESETS["fsdp"].activation_without_tensor("BT")
     hosts = sorted({d.process_index for d in mesh.devices.flat})
     held = {p: host_rows(mesh, spec, rows, p) for p in hosts[:: max(1, len(hosts) // 16)]}
     used = {p: set() for p in held}
@@ -427,9 +427,11 @@ def test_every_mesh_on_every_topology(name):
 
 @pytest.mark.parametrize("order", [[0, 2, 4, 6, 1, 3, 5, 7], [7, 3, 5, 1, 0, 6, 2, 4]])
 def test_feed_places_rows_whatever_the_order_of_devices(order):
-    recipe = _recipe("fsdp_tensor", dict(data=2, fsdp=2, tensor=2), batch=12, accumulate=3)
+    recipe = _recipe(
+        "fsdp_tensor", dict(data=2, fsdp=2, tensor=2), batch=12, gradient_accumulation=3
+    )
     mesh = make_mesh(recipe.mesh, [jax.devices()[i] for i in order])
-    feed = Feed(recipe, mesh, PRESETS["fsdp_tensor"].operand("BT"))
+    feed = Feed(recipe, mesh, PRESETS["fsdp_tensor"].activation_without_tensor("BT"))
     assert feed.batch_rows.tolist() == list(range(12))
     batch = np.arange(12 * 16, dtype=np.int32).reshape(12, 16)
     placed = feed({"inputs_BT": batch}, True)
@@ -440,7 +442,7 @@ def test_feed_places_rows_whatever_the_order_of_devices(order):
     assert host_rows(mesh, P("fsdp"), 16, 1).tolist() == [2, 3, 6, 7, 10, 11, 14, 15]
 
 
-def _recipe(preset="fsdp", mesh=(), batch=8, accumulate=1, seq_len=16, **model):
+def _recipe(preset="fsdp", mesh=(), batch=8, gradient_accumulation=1, seq_len=16, **model):
     sizes = dict(
         name="tiny", vocab_size=64, dim=64, head_dim=64, num_heads=8, num_kv_heads=4, ffn_dim=64
     )
@@ -449,7 +451,11 @@ def _recipe(preset="fsdp", mesh=(), batch=8, accumulate=1, seq_len=16, **model):
             "model": sizes | model,
             "data": {"sources": {"a": {"path": "x"}}, "seq_len": seq_len},
             "mesh": {"preset": preset, **dict(mesh)},
-            "train": {"steps": 1, "batch_size": batch, "accumulate": accumulate},
+            "train": {
+                "steps": 1,
+                "batch_size": batch,
+                "gradient_accumulation": gradient_accumulation,
+            },
             "checkpoint": {"dir": "x"},
         },
         where="test",
@@ -465,8 +471,14 @@ def test_check_fits_accepts_what_runs():
 @pytest.mark.parametrize(
     ("recipe", "messages"),
     [
-        (_recipe(batch=12), ["train.batch_size / train.accumulate=12 is not a multiple of 8"]),
-        (_recipe(batch=8, accumulate=2), ["train.batch_size / train.accumulate=4"]),
+        (
+            _recipe(batch=12),
+            ["train.batch_size / train.gradient_accumulation=12 is not a multiple of 8"],
+        ),
+        (
+            _recipe(batch=8, gradient_accumulation=2),
+            ["train.batch_size / train.gradient_accumulation=4"],
+        ),
         (_recipe(dim=60), ["model.dim=60 is not a multiple of 8"]),
         (_recipe(mesh=dict(context=8, fsdp=1), seq_len=12), ["data.seq_len=12", "of 8 (context"]),
         (
@@ -492,17 +504,24 @@ RECIPES = sorted(ROOT.glob("configs/llama-*.toml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_shipped_recipes_start_on_every_size_of_machine(path):
-    """As they are: mesh.data and train.accumulate follow the machine, the batch does not change;
-    on odd sizes the error names settings that work."""
+    """Unedited: mesh.data and train.gradient_accumulation follow the machine, the batch does not
+    change; on odd sizes the error names settings that work."""
     assert len(RECIPES) == 8
     recipe = load_recipe(path)
     for count in (8, 64, 256, 512, 1024, 2048):
         fitted, mesh = mesh_for(recipe, hosts(count))
         assert mesh.size == count
         check_fits(fitted, mesh)
-        assert changed_settings(recipe, fitted).keys() <= {"mesh.data", "train.accumulate"}
-        rows = recipe.train.batch_size // fitted.train.accumulate // count
-        assert 1 <= rows <= max(1, recipe.train.batch_size // recipe.train.accumulate // count)
+        assert changed_settings(recipe, fitted).keys() <= {
+            "mesh.data",
+            "train.gradient_accumulation",
+        }
+        rows = recipe.train.batch_size // fitted.train.gradient_accumulation // count
+        assert (
+            1
+            <= rows
+            <= max(1, recipe.train.batch_size // recipe.train.gradient_accumulation // count)
+        )
         assert mesh.shape["data"] == max(1, count // math.gcd(count, recipe.model.dim))
         # The recipe that is recorded starts on the other sizes too.
         assert mesh_for(fitted, hosts(count // 2))[1].size == count // 2
@@ -532,9 +551,9 @@ def test_what_a_recipe_fixes_is_not_adapted():
         with pytest.raises(ConfigError) as error:
             mesh_for(recipe)
         assert str(error.value).endswith(f"these settings fit 8 device(s): {hint}")
-    adapted, mesh = mesh_for(_recipe(dim=60, batch=16, accumulate=16))
+    adapted, mesh = mesh_for(_recipe(dim=60, batch=16, gradient_accumulation=16))
     assert changed_settings(fixed, adapted) == {
-        "mesh.data": 2, "mesh.fsdp": -1, "train.accumulate": 2
+        "mesh.data": 2, "mesh.fsdp": -1, "train.gradient_accumulation": 2
     }  # fmt: skip
     assert (mesh.shape["data"], mesh.shape["fsdp"]) == (2, 4)
 

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import MODELS, ConfigError, load_recipe
-from llama_jax.model.llama import Execution, Llama
+from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.quantize import weight_bytes
 from llama_jax.plan import __main__ as plan
 from llama_jax.plan import budget, hlo, search
@@ -46,7 +46,7 @@ tie_embeddings = false
 rope = {{ theta = 10000.0 }}
 [data]
 seq_len = {seq_len}
-holdout = 0.1
+val_fraction = 0.1
 sources = {{ words = {{ path = "{folder}/text" }} }}
 prepared = "{folder}/data"
 [train]
@@ -189,7 +189,7 @@ def test_a_run_takes_the_memory_that_was_planned(recipe, monkeypatch):
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
     for i in range(60):
         (folder / f"{i}.txt").write_text(" ".join(rng.choice(words) for _ in range(240)))
-    small = ["model.vocab_size=288", "mesh.data=2", "train.accumulate=2", "model.dim=32"]
+    small = ["model.vocab_size=288", "mesh.data=2", "train.gradient_accumulation=2", "model.dim=32"]
     small += ["model.head_dim=16", "model.ffn_dim=64", "model.num_layers=2", "data.seq_len=32"]
     seen = []
     compile_ = train.Run._compile
@@ -445,7 +445,9 @@ def test_chinchillas_own_budget_gives_about_its_size():
 @pytest.mark.parametrize("name", ["llama-7b", "llama3.1-70b", "stories260k"])
 def test_weights_take_what_quantisation_makes_of_them(name, kind):
     cfg = MODELS[name]
-    abstract = jax.eval_shape(lambda: split(Llama(cfg, Execution(jnp.bfloat16), nnx.Rngs(0)))[1])
+    abstract = jax.eval_shape(
+        lambda: split(Llama(cfg, ComputeConfig(jnp.bfloat16), nnx.Rngs(0)))[1]
+    )
     assert sampling.weight_bytes(cfg, kind) == weight_bytes(abstract, kind)
 
 
@@ -560,7 +562,10 @@ def test_a_search_writes_the_fastest_recipe_that_fits(recipe, capfd, monkeypatch
     assert plan.main([str(recipe), "--on", "h100:2", "--search", "--out", str(out)]) == 0
     made = load_recipe(tmp_path / "recipe-h100-2.toml")
     found = json.loads(out.read_text())
-    assert (found["accumulate"], found["remat"]) == (made.train.accumulate, made.train.remat)
+    assert (found["gradient_accumulation"], found["remat"]) == (
+        made.train.gradient_accumulation,
+        made.train.remat,
+    )
     assert made.train.batch_size == 16
     assert found["run"]["mwh"] > 0
     tried = [float(s) for s in re.findall(r": ([\d.e-]+) s a step", capfd.readouterr().err)]
@@ -589,7 +594,7 @@ def test_candidates_divide_the_recipe():
     found = search.candidates(recipe, machine("h100:64"))
     assert {c.recipe.mesh.tensor for c in found} == {1, 2, 4}  # 52 heads
     for c in found:
-        rows = recipe.train.batch_size // c.recipe.train.accumulate
+        rows = recipe.train.batch_size // c.recipe.train.gradient_accumulation
         assert rows % c.recipe.mesh.fsdp == 0
     assert [c.seconds for c in found] == sorted(c.seconds for c in found)
 
@@ -598,7 +603,7 @@ def test_recomputing_costs_time_and_saves_memory():
     recipe = load_recipe(ROOT / "configs/llama-33b-gpu.toml")
     by_way: dict = {}
     for c in search.candidates(recipe, machine("h100:64")):
-        way = (c.recipe.mesh.tensor, c.recipe.train.accumulate)
+        way = (c.recipe.mesh.tensor, c.recipe.train.gradient_accumulation)
         by_way.setdefault(way, {})[c.recipe.train.remat] = c
     for found in by_way.values():
         assert found["none"].memory > found["matmuls"].memory > found["full"].memory

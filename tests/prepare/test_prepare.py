@@ -46,7 +46,9 @@ def model(tmp_path_factory) -> str:
 
 def config(model: str, workers: Any = 2, holdout: Any = 0.1, **paths: Any) -> DataConfig:
     sources = {name: SourceConfig(path=str(path)) for name, path in paths.items()}
-    return DataConfig(sources=sources, tokenizer=model, seq_len=8, holdout=holdout, workers=workers)
+    return DataConfig(
+        sources=sources, tokenizer=model, seq_len=8, val_fraction=holdout, workers=workers
+    )
 
 
 def jsonl(path: Path, documents: list[str]) -> Path:
@@ -161,7 +163,7 @@ def test_a_rerun_does_nothing_and_a_change_is_noticed(tmp_path, model, caplog):
         """Prepare; returns what was said, and checks that shards moved only if something was."""
         before = {f: f.stat().st_mtime_ns for f in out.glob("a/*")}
         caplog.clear()
-        prepare_mixture(config(model, a=source, holdout=holdout), 320, out)
+        prepare_mixture(config(model, a=source, val_fraction=holdout), 320, out)
         said = " ".join(r.getMessage() for r in caplog.records)
         after = {f: f.stat().st_mtime_ns for f in out.glob("a/*")}
         assert (before == after) == (not said)
@@ -172,12 +174,12 @@ def test_a_rerun_does_nothing_and_a_change_is_noticed(tmp_path, model, caplog):
     jsonl(source, texts(80, seed=1))  # the same number of bytes
     assert "input changed" in run()
     assert run() == ""
-    assert "holdout changed" in run(holdout=0.3)
-    assert "tokenizer changed" in run(model=other, holdout=0.3)
+    assert "holdout changed" in run(val_fraction=0.3)
+    assert "tokenizer changed" in run(model=other, val_fraction=0.3)
     shard = out / "a" / "train-00000.tokens"
     shard.write_bytes(shard.read_bytes()[:-2])
-    assert "a shard changed" in run(model=other, holdout=0.3)
-    assert run(model=other, holdout=0.3) == ""
+    assert "a shard changed" in run(model=other, val_fraction=0.3)
+    assert run(model=other, val_fraction=0.3) == ""
     names = [".lock", "a", "manifest.json", "tokenizer.model"]
     assert sorted(p.name for p in out.iterdir()) == names
     assert sorted(p.name for p in (out / "a").iterdir()) == [
@@ -386,7 +388,7 @@ def test_bad_lines_are_counted_when_told_to(tmp_path, model, caplog, capsys):
     path.write_text("\n".join(lines[:40] + bad + lines[40:]))
     arguments = [str(tmp_path / "out"), "--source", f"a={path}", "--tokenizer", model]
     with pytest.raises(SystemExit, match=r"a.jsonl line 41 is not JSON.*\(--skip-bad-lines"):
-        main([*arguments, "--holdout", "0.001"])
+        main([*arguments, "--val-fraction", "0.001"])
     main([*arguments, "--skip-bad-lines"])
     assert "left out 6 bad lines: 3 no text, 2 not JSON, 1 not Unicode" in caplog.text
     out = tmp_path / "out" / "a"
@@ -452,7 +454,7 @@ def test_no_document_on_both_sides(tmp_path, model):
     docs = texts(100)
     many = jsonl(tmp_path / "a.jsonl", docs + docs[::-1] + docs[:50])
     some = jsonl(tmp_path / "b.jsonl", docs[20:])
-    out = prepare_mixture(config(model, a=many, b=some, holdout=0.3), 320, tmp_path / "out")
+    out = prepare_mixture(config(model, a=many, b=some, val_fraction=0.3), 320, tmp_path / "out")
     held_out = {tuple(d) for n in "ab" for d in documents(out / n, "holdout")}
     trained = {tuple(d) for n in "ab" for d in documents(out / n, "train")}
     assert held_out
@@ -465,7 +467,7 @@ def test_no_document_on_both_sides(tmp_path, model):
 def test_both_sides_have_a_document(tmp_path, model, seed):
     """Few documents and a small share: one is held out all the same."""
     source = jsonl(tmp_path / "a.jsonl", texts(2, seed))
-    out = prepare_mixture(config(model, a=source, holdout=0.001), 320, tmp_path / "out")
+    out = prepare_mixture(config(model, a=source, val_fraction=0.001), 320, tmp_path / "out")
     assert len(documents(out / "a", "train")) == len(documents(out / "a", "holdout")) == 1
 
 
@@ -475,7 +477,7 @@ def test_one_rule_for_all_sources(tmp_path, model):
     keys = {t: key for t in docs for key in [text_module._key(t)]}
     small = sorted(docs, key=keys.get)[40:45]  # none is below the threshold
     big, few = jsonl(tmp_path / "big.jsonl", docs), jsonl(tmp_path / "few.jsonl", small)
-    out = prepare_mixture(config(model, big=big, few=few, holdout=0.05), 320, tmp_path / "out")
+    out = prepare_mixture(config(model, big=big, few=few, val_fraction=0.05), 320, tmp_path / "out")
     held_out = {n: {tuple(d) for d in documents(out / n, "holdout")} for n in ("big", "few")}
     trained = {tuple(d) for n in ("big", "few") for d in documents(out / n, "train")}
     assert len(held_out["few"]) == 1
@@ -483,7 +485,7 @@ def test_one_rule_for_all_sources(tmp_path, model):
     assert not trained & (held_out["big"] | held_out["few"])
     # Prepared folders keep their exceptions and their share.
     more = prepare_mixture(
-        config("", few=out / "few", big=big, holdout=0.05), 320, tmp_path / "more"
+        config("", few=out / "few", big=big, val_fraction=0.05), 320, tmp_path / "more"
     )
     assert {tuple(d) for d in documents(more / "big", "holdout")} == held_out["big"]
     with pytest.raises(
@@ -494,7 +496,7 @@ def test_one_rule_for_all_sources(tmp_path, model):
     ordered = sorted(docs, key=keys.get)
     a, b = (jsonl(tmp_path / f"{i}.jsonl", ordered[i : i + 2]) for i in (50, 51))
     with pytest.raises(ValueError, match="source a: no document is left for training"):
-        prepare_mixture(config(model, a=a, b=b, holdout=0.01), 320, tmp_path / "none")
+        prepare_mixture(config(model, a=a, b=b, val_fraction=0.01), 320, tmp_path / "none")
 
 
 def test_blocks_of_a_long_file_stay_together(tmp_path):
@@ -673,7 +675,7 @@ def test_tokenizer_trained_on_the_training_documents(tmp_path):
         sample = prepare._sample(data, {"a": source}, rule)
         return "".join(sample)
 
-    data = config("", a=path, holdout=0.2)
+    data = config("", a=path, val_fraction=0.2)
     assert not [t for t in marked if t in trained_on(data)]
     assert len(trained_on(data)) > 200 * 100
     out = prepare_mixture(data, 330, tmp_path / "out")
@@ -687,7 +689,7 @@ def test_tokenizer_sample_follows_the_weights(tmp_path, monkeypatch):
     for seed, (name, weight) in enumerate({"a": 3.0, "b": 1.0}.items()):
         path = jsonl(tmp_path / f"{name}.jsonl", texts(400, seed))
         sources[name] = SourceConfig(path=str(path), weight=weight)
-    data = DataConfig(sources=sources, seq_len=8, holdout=0.1)
+    data = DataConfig(sources=sources, seq_len=8, val_fraction=0.1)
     raw = {n: find_files(n, s.path) for n, s in sources.items()}
     sample = list(prepare._sample(data, raw, prepare.Rule(0)))
     of_a = sum(len(t.encode()) for t in sample if " of 0\n" in t)
@@ -828,8 +830,8 @@ def test_command(tmp_path, model, capsys):
         (["--source", f"a={source}:0", "--tokenizer", model], "the weight 0 must be more than 0"),
         (["--source", f"a={source}:-1", "--tokenizer", model], "weight -1 must be more than 0"),
         (["--source", f"a={source}:1e999", "--tokenizer", model], "the weight 1e999 must be"),
-        ([*good, "--holdout", "0.9"], "--holdout 0.9: Input should be less than 0.5$"),
-        ([*good, "--holdout", "nan"], "--holdout nan: Input should be"),
+        ([*good, "--val-fraction", "0.9"], "--val-fraction 0.9: Input should be less than 0.5$"),
+        ([*good, "--val-fraction", "nan"], "--val-fraction nan: Input should be"),
         ([*good, "--workers", "-1"], "--workers -1: Input should be greater than or equal to 0$"),
         ([*good, "--workers", "1000000"], "--workers 1000000: Input should be less than"),
         ([*good, "--source", "a=x.txt"], "--source a is given twice"),

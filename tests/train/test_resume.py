@@ -20,7 +20,7 @@ from llama_jax.verify.__main__ import verify
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
-SAVE_AT_THE_END = "checkpoint.every=1000"  # a save takes as long as 20 steps
+SAVE_AT_THE_END = "checkpoint.save_every=1000"  # a save takes as long as 20 steps
 HOST = os.uname().nodename
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
 
@@ -49,7 +49,7 @@ tie_embeddings = false
 rope = {{ theta = 10000.0 }}
 [data]
 seq_len = 32
-holdout = 0.1
+val_fraction = 0.1
 sources = {{ words = {{ path = "{folder}/text" }} }}
 prepared = "{folder}/data"
 packing = "segments"
@@ -63,7 +63,7 @@ log_every = 1
 eval_batches = 1
 [checkpoint]
 dir = "{folder}/base"
-every = 2
+save_every = 2
 """)
     finish(start(folder, "base", SAVE_AT_THE_END))
     return folder
@@ -213,7 +213,7 @@ def test_another_mesh_continues_the_same_run(place):
     ]
     for i, (devices, mesh) in enumerate(meshes):
         before = count(run)
-        process = start(place, run.name, *mesh, "checkpoint.every=8", devices=devices)
+        process = start(place, run.name, *mesh, "checkpoint.save_every=8", devices=devices)
         if i < 2:
             until(process, lambda before=before: count(run) > before + 2)
             process.send_signal(signal.SIGTERM)
@@ -287,7 +287,7 @@ def test_an_error_of_one_process_ends_both_with_it(place):
         assert last.startswith("error: ")
         assert "/no/such/shards has no manifest.json" in last
     assert time.monotonic() - began < 60
-    pair = start_two(place, "failed", "train.steps=100000", "checkpoint.every=1000")
+    pair = start_two(place, "failed", "train.steps=100000", "checkpoint.save_every=1000")
     metrics = place / "failed/metrics.jsonl"
     until(pair[0], lambda: count(place / "failed") > 2)
     metrics.unlink()
@@ -305,7 +305,7 @@ def test_ctrl_c_ends_every_phase_at_once(place):
         "preparing data": lambda run: (run / "data").exists(),
         "training": lambda run: (run / "metrics.jsonl").exists() and count(run) > 1,
     }
-    text = "train.steps=1000000", "checkpoint.every=1000000", "data.prepared="
+    text = "train.steps=1000000", "checkpoint.save_every=1000000", "data.prepared="
     for phase, reached in phases.items():
         run = place / f"interrupted {phase}"
         process = start(place, run.name, *text)

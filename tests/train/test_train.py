@@ -21,13 +21,13 @@ from llama_jax.config import load_recipe
 from llama_jax.convert.orbax import open_array
 from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.io import folder_lock
-from llama_jax.model.llama import Execution
+from llama_jax.model.llama import ComputeConfig
 from llama_jax.train import loop as train
 from llama_jax.train import metrics as report
 from llama_jax.train.optim import decays, make_schedule
 from llama_jax.train.step import init_state, make_train_step, merge, nll_sum, structure, token_nll
 
-HOW = Execution(jnp.dtype(jnp.float32))
+HOW = ComputeConfig(jnp.dtype(jnp.float32))
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
 RECIPE = """
 [model]
@@ -44,7 +44,7 @@ tie_embeddings = false
 rope = {{ theta = 10000.0 }}
 [data]
 seq_len = 32
-holdout = 0.1
+val_fraction = 0.1
 sources = {{ words = {{ path = "{folder}/text" }} }}
 prepared = "{folder}/data"
 [mesh]
@@ -60,7 +60,7 @@ log_every = 1
 eval_batches = 1
 [checkpoint]
 dir = "{folder}/run"
-every = 2
+save_every = 2
 """
 FIRST = ("train.profile_steps=[2, 3]", 'train.sample_prompts=["the cat"]')
 """of the finished run"""
@@ -171,8 +171,8 @@ def test_a_loss_that_is_no_number_stops_the_run(run, place, monkeypatch):
     """The step is named, the last good checkpoint stays, and nothing is saved after it."""
     real = train.make_train_step
 
-    def broken(recipe, how):
-        step = real(recipe, how)
+    def broken(recipe, compute):
+        step = real(recipe, compute)
 
         def wrapped(state, batch):
             count = state.optimizer[-1].count
@@ -315,7 +315,7 @@ def test_a_failed_start_leaves_the_folder_free(run, place, monkeypatch):
 
     # A stop at the last step: saved, and evaluated at the next start.
     stop_at(monkeypatch, 6)
-    code, out, _ = run(new, "checkpoint.every=1000")
+    code, out, _ = run(new, "checkpoint.save_every=1000")
     assert code == 0
     assert "stopped by SIGTERM after step 6" in out
     assert not records(folder, "eval")
@@ -404,7 +404,7 @@ def test_accumulation_equals_the_big_batch(place):
     """With a mask: parts of the batch then have different numbers of targets."""
     results = []
     for parts in (1, 4):
-        recipe = recipe_of(place, f"train.accumulate={parts}")
+        recipe = recipe_of(place, f"train.gradient_accumulation={parts}")
         state = fresh_state(recipe)
         whole = batch(mask=True)
         cut = {k: v.reshape(parts, -1, 32) if k != "stop" else v for k, v in whole.items()}
@@ -442,7 +442,7 @@ def test_token_nll_is_the_cross_entropy():
 
 def test_the_schedule_and_the_update_are_the_papers(place):
     """AdamW written out: clip, moments, decay of matrices alone, the rate reported."""
-    recipe = recipe_of(place, "optim.warmup_steps=4", "train.steps=20", "optim.clip=0.1")
+    recipe = recipe_of(place, "optim.warmup_steps=4", "train.steps=20", "optim.max_grad_norm=0.1")
     schedule = make_schedule(recipe.optim, 20)
     np.testing.assert_allclose([schedule(0), schedule(3)], [0.0025, 0.01], rtol=1e-6)
     np.testing.assert_allclose([schedule(4), schedule(20)], [0.01, 0.001], rtol=1e-6)
@@ -480,7 +480,7 @@ BAD = {
     "data.seq_len=60000 model.context=60000": "60000",
     "mesh.data=7 mesh.fsdp=11": "device",
     "model.num_heads=3 model.num_kv_heads=2": "num_heads=3",
-    "train.batch_size=9 train.accumulate=2": "train.batch_size=9",
+    "train.batch_size=9 train.gradient_accumulation=2": "train.batch_size=9",
     "train.attention=flash": "train.attention='flash' cannot be used here",
     "train.attention=nonsense": "train.attention='nonsense' cannot be used here",
     "train.sample_prompts=['the','" + "cat,sat," * 30 + "']": "prompt 2 has",

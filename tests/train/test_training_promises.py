@@ -24,7 +24,7 @@ from llama_jax import io
 from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints, load_weights
 from llama_jax.config import DataConfig, OptimConfig, SourceConfig
 from llama_jax.data.mixture import Mixture, Source, TokenStream, TrainData
-from llama_jax.model.llama import Execution, rms_norm
+from llama_jax.model.llama import ComputeConfig, rms_norm
 from llama_jax.prepare.shards import prepare_mixture
 from llama_jax.train import loop as train
 from llama_jax.train import metrics as report
@@ -81,7 +81,7 @@ def test_the_optimiser_is_adamw_with_a_warm_up_and_a_cosine(decay, clip):
     """Eight updates of a matrix, an embedding and a norm, written out in float64."""
     cfg = OptimConfig(
         peak_lr=0.1, warmup_steps=3, final_fraction=0.3, b1=0.7, b2=0.8, eps=1e-2,
-        weight_decay=0.4, decay=decay, clip=clip,
+        weight_decay=0.4, decay=decay, max_grad_norm=clip,
     )  # fmt: skip
     rng = np.random.default_rng(0)
     shapes = {"embed": (3, 4), "up": (2, 4, 5), "mlp_norm": (2, 4)}
@@ -123,7 +123,7 @@ def test_what_remat_computes_again():
     params = tools.tree_of(tools.random_weights(CFG))
     products = {}
     for remat in ("none", "matmuls", "full"):
-        build = tools.model_of(CFG, Execution(jnp.dtype("float32"), remat=remat))
+        build = tools.model_of(CFG, ComputeConfig(jnp.dtype("float32"), remat=remat))
         gradient = jax.grad(lambda p, build=build: jnp.sum(build(p)(tokens) ** 2))
         text = jax.jit(gradient).lower(params).as_text()
         lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
@@ -135,11 +135,11 @@ def test_what_remat_computes_again():
 def test_a_request_to_stop_on_any_device_is_seen():
     """The step counts the devices that ask; only the count is computed here."""
     recipe = golden.loaded()
-    how = Execution(jnp.dtype("float32"))
+    compute = ComputeConfig(jnp.dtype("float32"))
     zeros = lambda tree: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
-    state = zeros(jax.eval_shape(lambda: init_state(recipe, how)))
+    state = zeros(jax.eval_shape(lambda: init_state(recipe, compute)))
     batch = {k: v[None] for k, v in batch_of().items()}
-    count = jax.jit(lambda batch: make_train_step(recipe, how)(state, batch)[1]["stop"])
+    count = jax.jit(lambda batch: make_train_step(recipe, compute)(state, batch)[1]["stop"])
     assert count(batch | {"stop": np.array([0, 0, 1, 0], np.int32)}) == 1
 
 
@@ -165,7 +165,7 @@ def a_run(monkeypatch, folder: Path, metrics_of, *overrides: str) -> int:
     ``metrics_of(step)`` replaces metrics of that step (a traced number from 1).
     """
 
-    def make(recipe, how):
+    def make(recipe, compute):
         def step(state, batch):
             done = state.optimizer[-1].count + 1
             count_up = lambda x: x + 1 if jnp.issubdtype(x.dtype, jnp.integer) else x
@@ -189,7 +189,7 @@ def a_run(monkeypatch, folder: Path, metrics_of, *overrides: str) -> int:
 def test_a_step_is_looked_at_before_it_is_saved(monkeypatch, tmp_path, capsys):
     """A gradient that is no number, at a step that would be saved, between two log lines."""
     bad = lambda step: {"grad_norm": jnp.where(step == 6, jnp.nan, 1.0)}
-    assert a_run(monkeypatch, tmp_path, bad, "checkpoint.every=3") == 1
+    assert a_run(monkeypatch, tmp_path, bad, "checkpoint.save_every=3") == 1
     assert "step 6: loss 1.0, gradient norm nan" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "steps").iterdir()] == ["3"]
 
@@ -340,7 +340,7 @@ def test_a_text_changed_in_place_is_prepared_again(tmp_path):
         sources={"a": SourceConfig(path=str(text))},
         tokenizer=str(golden.FOLDER / "numbers/tokenizer.model"),
         seq_len=16,
-        holdout=0.3,  # so many are held out that no text decides the rule by which they are
+        val_fraction=0.3,  # so many are held out that no text decides the rule by which they are
     )
 
     def tokens():
