@@ -16,7 +16,7 @@ HEAVY = {"torch", "transformers", "matplotlib", "tensorboard", "safetensors", "p
 LAYERS = [
     {"io"},
     {"config", "chips"},
-    {"model", "hardware"},
+    {"model"},
     {"data"},
     {"checkpoint"},
     {"prepare", "convert"},

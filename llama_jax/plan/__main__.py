@@ -28,7 +28,7 @@ from tqdm import tqdm
 from llama_jax.config import ConfigError, Recipe, load_recipe, to_toml
 from llama_jax.plan import budget
 from llama_jax.plan import inference as sampling
-from llama_jax.plan.machines import EXAMPLES, Machine, PlanError, machine
+from llama_jax.plan.machines import EXAMPLES, Machine, PlanError, parse_machine
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -105,10 +105,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace) -> int:
     name = args.what[0]
-    cfg, on = sampling.model_of(name), machine(args.on, sampling.CARDS)
+    cfg, on = sampling.model_of(name), parse_machine(args.on, inference=True)
     context = args.context or min(cfg.context, 4096)
     f = sampling.plan(cfg, on, args.dtype or "bfloat16", context, args.batch or 1)
-    print(sampling.text(f, f"{name}, generating on {on.name}: {on.rate()}"))
+    print(sampling.text(f, f"{name}, generating on {on.name}: {on.rates()}"))
     if args.out:
         args.out.write_text(json.dumps({"model": name} | f, indent=1) + "\n")
         print(f"saved: {args.out}")
@@ -118,7 +118,7 @@ def _sample(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     path, *overrides = args.what
     recipe = load_recipe(path, overrides)
-    on = machine(args.on)
+    on = parse_machine(args.on)
     prepare_jax(on.chips if on.chip.platform == "cpu" else 1)
     with quiet():
         from llama_jax.model.sharding import changed_settings
@@ -136,13 +136,13 @@ def _plan(args: argparse.Namespace) -> int:
     sizes = " x ".join(f"{a} {n}" for a, n in compiled.mesh.items() if n > 1) or "one device"
     train = recipe.train
     title = (
-        f"{path} on {on.name}: {on.chips} x {on.chip.kind}, mesh {sizes} ({recipe.mesh.preset}), "
+        f"{path} on {on.name}: {on.chips} x {on.chip.title}, mesh {sizes} ({recipe.mesh.preset}), "
         f"{recipe.model.num_params / 1e9:.3g}B weights\n{train.batch_size} sequences of "
         f"{recipe.data.seq_len} tokens a step, in {train.gradient_accumulation} part(s)"
     )
     if adapted and not args.search:
         title += "\nadapted to the machine, as training does: " + ", ".join(adapted)
-    print(text(plan, title, on.rate()))
+    print(text(plan, title, on.rates()))
     out = args.out or Path(f"plan-{Path(path).stem}-{on.name.replace(':', '-')}.json")
     out.write_text(
         json.dumps({"recipe": str(path), "overrides": overrides} | plan, indent=1) + "\n"

@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama_jax import hardware
+from llama_jax import chips
+from llama_jax.chips import GIB
 from llama_jax.config import Recipe
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.sharding import AXES, mesh_for, slice_ids
 from llama_jax.plan import hlo
-from llama_jax.plan.machines import GIB, Machine, PlanError, devices
+from llama_jax.plan.machines import Machine, PlanError, devices
 from llama_jax.train.step import (
     abstract_state,
     check_attention,
@@ -97,7 +98,7 @@ def compile_step(recipe: Recipe, on: Machine) -> Compiled:
         step = jax.jit(
             make_train_step(recipe, compute),
             donate_argnums=0,
-            compiler_options=hardware.compiler_options(on.chip.platform),
+            compiler_options=chips.compiler_options(on.chip.platform),
         )
         lowered = step.lower(state, batch)
         try:

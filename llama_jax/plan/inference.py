@@ -7,23 +7,12 @@ In: a model's settings and a :class:`~llama_jax.plan.machines.Machine`. Out: pla
 import math
 from typing import Any
 
+from llama_jax.chips import CHIPS, GIB
 from llama_jax.config.model_config import MODELS, ModelConfig
-from llama_jax.plan.machines import CHIPS, GIB, Chip, Machine, PlanError
+from llama_jax.plan.machines import Machine, PlanError
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 GROUP = 64  # inputs that share a scale in int4
-
-# Cards that one has and XLA's description of which we have not: NVIDIA's data sheets and the white
-# papers of Ampere GA102, Ada AD102 and Blackwell GB202 (bfloat16 products summed in float32 without
-# sparsity; T4: float16), PCIe one way.
-CARDS: dict[str, Chip] = CHIPS | {
-    "t4": Chip("T4", "gpu", 65, 0.92 * 15.0, 320, 16, 16, 70),
-    "l4": Chip("L4", "gpu", 121, 0.92 * 22.5, 300, 32, 32, 72),
-    "rtx3090": Chip("RTX 3090", "gpu", 71, 0.92 * 24.0, 936, 32, 32, 350),
-    "rtx4090": Chip("RTX 4090", "gpu", 165.2, 0.92 * 24.0, 1008, 32, 32, 450),
-    "rtx5090": Chip("RTX 5090", "gpu", 209.5, 0.92 * 32.0, 1792, 64, 64, 575),
-}
-CARDS.pop("cpu")
 
 
 def weight_bytes(cfg: ModelConfig, dtype: str) -> float:
@@ -138,18 +127,18 @@ SIZES = ("llama-7b", "llama-13b", "llama-33b", "llama-65b", "llama3.1-8b", "llam
 
 def table() -> str:
     """LLaMA sizes against common cards, one card each: the widest type that fits, and its bound."""
-    names = [k for k in CARDS if k != "tpu7x"]
+    names = [k for k, c in CHIPS.items() if c.memory and k not in ("cpu", "tpu7x")]
     lines = [
         "One card, batch 1, 2,048 positions: the widest type that fits, and the most tokens a",
         "second that reading the weights allows (- : not even int4 fits).",
         "",
         f"{'':<14}" + "".join(f"{name:>10}" for name in names),
-        f"{'memory, GiB':<14}" + "".join(f"{CARDS[name].memory:>10.1f}" for name in names),
+        f"{'memory, GiB':<14}" + "".join(f"{CHIPS[name].memory:>10.1f}" for name in names),
     ]
     for size in SIZES:
         cells = []
         for name in names:
-            on = Machine(f"{name}:1", CARDS[name], 1)
+            on = Machine(f"{name}:1", CHIPS[name], 1)
             plans = [plan(MODELS[size], on, d, 2048, 1) for d in DTYPES[1:]]
             best = next((p for p in plans if p["fits"]), None)
             kind = best["dtype"].replace("bfloat", "bf") if best else ""

@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
+from llama_jax.chips import GIB
 from llama_jax.config import Recipe
 from llama_jax.plan.budget import PAPER_CARBON, PAPER_PUE, energy
 from llama_jax.plan.compile import Compiled
-from llama_jax.plan.machines import GIB
 
 
 def figures(c: Compiled, watts: float | None, price: float | None) -> dict[str, Any]:
@@ -138,10 +138,10 @@ def _time(c: Compiled, own: float) -> dict[str, Any]:
     terms = {
         "compute": operations(c) / peak,
         "memory": least_traffic(c) / (chip.bandwidth * 1e9),
-        "links": sum(r["link_bytes"] for r in rows) / (chip.link * 1e9),
+        "links": sum(r["link_bytes"] for r in rows) / (chip.interconnect * 1e9),
     }
-    if chip.network and c.machine.slices > 1:
-        terms["network"] = sum(r["network_bytes"] for r in rows) / (chip.network * 1e9)
+    if chip.dcn and c.machine.slices > 1:
+        terms["network"] = sum(r["network_bytes"] for r in rows) / (chip.dcn * 1e9)
     step = max(terms.values())
     tokens = c.recipe.train.batch_size * c.recipe.data.seq_len
     cycles = c.cost.cycles / (chip.clock * 1e9) if chip.clock and c.cost.cycles else None

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from llama_jax.chips import GIB
 from llama_jax.config import MeshConfig, Recipe
 from llama_jax.plan.compile import Compiled, compile_step
-from llama_jax.plan.machines import GIB, Machine
+from llama_jax.plan.machines import Machine
 from llama_jax.plan.report import figures
 
 TRIES = 4  # that are compiled
@@ -79,12 +80,12 @@ def _estimate(recipe: Recipe, on: Machine) -> tuple[float, float]:
     # What a slice lacks comes in once, shared by its devices; copies exchange gradients alone.
     near = on.devices // on.slices // mesh.tensor
     between = weights / near if mesh.data == 1 else weights / (3 * mesh.fsdp)
-    far = on.slices > 1 and on.chip.network
-    moved = between / on.chip.network / 1e9 if far and on.chip.network else 0.0
-    links = weights / (on.chip.link * 1e9)
+    far = on.slices > 1 and on.chip.dcn
+    moved = between / on.chip.dcn / 1e9 if far and on.chip.dcn else 0.0
+    links = weights / (on.chip.interconnect * 1e9)
     # The residual stream is gathered and summed between tensor devices, four times a layer.
     crossing = 8 * 2 * model.num_layers * D * tokens * (mesh.tensor - 1)
-    links += crossing / (on.chip.link * 1e9)
+    links += crossing / (on.chip.interconnect * 1e9)
     return memory, max(compute, moved, links) + 0.1 * (compute + moved + links)
 
 

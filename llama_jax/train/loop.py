@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from llama_jax import hardware
+from llama_jax import chips
 from llama_jax.checkpoint.checkpoints import (
     CheckpointError,
     Checkpoints,
@@ -147,7 +147,7 @@ def run(recipe: Recipe, stop: PreemptionHandler) -> None:
     if (changed := changed_settings(given, recipe)) and jax.process_index() == 0:
         text = ", ".join(f"{name}={value}" for name, value in changed.items())
         print(f"adapted to {mesh.size} devices, which the recipe's sizes do not divide: {text}")
-    peak = hardware.peak_flops(jax.local_devices()[0])
+    peak = chips.peak_flops(jax.local_devices()[0])
     with _owned(Path(recipe.checkpoint.dir)):
         with jax.set_mesh(mesh):
             training = Run(recipe, mesh, stop, peak)
@@ -458,7 +458,7 @@ class Run:
         step = jax.jit(
             make_train_step(self.recipe, self.compute),
             donate_argnums=0,
-            compiler_options=hardware.compiler_options(self.platform),
+            compiler_options=chips.compiler_options(self.platform),
         )
         compiled = step.lower(self.state, batch).compile()
         self.say(f"compiled the step in {time.perf_counter() - start:.1f} s")

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama_jax import hardware
+from llama_jax import chips
 from llama_jax.chips import peak_tflops
 from llama_jax.config import ConfigError, MeshConfig, check_recipe, load_recipe
 from llama_jax.data.batch import Feed, host_rows, local_slice
@@ -37,7 +37,7 @@ from llama_jax.model.sharding import (
 )  # fmt: skip
 from llama_jax.plan.hlo_text import first_group
 from llama_jax.plan.machines import devices as planned_devices
-from llama_jax.plan.machines import machine
+from llama_jax.plan.machines import parse_machine
 from llama_jax.train.step import check_attention
 
 ROOT = Path(__file__).parents[2]
@@ -397,7 +397,7 @@ TOPOLOGIES = ["v5p:2x2x2", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x8"] +
 @pytest.mark.parametrize("name", ["2xv5e:4x4", "tpu7x:2x2x2", *TOPOLOGIES])
 def test_every_mesh_on_every_topology(name):
     """Every factorisation of the devices is a mesh, and every host of it reads the right rows."""
-    devices = planned_devices(machine(name))
+    devices = planned_devices(parse_machine(name))
     power = len(devices).bit_length() - 1
     interleaved = 0
     for a, b, c in itertools.product(range(power + 1), repeat=3):
@@ -605,12 +605,12 @@ def test_an_unknown_accelerator_is_measured_in_bfloat16(monkeypatch):
         sizes.append((*shape, dtype))
         return np.ones((8, 8), np.float32)
 
-    monkeypatch.setattr(hardware.jnp, "ones", ones)
-    monkeypatch.setattr(hardware.jax, "device_put", lambda x, device: x)
-    rate, source = hardware.peak_flops(Unknown())
+    monkeypatch.setattr(jnp, "ones", ones)
+    monkeypatch.setattr(jax, "device_put", lambda x, device: x)
+    rate, source = chips.peak_flops(Unknown())
     assert rate > 0
     assert sizes == [(8192, 8192, "bfloat16")]
-    assert source == "measured, bfloat16 product of 8192 x 8192"
+    assert source == "measured, bfloat16 matmul of 8192 x 8192"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import make_golden_run as golden
 import numpy as np
 import pytest
 
-from llama_jax import hardware
+from llama_jax import chips
 from llama_jax.convert.orbax import open_array
 from llama_jax.data import batch as feed
 from llama_jax.data import mixture as data
@@ -55,7 +55,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         clock = types.SimpleNamespace(perf_counter=lambda: now[0])
         patch.setattr(report, "time", clock)
-        patch.setattr(hardware, "peak_flops", lambda device: (PEAK, "the test"))
+        patch.setattr(chips, "peak_flops", lambda device: (PEAK, "the test"))
         patch.setattr(data.TrainData, "__next__", taking(WAIT, data.TrainData.__next__))
         patch.setattr(feed.Feed, "__call__", taking(FEED, feed.Feed.__call__))
         assert train.main([str(golden.FOLDER / "recipe.toml"), *overrides]) == 0
