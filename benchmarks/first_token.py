@@ -27,7 +27,7 @@ from llama_jax.checkpoint.checkpoints import Checkpoints, write_about
 from llama_jax.config import MODELS
 from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.model.llama import ComputeConfig, Llama
-from llama_jax.train.step import split
+from llama_jax.model.params import params_of
 
 MODEL, PROMPT = "stories110m", "def main("
 PEER = """
@@ -47,7 +47,7 @@ def make(folder: Path) -> Path:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py"))
     texts = (file.read_text(encoding="utf-8", errors="ignore") for file in files)
     tokenizer = train_tokenizer(texts, cfg.vocab_size, folder / "tokenizer.model")
-    params = split(Llama(cfg, ComputeConfig(jnp.dtype("float32")), nnx.Rngs(0)))[1]
+    params = params_of(Llama(cfg, ComputeConfig(jnp.dtype("float32")), nnx.Rngs(0)))
     saver = Checkpoints(folder, keep=1)
     saver.save(0, params, {"count": jnp.zeros(())}, {})
     saver.close()

@@ -55,7 +55,7 @@ def jax_generate(cfg, batch: int):
     from llama_jax.generate.llm import LLM
     from llama_jax.generate.sampler import Greedy, settings_of
     from llama_jax.model.llama import ComputeConfig
-    from llama_jax.train.step import unstack_layers
+    from llama_jax.model.params import unstack_layers
 
     w, ones = random_weights(cfg), lambda *shape: np.ones(cfg.shape(*shape), np.float32)
     block = dict(

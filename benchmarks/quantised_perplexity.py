@@ -13,15 +13,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from benchmarks.tokenise import machine, write
 from llama_jax.checkpoint.checkpoints import load_weights
 from llama_jax.config import load_recipe
 from llama_jax.data.mixture import Mixture, eval_batches, open_mixture
-from llama_jax.model.llama import ComputeConfig, Llama
+from llama_jax.model.llama import ComputeConfig
+from llama_jax.model.params import abstract_params
 from llama_jax.model.quantize import quantize, weight_bytes
-from llama_jax.train.step import make_eval_step, split
+from llama_jax.train.step import make_eval_step
 
 BATCH = 8
 
@@ -33,7 +33,7 @@ def main() -> None:
     run = parser.parse_args().run
     recipe = load_recipe(run / "recipe.toml", [])
     cfg, compute = recipe.model, ComputeConfig(jnp.dtype("float32"))
-    params = load_weights(run, jax.eval_shape(lambda: split(Llama(cfg, compute, nnx.Rngs(0)))[1]))
+    params = load_weights(run, abstract_params(cfg, compute))
     mixture = open_mixture(run / "data")
     step = jax.jit(make_eval_step(recipe, compute))
     result = {}

@@ -4,15 +4,16 @@ The weights are made by numpy from a name and a seed, so that they are the same 
 layout of transformers is written down here a second time, apart from the converter's table.
 """
 
+import functools
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from llama_jax.config import ModelConfig, RopeConfig
-from llama_jax.model.llama import ComputeConfig, Llama
+from llama_jax.model.llama import ComputeConfig
+from llama_jax.model.params import merge, structure
 
 F32 = ComputeConfig(jnp.dtype("float32"))
 
@@ -121,11 +122,7 @@ def flat_of(tree: dict, prefix: str = "") -> dict:
 
 def model_of(cfg: ModelConfig, compute: ComputeConfig = F32):
     """A function from parameters (nested dict) to the model: `model_of(cfg)(params)(tokens_BT)`."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(cfg, compute, nnx.Rngs(0))))
-    structure = jax.tree.structure(state)
-    return lambda params: nnx.merge(
-        graphdef, jax.tree.unflatten(structure, jax.tree.leaves(params))
-    )
+    return functools.partial(merge, structure(cfg, compute))
 
 
 def hf_model(cfg: ModelConfig, weights: dict[str, np.ndarray]):

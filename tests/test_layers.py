@@ -31,10 +31,6 @@ KNOWN = {
     ("checkpoint.checkpoints", "convert"),
     ("data.chat_template", "generate"),
     ("data.tokenizer_files", "convert"),
-    ("generate.decode", "train"),
-    ("generate.llm", "train"),
-    ("generate.load", "train"),
-    ("generate.scores", "train"),
     ("model.quantize", "convert"),
 }
 

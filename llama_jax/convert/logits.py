@@ -92,9 +92,9 @@ def _rounded(piece: np.ndarray, unit: Unit, dtypes: Dtypes) -> np.ndarray:
 def _our_logits(found: Found, cut: ModelConfig, dtypes: Dtypes, tokens, positions) -> np.ndarray:
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
-    from llama_jax.model.llama import ComputeConfig, Llama
+    from llama_jax.model.llama import ComputeConfig
+    from llama_jax.model.params import merge, structure
 
     tensors = _tensors(found, cut, dtypes)
     tree: dict[str, Any] = {}
@@ -110,10 +110,8 @@ def _our_logits(found: Found, cut: ModelConfig, dtypes: Dtypes, tokens, position
         else:
             node[name] = jnp.asarray(tensors.pop(row.path).reshape(shape))
     compute = ComputeConfig(jnp.dtype(jnp.float32))
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(cut, compute, nnx.Rngs(0))))
-    nnx.replace_by_pure_dict(state, tree)
     with jax.default_matmul_precision("highest"):
-        llama = nnx.merge(graph, state)
+        llama = merge(structure(cut, compute), tree)
         arguments = jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)
         return np.asarray(llama(arguments[0], positions_BT=arguments[1]))
 

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import ModelConfig
 from llama_jax.generate.sampler import Settings, choose
 from llama_jax.model.llama import ComputeConfig, KVCache
+from llama_jax.model.params import Params, merge
 from llama_jax.model.sharding import no_mesh, reshard
-from llama_jax.train.step import Params, merge
 
 DECODE_STEPS_PER_CALL = 32
 """Most tokens a row between two looks of the host: at stops, at rows that have ended."""

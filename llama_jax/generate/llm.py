@@ -28,9 +28,9 @@ from llama_jax.generate.decode import DECODE_STEPS_PER_CALL, Rows
 from llama_jax.generate.detokenize import Generation, Row, check_text
 from llama_jax.generate.sampler import Greedy, Sample, Settings, check_whole, settings_of
 from llama_jax.model.llama import ComputeConfig, KVCache
+from llama_jax.model.params import structure
 from llama_jax.model.quantize import bytes_of
 from llama_jax.model.sharding import use_mesh
-from llama_jax.train.step import structure
 
 if TYPE_CHECKING:
     from llama_jax.generate.chat import Chat

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm import tqdm
 
@@ -24,7 +23,8 @@ from llama_jax.convert.tensors import TABLE
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.generate.llm import LLM, check_eos, memory_of
 from llama_jax.io import read_json, read_limited
-from llama_jax.model.llama import ComputeConfig, Llama
+from llama_jax.model.llama import ComputeConfig
+from llama_jax.model.params import abstract_params, fuse_projections, unstack_layers
 from llama_jax.model.quantize import (
     KINDS,
     MATRICES,
@@ -34,7 +34,6 @@ from llama_jax.model.quantize import (
     weight_bytes,
 )
 from llama_jax.model.sharding import PRESETS, num_shards, use_mesh
-from llama_jax.train.step import join, split, unstack_layers
 
 DTYPES = ("float32", "bfloat16")
 MAX_TEMPLATE_BYTES = 1 << 20
@@ -94,7 +93,7 @@ def load(
     kind = jnp.dtype(dtype or ("float32" if cpu else "bfloat16"))
     compute = ComputeConfig(kind, PRESETS["fsdp_tensor"], unroll=not tpu)
     with use_mesh(mesh):
-        abstract = jax.eval_shape(lambda: split(Llama(cfg, compute, nnx.Rngs(0)))[1])
+        abstract = abstract_params(cfg, compute)
         _check_memory(folder, abstract, quantize or kind.name, devices)
     _keep_compiled()
 
@@ -149,7 +148,7 @@ def _load_quantized(
             del made, w
     if unstacked:
         for layer in blocks.values():
-            join(layer)
+            fuse_projections(layer)
     return params
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.generate.detokenize import Detokenizer, check_text
+from llama_jax.model.params import merge
 from llama_jax.model.sharding import reshard, use_mesh
-from llama_jax.train.step import merge
 
 LOGITS = 1 << 23
 """Most logits computed at once; a text of any length needs no more memory for them."""

@@ -11,7 +11,7 @@ each sub-layer, SwiGLU, rotary attention with grouped queries; layers stacked al
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ class Attention(nnx.Module):
         return _project(self.compute, out_BTNH, self.o, "QD", "BTD"), cache
 
     def _qkv(self, x_BTD):
-        if hasattr(self, "qkv"):  # joined by Llama.take_apart
+        if hasattr(self, "qkv"):  # fused by params.unstack_layers
             qkv = _project(self.compute, x_BTD, self.qkv, "DQ", "BTQ")
             return jnp.split(qkv, self.bounds, axis=-1)
         q_BTQ = _project(self.compute, x_BTD, self.q, "DQ", "BTQ")
@@ -116,7 +116,7 @@ class MLP(nnx.Module):
         self.compute = compute
 
     def __call__(self, x_BTD):
-        if hasattr(self, "gate_up"):  # joined by Llama.take_apart
+        if hasattr(self, "gate_up"):  # fused by params.unstack_layers
             gate_up = _project(self.compute, x_BTD, self.gate_up, "DF", "BTF")
             gate_BTF, up_BTF = jnp.split(gate_up, 2, axis=-1)
         else:
@@ -150,12 +150,6 @@ class Where(NamedTuple):
     rope: Rope
     positions_BT: jax.Array | None
     segment_ids_BT: jax.Array | None
-
-
-FUSED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
-"""Matrices with the same operand, side by side in one when layers are taken apart for sampling:
-fewer and wider products. Not of sharded ones: a device's part of the whole would not be its parts
-of the matrices."""
 
 
 class Llama(nnx.Module):
@@ -247,22 +241,11 @@ class Llama(nnx.Module):
         return _project(self.compute, x_BTD, w, "DV", "BTV", jnp.float32)
 
     def layers(self) -> list[Block]:
-        """The layers one by one, cut from the stack if they are in one."""
+        """The layers one by one."""
         if isinstance(self.blocks, nnx.List):
             return list(self.blocks)
-        return _unstack(self.blocks, self.cfg.num_layers)
-
-    def unstack_layers(self) -> None:
-        """Cut the stack of layers for good; on one device, join matrices of one operand."""
-        blocks = self.layers()
-        for block in blocks if no_mesh() else ():
-            for room, (whole, parts) in FUSED.items():
-                module = getattr(block, room)
-                matrices = [getattr(module, part)[...] for part in parts]
-                setattr(module, whole, nnx.Param(jnp.concatenate(matrices, axis=-1)))
-                for part in parts:
-                    delattr(module, part)
-        self.blocks = nnx.List(blocks)
+        graphdef, state = nnx.split(self.blocks)
+        return [nnx.merge(graphdef, layer) for layer in unstack(state)]
 
     def _layers(self, x_BTD, where: Where, cache: KVCache | None):
         def body(carry, block_and_index):
@@ -481,18 +464,9 @@ def _remat(body, policy: str):
     return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
 
 
-def cut(w_L: jax.Array) -> list[jax.Array]:
-    """The layers of a stacked weight.
-
-    `split` and not indexing: its gradient is one concatenation, not L sums of padded zeros.
-    """
-    return [x.squeeze(0) for x in jax.lax.split(w_L, [1] * w_L.shape[0])]
-
-
-def _unstack(blocks: Block, L: int) -> list[Block]:
-    """The layers one by one."""
-    graphdef, state = nnx.split(blocks)
-    pieces = jax.tree.map(cut, state)
-    is_list = lambda x: isinstance(x, list)
-    layer = lambda i: jax.tree.map(lambda p: p[i], pieces, is_leaf=is_list)
-    return [nnx.merge(graphdef, layer(i)) for i in range(L)]
+def unstack(tree_L: Any) -> list[Any]:
+    """A tree of arrays stacked along L as one tree per layer."""
+    leaves, treedef = jax.tree.flatten(tree_L)
+    # `split` and not indexing: its gradient is one concatenation, not L sums of padded zeros.
+    split = [jax.lax.split(w, [1] * w.shape[0]) for w in leaves]
+    return [treedef.unflatten(x.squeeze(0) for x in layer) for layer in zip(*split, strict=True)]

@@ -20,6 +20,7 @@ from llama_jax import chips
 from llama_jax.chips import GIB
 from llama_jax.config import Recipe
 from llama_jax.model.llama import ComputeConfig
+from llama_jax.model.params import merge, structure
 from llama_jax.model.sharding import AXES, mesh_for, slice_ids
 from llama_jax.plan import hlo
 from llama_jax.plan.machines import Machine, PlanError, devices
@@ -28,9 +29,7 @@ from llama_jax.train.step import (
     check_attention,
     execution,
     make_train_step,
-    merge,
     nll_sum,
-    structure,
 )  # fmt: skip
 
 

@@ -15,14 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.config import ConfigError, ModelConfig, Recipe
-from llama_jax.model.llama import FUSED, ComputeConfig, Llama, cut, rope_of
-from llama_jax.model.quantize import is_quantized
+from llama_jax.config import ConfigError, Recipe
+from llama_jax.model.llama import ComputeConfig, Llama, rope_of
+from llama_jax.model.params import Params, merge, params_of, structure
 from llama_jax.model.sharding import PRESETS, first_position, no_mesh, reshard
 from llama_jax.train.optim import make_optimizer, make_schedule
 from pallas_kernels import rotary_attention
-
-Params = dict[str, Any]
 
 
 class TrainState(NamedTuple):
@@ -83,16 +81,10 @@ def check_attention(recipe: Recipe, mesh: Mesh) -> None:
         ) from e
 
 
-def split(llama: Llama) -> tuple[Any, Params]:
-    """A model as its structure and a nested dict of arrays."""
-    graphdef, state = nnx.split(llama)
-    return graphdef, nnx.to_pure_dict(state)
-
-
 def init_state(recipe: Recipe, compute: ComputeConfig) -> TrainState:
     """Fresh weights from ``train.seed``, and an optimizer that has seen nothing."""
     llama = Llama(recipe.model, compute, nnx.Rngs(recipe.train.seed), recipe.train.init_std)
-    _, params = split(llama)
+    params = params_of(llama)
     return TrainState(params, make_optimizer(recipe.optim, recipe.train.steps).init(params))
 
 
@@ -155,75 +147,6 @@ def make_train_step(
         return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
     return train_step
-
-
-def merge(graphdef: Any, params: Params) -> Llama:
-    """The model of :func:`split` again."""
-    shape, variables, state = graphdef
-    values = jax.tree.leaves(params, is_leaf=is_quantized)
-    filled = [v.replace(x) for v, x in zip(variables, values, strict=True)]
-    return nnx.merge(shape, jax.tree.unflatten(state, filled))
-
-
-def structure(cfg: ModelConfig, compute: ComputeConfig, unstacked: bool = False) -> Any:
-    """What :func:`merge` needs to make a model of its arrays: no arrays. ``apart``: of arrays that
-    :func:`take_apart` has cut."""
-
-    def build() -> Llama:
-        llama = Llama(cfg, compute, nnx.Rngs(0))
-        if unstacked:
-            llama.unstack_layers()
-        return llama
-
-    graphdef, state = nnx.split(nnx.eval_shape(build))
-    # Whole variables: the value of one may be an array or a quantised matrix.
-    return graphdef, *jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
-def unstack_layers(params: Params) -> Params:
-    """The stack of layers cut into one dict a layer.
-
-    For programs that run the layers one after the other again and again: cut inside, all weights
-    would be copied each time, as XLA does on CPU and GPU. The matrices are taken out of ``params``
-    one by one, so that what goes and what comes are never all held at once.
-    """
-
-    def pieces(tree: dict) -> dict:
-        out = {}
-        for name in list(tree):
-            x = tree.pop(name)
-            out[name] = pieces(x) if isinstance(x, dict) else _layers_of(x)
-        return out
-
-    cut_up = pieces(params["blocks"])
-    L = len(cut_up["mlp_norm"])
-    is_list = lambda x: isinstance(x, list)
-    layers = {}
-    for i in range(L):
-        layers[i] = join(jax.tree.map(lambda x: x.pop(0), cut_up, is_leaf=is_list))
-    return {**params, "blocks": layers}
-
-
-def join(layer: Params) -> Params:
-    """A layer's weights, on one device with matrices joined as in
-    :data:`llama_jax.model.llama.JOINED`; changed in place."""
-    for room, (whole, parts) in FUSED.items() if no_mesh() else ():
-        if room in layer:
-            matrices = [layer[room].pop(part) for part in parts]
-            layer[room][whole] = _side_by_side(*matrices)
-    return layer
-
-
-@jax.jit
-def _side_by_side(*matrices: Any) -> Any:
-    return jax.tree.map(lambda *w: jnp.concatenate(w, axis=-1), *matrices)
-
-
-@jax.jit
-def _layers_of(w_L: Any) -> list[Any]:
-    leaves, tree = jax.tree.flatten(w_L)
-    layers = zip(*map(cut, leaves), strict=True)
-    return [jax.tree.unflatten(tree, layer) for layer in layers]
 
 
 def _count(opt_state: Any) -> jax.Array:

@@ -20,6 +20,7 @@ from llama_jax.convert import layouts
 from llama_jax.convert import logits as verify
 from llama_jax.convert.job import convert
 from llama_jax.model.llama import ComputeConfig, Llama
+from llama_jax.model.params import abstract_params, merge, structure
 
 SHAPE = small(dim=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=80, context=4096)
 
@@ -28,12 +29,10 @@ def load(folder: Path) -> Llama:
     """Our model with a checkpoint's weights, as everybody loads them."""
     cfg, _ = read_about(folder)
     compute = ComputeConfig(jnp.dtype(jnp.float32))
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(cfg, compute, nnx.Rngs(0))))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
-    abstract = jax.tree.map(place, nnx.to_pure_dict(state))
-    nnx.replace_by_pure_dict(state, load_weights(folder, abstract))
-    return nnx.merge(graph, state)
+    abstract = jax.tree.map(place, abstract_params(cfg, compute))
+    return merge(structure(cfg, compute), load_weights(folder, abstract))
 
 
 def hf_folder(folder: Path, cfg: cf.ModelConfig, **config) -> Path:

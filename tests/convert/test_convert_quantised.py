@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
 import llama_jax
@@ -23,10 +22,10 @@ from llama_jax.convert.orbax import ORBAX
 from llama_jax.convert.quantised import pack, unpack
 from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.generate import load as loading
-from llama_jax.model.llama import ComputeConfig, Llama
+from llama_jax.model.llama import ComputeConfig
+from llama_jax.model.params import abstract_params
 from llama_jax.model.quantize import is_quantized
 from llama_jax.model.sharding import AXES, PRESETS, make_mesh
-from llama_jax.train.step import split
 
 # In int4 groups of 64 and of 32; over two devices of 32 and 16.
 CFG = tools.small(vocab_size=300, dim=64, head_dim=16, num_heads=4, num_kv_heads=4, ffn_dim=96)
@@ -59,7 +58,7 @@ def loaded(folder, kind, tensor=1, stored=True, dtype="float32"):
     )
     with jax.set_mesh(mesh):
         compute = ComputeConfig(jnp.dtype(dtype), PRESETS["fsdp_tensor"])
-        like = split(nnx.eval_shape(lambda: Llama(CFG, compute, nnx.Rngs(0))))[1]
+        like = abstract_params(CFG, compute)
         place = lambda x: jax.ShapeDtypeStruct(
             x.shape, dtype, sharding=NamedSharding(mesh, x.sharding.spec)
         )

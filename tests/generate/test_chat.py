@@ -20,7 +20,7 @@ from llama_jax.generate.llm import LLM
 from llama_jax.generate.load import _template
 from llama_jax.generate.sampler import Greedy
 from llama_jax.model.llama import Llama
-from llama_jax.train.step import split
+from llama_jax.model.params import params_of
 
 EXTRA = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "<|user|>", "<|eot_id|>!")
 
@@ -282,7 +282,7 @@ SPOKEN = (
 @pytest.fixture(scope="module")
 def talker(pieces):
     cfg = small(vocab_size=300, context=400)
-    params = split(Llama(cfg, F32, nnx.Rngs(0), 0.3))[1]
+    params = params_of(Llama(cfg, F32, nnx.Rngs(0), 0.3))
     return LLM(cfg, params, pieces, F32, chat_template=SPOKEN)
 
 

@@ -31,8 +31,8 @@ from llama_jax.generate.llm import LLM, Generation
 from llama_jax.generate.load import _eos_of
 from llama_jax.generate.sampler import settings_of
 from llama_jax.model.llama import ComputeConfig, Llama
+from llama_jax.model.params import abstract_params, merge, params_of, structure, unstack_layers
 from llama_jax.model.sharding import AXES, PRESETS
-from llama_jax.train.step import merge, split, structure, unstack_layers
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared/data"
@@ -52,7 +52,7 @@ UNROLLED = ComputeConfig(jnp.dtype("float32"), unroll=True)
 def model(tokenizer, seed=0, std=0.3, compute=F32, **changes):
     """A random model whose logits differ enough to make text of."""
     cfg = small(vocab_size=300, context=400, **changes)
-    return LLM(cfg, split(Llama(cfg, compute, nnx.Rngs(seed), std))[1], tokenizer, compute)
+    return LLM(cfg, params_of(Llama(cfg, compute, nnx.Rngs(seed), std)), tokenizer, compute)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def llm(tokenizer):
 
 def test_layers_apart_make_the_same_text(llm, tokenizer):
     """As weights are loaded on CPU and GPU; nothing of the stack is left."""
-    stacked = split(Llama(llm.cfg, F32, nnx.Rngs(0), 0.3))[1]
+    stacked = params_of(Llama(llm.cfg, F32, nnx.Rngs(0), 0.3))
     held = stacked["blocks"]
     unstacked = LLM(llm.cfg, unstack_layers(stacked), tokenizer, UNROLLED)
     assert sorted(unstacked.params["blocks"]) == [0, 1]
@@ -157,7 +157,7 @@ def test_seeds_and_samples(llm):
 def test_chunks_of_a_prompt_equal_the_whole(tokenizer, length):
     """A prompt in padded chunks, and what follows it, equal one pass over all of it."""
     cfg = dataclasses.replace(model(tokenizer).cfg, context=1024)
-    llm = LLM(cfg, split(Llama(cfg, F32, nnx.Rngs(0), 0.3))[1], tokenizer, F32)
+    llm = LLM(cfg, params_of(Llama(cfg, F32, nnx.Rngs(0), 0.3)), tokenizer, F32)
     llm.empty_cache(300)  # a smaller one first: sizes are kept apart
     ids = np.random.default_rng(0).integers(3, 300, length).tolist()
     logits_V, cache = llm.prefill(ids, llm.empty_cache(length + 256))
@@ -257,12 +257,12 @@ def test_a_conversation_that_turns_back_reads_anew(llm):
 
 def test_a_mesh_gives_the_same_text(llm, tokenizer):
     cfg = dataclasses.replace(llm.cfg, num_kv_heads=4)
-    params = jax.tree.map(np.asarray, split(Llama(cfg, F32, nnx.Rngs(0), 0.3))[1])
+    params = jax.tree.map(np.asarray, params_of(Llama(cfg, F32, nnx.Rngs(0), 0.3)))
     want = LLM(cfg, params, tokenizer, F32).generate(["the cat", "a"], max_new_tokens=12)
     mesh = jax.make_mesh((1, 1, 4, 1), AXES, (AxisType.Explicit,) * 4, devices=jax.devices()[:4])
     compute = ComputeConfig(jnp.dtype("float32"), PRESETS["fsdp_tensor"])
     with jax.set_mesh(mesh):
-        like = split(nnx.eval_shape(lambda: Llama(cfg, compute, nnx.Rngs(0))))[1]
+        like = abstract_params(cfg, compute)
         place = lambda x, s: jax.device_put(x, NamedSharding(mesh, s.sharding.spec))
         placed = jax.tree.map(place, params, like)
     split_llm = LLM(cfg, placed, tokenizer, compute, mesh=mesh)
@@ -363,7 +363,7 @@ def test_ids_that_the_tokenizer_does_not_know(tokenizer):
     """An embedding with more rows than the tokenizer has ids: they are drawn, and give no text."""
     cfg = small(vocab_size=400, context=200)  # caches of one size, compiled once
     llm = LLM(
-        cfg, split(Llama(cfg, F32, nnx.Rngs(0), 0.3))[1], tokenizer, F32,
+        cfg, params_of(Llama(cfg, F32, nnx.Rngs(0), 0.3)), tokenizer, F32,
         chat_template="{{ messages[-1].content }}",
     )  # fmt: skip
     compute = dict(max_new_tokens=40, sampling=Sample(temperature=3.0), seed=2)
@@ -381,7 +381,7 @@ def test_ids_that_the_tokenizer_does_not_know(tokenizer):
     assert chat.say("the cat", **compute)
     assert chat.say("a cat", max_new_tokens=2)
     narrow = small(vocab_size=100, context=400)
-    llm = LLM(narrow, split(Llama(narrow, F32, nnx.Rngs(0)))[1], tokenizer, F32)
+    llm = LLM(narrow, params_of(Llama(narrow, F32, nnx.Rngs(0))), tokenizer, F32)
     for read in (llm.generate, llm.score):
         with pytest.raises(ValueError, match=r"has token id \d+, and the model only 100 ids"):
             read("some animals saw 12 cats")

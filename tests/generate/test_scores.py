@@ -17,7 +17,7 @@ from llama_jax.generate.detokenize import Detokenizer, Row
 from llama_jax.generate.llm import LLM
 from llama_jax.generate.scores import pieces, windows
 from llama_jax.model.llama import Llama
-from llama_jax.train.step import merge, split, structure
+from llama_jax.model.params import merge, params_of, structure
 
 TEXT = ["the cat sat on a mat", "some animals saw 12 cats", "日本 and é", "def main(argv):"]
 
@@ -31,7 +31,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llm(tokenizer):
     cfg = small(vocab_size=300, context=400)
-    return LLM(cfg, split(Llama(cfg, F32, nnx.Rngs(0), 0.3))[1], tokenizer, F32)
+    return LLM(cfg, params_of(Llama(cfg, F32, nnx.Rngs(0), 0.3)), tokenizer, F32)
 
 
 def reference(llm, ids):

@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llama_jax.chips import topology
 from llama_jax.config import MODELS
-from llama_jax.model.llama import ComputeConfig, KVCache, Llama
+from llama_jax.model.llama import ComputeConfig, KVCache
+from llama_jax.model.params import abstract_params, merge, structure, unstack_layers
 from llama_jax.model.sharding import AXES, PRESETS, reshard, use_mesh
 from llama_jax.plan.hlo import count
-from llama_jax.train.step import merge, split, structure, unstack_layers
 from pallas_kernels import Rope, dispatch, rotary_decode_attention
 
 CFG = MODELS["llama2-7b"]
@@ -103,7 +102,7 @@ def test_the_whole_step(name, chips, B, monkeypatch):
 
     spec_of = lambda x: None if gpu else x.sharding.spec
     with use_mesh(mesh):
-        weights = jax.eval_shape(lambda: split(Llama(CFG, compute, nnx.Rngs(0)))[1])
+        weights = abstract_params(CFG, compute)
         weights = jax.eval_shape(unstack_layers, weights) if gpu else weights
         params = jax.tree.map(lambda x: place(x, spec_of(x), jnp.bfloat16), weights)
         cache = jax.eval_shape(lambda: KVCache.empty(CFG, B, SLOTS, jnp.bfloat16))

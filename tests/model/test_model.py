@@ -15,6 +15,7 @@ from make_golden import GOLDEN, golden_of, sample
 
 from llama_jax.config import MODELS, ModelConfig, RopeConfig
 from llama_jax.model.llama import ComputeConfig, KVCache, Llama, rms_norm, rope_of
+from llama_jax.model.params import abstract_params, merge, params_of, structure, unstack_layers
 from pallas_kernels import Rope
 from pallas_kernels.rotary_attention import rotate
 
@@ -111,7 +112,7 @@ def test_every_model_in_the_abstract(name):
     cfg = MODELS[name]
     compute = ComputeConfig(jnp.dtype("bfloat16"), remat="full")
     start = time.monotonic()
-    shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Llama(cfg, compute, nnx.Rngs(0)))))
+    shapes = abstract_params(cfg, compute)
     sizes = [np.prod(x.shape, dtype=np.int64) for x in jax.tree.leaves(shapes)]
     assert sum(sizes) == cfg.num_params == PUBLISHED.get(name, cfg.num_params)
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
@@ -157,7 +158,7 @@ def test_flops_per_token():
 def test_initial_weights_have_the_stated_spread(std):
     """Residual outputs are scaled by 1 / sqrt(2 L); norms start at one."""
     cfg = tools.small(dim=64, head_dim=32, ffn_dim=96, vocab_size=200)
-    weights = tools.flat_of(nnx.to_pure_dict(nnx.state(Llama(cfg, tools.F32, nnx.Rngs(0), std))))
+    weights = tools.flat_of(params_of(Llama(cfg, tools.F32, nnx.Rngs(0), std)))
     for name, w in weights.items():
         if name.endswith("norm"):
             assert (np.asarray(w) == 1).all()
@@ -469,9 +470,8 @@ def test_layers_taken_apart_decode_the_same():
     compute = ComputeConfig(jnp.dtype(jnp.float32), unroll=True)
     tokens_TB = np.random.default_rng(0).integers(0, cfg.vocab_size, (5, 2), np.int32)
 
-    def decode(llama, unstacked):
-        if unstacked:
-            llama.unstack_layers()
+    def decode(params, unstacked):
+        llama = merge(structure(cfg, compute, unstacked), params)
 
         def step(cache, tokens_B):
             logits_BTV, cache = llama(tokens_B[:, None], cache=cache)
@@ -479,13 +479,10 @@ def test_layers_taken_apart_decode_the_same():
 
         return jax.lax.scan(step, KVCache.empty(cfg, 2, 8, jnp.float32), tokens_TB)
 
-    graphdef, state = nnx.split(Llama(cfg, compute, nnx.Rngs(0)))
-    together, unstacked = (
-        jax.jit(lambda state, unstacked=unstacked: decode(nnx.merge(graphdef, state), unstacked))(
-            state
-        )
-        for unstacked in (False, True)
-    )
+    decode = jax.jit(decode, static_argnames="unstacked")
+    params = params_of(Llama(cfg, compute, nnx.Rngs(0)))
+    together = decode(params, unstacked=False)
+    unstacked = decode(unstack_layers(params), unstacked=True)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, unstacked
     )

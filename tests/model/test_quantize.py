@@ -19,6 +19,7 @@ from llama_jax.convert.job import convert
 from llama_jax.convert.orbax import ORBAX, open_array
 from llama_jax.generate import load as loading
 from llama_jax.model.llama import ComputeConfig, KVCache, Llama
+from llama_jax.model.params import abstract_params, merge, params_of, structure, unstack_layers
 from llama_jax.model.quantize import (
     QuantizedWeight,
     is_quantized,
@@ -27,13 +28,12 @@ from llama_jax.model.quantize import (
     weight_bytes,
 )
 from llama_jax.model.sharding import AXES, PRESETS
-from llama_jax.train.step import merge, split, structure, unstack_layers
 
 GB = 1e9
 
 
 def shapes(name):
-    return split(nnx.eval_shape(lambda: Llama(MODELS[name], F32, nnx.Rngs(0))))[1]
+    return abstract_params(MODELS[name], F32)
 
 
 @pytest.mark.parametrize("shape", [(128, 48), (256, 32), (96, 40)])
@@ -64,7 +64,7 @@ def test_the_model_multiplies_what_the_weights_stand_for(kind):
     """Prefill, then a step through the cache, equal those of a model with the rounded weights."""
     cfg = small(dim=64, head_dim=16)
     graphdef = structure(cfg, F32)
-    params = split(Llama(cfg, F32, nnx.Rngs(0)))[1]
+    params = params_of(Llama(cfg, F32, nnx.Rngs(0)))
     quantized = quantize(params, kind)
     rounded = jax.tree.map(
         lambda x: jax.vmap(lambda layer: layer.astype(jnp.float32))(x) if is_quantized(x) else x,
@@ -93,7 +93,7 @@ def test_sizes_of_the_published_models():
 
 
 def test_bytes_are_those_of_the_arrays():
-    params = split(Llama(small(), F32, nnx.Rngs(0)))[1]
+    params = params_of(Llama(small(), F32, nnx.Rngs(0)))
     assert weight_bytes(params, "float32") == sum(x.nbytes for x in jax.tree.leaves(params))
     held = quantize(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), "int8")
     assert weight_bytes(params, "int8") == sum(x.nbytes for x in jax.tree.leaves(held))
@@ -104,12 +104,12 @@ def test_sharded_equals_one_device(kind):
     """Groups as wide as one device's share of the inputs allows: here the same on both sides."""
     cfg = small(num_heads=4, num_kv_heads=4, dim=32, head_dim=64, ffn_dim=256)
     tokens_BT = jnp.arange(16).reshape(2, 8)
-    params = jax.tree.map(np.asarray, split(Llama(cfg, F32, nnx.Rngs(0)))[1])
+    params = jax.tree.map(np.asarray, params_of(Llama(cfg, F32, nnx.Rngs(0))))
     want = merge(structure(cfg, F32), quantize(params, kind))(tokens_BT)
     mesh = jax.make_mesh((1, 1, 4, 1), AXES, (AxisType.Explicit,) * 4, devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
         compute = ComputeConfig(jnp.dtype("float32"), PRESETS["fsdp_tensor"])
-        like = split(nnx.eval_shape(lambda: Llama(cfg, compute, nnx.Rngs(0))))[1]
+        like = abstract_params(cfg, compute)
         placed = jax.tree.map(
             lambda x, s: jax.device_put(x, NamedSharding(mesh, s.sharding.spec)), params, like
         )
@@ -129,7 +129,7 @@ def checkpoint(request, tmp_path_factory):
     made = convert(tools.make_meta(folder / "meta", state, cfg), folder / "made")
     item = made / "steps/0/model"
     if request.param == "one chunk":
-        whole = load_weights(made, split(Llama(cfg, F32, nnx.Rngs(0)))[1])
+        whole = load_weights(made, params_of(Llama(cfg, F32, nnx.Rngs(0))))
         shutil.rmtree(item)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**ORBAX)) as files:
             files.save(item, whole)
@@ -146,7 +146,7 @@ def test_quantised_while_loading_equals_afterwards(checkpoint, kind, tensor):
     )
     with jax.set_mesh(mesh):
         compute = ComputeConfig(jnp.dtype("float32"), PRESETS["fsdp_tensor"])
-        like = split(nnx.eval_shape(lambda: Llama(cfg, compute, nnx.Rngs(0))))[1]
+        like = abstract_params(cfg, compute)
         place = lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
         )

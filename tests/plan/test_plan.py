@@ -14,13 +14,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.chips import CHIPS, can_compile, wraps
 from llama_jax.config import MODELS, ConfigError, load_recipe
-from llama_jax.model.llama import ComputeConfig, Llama
+from llama_jax.model.llama import ComputeConfig
+from llama_jax.model.params import abstract_params
 from llama_jax.model.quantize import weight_bytes
 from llama_jax.plan import __main__ as plan
 from llama_jax.plan import budget, hlo, search
@@ -29,7 +29,6 @@ from llama_jax.plan.compile import compile_step, peak_bytes
 from llama_jax.plan.hlo_text import first_group
 from llama_jax.plan.machines import PlanError, devices, parse_machine
 from llama_jax.train import loop as train
-from llama_jax.train.step import split
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -447,9 +446,7 @@ def test_chinchillas_own_budget_gives_about_its_size():
 @pytest.mark.parametrize("name", ["llama-7b", "llama3.1-70b", "stories260k"])
 def test_weights_take_what_quantisation_makes_of_them(name, kind):
     cfg = MODELS[name]
-    abstract = jax.eval_shape(
-        lambda: split(Llama(cfg, ComputeConfig(jnp.bfloat16), nnx.Rngs(0)))[1]
-    )
+    abstract = abstract_params(cfg, ComputeConfig(jnp.bfloat16))
     assert sampling.weight_bytes(cfg, kind) == weight_bytes(abstract, kind)
 
 

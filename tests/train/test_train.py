@@ -22,10 +22,11 @@ from llama_jax.convert.orbax import open_array
 from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.io import folder_lock
 from llama_jax.model.llama import ComputeConfig
+from llama_jax.model.params import merge, structure
 from llama_jax.train import loop as train
 from llama_jax.train import metrics as report
 from llama_jax.train.optim import decays, make_schedule
-from llama_jax.train.step import init_state, make_train_step, merge, nll_sum, structure, token_nll
+from llama_jax.train.step import init_state, make_train_step, nll_sum, token_nll
 
 HOW = ComputeConfig(jnp.dtype(jnp.float32))
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
