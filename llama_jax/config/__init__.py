@@ -1,22 +1,26 @@
-"""Settings: of a model (:mod:`.model_config`) and of a run (:mod:`.recipe`)."""
+"""Settings of a model (:mod:`.model_config`) and of a run (:mod:`.recipe`)."""
 
+from llama_jax.config.help import SettingsHelp, help_text, settings
+from llama_jax.config.loading import (
+    ConfigError,
+    check_model,
+    check_recipe,
+    load_recipe,
+    load_saved_recipe,
+    recipe_names,
+    recipes_folder,
+    to_dict,
+    to_toml,
+)
 from llama_jax.config.model_config import MODELS, ModelConfig, RopeConfig
 from llama_jax.config.recipe import (
     CheckpointConfig,
-    ConfigError,
     DataConfig,
     MeshConfig,
     OptimConfig,
     Recipe,
     SourceConfig,
     TrainConfig,
-    check_model,
-    check_recipe,
-    load_recipe,
-    load_saved_recipe,
-    settings,
-    to_dict,
-    to_toml,
 )
 
 __all__ = [
@@ -29,12 +33,16 @@ __all__ = [
     "OptimConfig",
     "Recipe",
     "RopeConfig",
+    "SettingsHelp",
     "SourceConfig",
     "TrainConfig",
     "check_model",
     "check_recipe",
+    "help_text",
     "load_recipe",
     "load_saved_recipe",
+    "recipe_names",
+    "recipes_folder",
     "settings",
     "to_dict",
     "to_toml",

@@ -1,6 +1,6 @@
-"""What a LLaMA is: its settings, checked, and the table of the published models.
+"""The settings of a model, and the table of the published models.
 
-Nothing below this file has a default. :mod:`llama_jax.config` adds the settings of a run.
+Modules that use these settings have no defaults of their own.
 """
 
 import dataclasses
@@ -17,39 +17,38 @@ _T = TypeVar("_T")
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def checked(cls: type[_T]) -> type[_T]:
-    """A frozen dataclass whose types and ranges are checked; strings under fields describe them."""
-    rules = ConfigDict(
+    """Decorator: a frozen dataclass with checked types and ranges; docstrings describe fields."""
+    config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, strict=True
     )
-    made = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, config=rules)
-    return made  # type: ignore[return-value]
+    decorated = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, config=config)
+    return decorated  # type: ignore[return-value]
 
 
 @checked
 class RopeConfig:
-    """Rotary embedding: base frequency and how it is stretched beyond the trained context.
+    """Rotary embedding (RoPE) and its extension to longer contexts.
 
-    Field names are those of Hugging Face's ``rope_parameters``; a ``type`` uses the fields it needs
-    and ignores none that is set (see :func:`llama_jax.model.llama.rope_of`).
+    Fields are named as in Hugging Face's ``rope_parameters``. A field that ``type`` does not use is
+    an error.
     """
 
     theta: Annotated[float, Field(gt=0)] = 10000.0
     """base of the rotary frequencies: 1e4 for LLaMA 1 and 2, 5e5 for Llama 3"""
     type: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
-    """how frequencies are scaled"""
+    """how the frequencies are scaled for contexts longer than those of training"""
     factor: Annotated[float, Field(ge=1)] | None = None
     """context extension factor (linear, dynamic, llama3, yarn)"""
     original_context: Positive | None = None
-    """context the model was trained with before scaling (llama3, yarn, dynamic); default:
-    model.context"""
+    """context of the training before scaling (llama3, yarn, dynamic); default: model.context"""
     low_freq_factor: float | None = None
-    """llama3: wavelengths above original_context / low_freq_factor are stretched by factor"""
+    """llama3: wavelengths above original_context / low_freq_factor are multiplied by factor"""
     high_freq_factor: float | None = None
-    """llama3: wavelengths under original_context / high_freq_factor are left alone"""
+    """llama3: wavelengths below original_context / high_freq_factor are unchanged"""
     beta_fast: float | None = None
-    """yarn: rotations over original_context above which a frequency is left alone (default 32)"""
+    """yarn: frequencies with more rotations over original_context are unchanged (default 32)"""
     beta_slow: float | None = None
-    """yarn: rotations under which a frequency is fully interpolated (default 1)"""
+    """yarn: frequencies with fewer rotations are fully interpolated (default 1)"""
     attention_factor: float | None = None
     """yarn: factor on cos and sin; default 0.1 ln(factor) + 1, or from mscale and mscale_all_dim"""
     mscale: float | None = None
@@ -89,37 +88,42 @@ class RopeConfig:
 
 @checked
 class ModelConfig:
-    """A LLaMA: the sizes that make its weights and the numbers that make its output.
+    """Sizes of the model and the constants of its forward pass.
 
-    The letters of each size are those of every shape in the code (``shape("LDF")``). Two stand for
-    heads side by side, as weights have them: Q = N H, all queries; E = K H, all keys or values.
+    Each size has the letter that names its axis everywhere in the code (``shape("LDF")``). Weights
+    have two flattened axes: Q = N H, all query heads; E = K H, all key or value heads.
 
-    Sizes have upper limits, far above every published model: a damaged or hostile file cannot make
-    us list or allocate without bound.
+    Sizes have upper limits far above every published model, so that a damaged or hostile file
+    cannot cause unbounded allocation.
+
+    Example::
+
+        cfg = MODELS["llama3-8b"]
+        cfg.shape("LDQ")  # (32, 4096, 4096)
     """
 
     vocab_size: Annotated[int, Field(gt=0, le=2**24)]
-    """V, rows of the embedding"""
+    """V, vocabulary size"""
     dim: Annotated[int, Field(gt=0, le=2**20)]
     """D, model width"""
     num_layers: Annotated[int, Field(gt=0, le=2**12)]
-    """L, layers"""
+    """L, number of layers"""
     num_heads: Annotated[int, Field(gt=0, le=2**14)]
-    """N, query heads"""
+    """N, number of query heads"""
     num_kv_heads: Annotated[int, Field(gt=0, le=2**14)]
-    """K, key/value heads; N is a multiple of it"""
+    """K, number of key/value heads; N is a multiple of K"""
     head_dim: Annotated[int, Field(gt=0, le=2**14)]
-    """H, width of one head; even"""
+    """H, dimension of a head; even"""
     ffn_dim: Annotated[int, Field(gt=0, le=2**22)]
-    """F, width of the SwiGLU feed-forward"""
+    """F, hidden width of the SwiGLU feed-forward"""
     norm_eps: Annotated[float, Field(gt=0)]
-    """epsilon inside RMSNorm's square root"""
+    """epsilon under the square root of RMSNorm"""
     rope: RopeConfig
     """rotary embedding"""
     context: Annotated[int, Field(gt=0, le=2**30)]
-    """longest sequence the model is meant for, tokens"""
+    """maximum sequence length, tokens"""
     tie_embeddings: bool
-    """use the embedding as the output matrix too"""
+    """use the embedding matrix as the output projection too"""
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -127,10 +131,10 @@ class ModelConfig:
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
 
     def size(self, letter: str) -> int:
-        """Length of the axis called ``letter`` (one of L D N K G H Q E F V)."""
+        """Length of the axis ``letter`` (one of L D N K G H Q E F V)."""
         if letter == "G":
             return self.num_heads // self.num_kv_heads
         if letter in "QE":
@@ -143,18 +147,17 @@ class ModelConfig:
 
     @property
     def num_params(self) -> int:
-        """Exact number of weights."""
+        """Exact number of parameters."""
         per_layer = ("D", "DQ", "DE", "DE", "QD", "D", "DF", "DF", "FD")
         whole = ("VD", "D") if self.tie_embeddings else ("VD", "D", "DV")
         count = lambda words: sum(math.prod(self.shape(w)) for w in words)
         return self.num_layers * count(per_layer) + count(whole)
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Floating-point operations of one training token, forward and backward.
+        """FLOPs of the forward and backward pass per training token.
 
-        6 per weight of a matrix product (the embedding lookup is none), and attention counted at
-        half because it is causal: 12 L N H T / 2. The convention of the MFU figures people publish
-        (PaLM, appendix B, causal).
+        6 per parameter, without the embedding lookup, plus attention, counted at half because it is
+        causal: 12 L N H T / 2. This is the usual convention for MFU (PaLM, appendix B, causal).
         """
         lookup = 0 if self.tie_embeddings else math.prod(self.shape("VD"))
         attention = 6 * math.prod(self.shape("LNH")) * seq_len
@@ -172,11 +175,11 @@ _FIELD_OF_LETTER = dict(
 )
 
 
-def _model(V, D, L, N, K, F, eps, theta, context, stretch=None, *, tie=False) -> ModelConfig:
+def _model(V, D, L, N, K, F, eps, theta, context, factor=None, *, tie=False) -> ModelConfig:
     rope = RopeConfig(theta=theta)
-    if stretch:  # Llama 3.1's
+    if factor:  # as in Llama 3.1
         rope = RopeConfig(
-            theta=theta, type="llama3", factor=stretch, original_context=8192,
+            theta=theta, type="llama3", factor=factor, original_context=8192,
             low_freq_factor=1.0, high_freq_factor=4.0,
         )  # fmt: skip
     return ModelConfig(
@@ -187,7 +190,7 @@ def _model(V, D, L, N, K, F, eps, theta, context, stretch=None, *, tie=False) ->
 
 # fmt: off
 MODELS: dict[str, ModelConfig] = {
-    #                             V     D    L    N   K      F   eps  theta context stretch
+    #                             V     D    L    N   K      F   eps  theta context factor
     "llama-7b":     _model( 32000,  4096,  32, 32, 32, 11008, 1e-6, 1e4, 2048),
     "llama-13b":    _model( 32000,  5120,  40, 40, 40, 13824, 1e-6, 1e4, 2048),
     "llama-33b":    _model( 32000,  6656,  60, 52, 52, 17920, 1e-6, 1e4, 2048),
@@ -202,7 +205,7 @@ MODELS: dict[str, ModelConfig] = {
     "llama3.1-405b": _model(128256, 16384, 126, 128, 8, 53248, 1e-5, 5e5, 131072, 8.0),
     "llama3.2-1b":  _model(128256,  2048,  16, 32,  8,  8192, 1e-5, 5e5, 131072, 32.0, tie=True),
     "llama3.2-3b":  _model(128256,  3072,  28, 24,  8,  8192, 1e-5, 5e5, 131072, 32.0, tie=True),
-    # Tiny ones: the default recipe, the CPU benchmarks' two shapes, the TinyStories family's.
+    # Small models: the default recipe, the two shapes of the CPU benchmarks, TinyStories models.
     "tiny":         _model(  2048,   192,   4,  3,  3,   512, 1e-5, 1e4, 256),
     "mini":         _model(  4096,   256,   4,  4,  4,   704, 1e-5, 1e4, 256),
     "small":        _model(  8192,   512,   8,  8,  8,  1376, 1e-5, 1e4, 256),

@@ -10,8 +10,8 @@ by name; what we do not know is named.
 import math
 from typing import Any
 
+from llama_jax import config as cf
 from llama_jax.config import MODELS, ModelConfig
-from llama_jax.config import recipe as cf
 from llama_jax.convert.formats import short, some
 
 

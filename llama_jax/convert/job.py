@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax import config as cf
 from llama_jax.checkpoint.file_hashes import (
     MANIFEST,
     files_below,
@@ -34,7 +35,6 @@ from llama_jax.checkpoint.file_hashes import (
     listed_files,
     write_list,
 )  # fmt: skip
-from llama_jax.config import recipe as cf
 from llama_jax.convert import foreign, layouts, targets, transfer
 from llama_jax.convert import logits as verification
 from llama_jax.convert.layouts import FLOATS, NAMES, Found, Kind, changed

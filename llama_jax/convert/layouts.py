@@ -15,8 +15,8 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from llama_jax import config as cf
 from llama_jax.config import ModelConfig
-from llama_jax.config import recipe as cf
 from llama_jax.convert import foreign, formats, torch_files
 from llama_jax.convert import tensors as weights
 from llama_jax.convert.formats import Region, short

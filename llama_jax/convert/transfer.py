@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
-from llama_jax.config import recipe as cf
+from llama_jax import config as cf
 from llama_jax.convert import foreign, layouts, targets
 from llama_jax.convert.layouts import Found, Kind
 from llama_jax.convert.quantised import Quantizing

@@ -38,7 +38,16 @@ from llama_jax.checkpoint.checkpoints import (
     write_about,
 )  # fmt: skip
 from llama_jax.checkpoint.file_hashes import record_files
-from llama_jax.config import ConfigError, DataConfig, Recipe, load_recipe, settings, to_dict
+from llama_jax.config import (
+    ConfigError,
+    DataConfig,
+    Recipe,
+    SettingsHelp,
+    load_recipe,
+    recipe_names,
+    recipes_folder,
+    to_dict,
+)
 from llama_jax.data.batch import Feed
 from llama_jax.data.mixture import TrainData, eval_batches, held_out, open_mixture
 from llama_jax.data.tokenizer import Tokenizer
@@ -61,8 +70,6 @@ from llama_jax.train.step import (
     make_train_step,
 )  # fmt: skip
 
-DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "tiny.toml"
-
 # What a checkpoint of a chat model has beside its weights, tokenizer.model and model.json.
 CHAT_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
@@ -80,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     given = list(arguments.arguments)
     is_recipe = bool(given) and ("=" not in given[0] or Path(given[0]).is_file())
-    path = given.pop(0) if is_recipe else DEFAULT_RECIPE
+    path = given.pop(0) if is_recipe else recipes_folder() / "tiny.toml"
     with interrupt.listening() as stop, _quiet_threads():
         try:
             recipe = load_recipe(path, given)
@@ -656,16 +663,15 @@ def _barrier(name: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    width = max(len(s.name) for s in settings())
-    lines = [f"  {s.name:{width}}  {s.meaning} ({s.type}; default {s.default})" for s in settings()]
-    wrap = functools.partial(textwrap.fill, width=118, subsequent_indent=" " * (width + 4))
     parser = argparse.ArgumentParser(
         prog="python -m llama_jax.train",
-        usage="%(prog)s [RECIPE.toml] [section.key=value ...]",
-        description="Pretrain or fine-tune a LLaMA. Without a recipe: configs/tiny.toml, which "
-        "needs no download.",
-        epilog="settings (in the recipe, or on the command line):\n" + "\n".join(map(wrap, lines)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [RECIPE] [section.key=value ...]",
+        description="Pretrain or fine-tune a LLaMA. RECIPE is a TOML file or the name of a shipped "
+        f"recipe: {', '.join(recipe_names())}. The default, tiny, needs no download.",
+        add_help=False,
     )
-    parser.add_argument("arguments", nargs="*", metavar="RECIPE.toml | section.key=value")
+    parser.add_argument(
+        "arguments", nargs="*", metavar="section.key=value", help="a setting: TOML or plain text"
+    )
+    parser.add_argument("-h", "--help", action=SettingsHelp, help="settings of a section, or all")
     return parser

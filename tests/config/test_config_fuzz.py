@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_config import MINIMAL
 from test_fuzz_data import VALUES, mutated
 
-from llama_jax.config import recipe as config
+from llama_jax import config
 
 NAMES = [s.name.replace("NAME", "a") for s in config.settings()]
 SHARED_FILE = settings(

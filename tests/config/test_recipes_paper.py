@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.config import MODELS, OptimConfig, load_recipe
+from llama_jax.config import (
+    MODELS,
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    OptimConfig,
+    SourceConfig,
+    TrainConfig,
+    load_recipe,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 M = 10**6
@@ -31,7 +40,18 @@ MIXTURE = {
     "arxiv": 2.5,
     "stackexchange": 2.0,
 }
-RECIPES = [(size, kind) for size in LLAMA for kind in ("gpu", "tpu")]
+# What the recipes choose: microbatches and recomputation per device kind.
+MEMORY = {
+    ("7b", "tpu"): (1, "full"),
+    ("7b", "gpu"): (8, "matmuls"),
+    ("13b", "tpu"): (1, "full"),
+    ("13b", "gpu"): (4, "full"),
+    ("33b", "tpu"): (1, "full"),
+    ("33b", "gpu"): (4, "full"),
+    ("65b", "tpu"): (1, "full"),
+    ("65b", "gpu"): (4, "full"),
+}
+RECIPES = list(MEMORY)
 
 # The published models: vocabulary, dim, layers, heads, key/value heads, ffn, eps, theta, context,
 # factor of the rotary scaling, tied embedding.
@@ -101,6 +121,30 @@ def test_the_papers_numbers(size, kind):
     assert {n: s.weight for n, s in recipe.data.sources.items()} == MIXTURE
     assert sum(MIXTURE.values()) == 100
     assert recipe.data.packing == "concat"
+
+
+@pytest.mark.parametrize(("size", "kind"), RECIPES)
+def test_settings_that_are_not_the_papers(size, kind):
+    recipe = load_recipe(CONFIGS / f"llama-{size}-{kind}.toml")
+    train = recipe.train
+    assert (train.gradient_accumulation, train.remat) == MEMORY[size, kind]
+    assert recipe.mesh == MeshConfig(preset="fsdp")
+    assert recipe.checkpoint == CheckpointConfig(
+        dir=f"checkpoints/llama-{size}", save_every=1000, keep=3
+    )
+    assert recipe.data == DataConfig(
+        tokenizer="tokenizer.model",
+        seq_len=2048,
+        sources={
+            name: SourceConfig(path=f"data/{name}", weight=weight)
+            for name, weight in MIXTURE.items()
+        },
+    )
+    assert list(recipe.data.sources) == list(MIXTURE)
+    rest = dict(steps=train.steps, gradient_accumulation=train.gradient_accumulation)
+    assert train == TrainConfig(
+        batch_size=2048, loss_chunk=2048, eval_every=5000, remat=train.remat, **rest
+    )
 
 
 def test_defaults_are_the_papers():

@@ -14,8 +14,8 @@ from flax import nnx
 from test_convert import needs_stories
 from test_convert_settings import ROPES
 
+from llama_jax import config as cf
 from llama_jax.checkpoint.checkpoints import load_weights, read_about
-from llama_jax.config import recipe as cf
 from llama_jax.convert import layouts
 from llama_jax.convert import logits as verify
 from llama_jax.convert.job import convert

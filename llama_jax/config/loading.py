@@ -1,0 +1,300 @@
+"""Reading and writing of recipes: TOML files that may extend others, overrides, error messages."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import tomli_w
+from pydantic import TypeAdapter
+
+from llama_jax.config.help import SECTIONS, settings
+from llama_jax.config.model_config import MODELS, ModelConfig
+from llama_jax.config.recipe import Recipe
+from llama_jax.io import read_limited
+
+MAX_RECIPE_BYTES = 1 << 20
+
+RENAMED = {
+    "optim.clip": "optim.max_grad_norm",
+    "checkpoint.every": "checkpoint.save_every",
+    "data.holdout": "data.val_fraction",
+    "train.accumulate": "train.gradient_accumulation",
+}
+"""Former names of settings. A recipe with one is refused, and the error gives the new name; only
+the recipe that an older version saved in a run folder may have them."""
+
+Origins = dict[tuple[str | int, ...], str]
+"""The file or override that each setting comes from, for error messages."""
+
+
+class ConfigError(ValueError):
+    """A recipe or override that cannot be used; the message says where and what to do."""
+
+
+def recipes_folder() -> Path:
+    """The folder of the shipped recipes: `configs/` of the repository, or its copy in a wheel."""
+    package = Path(__file__).parents[1]
+    in_wheel = package / "configs"
+    return in_wheel if in_wheel.is_dir() else package.parent / "configs"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, each of which `load_recipe` accepts in place of a path."""
+    return sorted(path.stem for path in recipes_folder().glob("*.toml"))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a TOML recipe, apply ``section.key=value`` overrides, check everything.
+
+    A recipe with ``extends = "other.toml"`` starts from that recipe. Its ``[data.sources]`` replace
+    those of the other one; any other setting replaces only itself. ``[model] name = "llama-7b"``
+    starts from a row of :data:`MODELS`; other keys of the section replace single fields.
+
+    Args:
+      path: a file, or the name of a shipped recipe such as "llama-7b-tpu".
+      overrides: ``section.key=value``; the value is TOML or plain text.
+
+    Raises:
+      ConfigError: unreadable file, unknown setting (with the nearest known one), wrong type, or
+        values that contradict each other; lists all problems of the recipe.
+    """
+    path = _find(str(path), Path())
+    try:
+        tree, origins = _read_extended(path)
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise ConfigError(
+                    f"override {override!r} is not of the form section.key=value (see --help)"
+                )
+            _set(tree, origins, key.strip(), _value(text.strip()))
+        return check_recipe(tree, str(path), origins)
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
+
+
+def load_saved_recipe(path: Path) -> Recipe:
+    """The recipe that a run saved in its folder, perhaps with former names of settings.
+
+    Raises :class:`ConfigError` as :func:`load_recipe`.
+    """
+    tree = _read_toml(path)
+    for old, new in RENAMED.items():
+        section, _, key = old.partition(".")
+        if isinstance(settings := tree.get(section), dict) and key in settings:
+            settings.setdefault(new.partition(".")[2], settings.pop(key))
+    return check_recipe(tree, str(path))
+
+
+def check_recipe(tree: dict[str, Any], where: str, origins: Origins | None = None) -> Recipe:
+    """A parsed recipe as a checked :class:`Recipe`.
+
+    Args:
+      tree: nested dict of the settings.
+      where: name of the file, for error messages.
+      origins: files of the settings that come from elsewhere.
+
+    Raises:
+      ConfigError: as :func:`load_recipe`.
+    """
+    tree = dict(tree)
+    if isinstance(tree.get("model"), dict):
+        tree["model"] = _model_section(tree["model"], where)
+    return _validate(Recipe, tree, where, origins or {})
+
+
+def check_model(tree: dict[str, Any], where: str) -> ModelConfig:
+    """A nested dict (a checkpoint's ``model.json``) as a checked :class:`ModelConfig`.
+
+    Raises :class:`ConfigError`.
+    """
+    return _validate(ModelConfig, tree, where, {})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested plain values: the inverse of `check_recipe` and `check_model`."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def to_toml(config: Any) -> str:
+    """A config as TOML that :func:`load_recipe` reads back; unset optional fields are left out."""
+    return tomli_w.dumps(_without_none(to_dict(config)))
+
+
+def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
+    nested = lambda value: _without_none(value) if isinstance(value, dict) else value
+    return {key: nested(value) for key, value in tree.items() if value is not None}
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def _find(name: str, folder: Path) -> Path:
+    """The file ``name``, relative to ``folder``, or the shipped recipe of that name."""
+    path = folder / name
+    if name in recipe_names() and not path.is_file():
+        return recipes_folder() / f"{name}.toml"
+    return path
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(read_limited(path, MAX_RECIPE_BYTES).decode("utf-8"))
+    except FileNotFoundError:
+        names = ", ".join(recipe_names())
+        raise ConfigError(
+            f"recipe {path} does not exist; recipes are in configs/, and a name is enough: {names}"
+        ) from None
+    except RecursionError:
+        raise ConfigError(f"recipe {path} cannot be read: nested too deeply") from None
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"recipe {path} cannot be read: {e}") from None
+
+
+def _read_extended(path: Path, extending: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Origins]:
+    """A recipe merged into those it extends, and the file of each setting."""
+    tree = _read_toml(path)
+    if path.resolve() in extending:
+        raise ConfigError(f"{path} extends itself")
+    merged: dict[str, Any] = {}
+    origins: Origins = {}
+    if (base := tree.pop("extends", None)) is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: extends={base!r:.200} is not the path of a recipe")
+        try:
+            base_path = _find(base, path.parent)
+            merged, origins = _read_extended(base_path, (*extending, path.resolve()))
+        except ConfigError as e:
+            raise ConfigError(f"{path}: extends={base!r:.200}: {e}") from None
+    data, base_data = tree.get("data"), merged.get("data")
+    if isinstance(data, dict) and "sources" in data and isinstance(base_data, dict):
+        base_data.pop("sources", None)
+    _merge(merged, tree, origins, str(path), ())
+    return merged, origins
+
+
+def _merge(
+    into: dict[str, Any], tree: dict[str, Any], origins: Origins, file: str, prefix: tuple[str, ...]
+) -> None:
+    """Replace settings of ``into`` by those of ``tree``, and record ``file`` as their origin."""
+    for key, value in tree.items():
+        origins[*prefix, key] = file
+        if isinstance(value, dict):
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
+            _merge(into[key], value, origins, file, (*prefix, key))
+        else:
+            into[key] = value
+
+
+# Overrides ---------------------------------------------------------------------------------------
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text  # plain text, such as a path
+
+
+def _set(tree: dict[str, Any], origins: Origins, dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    if sections[:1] == ["rope"]:
+        sections.insert(0, "model")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {dotted}: {section} is a setting, not a section")
+    tree[key] = value
+    origins[*sections, key] = "command line"
+
+
+def _model_section(section: dict[str, Any], where: str) -> dict[str, Any]:
+    """The section with the fields of the row of :data:`MODELS` that it names."""
+    section = dict(section)
+    if (name := section.pop("name", None)) is None:
+        return section
+    if not isinstance(name, str) or name not in MODELS:
+        raise ConfigError(
+            f"{where}: model.name={name!r} is not a known model{_nearest(str(name), list(MODELS))}"
+        )
+    base = to_dict(MODELS[name])
+    rope = section.pop("rope", {})
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{where}: model.rope must be a section, [model.rope], not {rope!r}")
+    keep = base["rope"]
+    if rope.get("type", keep["type"]) != keep["type"]:
+        keep = {"theta": keep["theta"]}  # the other fields belong to the other type
+    return base | section | {"rope": keep | rope}
+
+
+# Checks and messages -----------------------------------------------------------------------------
+
+
+def _validate(cls: Any, tree: dict[str, Any], where: str, origins: Origins) -> Any:
+    try:
+        for text in _strings(tree):
+            text.encode()
+        # In strict mode pydantic accepts nested dicts and lists only from JSON.
+        return TypeAdapter(cls).validate_json(json.dumps(tree, default=str))
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply") from None
+    except UnicodeEncodeError as e:
+        raise ConfigError(
+            f"{where}: {e.object!r:.200} is not valid Unicode; settings are UTF-8 text"
+        ) from None
+    except pydantic.ValidationError as e:
+        errors = e.errors()
+    known = [s.name for s in settings()]
+    known += [*SECTIONS, "extends"]
+    if cls is ModelConfig:
+        known = [name.removeprefix("model.") for name in known if name.startswith("model.")]
+    lines = [f"{_origin(e['loc'], where, origins)}: {_explain(e, known)}" for e in errors[:20]]
+    if len(errors) > 20:
+        lines.append(f"{where}: and {len(errors) - 20:,} more problems")
+    raise ConfigError("\n".join(lines)) from None
+
+
+def _origin(setting: tuple[str | int, ...], where: str, origins: Origins) -> str:
+    """The file that gave a setting, or the innermost section around it that some file has."""
+    around = (setting[:n] for n in range(len(setting), 0, -1))
+    return next((origins[key] for key in around if key in origins), where)
+
+
+def _strings(tree: Any) -> Iterator[str]:
+    """Every string of a nested value, keys included."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        inside: Iterable[Any] = [*tree, *tree.values()] if isinstance(tree, dict) else tree
+        for value in inside:
+            yield from _strings(value)
+
+
+def _explain(error: Any, known: list[str]) -> str:
+    name = ".".join(map(str, error["loc"]))[:100]
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if name in RENAMED:
+            return f"unknown setting {name}: it is now called {RENAMED[name]}"
+        return f"unknown setting {name}{_nearest(name, known)}"
+    if error["type"] in ("missing", "missing_argument"):
+        hint = ' (or give model.name, for example "tiny")' if name.startswith("model") else ""
+        return f"setting {name} is missing{hint}"
+    given = error["input"] if not isinstance(error["input"], dict) else "a table"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        if given != "a table":
+            return f"{name}={given!r:.200}: {message}"
+        return message if not name or message.startswith(f"{name}.") else f"{name}: {message}"
+    return f"{name}={given!r:.200}: {message[0].lower() + message[1:]}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:  # the right key in the wrong section
+        close = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known[:40])}"
