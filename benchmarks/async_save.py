@@ -23,6 +23,7 @@ import tqdm
 
 from llama_jax.checkpoint.checkpoints import Checkpoints
 from llama_jax.config import load_recipe
+from llama_jax.data.batch import Batch
 from llama_jax.model.sharding import make_mesh
 from llama_jax.train.step import execution, init_state, make_train_step
 
@@ -75,12 +76,12 @@ def measure(gradient_accumulation: int, count: int, quiet_steps: int) -> list[di
         step = jax.jit(make_train_step(recipe, compute), donate_argnums=0)
         ids = np.random.default_rng(0).integers(0, 8192, (gradient_accumulation, 8, 257), np.int32)
         stop = np.zeros(1, np.int32)
-        batch = {"inputs_BT": ids[..., :-1], "targets_BT": ids[..., 1:], "stop": stop}
+        batch = Batch(ids[..., :-1], ids[..., 1:])
 
         def train() -> float:
             nonlocal state
             start = time.perf_counter()
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, stop)
             jax.block_until_ready((state, metrics))
             return time.perf_counter() - start
 

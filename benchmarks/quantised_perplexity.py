@@ -55,8 +55,8 @@ def loss(recipe, mixture: Mixture, source: str, step) -> float:
     """Mean nats a token over the whole held-out split."""
     total = count = 0.0
     for batch in eval_batches(mixture, recipe.data, BATCH, 10**6, source):
-        total += float(step({key: value[None] for key, value in batch.items()}))
-        count += batch["mask_BT"].sum()
+        total += float(step(jax.tree.map(lambda x: x[None], batch)))
+        count += batch.mask_BT.sum()
     return total / count
 
 

@@ -38,6 +38,7 @@ def jax_steps(shape: str):
     import numpy as np
 
     from llama_jax.config import load_recipe
+    from llama_jax.data.batch import Batch
     from llama_jax.model.sharding import make_mesh
     from llama_jax.train.step import execution, init_state, make_train_step
 
@@ -47,11 +48,11 @@ def jax_steps(shape: str):
     state = jax.jit(lambda: init_state(recipe, compute))()
     step = jax.jit(make_train_step(recipe, compute), donate_argnums=0)
     ids = np.random.default_rng(0).integers(0, recipe.model.vocab_size, (1, B, T + 1), np.int32)
-    batch = {"inputs_BT": ids[..., :-1], "targets_BT": ids[..., 1:], "stop": np.zeros(1, np.int32)}
+    batch, stop = Batch(ids[..., :-1], ids[..., 1:]), np.zeros(1, np.int32)
 
     def train():
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, stop)
         return float(metrics["loss"])
 
     return train

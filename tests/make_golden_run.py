@@ -345,7 +345,7 @@ def recorded_order() -> np.ndarray:
         order = []
         for _ in range(recipe.train.steps):
             batch = next(data)
-            rows = np.concatenate([batch["inputs_BT"], batch["targets_BT"][:, -1:]], axis=1)
+            rows = np.concatenate([batch.inputs_BT, batch.targets_BT[:, -1:]], axis=1)
             order += [where[row.astype(np.int32).tobytes()] for row in rows]
         data.close()
     return np.array(order, np.int16)

@@ -1,6 +1,6 @@
-"""Batches of numpy arrays to arrays on the mesh; a host reads the rows that its devices need."""
+"""The batch: fields, shapes, dtypes, and how a host's rows become arrays on the mesh."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -8,71 +8,109 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import Recipe
-from llama_jax.model.sharding import AXES
 
 
-class Feed:
-    """Host batches to arrays on the mesh: this host reads the rows that its own devices need.
+class Batch(NamedTuple):
+    """Token sequences and which of their targets count.
 
-    A batch of ``batch_size`` rows is ``accumulate`` parts, one after the other; row r of part p is
-    row ``p * rows + r`` of the batch, whatever the number of hosts and the order of the devices.
+    The data pipeline yields numpy arrays [B, T]. :class:`ShardBatch` turns them into arrays
+    [microbatches, B, T] on the mesh, where B is the size of one microbatch; the loss of one
+    microbatch again sees [B, T]. A field that is None is absent from the compiled program.
+
+    Example:
+      batch = Batch(ids_BT[:, :-1], ids_BT[:, 1:])
+    """
+
+    inputs_BT: Any
+    """token ids, int32"""
+    targets_BT: Any
+    """the token after each input, int32"""
+    mask_BT: Any = None
+    """float32: 1 where the target counts; 0 for padding and for the first token of the next
+    document. None: every target counts"""
+    segment_ids_BT: Any = None
+    """document of each input, int32 from 1. None: the sequence is one document"""
+    positions_BT: Any = None
+    """position of each input in its document, int32 from 0. None: position in the sequence"""
+
+    def microbatch(self, index: int) -> "Batch":
+        """One microbatch, [B, T], of arrays [microbatches, B, T]."""
+        return jax.tree.map(lambda x: x[index], self)
+
+
+DTYPES = Batch(np.int32, np.int32, np.float32, np.int32, np.int32)
+
+
+def abstract_batch(recipe: Recipe, mesh: Mesh, spec: P) -> Batch:
+    """Shapes, dtypes and shardings of a training batch of :class:`ShardBatch`; no memory is used.
+
+    Args:
+      recipe: sets the number of microbatches, their size, T, and which fields are present.
+      mesh: devices of the run.
+      spec: sharding of an array [B, T].
+    """
+    microbatches = recipe.train.gradient_accumulation
+    shape = microbatches, recipe.train.batch_size // microbatches, recipe.data.seq_len
+    sharding = NamedSharding(mesh, P(None, *spec))
+    fields = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in DTYPES]
+    return Batch(*fields) if recipe.data.packing == "segments" else Batch(*fields[:2])
+
+
+class ShardBatch:
+    """Places batches on the mesh. Each host reads only the rows that its own devices need.
+
+    Row r of microbatch m is row ``m * microbatch_size + r`` of the batch, for any number of hosts
+    and any order of devices.
+
+    Args:
+      recipe: sets batch size and number of microbatches.
+      mesh: devices of the run.
+      spec: sharding of an array [B, T].
+
+    Example:
+      shard_batch = ShardBatch(recipe, mesh, P("fsdp"))
+      data = TrainData(mixture, recipe.data, recipe.train.batch_size, shard_batch.batch_rows)
+      batch = shard_batch(next(data))
     """
 
     def __init__(self, recipe: Recipe, mesh: Mesh, spec: P):
-        self.parts = recipe.train.gradient_accumulation
-        self.rows = recipe.train.batch_size // self.parts
-        """rows of a part, over all hosts"""
-        self._mesh, self._spec = mesh, spec
-        self.part_rows = host_rows(mesh, spec, self.rows)
-        """rows of a part that this host reads, ascending"""
-        starts = self.rows * np.arange(self.parts)
-        self.batch_rows = (starts[:, None] + self.part_rows).reshape(-1)
-        """rows of a whole batch that this host reads, ascending"""
+        microbatches = recipe.train.gradient_accumulation
+        self.microbatch_size = recipe.train.batch_size // microbatches
+        """rows of a microbatch over all hosts"""
+        self._sharding = NamedSharding(mesh, P(None, *spec))
+        self.microbatch_rows = host_rows(mesh, spec, self.microbatch_size)
+        """rows of a microbatch that this host reads, ascending"""
+        starts = self.microbatch_size * np.arange(microbatches)
+        self.batch_rows = (starts[:, None] + self.microbatch_rows).reshape(-1)
+        """rows of a training batch that this host reads, ascending"""
 
-    def __call__(
-        self, batch: dict[str, np.ndarray], stop: bool, parts: int | None = None
-    ) -> dict[str, jax.Array]:
-        """Place a batch on the mesh.
+    def __call__(self, batch: Batch) -> Batch:
+        """Arrays [microbatches, B, T] on the mesh, of numpy arrays with this host's rows: those of
+        ``batch_rows``, or those of ``microbatch_rows`` for one microbatch."""
+        return jax.tree.map(self._place, batch)
 
-        Args:
-          batch: arrays [B, T] of the rows ``batch_rows``; of ``part_rows`` where ``parts`` is 1.
-          stop: this process asks to stop after this step.
-          parts: of the batch; None: those of the recipe.
+    def _place(self, rows: np.ndarray) -> jax.Array:
+        local = rows.reshape(-1, len(self.microbatch_rows), rows.shape[-1])
+        shape = local.shape[0], self.microbatch_size, local.shape[2]
 
-        Returns:
-          Arrays [parts, rows, T], and ``stop``: a flag for each device, so that any process can
-          ask all of them to stop.
-        """
-        parts = parts or self.parts
-        arrays = {
-            key: self._array(value.reshape(parts, len(self.part_rows), value.shape[-1]))
-            for key, value in batch.items()
-        }
-        flags = NamedSharding(self._mesh, P(AXES))
-        arrays["stop"] = jax.make_array_from_callback(
-            (self._mesh.size,), flags, lambda _: np.full(1, stop, np.int32)
-        )
-        return arrays
+        def shard(index: Any) -> np.ndarray:
+            rows = local_slice(self.microbatch_rows, index[1], self.microbatch_size)
+            return local[index[0], rows, index[2]]
 
-    def _array(self, local: np.ndarray) -> jax.Array:
-        shape = (local.shape[0], self.rows, local.shape[2])
-
-        def piece(index: Any) -> np.ndarray:
-            return local[index[0], local_slice(self.part_rows, index[1], self.rows), index[2]]
-
-        return jax.make_array_from_callback(
-            shape, NamedSharding(self._mesh, P(None, *self._spec)), piece
-        )
+        return jax.make_array_from_callback(shape, self._sharding, shard)
 
 
 def host_rows(mesh: Mesh, spec: P, rows: int, process: int | None = None) -> np.ndarray:
-    """Which of ``rows`` rows the devices of a process need, ascending, each once.
+    """Indices of the rows that the devices of a process need, ascending and without duplicates.
 
     Args:
-      mesh: its devices may be in any order, those of a process anywhere in it.
+      mesh: its devices may be in any order; those of one process may be anywhere in it.
       spec: sharding of an array [rows, ...].
-      rows: rows over all processes.
+      rows: number of rows over all processes.
       process: index of the process; None: this one.
+
+    Returns:
+      Integers [number of rows of the process].
     """
     process = jax.process_index() if process is None else process
     places: Any = NamedSharding(mesh, P(spec[0])).devices_indices_map((rows,))
@@ -80,8 +118,8 @@ def host_rows(mesh: Mesh, spec: P, rows: int, process: int | None = None) -> np.
     return np.array(sorted({row for start, end in mine for row in range(start, end)}))
 
 
-def local_slice(held: np.ndarray, wanted: slice, rows: int) -> slice:
-    """Where the consecutive rows ``wanted`` lie among the rows ``held`` (ascending)."""
+def local_slice(local_rows: np.ndarray, wanted: slice, rows: int) -> slice:
+    """Position of the consecutive rows ``wanted`` of all ``rows`` in ``local_rows`` (ascending)."""
     start, end, _ = wanted.indices(rows)
-    first = int(np.searchsorted(held, start))
+    first = int(np.searchsorted(local_rows, start))
     return slice(first, first + end - start)

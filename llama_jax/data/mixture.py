@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from llama_jax.config import DataConfig
+from llama_jax.data.batch import Batch
 from llama_jax.data.manifest import (
     MixtureManifest,
     check_file,
@@ -36,7 +38,6 @@ from llama_jax.data.tokenizer import Tokenizer
 STARTS_CHECKED = 2**23
 """Documents of a split whose order is checked when it is opened; beyond, when they are read."""
 
-Batch = dict[str, np.ndarray]
 Rows = Sequence[int] | np.ndarray
 
 
@@ -196,11 +197,9 @@ class Windows:
         return math.ceil((len(self._stream) - 1) / self._seq_len)
 
     def __getitem__(self, index: int) -> Batch:
-        """Sequence ``index``, arrays (T,) under the names they have in a batch."""
+        """Sequence ``index``: a batch without its axis B."""
         item = self.padded(int(index))
-        if not self._segments:
-            del item["mask_BT"]
-        return item
+        return item if self._segments else item._replace(mask_BT=None)
 
     def padded(self, index: int) -> Batch:
         """As ``[index]``, with ``mask_BT`` always there: 0 where the target is padding (id 0)."""
@@ -208,20 +207,21 @@ class Windows:
         ids, is_start = self._stream.read(start, self._seq_len + 1)
         mask = np.ones(self._seq_len, np.float32)
         mask[len(self._stream) - start - 1 :] = 0
-        item = {"inputs_BT": ids[:-1], "targets_BT": ids[1:], "mask_BT": mask}
-        return item | _segments(is_start, mask) if self._segments else item
+        item = Batch(ids[:-1], targets_BT=ids[1:], mask_BT=mask)
+        return _segments(item, is_start) if self._segments else item
 
 
-def _segments(is_start: np.ndarray, mask: np.ndarray) -> Batch:
-    """Segment ids, positions in each document, and the mask without targets of another document."""
+def _segments(item: Batch, is_start: np.ndarray) -> Batch:
+    """Add segment ids and positions in each document; mask targets of another document."""
+    mask = item.mask_BT
     where = np.arange(len(mask), dtype=np.int32)
     first = is_start[:-1].copy()
     first[0] = True  # a document cut by the window starts again with it
-    return {
-        "segment_ids_BT": np.cumsum(first, dtype=np.int32),
-        "positions_BT": where - np.maximum.accumulate(np.where(first, where, 0)),
-        "mask_BT": np.where(is_start[1:], np.float32(0), mask),
-    }
+    return item._replace(
+        segment_ids_BT=np.cumsum(first, dtype=np.int32),
+        positions_BT=where - np.maximum.accumulate(np.where(first, where, 0)),
+        mask_BT=np.where(is_start[1:], np.float32(0), mask),
+    )
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -274,10 +274,8 @@ class Progress(NamedTuple):
 class TrainData:
     """Endless training batches of this host, prefetched in threads.
 
-    A batch has ``inputs_BT`` and ``targets_BT`` (int32, the targets are the next tokens); with
-    packing="segments" also ``segment_ids_BT`` (int32, from 1), ``positions_BT`` (int32, from 0 in
-    each document) and ``mask_BT`` (float32, 0 where the target belongs to another document).
-    B is the number of ``rows`` here.
+    Each :class:`~llama_jax.data.batch.Batch` has inputs and targets; with packing="segments" also
+    mask, segment ids and positions. B is the number of ``rows``.
 
     Args:
       batch_size: sequences of a batch over all hosts.
@@ -421,11 +419,11 @@ def eval_batches(
     batches = min(max_batches, math.ceil(total / batch_size))
     wanted = min(total, batches * batch_size)
     picked = [i * total // wanted for i in range(wanted)]
-    filler = {k: np.zeros_like(v) for k, v in windows.padded(0).items()}
+    filler = jax.tree.map(np.zeros_like, windows.padded(0))
     for batch in range(batches):
         places = [batch * batch_size + row for row in rows]
         read = [windows.padded(picked[i]) if i < wanted else filler for i in places]
-        yield {key: np.stack([row[key] for row in read]) for key in filler}
+        yield jax.tree.map(lambda *rows: np.stack(rows), *read)
 
 
 def held_out(
@@ -435,7 +433,6 @@ def held_out(
 
     The first process reads the text and tells the others.
     """
-    import jax
     from jax.experimental import multihost_utils
 
     # As bytes: jax would round float64 and int64 to 32 bits.
@@ -456,9 +453,9 @@ def _held_out(
     counts = np.zeros(mixture.vocab_size, np.int64)
     documents = 0
     for batch in eval_batches(mixture, cfg, batch_size, max_batches, source):
-        used = batch["mask_BT"] > 0
-        counts += np.bincount(batch["targets_BT"][used], minlength=len(counts))
-        documents += int((batch["inputs_BT"][used] == tokenizer.bos_id).sum())
+        used = batch.mask_BT > 0
+        counts += np.bincount(batch.targets_BT[used], minlength=len(counts))
+        documents += int((batch.inputs_BT[used] == tokenizer.bos_id).sum())
     # The first token of a document stands for the space that the tokenizer puts before it as well.
     sizes = tokenizer.bytes_of_id_V[: len(counts)]
     text_bytes = int(counts[: len(sizes)] @ sizes) - documents * tokenizer.prefix_bytes

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import chips
 from llama_jax.chips import GIB
 from llama_jax.config import Recipe
+from llama_jax.data.batch import Batch, abstract_batch
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import merge, structure
 from llama_jax.model.sharding import AXES, mesh_for, slice_ids
@@ -93,13 +94,16 @@ def compile_step(recipe: Recipe, on: Machine) -> Compiled:
     start = time.perf_counter()
     program: Any = None
     with jax.set_mesh(mesh):
-        state, batch = abstract_state(recipe, compute, mesh), abstract_batch(recipe, compute, mesh)
+        state = abstract_state(recipe, compute, mesh)
+        batch = abstract_batch(recipe, mesh, compute.rules.activation_without_tensor("BT"))
+        flags = NamedSharding(mesh, P(AXES))
+        stop = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=flags)
         step = jax.jit(
             make_train_step(recipe, compute),
             donate_argnums=0,
             compiler_options=chips.compiler_options(on.chip.platform),
         )
-        lowered = step.lower(state, batch)
+        lowered = step.lower(state, batch, stop)
         try:
             program, needed = lowered.compile(), 0.0
         except Exception as e:  # the compiler's own type
@@ -136,23 +140,6 @@ def _rates_a_cycle(on: Machine) -> tuple[float, float]:
     return on.chip.tflops * 1e3 / on.chip.clock, on.chip.bandwidth / on.chip.clock
 
 
-def abstract_batch(
-    recipe: Recipe, compute: ComputeConfig, mesh: Mesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of what :class:`llama_jax.data.batch.Feed` makes."""
-    parts = recipe.train.gradient_accumulation
-    shape = (parts, recipe.train.batch_size // parts, recipe.data.seq_len)
-    rows = NamedSharding(mesh, P(None, *compute.rules.activation_without_tensor("BT")))
-    kinds = {"inputs_BT": jnp.int32, "targets_BT": jnp.int32}
-    if recipe.data.packing == "segments":
-        kinds |= {
-            "segment_ids_BT": jnp.int32, "positions_BT": jnp.int32, "mask_BT": jnp.float32,
-        }  # fmt: skip
-    batch = {k: jax.ShapeDtypeStruct(shape, d, sharding=rows) for k, d in kinds.items()}
-    flags = NamedSharding(mesh, P(AXES))
-    return batch | {"stop": jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=flags)}
-
-
 def shard_bytes(tree: Any) -> float:
     """Bytes of one device's part of a tree of shapes."""
     return float(sum(map(_bytes, jax.tree.leaves(tree))))
@@ -163,23 +150,23 @@ def _bytes(x: Any) -> int:
     return math.prod(shape) * np.dtype(x.dtype).itemsize
 
 
-def kept_bytes(recipe: Recipe, compute: ComputeConfig, params: Any, batch: dict) -> float:
+def kept_bytes(recipe: Recipe, compute: ComputeConfig, params: Any, batch: Batch) -> float:
     """Bytes a device keeps of the forward pass for the backward pass, weights not counted: the
     arrays that JAX itself hands from one to the other."""
     graphdef = structure(recipe.model, compute)
 
-    def backward(params, part):
-        loss = lambda p: nll_sum(merge(graphdef, p), part, recipe.train.loss_chunk)
+    def backward(params, microbatch):
+        loss = lambda p: nll_sum(merge(graphdef, p), microbatch, recipe.train.loss_chunk)
         return jax.vjp(loss, params)[1]
 
-    part = {k: _without_parts(x) for k, x in batch.items() if k != "stop"}
-    left = jax.tree.leaves(jax.eval_shape(backward, params, part))
+    microbatch = jax.tree.map(_without_first_axis, batch)
+    left = jax.tree.leaves(jax.eval_shape(backward, params, microbatch))
     # A weight, or its cast copy, that is handed over is no activation.
     weights = {x.shape for x in jax.tree.leaves(params) if len(x.shape) > 1}
     return float(sum(_bytes(x) for x in left if x.shape not in weights))
 
 
-def _without_parts(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _without_first_axis(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     sharding = x.sharding
     assert isinstance(sharding, NamedSharding)
     inner = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))

@@ -24,7 +24,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from llama_jax import chips
@@ -48,12 +49,12 @@ from llama_jax.config import (
     recipes_folder,
     to_dict,
 )
-from llama_jax.data.batch import Feed
+from llama_jax.data.batch import Batch, ShardBatch, abstract_batch
 from llama_jax.data.mixture import TrainData, eval_batches, held_out, open_mixture
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.io import atomic_write, folder_lock, sha256
 from llama_jax.model.llama import ComputeConfig
-from llama_jax.model.sharding import changed_settings, mesh_for
+from llama_jax.model.sharding import AXES, changed_settings, mesh_for
 from llama_jax.prepare.shards import prepare_mixture
 from llama_jax.train import failure, interrupt, run_folder
 from llama_jax.train import metrics as report
@@ -290,9 +291,10 @@ class Run:
             self.mixture = open_mixture(prepared, moved)
             self._check_tokenizer()
         self.tokenizer = Tokenizer.load(self.mixture.tokenizer)
-        self.feed = Feed(self.recipe, self.mesh, self.compute.rules.activation_without_tensor("BT"))
+        self.spec = self.compute.rules.activation_without_tensor("BT")
+        self.shard_batch = ShardBatch(self.recipe, self.mesh, self.spec)
         batch_size = self.recipe.train.batch_size
-        self.data = TrainData(self.mixture, data, batch_size, self.feed.batch_rows)
+        self.data = TrainData(self.mixture, data, batch_size, self.shard_batch.batch_rows)
 
     def _check_tokenizer(self) -> None:
         """The tokenizer of a run that continues is the one saved with its weights."""
@@ -461,23 +463,21 @@ class Run:
     def _compile(self) -> Any:
         self.stop.phase("compiling")
         start = time.perf_counter()
-        batch = self.feed(self._example(), False)
+        batch = abstract_batch(self.recipe, self.mesh, self.spec)
         step = jax.jit(
             make_train_step(self.recipe, self.compute),
             donate_argnums=0,
             compiler_options=chips.compiler_options(self.platform),
         )
-        compiled = step.lower(self.state, batch).compile()
+        compiled = step.lower(self.state, batch, self._stop_flags()).compile()
         self.say(f"compiled the step in {time.perf_counter() - start:.1f} s")
         return compiled
 
-    def _example(self) -> dict[str, np.ndarray]:
-        """A batch of the shapes that training batches have."""
-        shape = (len(self.feed.batch_rows), self.recipe.data.seq_len)
-        dtypes: dict[str, Any] = {"inputs_BT": np.int32, "targets_BT": np.int32}
-        if self.recipe.data.packing == "segments":
-            dtypes |= {"segment_ids_BT": np.int32, "positions_BT": np.int32, "mask_BT": np.float32}
-        return {key: np.zeros(shape, dtype) for key, dtype in dtypes.items()}
+    def _stop_flags(self) -> jax.Array:
+        """A flag per device, so that any process can ask all of them to stop."""
+        stop = np.full(1, self.stop.signal is not None, np.int32)
+        flags = NamedSharding(self.mesh, P(AXES))
+        return jax.make_array_from_callback((self.mesh.size,), flags, lambda _: stop)
 
     def _loop(self, compiled: Any, bar: tqdm) -> None:
         train, every = self.recipe.train, self.recipe.checkpoint.save_every
@@ -488,9 +488,7 @@ class Run:
             with clock.waiting():
                 batch, number = self._next_batch()
             profiler.before(self.step + 1)
-            self.state, metrics = compiled(
-                self.state, self.feed(batch, self.stop.signal is not None)
-            )
+            self.state, metrics = compiled(self.state, self.shard_batch(batch), self._stop_flags())
             self.step += 1
             profiler.after(self.step, metrics)
             pending.append((self.step, metrics | {"batch": number}))
@@ -516,7 +514,7 @@ class Run:
                 break
         profiler.close()
 
-    def _next_batch(self) -> tuple[dict[str, np.ndarray], int]:
+    def _next_batch(self) -> tuple[Batch, int]:
         """The next batch that is not skipped, and its number in the order of the data, from 1."""
         while True:
             batch = next(self.data)
@@ -586,7 +584,7 @@ class Run:
 
     def _evaluate(self) -> None:
         """Held-out loss of each source, and of the mixture by the sources' weights."""
-        recipe, rows = self.recipe, self.feed.rows
+        recipe, rows = self.recipe, self.shard_batch.microbatch_size
         if not hasattr(self, "_eval_step"):
             self._eval_step = jax.jit(make_eval_step(recipe, self.compute))
             self._held_out = {
@@ -601,12 +599,9 @@ class Run:
                 rows,
                 recipe.train.eval_batches,
                 name,
-                self.feed.part_rows,
+                self.shard_batch.microbatch_rows,
             )
-            sums = [
-                self._eval_step(self.state.params, self.feed(batch, False, parts=1))
-                for batch in batches
-            ]
+            sums = [self._eval_step(self.state.params, self.shard_batch(b)) for b in batches]
             of = self._held_out[name]
             nll = float(sum(np.float64(x) for x in jax.device_get(sums)))
             rowsets[name] = {

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ConfigError, Recipe
+from llama_jax.data.batch import Batch
 from llama_jax.model.llama import ComputeConfig, Llama, rope_of
 from llama_jax.model.params import Params, merge, params_of, structure
 from llama_jax.model.sharding import PRESETS, first_position, no_mesh, reshard
@@ -100,39 +101,35 @@ def abstract_state(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> TrainS
 
 def make_train_step(
     recipe: Recipe, compute: ComputeConfig
-) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """The function that is compiled: (state, batch) -> (state, metrics).
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict]]:
+    """The function that is compiled: (state, batch, stop) -> (state, metrics).
 
-    A batch holds int32 ``inputs_BT`` and ``targets_BT``, optionally ``mask_BT`` (float32, which
-    targets count),
-    ``segment_ids_BT`` and ``positions_BT``, each with a leading axis of accumulation steps; and
-    ``stop``, a flag a
-    device. Metrics: loss (mean over counted targets, nats), grad_norm (before clipping),
-    learning_rate (of this
-    update), stop (how many devices ask to).
+    The batch has a leading axis of microbatches; ``stop`` is a flag per device. Metrics: loss (mean
+    over counted targets, nats), grad_norm (before clipping), learning_rate (of this update), stop
+    (number of devices that ask to stop).
     """
     optimizer = make_optimizer(recipe.optim, recipe.train.steps)
     schedule = make_schedule(recipe.optim, recipe.train.steps)
     graphdef = structure(recipe.model, compute)
 
-    def loss_sum(params: Params, part: dict) -> jax.Array:
-        return nll_sum(merge(graphdef, params), part, recipe.train.loss_chunk)
+    def loss_sum(params: Params, microbatch: Batch) -> jax.Array:
+        return nll_sum(merge(graphdef, params), microbatch, recipe.train.loss_chunk)
 
-    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        batch = dict(batch)
-        stop = jnp.sum(batch.pop("stop"))
-        mask = batch.get("mask_BT")
-        counted = jnp.float32(batch["targets_BT"].size) if mask is None else jnp.sum(mask)
-        parts = batch["targets_BT"].shape[0]
-        if parts == 1:
-            part = jax.tree.map(lambda x: x[0], batch)
-            total, grads = jax.value_and_grad(lambda p: loss_sum(p, part) / counted)(state.params)
+    def train_step(state: TrainState, batch: Batch, stop: jax.Array) -> tuple[TrainState, dict]:
+        mask = batch.mask_BT
+        counted = jnp.float32(batch.targets_BT.size) if mask is None else jnp.sum(mask)
+        microbatches = batch.targets_BT.shape[0]
+
+        def loss_and_grads(microbatch: Batch) -> tuple[jax.Array, Params]:
+            loss = lambda params: loss_sum(params, microbatch) / counted
+            return jax.value_and_grad(loss)(state.params)
+
+        if microbatches == 1:
+            total, grads = loss_and_grads(batch.microbatch(0))
         else:
 
-            def add(carry, part):
-                loss, grads = jax.value_and_grad(lambda p: loss_sum(p, part) / counted)(
-                    state.params
-                )
+            def add(carry, microbatch):
+                loss, grads = loss_and_grads(microbatch)
                 return jax.tree.map(jnp.add, carry, (loss, grads)), None
 
             zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
@@ -141,7 +138,7 @@ def make_train_step(
             "loss": total,
             "grad_norm": optax.global_norm(grads),
             "learning_rate": schedule(_count(state.optimizer)),
-            "stop": stop,
+            "stop": jnp.sum(stop),
         }
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
@@ -154,18 +151,16 @@ def _count(opt_state: Any) -> jax.Array:
     return opt_state[-1].count
 
 
-def nll_sum(llama: Llama, batch: dict, chunk: int) -> jax.Array:
-    """Sum over counted targets of -log p(target), nats, float32.
+def nll_sum(llama: Llama, batch: Batch, chunk: int) -> jax.Array:
+    """Sum over counted targets of -log p(target) of one microbatch, nats, float32.
 
     ``chunk`` tokens of each device have logits at a time (0: all); their logits are computed again
     in the backward pass.
     """
     x_BTD = llama.hidden(
-        batch["inputs_BT"],
-        positions_BT=batch.get("positions_BT"),
-        segment_ids_BT=batch.get("segment_ids_BT"),
+        batch.inputs_BT, positions_BT=batch.positions_BT, segment_ids_BT=batch.segment_ids_BT
     )
-    targets_BT, mask_BT = batch["targets_BT"], batch.get("mask_BT")
+    targets_BT, mask_BT = batch.targets_BT, batch.mask_BT
     if mask_BT is None:
         mask_BT = jnp.ones(targets_BT.shape, jnp.float32)
     rules = llama.compute.rules
@@ -235,13 +230,11 @@ def _is_target(logits_BTV, targets_BT):
     return ids == targets_BT[..., None]
 
 
-def make_eval_step(recipe: Recipe, compute: ComputeConfig) -> Callable[[Params, dict], jax.Array]:
-    """(params, batch) -> sum of -log p over counted targets, nats; a batch as for the train step,
-    of one part."""
+def make_eval_step(recipe: Recipe, compute: ComputeConfig) -> Callable[[Params, Batch], jax.Array]:
+    """(params, batch) -> sum of -log p over counted targets, nats; the batch has one microbatch."""
     graphdef = structure(recipe.model, compute)
 
-    def eval_step(params: Params, batch: dict) -> jax.Array:
-        part = {key: value[0] for key, value in batch.items() if key != "stop"}
-        return nll_sum(merge(graphdef, params), part, recipe.train.loss_chunk)
+    def eval_step(params: Params, batch: Batch) -> jax.Array:
+        return nll_sum(merge(graphdef, params), batch.microbatch(0), recipe.train.loss_chunk)
 
     return eval_step

@@ -17,6 +17,7 @@ import pytest
 
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data import mixture as data_module
+from llama_jax.data.batch import Batch
 from llama_jax.data.mixture import (
     Mixing,
     Mixture,
@@ -110,14 +111,18 @@ def documents(mixture: Mixture, name: str, split: str) -> list[list[int]]:
     return found
 
 
-def take(data: TrainData, count: int) -> list[dict[str, np.ndarray]]:
+def take(data: TrainData, count: int) -> list[Batch]:
     return [next(data) for _ in range(count)]
 
 
-def same(a: list[dict[str, np.ndarray]], b: list[dict[str, np.ndarray]]) -> bool:
-    return len(a) == len(b) and all(
-        x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x)
-        for x, y in zip(a, b, strict=True)
+def fields(batch: Batch) -> dict[str, np.ndarray]:
+    """The fields that are present, by name."""
+    return {name: x for name, x in batch._asdict().items() if x is not None}
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b))
     )
 
 
@@ -152,11 +157,10 @@ def test_windows_equal_a_slow_reference(mixture, split, packing):
         for index in range(windows.padded_len):
             expected = reference(docs, index, packing == "segments")
             found = windows.padded(index)
-            assert {k: v.tolist() for k, v in found.items()} == expected
+            assert {k: v.tolist() for k, v in fields(found).items()} == expected
             if index < len(windows):
                 plain = windows[index]
-                assert plain.keys() == found.keys() - ({"mask_BT"} if packing == "concat" else ())
-                assert all(np.array_equal(plain[k], found[k]) for k in plain)
+                assert same([plain], [found if packing == "segments" else Batch(*found[:2])])
 
 
 def test_read_across_shards(mixture):
@@ -199,10 +203,10 @@ def test_arrays_of_a_batch(mixture):
         data = TrainData(mixture, config(packing), 6)
         batch = next(data)
         data.close()
-        assert {k: v.dtype for k, v in batch.items()} == expected
-        assert {v.shape for v in batch.values()} == {(6, T)}
-        assert all(v.flags.writeable for v in batch.values())
-        np.testing.assert_array_equal(batch["inputs_BT"][:, 1:], batch["targets_BT"][:, :-1])
+        assert {k: v.dtype for k, v in fields(batch).items()} == expected
+        assert {v.shape for v in fields(batch).values()} == {(6, T)}
+        assert all(v.flags.writeable for v in fields(batch).values())
+        np.testing.assert_array_equal(batch.inputs_BT[:, 1:], batch.targets_BT[:, :-1])
 
 
 PAPER = [0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02]
@@ -230,7 +234,7 @@ def windows_of(mixture: Mixture) -> dict[bytes, list[tuple[str, int]]]:
     for name, source in mixture.sources.items():
         windows = Windows(source, config(), "train")
         for i in range(len(windows)):
-            found.setdefault(windows[i]["inputs_BT"].tobytes(), []).append((name, i))
+            found.setdefault(windows[i].inputs_BT.tobytes(), []).append((name, i))
     assert all(len(places) == 1 for places in found.values())
     return found
 
@@ -243,7 +247,7 @@ def test_realised_mixture_and_epochs(mixture):
     order: dict[str, list[int]] = {n: [] for n in lengths}
     assert {n: p.epochs for n, p in data.progress().items()} == {"a": 0, "b": 0, "c": 0}
     for _ in range(60):
-        for row in next(data)["inputs_BT"]:
+        for row in next(data).inputs_BT:
             [(name, index)] = where[row.tobytes()]
             order[name].append(index)
         total = sum(map(len, order.values()))
@@ -273,7 +277,7 @@ def test_seed_decides_the_order(mixture):
 
 @pytest.mark.parametrize("packing", ["concat", "segments"])
 def test_hosts_share_the_same_global_batches(mixture, packing):
-    def run(shares: list[list[int]]) -> list[dict[str, np.ndarray]]:
+    def run(shares: list[list[int]]) -> list[Batch]:
         parts = []
         for rows in shares:
             data = TrainData(mixture, config(packing), 8, rows)
@@ -282,7 +286,7 @@ def test_hosts_share_the_same_global_batches(mixture, packing):
         return together(parts, shares)
 
     one = run([list(range(8))])
-    assert one[0]["inputs_BT"].shape == (8, T)
+    assert one[0].inputs_BT.shape == (8, T)
     for shares in SHARES:
         assert same(one, run(shares))
 
@@ -295,13 +299,11 @@ SHARES = [
 ]
 
 
-def together(parts: list[list[dict]], shares: list[list[int]]) -> list[dict[str, np.ndarray]]:
+def together(parts: list[list[Batch]], shares: list[list[int]]) -> list[Batch]:
     """The batches of all hosts, each row in its place."""
     places = np.argsort(np.concatenate(shares))
-    return [
-        {k: np.concatenate([p[k] for p in batch])[places] for k in batch[0]}
-        for batch in zip(*parts, strict=True)
-    ]
+    join = lambda *x: np.concatenate(x)[places]
+    return [jax.tree.map(join, *batches) for batches in zip(*parts, strict=True)]
 
 
 def test_resume_at_any_batch(mixture):
@@ -388,9 +390,9 @@ def test_evaluation_covers_every_held_out_token_once(mixture, packing):
     for name in mixture.sources:
         docs = documents(mixture, name, "holdout")
         batches = list(eval_batches(mixture, config(packing), 4, 10**6, name))
-        assert {b[k].shape for b in batches for k in b} == {(4, T)}
-        mask = np.concatenate([b["mask_BT"] for b in batches]).ravel()
-        targets = np.concatenate([b["targets_BT"] for b in batches]).ravel()[mask > 0]
+        assert {x.shape for x in jax.tree.leaves(batches)} == {(4, T)}
+        mask = np.concatenate([b.mask_BT for b in batches]).ravel()
+        targets = np.concatenate([b.targets_BT for b in batches]).ravel()[mask > 0]
         flat = [t for doc in docs for t in doc]
         wanted = flat[1:] if packing == "concat" else [t for doc in docs for t in doc[1:]]
         # A segment cut by a window keeps its target: only the first token of a document is none.
@@ -402,8 +404,8 @@ def test_evaluation_is_spread_and_the_same_on_any_number_of_hosts(mixture):
     everything = list(eval_batches(mixture, config(), 4, 10**6, "a"))
     few = list(eval_batches(mixture, config(), 4, 2, "a"))
     assert len(few) == 2 < len(everything)
-    rows = [r.tobytes() for b in everything for r in b["inputs_BT"]]
-    places = [rows.index(r.tobytes()) for b in few for r in b["inputs_BT"]]
+    rows = [r.tobytes() for b in everything for r in b.inputs_BT]
+    places = [rows.index(r.tobytes()) for b in few for r in b.inputs_BT]
     assert places == sorted(set(places))
     assert places[-1] > len(rows) * 0.7
     for shares in ([[0, 1], [2, 3]], [[1, 2], [0, 3]], [[3], [0], [1], [2]]):
@@ -449,7 +451,7 @@ def test_no_held_out_window_in_training(tmp_path):
     data = TrainData(mixture, cfg, 1)
     met = set()
     for batch in take(data, len(windows)):
-        ids, segments = batch["inputs_BT"][0], batch["segment_ids_BT"][0]
+        ids, segments = batch.inputs_BT[0], batch.segment_ids_BT[0]
         for s in range(1, segments.max() + 1):
             met.add(tuple(ids[segments == s].tolist()))
     data.close()
@@ -480,7 +482,7 @@ def test_sequences_longer_than_the_text(mixture):
         TrainData(mixture, config(seq_len=100_000), 4)
     count = tokens["holdout"]
     (batch,) = eval_batches(mixture, config(seq_len=count + 9), 4, 10, "a")
-    assert batch["mask_BT"].sum() == batch["mask_BT"][0, : count - 1].sum() == count - 1
+    assert batch.mask_BT.sum() == batch.mask_BT[0, : count - 1].sum() == count - 1
     figures = held_out(mixture, config(seq_len=count + 9), 4, 10, "a")
     assert figures == held_out(mixture, config(), 4, 10**6, "a")
 
@@ -532,7 +534,7 @@ def test_ids_outside_the_vocabulary(copy):
     with pytest.raises(ValueError, match="token id 5000 is outside the vocabulary of 320"):
         take(data, 400)
     data.close()
-    assert windows[1]["inputs_BT"].max() < 320
+    assert windows[1].inputs_BT.max() < 320
 
 
 def alter(path: Path, change: Any, *keys: Any) -> None:

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import chips
 from llama_jax.chips import peak_tflops
 from llama_jax.config import ConfigError, MeshConfig, check_recipe, load_recipe
-from llama_jax.data.batch import Feed, host_rows, local_slice
+from llama_jax.data.batch import Batch, ShardBatch, abstract_batch, host_rows, local_slice
 from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.sharding import (
     AXES,
@@ -426,17 +426,21 @@ def test_every_mesh_on_every_topology(name):
 
 
 @pytest.mark.parametrize("order", [[0, 2, 4, 6, 1, 3, 5, 7], [7, 3, 5, 1, 0, 6, 2, 4]])
-def test_feed_places_rows_whatever_the_order_of_devices(order):
+def test_batches_are_placed_whatever_the_order_of_devices(order):
     recipe = _recipe(
         "fsdp_tensor", dict(data=2, fsdp=2, tensor=2), batch=12, gradient_accumulation=3
     )
     mesh = make_mesh(recipe.mesh, [jax.devices()[i] for i in order])
-    feed = Feed(recipe, mesh, PRESETS["fsdp_tensor"].activation_without_tensor("BT"))
-    assert feed.batch_rows.tolist() == list(range(12))
+    spec = PRESETS["fsdp_tensor"].activation_without_tensor("BT")
+    shard_batch = ShardBatch(recipe, mesh, spec)
+    assert shard_batch.batch_rows.tolist() == list(range(12))
     batch = np.arange(12 * 16, dtype=np.int32).reshape(12, 16)
-    placed = feed({"inputs_BT": batch}, True)
-    np.testing.assert_array_equal(placed["inputs_BT"], batch.reshape(3, 4, 16))
-    assert placed["stop"].tolist() == [1] * 8
+    placed = shard_batch(Batch(batch, batch + 1))
+    np.testing.assert_array_equal(placed.inputs_BT, batch.reshape(3, 4, 16))
+    np.testing.assert_array_equal(placed.targets_BT, batch.reshape(3, 4, 16) + 1)
+    described = lambda x: (x.shape, x.dtype, x.sharding)
+    abstract = jax.tree.map(described, abstract_batch(recipe, mesh, spec))
+    assert jax.tree.map(described, placed) == abstract
     hosts = [Proxy(i, i % 2, 0, "cpu") for i in range(8)]
     mesh = make_mesh(MeshConfig(), hosts)
     assert host_rows(mesh, P("fsdp"), 16, 1).tolist() == [2, 3, 6, 7, 10, 11, 14, 15]

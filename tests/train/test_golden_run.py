@@ -16,8 +16,8 @@ import pytest
 
 from llama_jax import chips
 from llama_jax.convert.orbax import open_array
-from llama_jax.data import batch as feed
 from llama_jax.data import mixture as data
+from llama_jax.data.batch import ShardBatch
 from llama_jax.train import loop as train
 from llama_jax.train import metrics as report
 
@@ -26,7 +26,7 @@ from llama_jax.train import metrics as report
 # in a small one moves its weight by as much as one in a large one.
 LOSS, NORM = 2e-6, 2e-5
 PEAK = 1e9  # FLOP/s of a device, instead of what this CPU does
-WAIT, FEED = 1.0, 3.0  # seconds that a batch and its transfer take on the clock of the test
+WAIT, TRANSFER = 1.0, 3.0  # seconds that a batch and its transfer take on the clock of the test
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def run(tmp_path_factory):
         patch.setattr(report, "time", clock)
         patch.setattr(chips, "peak_flops", lambda device: (PEAK, "the test"))
         patch.setattr(data.TrainData, "__next__", taking(WAIT, data.TrainData.__next__))
-        patch.setattr(feed.Feed, "__call__", taking(FEED, feed.Feed.__call__))
+        patch.setattr(ShardBatch, "__call__", taking(TRANSFER, ShardBatch.__call__))
         assert train.main([str(golden.FOLDER / "recipe.toml"), *overrides]) == 0
     return folder / "run"
 
@@ -122,8 +122,8 @@ def test_throughput_is_of_training_alone(records):
     weights = 2 * layer + model["dim"] + model["dim"] * model["vocab_size"]
     causal = 12 * 2 * (4 * model["head_dim"]) * 32 / 2
     for r in records["train"][1:]:
-        assert r["tokens_per_second"] == pytest.approx(tokens / (WAIT + FEED)), r["step"]
-        assert r["data_wait"] == pytest.approx(WAIT / (WAIT + FEED))
+        assert r["tokens_per_second"] == pytest.approx(tokens / (WAIT + TRANSFER)), r["step"]
+        assert r["data_wait"] == pytest.approx(WAIT / (WAIT + TRANSFER))
         flops = r["tokens_per_second"] * (6 * weights + causal) / 8
         assert r["tflops"] * 1e12 == pytest.approx(flops)
         assert r["mfu"] == pytest.approx(flops / PEAK)

@@ -19,6 +19,7 @@ import llama_jax
 from llama_jax.checkpoint.file_hashes import record_files
 from llama_jax.config import load_recipe
 from llama_jax.convert.orbax import open_array
+from llama_jax.data.batch import Batch
 from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.io import folder_lock
 from llama_jax.model.llama import ComputeConfig
@@ -113,12 +114,16 @@ def recipe_of(place, *overrides):
     return load_recipe(place / "recipe.toml", overrides)
 
 
-def batch(parts=1, rows=8, seed=0, mask=False):
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, 288, (parts, rows // parts, 33), np.int32)
-    out = {"inputs_BT": ids[..., :-1], "targets_BT": ids[..., 1:], "stop": np.zeros(1, np.int32)}
+STOP = np.zeros(1, np.int32)
+
+
+def batch(mask=False):
+    """One microbatch of 8 rows."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 288, (1, 8, 33), np.int32)
+    out = Batch(ids[..., :-1], ids[..., 1:])
     if mask:
-        out["mask_BT"] = (rng.random(out["targets_BT"].shape) < 0.7).astype(np.float32)
+        out = out._replace(mask_BT=(rng.random(out.targets_BT.shape) < 0.7).astype(np.float32))
     return out
 
 
@@ -175,9 +180,9 @@ def test_a_loss_that_is_no_number_stops_the_run(run, place, monkeypatch):
     def broken(recipe, compute):
         step = real(recipe, compute)
 
-        def wrapped(state, batch):
+        def wrapped(state, batch, stop):
             count = state.optimizer[-1].count
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, stop)
             return state, metrics | {"loss": jnp.where(count >= 4, jnp.nan, metrics["loss"])}
 
         return wrapped
@@ -402,14 +407,13 @@ def test_training_starts_from_given_weights(run, place):
 
 
 def test_accumulation_equals_the_big_batch(place):
-    """With a mask: parts of the batch then have different numbers of targets."""
+    """With a mask, so that microbatches have different numbers of targets."""
     results = []
-    for parts in (1, 4):
-        recipe = recipe_of(place, f"train.gradient_accumulation={parts}")
+    for count in (1, 4):
+        recipe = recipe_of(place, f"train.gradient_accumulation={count}")
         state = fresh_state(recipe)
-        whole = batch(mask=True)
-        cut = {k: v.reshape(parts, -1, 32) if k != "stop" else v for k, v in whole.items()}
-        results.append(jax.jit(make_train_step(recipe, HOW))(state, cut))
+        microbatches = jax.tree.map(lambda x, n=count: x.reshape(n, -1, 32), batch(mask=True))
+        results.append(jax.jit(make_train_step(recipe, HOW))(state, microbatches, STOP))
     near(results[0][1], results[1][1], 1e-6)
     near(results[0][0].optimizer[1].mu, results[1][0].optimizer[1].mu, 1e-5)
 
@@ -417,8 +421,8 @@ def test_accumulation_equals_the_big_batch(place):
 def test_pieces_of_the_loss_equal_the_whole(place):
     recipe = recipe_of(place)
     params, shape = fresh_state(recipe).params, structure(recipe.model, HOW)
-    part = {k: v[0] for k, v in batch(mask=True).items() if k != "stop"}
-    loss = lambda chunk, p: nll_sum(merge(shape, p), part, chunk)
+    microbatch = batch(mask=True).microbatch(0)
+    loss = lambda chunk, p: nll_sum(merge(shape, p), microbatch, chunk)
     whole, pieces = (
         jax.jit(jax.value_and_grad(functools.partial(loss, chunk)))(params) for chunk in (0, 64)
     )
@@ -450,12 +454,11 @@ def test_the_schedule_and_the_update_are_the_papers(place):
     np.testing.assert_allclose(schedule(12), 0.0055, rtol=1e-6)
 
     state = fresh_state(recipe)
-    part = {k: v[0] for k, v in batch().items() if k != "stop"}
     shape = structure(recipe.model, HOW)
-    loss = lambda p: nll_sum(merge(shape, p), part, 0) / 256
+    loss = lambda p: nll_sum(merge(shape, p), batch().microbatch(0), 0) / 256
     grads = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(state.params))
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
-    after, metrics = jax.jit(make_train_step(recipe, HOW))(state, batch())
+    after, metrics = jax.jit(make_train_step(recipe, HOW))(state, batch(), STOP)
     assert norm > 0.1
     np.testing.assert_allclose(
         [metrics["grad_norm"], metrics["learning_rate"]], [norm, 0.0025], 1e-5

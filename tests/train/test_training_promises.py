@@ -23,6 +23,7 @@ import pytest
 from llama_jax import io
 from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints, load_weights
 from llama_jax.config import DataConfig, OptimConfig, SourceConfig
+from llama_jax.data.batch import Batch
 from llama_jax.data.mixture import Mixture, Source, TokenStream, TrainData
 from llama_jax.model.llama import ComputeConfig, rms_norm
 from llama_jax.prepare.shards import prepare_mixture
@@ -37,17 +38,17 @@ CFG = tools.small()
 # The step ----------------------------------------------------------------------------------------
 
 
-def batch_of(rows: int = 2, T: int = 12) -> dict[str, np.ndarray]:
+def batch_of(rows: int = 2, T: int = 12) -> Batch:
     """Random ids and masks, two segments a row, positions that no default would give."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, CFG.vocab_size, (rows, T + 1), np.int32)
-    return {
-        "inputs_BT": ids[:, :-1],
-        "targets_BT": ids[:, 1:],
-        "mask_BT": (rng.random((rows, T)) < 0.6).astype(np.float32),
-        "segment_ids_BT": np.sort(rng.integers(1, 3, (rows, T)), axis=1).astype(np.int32),
-        "positions_BT": np.cumsum(rng.integers(1, 4, (rows, T)), axis=1).astype(np.int32),
-    }
+    return Batch(
+        inputs_BT=ids[:, :-1],
+        targets_BT=ids[:, 1:],
+        mask_BT=(rng.random((rows, T)) < 0.6).astype(np.float32),
+        segment_ids_BT=np.sort(rng.integers(1, 3, (rows, T)), axis=1).astype(np.int32),
+        positions_BT=np.cumsum(rng.integers(1, 4, (rows, T)), axis=1).astype(np.int32),
+    )
 
 
 def test_the_loss_uses_everything_in_a_batch():
@@ -63,15 +64,15 @@ def test_the_loss_uses_everything_in_a_batch():
 
     @jax.jit
     def want(params, batch):
-        known = {k: v for k, v in batch.items() if k in ("segment_ids_BT", "positions_BT")}
-        log_p = jax.nn.log_softmax(build(params)(batch["inputs_BT"], **known))
-        nll = -jnp.take_along_axis(log_p, batch["targets_BT"][..., None], axis=-1)[..., 0]
-        return jnp.sum(nll * batch["mask_BT"])
+        known = {k: getattr(batch, k) for k in ("segment_ids_BT", "positions_BT")}
+        log_p = jax.nn.log_softmax(build(params)(batch.inputs_BT, **known))
+        nll = -jnp.take_along_axis(log_p, batch.targets_BT[..., None], axis=-1)[..., 0]
+        return jnp.sum(nll * batch.mask_BT)
 
     whole = float(ours(params, batch))
     assert whole == pytest.approx(float(want(params, batch)), rel=1e-6)
     for key in ("mask_BT", "segment_ids_BT", "positions_BT"):
-        less = {k: v for k, v in batch.items() if k != key}
+        less = batch._replace(**{key: None})
         assert abs(float(ours(params, less)) / whole - 1) > 1e-4, key
 
 
@@ -138,9 +139,9 @@ def test_a_request_to_stop_on_any_device_is_seen():
     compute = ComputeConfig(jnp.dtype("float32"))
     zeros = lambda tree: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
     state = zeros(jax.eval_shape(lambda: init_state(recipe, compute)))
-    batch = {k: v[None] for k, v in batch_of().items()}
-    count = jax.jit(lambda batch: make_train_step(recipe, compute)(state, batch)[1]["stop"])
-    assert count(batch | {"stop": np.array([0, 0, 1, 0], np.int32)}) == 1
+    batch = jax.tree.map(lambda x: x[None], batch_of())
+    count = jax.jit(lambda stop: make_train_step(recipe, compute)(state, batch, stop)[1]["stop"])
+    assert count(np.array([0, 0, 1, 0], np.int32)) == 1
 
 
 def test_dtypes_follow_the_platform():
@@ -166,14 +167,14 @@ def a_run(monkeypatch, folder: Path, metrics_of, *overrides: str) -> int:
     """
 
     def make(recipe, compute):
-        def step(state, batch):
+        def step(state, batch, stop):
             done = state.optimizer[-1].count + 1
             count_up = lambda x: x + 1 if jnp.issubdtype(x.dtype, jnp.integer) else x
             metrics = {
                 "loss": jnp.float32(1),
                 "grad_norm": jnp.float32(1),
                 "learning_rate": jnp.float32(1),
-                "stop": jnp.sum(batch["stop"]),
+                "stop": jnp.sum(stop),
             }
             return jax.tree.map(count_up, state), metrics | metrics_of(done)
 
@@ -312,7 +313,7 @@ def test_a_file_that_takes_the_place_of_another_is_read(tmp_path):
 
 def test_sources_of_one_length_are_shuffled_apart():
     data = data_of(source("a"), source("b"))
-    rows = np.concatenate([next(data)["inputs_BT"] for _ in range(20)])
+    rows = np.concatenate([next(data).inputs_BT for _ in range(20)])
     data.close()
     # Both have the same text, in turns: the orders would be equal.
     assert len({row.tobytes() for row in rows}) > 30
