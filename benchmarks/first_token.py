@@ -25,9 +25,9 @@ from flax import nnx
 from benchmarks.tokenise import machine, write
 from llama_jax.checkpoint.checkpoints import Checkpoints, write_about
 from llama_jax.config import MODELS
-from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.params import params_of
+from llama_jax.prepare.tokenizer import train_tokenizer
 
 MODEL, PROMPT = "stories110m", "def main("
 PEER = """

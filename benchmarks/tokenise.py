@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import DataConfig, SourceConfig
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.prepare.shards import prepare_mixture
 from llama_jax.prepare.text import find_files, read_documents
+from llama_jax.prepare.tokenizer import train_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 VOCAB_SIZE = 8192

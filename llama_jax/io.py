@@ -17,6 +17,8 @@ from typing import Any
 
 MAX_JSON_BYTES = 64 << 20
 """The largest JSON file read; a tokenizer.json of 128k tokens has 17 MB."""
+LFS_POINTER = b"version https://git-lfs"
+"""First bytes of the small file that Git LFS leaves in place of one that was not downloaded."""
 
 
 def atomic_write(path: Path, content: bytes) -> None:
@@ -58,7 +60,7 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
     """The content of a regular file of at most ``max_bytes``.
 
     Raises:
-      ValueError: a folder, pipe or device, or a file that is larger; says which.
+      ValueError: a folder, pipe or device, a larger file, or a Git LFS pointer; says which.
       OSError: missing or not readable.
     """
     # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
@@ -70,7 +72,13 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
     with open(descriptor, "rb") as f:
         if info.st_size > max_bytes:
             raise ValueError(f"{path} has {info.st_size:,} bytes; at most {max_bytes:,} are read")
-        return f.read()
+        content = f.read()
+    if content.startswith(LFS_POINTER):
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` where it came "
+            "from"
+        )
+    return content
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -82,11 +90,6 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
       OSError: missing or not readable.
     """
     content = read_limited(path, max_bytes)
-    if content.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` where it came "
-            "from"
-        )
     try:
         tree = json.loads(content.decode("utf-8"))
     except RecursionError:

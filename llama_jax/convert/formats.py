@@ -20,6 +20,8 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llama_jax.io import LFS_POINTER
+
 
 class FormatError(ValueError):
     """A file that is not what its name says, or not something we read; the message says which
@@ -29,8 +31,6 @@ class FormatError(ValueError):
         super().__init__(message[:_LONGEST_MESSAGE])
 
 
-LFS_POINTER = b"version https://git-lfs"
-"""how the text starts that stands for a file that Git LFS has not fetched"""
 _LONGEST_MESSAGE = 1000
 _LONGEST_HEADER = 8 << 20
 """bytes of a safetensors header; that of Llama 3.1 405B in one file has 0.2 MB"""

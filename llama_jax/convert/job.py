@@ -304,7 +304,7 @@ def _write_hf_settings(plan: Plan) -> None:
         _dump(folder / "tokenizer_config.json", settings)
 
 
-def _write_hf_tokenizer(plan: Plan, tokenizer: tokenizer_files.Tokenizer) -> bool:
+def _write_hf_tokenizer(plan: Plan, tokenizer: tokenizer_files.TokenizerFile) -> bool:
     """Write ``tokenizer.json`` for a tokenizer of Meta's; whether there is one."""
     try:
         tree = tokenizer_files.hf_json(tokenizer, plan.found.cfg.rope.type == "llama3")

@@ -24,7 +24,7 @@ from llama_jax.convert.orbax import OrbaxWeights
 from llama_jax.convert.quantised import MOST
 from llama_jax.convert.tensors import Part, TorchWeights, Unit, Weights, rows_of, units
 from llama_jax.data import tokenizer_files
-from llama_jax.data.tokenizer_files import Tokenizer
+from llama_jax.data.tokenizer_files import TokenizerFile
 from llama_jax.io import read_json
 
 Kind = Literal["meta", "hf", "orbax"]
@@ -59,7 +59,7 @@ class Found:
     """weight files (an Orbax checkpoint: its array folders)"""
     ids: dict[str, Any]
     """bos, eos (an id or a list of stop ids), pad"""
-    tokenizers: list[Tokenizer]
+    tokenizers: list[TokenizerFile]
     extras: list[Path]
     """small files that go along: tokenizer settings, chat template, generation settings"""
     remarks: list[str]

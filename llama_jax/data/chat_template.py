@@ -16,8 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.data.tokenizer import BREAK, Tokenizer
-from llama_jax.generate.detokenize import check_text
+from llama_jax.data.tokenizer import BREAK, Tokenizer, check_text
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _PATIENCE = 60

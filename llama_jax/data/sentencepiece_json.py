@@ -1,10 +1,8 @@
 """The ``tokenizer.json`` that gives the same ids as a SentencePiece BPE model.
 
-Hugging Face's BPE takes an ordered list of merges, which a SentencePiece file does not hold:
-SentencePiece joins whichever adjacent pair makes the piece of the highest score. What transformers
-5 derives from ``tokenizer.model`` alone orders the merges otherwise and gives other ids.
-
-    python -m llama_jax.convert SOURCE DESTINATION --to hf
+Hugging Face's BPE needs an ordered list of merges. A SentencePiece file has scores instead: the
+adjacent pair whose merged piece has the highest score is merged first. transformers 5 derives its
+merges from ``tokenizer.model`` in another order, which gives other ids.
 """
 
 import json
@@ -14,20 +12,20 @@ from typing import Any
 
 # Types of pieces, and of models, in SentencePiece's files.
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
-_BPE = 2
-_LONGEST_PIECE = 64
-"""characters; every cut of a piece is tried, and trained models stay under 20"""
+BPE = 2
+_MAX_PIECE_CHARS = 64
+"""Every split of a piece into two is tried; the pieces of trained models have under 20."""
 
 
 def to_json(content: bytes) -> dict[str, Any]:
     """``tokenizer.json`` of a SentencePiece model, checked against SentencePiece itself.
 
     Raises:
-      ValueError: not a BPE model, a text normalisation that ``tokenizer.json`` is not given here,
-        or ids that differ; says which.
+      ValueError: not a BPE model, an unsupported text normalisation, or ids that differ; says
+        which.
     """
-    proto = _parse(content)
-    if proto.trainer_spec.model_type != _BPE:
+    proto = parse(content)
+    if proto.trainer_spec.model_type != BPE:
         raise ValueError("it is not a BPE model")
     normal = proto.normalizer_spec
     if normal.precompiled_charsmap or normal.remove_extra_whitespaces:
@@ -35,7 +33,7 @@ def to_json(content: bytes) -> dict[str, Any]:
     if proto.trainer_spec.treat_whitespace_as_suffix or not normal.escape_whitespaces:
         raise ValueError("it does not write a space as the start of a piece")
     longest = max((len(p.piece) for p in proto.pieces), default=0)
-    if longest > _LONGEST_PIECE:
+    if longest > _MAX_PIECE_CHARS:
         raise ValueError(f"it has a piece of {longest} characters")
     tree = _tree(proto)
     if (text := _differing(tree, content)) is not None:
@@ -43,24 +41,19 @@ def to_json(content: bytes) -> dict[str, Any]:
     return tree
 
 
-def is_whole(content: bytes) -> bool:
-    """Whether a SentencePiece model has its last parts: one that is cut off between two pieces can
-    be parsed as well, and would lose text."""
-    try:
-        proto = _parse(content)
-    except ValueError:
-        return False
-    return proto.HasField("trainer_spec") and proto.HasField("normalizer_spec")
-
-
 def special_names(content: bytes) -> dict[str, str]:
     """Special tokens of a SentencePiece model, as ``tokenizer_config.json`` names them."""
-    proto = _parse(content)
+    proto = parse(content)
     ids = {name: getattr(proto.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk")}
     return {f"{name}_token": proto.pieces[i].piece for name, i in ids.items() if i >= 0}
 
 
-def _parse(content: bytes) -> Any:
+def parse(content: bytes) -> Any:
+    """The ``ModelProto`` of a SentencePiece model.
+
+    Raises:
+      ValueError: something else, or damaged.
+    """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as files
 
@@ -71,6 +64,9 @@ def _parse(content: bytes) -> Any:
         raise ValueError(f"it is damaged: {e}") from None
     if not all(isinstance(p.piece, str) for p in proto.pieces):
         raise ValueError("it is damaged: a piece is not UTF-8 text")
+    # A file cut off between two pieces can be parsed as a smaller vocabulary; these come last.
+    if not (proto.HasField("trainer_spec") and proto.HasField("normalizer_spec")):
+        raise ValueError("it is cut short: settings of the trainer or normaliser are missing")
     return proto
 
 
@@ -99,7 +95,7 @@ def _tree(proto: Any) -> dict[str, Any]:
         "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": before},
         "pre_tokenizer": None,
-        "post_processor": _starting_with(trainer.bos_id, pieces),
+        "post_processor": _bos_template(trainer.bos_id, pieces),
         "decoder": {"type": "Sequence", "decoders": after},
         "model": {
             "type": "BPE", "dropout": None, "unk_token": pieces[trainer.unk_id].piece,
@@ -112,7 +108,7 @@ def _tree(proto: Any) -> dict[str, Any]:
 
 
 def _merges(pieces: Any) -> list[list[str]]:
-    """Every pair of pieces that makes a third, best score first."""
+    """Every pair of pieces whose concatenation is a piece, highest score first."""
     ids = {p.piece: i for i, p in enumerate(pieces) if p.type == _NORMAL}
     merges = []
     for piece in ids:
@@ -124,7 +120,7 @@ def _merges(pieces: Any) -> list[list[str]]:
     return [[left, right] for *_, left, right in sorted(merges)]
 
 
-def _starting_with(bos: int, pieces: Any) -> dict[str, Any] | None:
+def _bos_template(bos: int, pieces: Any) -> dict[str, Any] | None:
     """The template that puts the BOS token before each text."""
     if bos < 0:
         return None
@@ -140,7 +136,7 @@ def _starting_with(bos: int, pieces: Any) -> dict[str, Any] | None:
 
 
 def _differing(tree: dict[str, Any], content: bytes) -> str | None:
-    """A text of which the two make different ids, or decode them differently; None: none found."""
+    """A text that ``tree`` and ``content`` encode or decode differently; None if none is found."""
     import sentencepiece
     import tokenizers
 
@@ -160,7 +156,7 @@ def _differing(tree: dict[str, Any], content: bytes) -> str | None:
 
 
 def _samples(processor: Any) -> Iterator[str]:
-    """Texts in which pieces meet that were not made to follow each other, and runs of spaces."""
+    """Random sequences of pieces, and runs of spaces."""
     rng = random.Random(0)
     ids = [i for i in range(len(processor)) if not processor.is_control(i)]
     words = [processor.decode([i]) for i in rng.choices(ids, k=4096)]

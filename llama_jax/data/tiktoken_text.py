@@ -1,15 +1,13 @@
-"""Meta's tiktoken text (a line a piece: base64 and rank), and the ``tokenizer.json`` that says the
-same.
-
-In comes a file's content; out come ranks of pieces, Llama 3's control tokens, and the JSON.
-"""
+"""Meta's tiktoken text (one token per line: base64 and rank) and the same as ``tokenizer.json``."""
 
 import base64
 from typing import Any
 
-MAX_WORD_BYTES = 1024
-"""Of a piece; Llama 3's longest has 128."""
-# How Llama 3 splits text before merging, from Meta's tokenizer.py.
+MAX_BYTES, MAX_TOKENS = 8 << 20, 1_000_000
+"""Of a file; Llama 3's has 2.2 MB and 128,000 tokens."""
+MAX_TOKEN_BYTES = 1024
+"""Longest token; Llama 3's longest has 128 bytes."""
+# The regular expression by which Llama 3 splits text before merging, from Meta's tokenizer.py.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -17,20 +15,25 @@ SPLIT = (
 
 
 def ranks_of(content: bytes) -> dict[bytes, int]:
-    """Each piece and its rank, which is its id.
+    """Each token's bytes and its rank, which is its id.
 
     Raises:
-      ValueError: the content is something else.
+      ValueError: the content is not tiktoken text, or damaged.
     """
+    count = content.count(b"\n")
+    if len(content) > MAX_BYTES or count > MAX_TOKENS or content.count(b" ") > count + 1:
+        raise ValueError("it is too large, or a line has more than two words")
     lines = (line.split() for line in content.decode("ascii").split("\n") if line)
     ranks = {base64.b64decode(word, validate=True): int(rank) for word, rank in lines}
-    if max(map(len, ranks), default=0) > MAX_WORD_BYTES:
-        raise ValueError(f"a piece has more than {MAX_WORD_BYTES} bytes")
+    if max(map(len, ranks), default=0) > MAX_TOKEN_BYTES:
+        raise ValueError(f"a token has more than {MAX_TOKEN_BYTES} bytes")
+    if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError("its ranks are not 0, 1, 2, ...")
     return ranks
 
 
 def special_tokens(newer: bool) -> list[str]:
-    """Llama 3's 256 special tokens in order; ``newer``: as Llama 3.1 and later named them."""
+    """Names of Llama 3's 256 special tokens in order; ``newer``: of Llama 3.1 and later."""
     named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id"}
     named[9] = "eot_id"
     if newer:
@@ -41,7 +44,7 @@ def special_tokens(newer: bool) -> list[str]:
 
 
 def to_json(ranks: dict[bytes, int], newer: bool) -> dict[str, Any]:
-    """``tokenizer.json`` that makes the same ids of the same text; ``newer`` as above."""
+    """The ``tokenizer.json`` that gives the same ids; ``newer`` as in :func:`special_tokens`."""
     merges = []
     for word, rank in ranks.items():
         cuts = [(word[:i], word[i:]) for i in range(1, len(word))]
@@ -78,7 +81,7 @@ def to_json(ranks: dict[bytes, int], newer: bool) -> dict[str, Any]:
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": True,  # a whole word of the vocabulary is one token, as in tiktoken
+            "ignore_merges": True,  # a word that is a token is not merged, as in tiktoken
             "vocab": {spell(word): rank for word, rank in ranks.items()},
             "merges": [[spell(a), spell(b)] for _, a, b in merges],
         },

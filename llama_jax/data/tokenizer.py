@@ -1,83 +1,84 @@
-"""Text to token ids and back; and how LLaMA's tokenizer was trained.
+"""Text to token ids and back.
 
-In comes a tokenizer's file (or text to train one on); out come ids, text, and how many bytes each
-id stands for: SentencePiece (LLaMA, Llama 2), ``tokenizer.json`` and tiktoken (Llama 3).
-
-    from llama_jax.data.tokenizer import Tokenizer
-    Tokenizer.load("tokenizer.model").encode("Hello", bos=True)
+from llama_jax.data.tokenizer import Tokenizer
+Tokenizer.load("tokenizer.model").encode("Hello", bos=True)
 """
 
 import functools
-import io
 import json
 import re
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llama_jax.data import tiktoken_text
-from llama_jax.io import MAX_JSON_BYTES, atomic_write, read_limited
+from llama_jax.data import sentencepiece_json, tiktoken_text
+from llama_jax.data.tokenizer_files import (
+    JSON_FILE,
+    MODEL_FILE,
+    TokenizerFile,
+    load_sentencepiece,
+    recognise,
+)  # fmt: skip
 
-FILE_NAME = "tokenizer.model"
-
-# The trainer and normaliser settings stored in LLaMA's own tokenizer.model.
-TRAINER = dict(
-    model_type="bpe",
-    character_coverage=0.99995,
-    split_digits=True,
-    byte_fallback=True,
-    allow_whitespace_only_pieces=True,
-    max_sentencepiece_length=16,
-    normalization_rule_name="identity",
-    add_dummy_prefix=True,
-    remove_extra_whitespaces=False,
-    unk_id=0,
-    bos_id=1,
-    eos_id=2,
-    pad_id=-1,
-    num_threads=8,  # stored in the model: a constant keeps the file the same on every machine
-)
-# SentencePiece drops lines of more than 4192 bytes from training; a character has at most 4.
-LONGEST_LINE = 1000
 MAX_IDS = 2**22
 """The largest vocabulary read; Gemma's has 262,144 ids."""
 PIECE_CHARS = 2**16
 """Longer texts are encoded in pieces of about this many characters where that is exact."""
-# Control ids that start and end a document, by the names that model families use.
-_STARTS = ("<|begin_of_text|>", "<s>")
-_ENDS = ("<|end_of_text|>", "</s>")
-# Regular expressions that end a word at white space after a letter: Llama 3's and Qwen's.
+# Names of the BOS and EOS tokens in the tokenizer.json of different model families.
+_BOS_NAMES = ("<|begin_of_text|>", "<s>")
+_EOS_NAMES = ("<|end_of_text|>", "</s>")
+# Regular expressions of Llama 3 and Qwen: both end a word between a letter and white space.
 _PATTERNS = {tiktoken_text.SPLIT, tiktoken_text.SPLIT.replace("{1,3}", "")}
-# Letters that every version of Unicode has; any others are only passed over.
+# Letters of every version of Unicode; a text is not split after any other letter.
 _LETTER_THEN_SPACE = re.compile("[A-Za-zÀ-ÖØ-öø-ɏΑ-ΡΣ-ωА-яא-ת一-龥ぁ-ゖァ-ヺ가-힣](?=[ \n])")
 BREAK = "\udfff"
-"""Half of a character: no text holds it that can be written as UTF-8."""
-_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+"""A lone surrogate, which no valid text contains; inside the name of a control token it turns the
+name into plain text (see :meth:`Tokenizer.encode_marked`)."""
+
+
+def check_text(name: str, text: Any) -> None:
+    """Raise ValueError, which calls the text ``name``, unless it can be written as UTF-8."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a string, not {type(text).__name__}: {text!r:.60}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(
+            f"{name} is not valid Unicode: it has the lone surrogate {text[e.start]!r} at {e.start}"
+        ) from None
 
 
 class Tokenizer:
-    """Text to ids and back. Several threads may encode at once, and do so in parallel."""
+    """Text to token ids and back. Several threads may encode at the same time.
+
+    Example:
+      >>> tokenizer = Tokenizer.load("checkpoints/tiny")
+      >>> tokenizer.decode(tokenizer.encode("def main("))
+      'def main('
+    """
 
     path: Path
 
     @staticmethod
     def load(path: str | Path) -> "Tokenizer":
-        """Read a tokenizer: a file, or ``tokenizer.model`` or ``tokenizer.json`` in a folder.
+        """Read a tokenizer file, or the tokenizer of a folder.
 
-        SentencePiece (LLaMA, Llama 2), ``tokenizer.json`` or tiktoken (Llama 3), by its content.
+        The content decides what a file is: a SentencePiece model (LLaMA, Llama 2), tiktoken text
+        (Llama 3) or a ``tokenizer.json``. Of a folder, ``tokenizer.model`` is read, unless
+        ``tokenizer.json`` has more ids (tokens were added to the model's).
 
         Raises:
-          ValueError: missing, or by its content something else; says what it is and what to do.
+          ValueError: missing or damaged, something else, or two files of a folder that contradict
+            each other.
         """
-        path = _file_of(Path(path))
-        tokenizer = _parse(_content(path), path)
+        path = Path(path)
+        tokenizer = _load_folder(path) if path.is_dir() else _open(path)
         if not 0 < tokenizer.vocab_size <= MAX_IDS:
             raise ValueError(
-                f"tokenizer {path} is damaged: its ids go up to {tokenizer.vocab_size - 1:,}; "
-                f"from 1 to {MAX_IDS:,} ids are read"
+                f"tokenizer {tokenizer.path} is damaged: its ids go up to "
+                f"{tokenizer.vocab_size - 1:,}; from 1 to {MAX_IDS:,} ids are read"
             )
         return tokenizer
 
@@ -88,57 +89,58 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        """Id that starts a document, None if there is none."""
+        """Id of the BOS token, which starts a document; None if there is none."""
         raise NotImplementedError
 
     @property
     def eos_id(self) -> int | None:
-        """Id that ends a document, None if there is none."""
+        """Id of the EOS token, which ends a document; None if there is none."""
         raise NotImplementedError
 
     @property
     def controls(self) -> Mapping[str, int]:
-        """Ids that stand for no text, by the names that chat templates write."""
+        """Ids of control tokens by the names that chat templates write, such as "<|eot_id|>"."""
         raise NotImplementedError
 
     @property
     def bytes_of_id_V(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for, int32 (V,); control ids 0.
+        """Length of each token in UTF-8 bytes, int32 (V,); 0 for control tokens.
 
-        The ids of a text sum to its bytes plus :attr:`prefix_bytes`.
+        The lengths of a text's tokens sum to its bytes plus :attr:`prefix_bytes`.
         """
         raise NotImplementedError
 
     def _encode(self, text: str, start: bool = True) -> np.ndarray:
-        """Ids of a text; ``start``: of the start of a text, which LLaMA puts a space before."""
+        """Ids of a text; without ``start`` it continues a text, and gets no space before it."""
         raise NotImplementedError
 
     def _cut(self, text: str, at: int) -> int:
-        """The first place from ``at`` on where the text's two parts have the ids of the whole.
+        """The first index from ``at`` where splitting the text leaves its ids unchanged.
 
-        The end of the text where there is none, or where none is known for this tokenizer.
+        The end of the text if there is none, or if none is known for this tokenizer.
         """
         return len(text)
 
     def piece(self, token: int) -> str | None:
-        """How the file writes an id; None for an id that it does not have."""
+        """The token of an id as the file spells it; None for an unknown id."""
         raise NotImplementedError
 
     def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of a text, on request with the id that starts and the one that ends a document."""
+        """Ids of a text, with the BOS and EOS token on request."""
         return self.encode_array(text, bos, eos).tolist()
 
     def encode_array(self, text: str, bos: bool = False, eos: bool = False) -> np.ndarray:
-        """As :meth:`encode`, in int32: no Python object a token, so threads need not wait.
+        """:meth:`encode` to int32 (T,). No Python object per token is made, so threads run in
+        parallel.
 
-        A long text is encoded piece by piece, in memory of a few times its size, with exactly the
-        ids of the whole: SentencePiece BPE without a normaliser (LLaMA) is cut between characters
-        that no piece of the vocabulary joins, Llama 3's and other known ``tokenizer.json`` between
-        a letter and white space. A text without such places, and any other tokenizer, is encoded
-        whole, which takes some 35 times the memory of the text.
+        A long text is split and encoded piece by piece, which needs memory of a few times its size
+        and gives exactly the ids of the whole. For SentencePiece BPE without a normaliser (LLaMA)
+        it is split between characters that are adjacent in no token; for Llama 3's and other known
+        ``tokenizer.json`` between a letter and white space. A text without such places, and a text
+        of any other tokenizer, is encoded whole, which needs about 35 times its memory.
         """
         for wanted, name, token in ((bos, "bos", self.bos_id), (eos, "eos", self.eos_id)):
             if wanted and token is None:
@@ -158,10 +160,11 @@ class Tokenizer:
         return np.concatenate(parts)
 
     def encode_marked(self, text: str) -> list[int]:
-        """Ids of a text in which control ids are written out (<s>, <|eot_id|>), as chat templates
-        write them. Text of users must not come this way, unless a BREAK is inside each name.
+        """Ids of the output of a chat template, where names (<s>, <|eot_id|>) stand for control
+        tokens.
 
-        Nothing joins to a name across a BREAK, which is itself not part of the text.
+        :data:`BREAK` is removed after the names are found: a name with a BREAK inside is plain
+        text. Text of users must have a BREAK in each name.
         """
         ids: list[int] = []
         for words in self._control_names.split(text):
@@ -177,14 +180,14 @@ class Tokenizer:
         return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def mark(self, token: int | None) -> str:
-        """How a template writes a control id; nothing for None."""
+        """The name of a control token; "" for None."""
         return next((name for name, i in self.controls.items() if i == token), "")
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of ids; bytes that are no UTF-8 give U+FFFD.
+        """Text of ids; bytes that are not valid UTF-8 give U+FFFD.
 
-        Control ids (bos, eos) give no text, nor do ids beyond the vocabulary: a model whose
-        embedding is larger than its tokenizer's vocabulary can draw those.
+        Control tokens and ids beyond the vocabulary give no text. A model whose embedding has more
+        rows than the tokenizer has ids can produce the latter.
 
         Raises:
           ValueError: a negative id.
@@ -197,34 +200,16 @@ class Tokenizer:
 
     @functools.cached_property
     def prefix_bytes(self) -> int:
-        """Bytes that ids stand for beyond their text: 1 if a space goes before it (LLaMA), or 0."""
+        """Bytes of tokens beyond the text's: 1 if a space is put before a text (LLaMA), or 0."""
         return int(self.bytes_of_id_V[self.encode_array("a")].sum()) - 1
 
 
 class SentencePiece(Tokenizer):
-    """LLaMA's and Llama 2's.
-
-    Raises:
-      ValueError: the content is something else, or damaged.
-    """
+    """LLaMA's and Llama 2's; ValueError if the content is something else, or damaged."""
 
     def __init__(self, content: bytes, path: Path):
-        self.path = path
-        try:
-            # After the pieces come the trainer's and the normaliser's settings; a file cut short at
-            # a piece would otherwise load as a smaller tokenizer.
-            sections = {number: value for number, value in _fields(content) if number in (2, 3)}
-            self._trainer, self._normalizer = (dict(_fields(sections[n])) for n in (2, 3))
-            self._processor = _sentencepiece().SentencePieceProcessor(model_proto=content)
-            if not 0 < self._processor.vocab_size() <= MAX_IDS:
-                raise ValueError
-        except (ValueError, KeyError, TypeError, RuntimeError):
-            raise ValueError(
-                f"tokenizer {path} is not a SentencePiece model, a tokenizer.json or tiktoken text "
-                "(other data, or damaged: cut short, for example); give the file published with "
-                "the weights, or none to train one on the data"
-            ) from None
-        self._content = content
+        self.path, self._content = path, content
+        self._processor, self._proto = load_sentencepiece(content)
 
     @property
     def vocab_size(self) -> int:
@@ -248,15 +233,14 @@ class SentencePiece(Tokenizer):
 
     @functools.cached_property
     def _inside(self) -> Any:
-        """The same model for text that continues a text: no space is put before it."""
-        # Settings that come later in the file win: normalizer_spec.add_dummy_prefix = false.
-        content = self._content + b"\x1a\x02\x18\x00"
-        return _sentencepiece().SentencePieceProcessor(model_proto=content)
+        """The same model without the space before a text."""
+        # Of a field that occurs twice the last wins: normalizer_spec.add_dummy_prefix = false.
+        return load_sentencepiece(self._content + b"\x1a\x02\x18\x00")[0]
 
     def _cut(self, text: str, at: int) -> int:
-        # BPE merges neighbours into pieces of the vocabulary: where no piece has these two
-        # characters side by side, nothing on one side depends on the other.
-        pairs, single = self._joined
+        # BPE merges neighbours into tokens: where no token has these two characters side by side,
+        # the ids on one side do not depend on the other side.
+        pairs, single = self._adjacent
         if pairs is None:
             return len(text)
         for i in range(at, len(text)):
@@ -266,20 +250,17 @@ class SentencePiece(Tokenizer):
         return len(text)
 
     @functools.cached_property
-    def _joined(self) -> tuple[set[str] | None, set[str]]:
-        """Pairs of characters inside pieces, None where a cut may be inexact; and, where unknown
-        characters side by side become one id (no byte fallback), the known characters."""
-        trainer, normalizer = self._trainer, self._normalizer
-        is_bpe = trainer.get(3, 1) == 2
-        suffix = trainer.get(24, 0)  # treat_whitespace_as_suffix
-        # precompiled_charsmap, remove_extra_whitespaces, escape_whitespaces
-        changes = normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(5, 1)
-        if not is_bpe or suffix or changes:
+    def _adjacent(self) -> tuple[set[str] | None, set[str]]:
+        """Pairs of characters adjacent in some token, None if a split may change ids; and, if
+        unknown characters side by side become one id (no byte fallback), the known characters."""
+        trainer, normalizer = self._proto.trainer_spec, self._proto.normalizer_spec
+        changes_text = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
+        other_spaces = trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces
+        if trainer.model_type != sentencepiece_json.BPE or changes_text or other_spaces:
             return None, set()
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
         pairs = {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
-        byte_fallback = trainer.get(35, 0)
-        return pairs, set() if byte_fallback else {p for p in pieces if len(p) == 1}
+        return pairs, set() if trainer.byte_fallback else {p for p in pieces if len(p) == 1}
 
     def piece(self, token: int) -> str | None:
         return self._processor.id_to_piece(token) if 0 <= token < self.vocab_size else None
@@ -300,12 +281,10 @@ class SentencePiece(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """Llama 3's, and any other ``tokenizer.json``, through Hugging Face's ``tokenizers``.
+    """A ``tokenizer.json``, Llama 3's or any other, through Hugging Face's ``tokenizers``.
 
-    What looks like a control id in a text is text.
-
-    Raises:
-      ValueError: the content is something else, or damaged.
+    The name of a control token in a text is encoded as text. ValueError if the content cannot be
+    used.
     """
 
     def __init__(self, content: str, path: Path):
@@ -314,20 +293,18 @@ class JsonTokenizer(Tokenizer):
         self.path = path
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
-            self._tokenizer.encode("a b\n")  # some errors show only here
+            self._tokenizer.encode("a b\n")  # some errors occur only here
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException as e:  # a panic of the library's Rust is no Exception
-            raise ValueError(
-                f"tokenizer {path} is JSON, but no tokenizer.json that can be used: {e!s:.500}"
-            ) from None
+        except BaseException as e:  # a panic of the Rust library is no Exception
+            raise ValueError(str(e)) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
         self._controls = {t.content: i for i, t in added.items() if t.special}
-        # How GPT-2's vocabularies, and all since, spell the byte of a space.
-        self._spells_bytes = self._tokenizer.token_to_id("Ġ") is not None
+        # Byte-level vocabularies (GPT-2 and later) spell each byte as a character, a space as "Ġ".
+        self._is_byte_level = self._tokenizer.token_to_id("Ġ") is not None
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -336,14 +313,14 @@ class JsonTokenizer(Tokenizer):
 
     @functools.cached_property
     def bos_id(self) -> int | None:
-        # The template of a tokenizer.json says what goes before a text.
+        # The post-processor of a tokenizer.json adds it to every text.
         first = self._tokenizer.encode("").ids[:1]
         known = [i for i in first if i in self._controls.values() and i != self.eos_id]
-        return known[0] if known else self._named(_STARTS)
+        return known[0] if known else self._named(_BOS_NAMES)
 
     @functools.cached_property
     def eos_id(self) -> int | None:
-        return self._named(_ENDS)
+        return self._named(_EOS_NAMES)
 
     def _named(self, names: Sequence[str]) -> int | None:
         return next((self._controls[n] for n in names if n in self._controls), None)
@@ -361,21 +338,20 @@ class JsonTokenizer(Tokenizer):
 
     @functools.cached_property
     def _splits_words(self) -> bool:
-        """Whether the text is always split between a letter and white space, before any merge."""
+        """Whether the text is split between each letter and white space before any merge."""
         tree = json.loads(self._tokenizer.to_str())
-        if not all(t["special"] for t in tree["added_tokens"]):  # these match across words
+        if not all(t["special"] for t in tree["added_tokens"]):  # others may contain spaces
             return False
         if tree["normalizer"] not in (None, {"type": "NFC"}):
             return False
-        before = tree["pre_tokenizer"] or {}
-        steps = before.get("pretokenizers", [before])
-        level = steps[-1]
-        if level.get("type") != "ByteLevel" or level["add_prefix_space"]:
+        pre_tokenizer = tree["pre_tokenizer"] or {}
+        *steps, byte_level = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+        if byte_level.get("type") != "ByteLevel" or byte_level["add_prefix_space"]:
             return False
-        splits = [s for s in steps[:-1] if s["type"] != "Digits"]
+        splits = [s for s in steps if s["type"] != "Digits"]
         known = [s["type"] == "Split" and s["pattern"].get("Regex") in _PATTERNS for s in splits]
         isolated = all(s.get("behavior") == "Isolated" and not s.get("invert") for s in splits)
-        return all(known) and isolated and (bool(known) or level["use_regex"])
+        return all(known) and isolated and (bool(known) or byte_level["use_regex"])
 
     def piece(self, token: int) -> str | None:
         return self._tokenizer.id_to_token(token) if token >= 0 else None
@@ -389,7 +365,7 @@ class JsonTokenizer(Tokenizer):
         for piece, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
             if piece in self._controls:
                 continue
-            if self._spells_bytes:  # each by a character
+            if self._is_byte_level:
                 lengths[i] = len(piece)
             elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
                 lengths[i] = 1
@@ -398,193 +374,43 @@ class JsonTokenizer(Tokenizer):
         return lengths
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
-    """Train a tokenizer of ``vocab_size`` pieces as LLaMA's was, and write it to ``path``.
-
-    BPE over lines, numbers split into digits, bytes for rare characters. The same texts give the
-    same file, bit for bit. Nothing is written when it fails.
-
-    Raises:
-      ValueError: no text, or too little or too varied for so many pieces; names the limit.
-    """
-    path, out = Path(path), io.BytesIO()
-    if not 0 < vocab_size <= MAX_IDS:
-        raise ValueError(
-            f"vocab_size={vocab_size} is out of range: a tokenizer has 1 to {MAX_IDS:,} ids"
-        )
+def _open(path: Path) -> Tokenizer:
+    file = recognise(path)
     try:
-        _sentencepiece().SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
-            model_writer=out,
-            vocab_size=vocab_size,
-            minloglevel=3,
-            **TRAINER,
-        )
-    except RuntimeError as e:
-        raise ValueError(_training_problem(str(e), vocab_size)) from None
-    atomic_write(path, out.getvalue())
-    return Tokenizer.load(path)
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for line in text.split("\n"):
-            for i in range(0, len(line), LONGEST_LINE):
-                yield line[i : i + LONGEST_LINE]
-
-
-def _training_problem(message: str, vocab_size: int) -> str:
-    if largest := re.search(r"value <= (\d+)", message):
-        return (
-            f"vocab_size={vocab_size} is more than the text supports, the largest possible is "
-            f"{largest[1]}; set model.vocab_size (--vocab-size) to at most that, or give more text"
-        )
-    if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return (
-            f"vocab_size={vocab_size} is too small for the characters of the text, it takes at "
-            f"least {smallest[1]}: 256 bytes, 3 control ids, one a character"
-        )
-    if "sentences_.empty()" in message:
-        return "there is no text to train a tokenizer on"
-    return f"training a tokenizer of vocab_size={vocab_size} failed: {message}"
-
-
-def lost_in(tokenizer: Tokenizer, text: str) -> str:
-    """What of a text does not come back from its ids: "" if nothing.
-
-    SentencePiece writes a space as "▁", so that character itself comes back as a space from every
-    tokenizer of LLaMA's; that is no loss here. Nor are other code points for the same characters
-    (a tokenizer that normalises to NFC).
-    """
-    same = lambda t: unicodedata.normalize("NFC", t).replace("▁", " ")
-    before, after = same(text), same(tokenizer.decode(tokenizer.encode_array(text)))
-    if before == after:
-        return ""
-    pairs = enumerate(zip(before, after, strict=False))
-    at = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
-    return (
-        f"{before[max(0, at - 10) : at + 20]!r} comes back as {after[max(0, at - 10) : at + 20]!r}"
-    )
-
-
-def _content(path: Path) -> bytes:
-    """A tokenizer's file, read within limits; ValueError says what is wrong with it."""
-    try:
-        content = read_limited(path, MAX_JSON_BYTES)
-    except FileNotFoundError:
-        raise ValueError(f"tokenizer {path} does not exist{_other_tokenizers(path)}") from None
+        if file.kind == "sentencepiece":
+            return SentencePiece(file.content, path)
+        is_json = file.kind == JSON_FILE
+        text = file.content.decode(errors="replace") if is_json else _tiktoken_as_json(file)
+        return JsonTokenizer(text, path)
     except ValueError as e:
-        raise ValueError(f"tokenizer {e}") from None
-    except OSError as e:
-        raise ValueError(f"tokenizer {path} cannot be read: {e.strerror}") from None
-    if not content:
-        raise ValueError(f"tokenizer {path} is empty; copy it again")
-    if content.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"tokenizer {path} is a Git LFS pointer, not the file itself; run `git lfs pull` "
-            "where it came from"
-        )
-    return content
+        raise file.damaged(e) from None
 
 
-def _parse(content: bytes, path: Path) -> Tokenizer:
-    if content.lstrip()[:1] in (b"{", b"["):
-        return JsonTokenizer(content.decode(errors="replace"), path)
-    if _TIKTOKEN.match(content):
-        return JsonTokenizer(_json_of(content, path), path)
-    return SentencePiece(content, path)
+def _tiktoken_as_json(file: TokenizerFile) -> str:
+    ranks = tiktoken_text.ranks_of(file.content)
+    if not all(bytes([b]) in ranks for b in range(256)):
+        raise ValueError("not every byte is a token, so text would be lost")
+    return json.dumps(tiktoken_text.to_json(ranks, newer=True))
 
 
-def _fields(message: Any) -> Iterator[tuple[int, Any]]:
-    """Number and value (int or bytes) of each field of a Protocol Buffers message.
-
-    Raises:
-      ValueError: not such a message, or cut short.
-    """
-    at, end = 0, len(message)
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while at < end and shift < 64:
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-        raise ValueError("cut short")
-
-    while at < end:
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
-            continue
-        if kind not in (1, 2, 5):
-            raise ValueError(f"field {number} has the unknown type {kind}")
-        size = varint() if kind == 2 else 8 if kind == 1 else 4
-        if size > end - at:
-            raise ValueError("cut short")
-        yield number, message[at : at + size]
-        at += size
-
-
-def _file_of(path: Path) -> Path:
-    """The tokenizer of a folder: its tokenizer.json if that has more ids (tokens were added to the
-    model's), else its tokenizer.model.
-
-    Raises:
-      ValueError: one of the two cannot be read, or the larger has other pieces under shared ids.
-    """
-    if not path.is_dir():
-        return path
-    model, other = path / FILE_NAME, path / "tokenizer.json"
+def _load_folder(folder: Path) -> Tokenizer:
+    model, other = folder / MODEL_FILE, folder / JSON_FILE
     if not (model.exists() and other.exists()):
-        return other if other.exists() else model
-    of_model, of_json = (_parse(_content(p), p) for p in (model, other))
-    if isinstance(of_model, JsonTokenizer):  # Llama 3's: its .json names the control tokens
-        return other
+        return _open(other if other.exists() else model)
+    of_model, of_json = _open(model), _open(other)
+    if isinstance(of_model, JsonTokenizer):  # Llama 3: tokenizer.json has its control tokens
+        return of_json
     if of_json.vocab_size <= of_model.vocab_size:
-        return model
+        return of_model
     for i in range(of_model.vocab_size):
         if of_json.piece(i) != of_model.piece(i):
             raise ValueError(
                 f"{model} and {other} are different tokenizers: id {i} is {of_model.piece(i)!r} "
-                f"in one, {of_json.piece(i)!r} in the other; remove the one that is not the "
-                "weights'"
+                f"in one, {of_json.piece(i)!r} in the other; remove the one that does not belong "
+                "to the weights"
             )
-    return other
-
-
-def _json_of(content: bytes, path: Path) -> str:
-    """The ``tokenizer.json`` of tiktoken text, with Llama 3's control ids behind its pieces."""
-    try:
-        ranks = tiktoken_text.ranks_of(content)
-    except ValueError:
-        ranks = {}
-    # Of a list without each byte, text would vanish.
-    whole = sorted(ranks.values()) == list(range(len(ranks)))
-    if not whole or not all(bytes([b]) in ranks for b in range(256)):
-        raise ValueError(
-            f"tokenizer {path} is a list of base64 pieces with ranks (tiktoken), and damaged; "
-            "copy it again"
-        )
-    return json.dumps(tiktoken_text.to_json(ranks, newer=True))
-
-
-def _other_tokenizers(path: Path) -> str:
-    folder = path.parent
-    found = sorted(p.name for p in folder.glob("*token*")) if folder.is_dir() else []
-    listed = f" (the folder has {', '.join(found)})" if found else ""
-    return f"{listed}; give a tokenizer's file, or a folder with a {FILE_NAME} or tokenizer.json"
+    return of_json
 
 
 def _id_or_none(token: int) -> int | None:
     return token if token >= 0 else None
-
-
-def _sentencepiece() -> Any:
-    import sentencepiece
-
-    sentencepiece.set_min_log_level(3)  # its errors come back as exceptions; its notes are noise
-    return sentencepiece

@@ -1,71 +1,185 @@
-"""Tokenizer files beside weights: recognised by content, whatever they are called, and carried
-along.
+"""Tokenizer files: recognised by content whatever their name, and converted to Hugging Face's form.
 
-In comes a folder; out come its tokenizers (SentencePiece, tiktoken text, ``tokenizer.json``) and
-the small files that Hugging Face keeps beside them. A file that is damaged is refused by name.
+Three kinds are known: a SentencePiece model (LLaMA, Llama 2), tiktoken text (Llama 3) and
+``tokenizer.json`` (Hugging Face).
 """
 
+import dataclasses
+import functools
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from llama_jax.convert.formats import LFS_POINTER
 from llama_jax.data import sentencepiece_json, tiktoken_text
-from llama_jax.io import read_json, read_limited
+from llama_jax.io import MAX_JSON_BYTES, read_json, read_limited
 
-_LARGEST = 48 << 20
-"""bytes of a tokenizer; Llama 3's tokenizer.json has 17 MB, Gemma's 33"""
-_LARGEST_MODEL = 8 << 20
-"""bytes of a tokenizer.model; LLaMA's has 0.5 MB, Llama 3's 2.2, Gemma's 4.7"""
-_LARGEST_EXTRA = 4 << 20
-_MOST_VALUES = 3_000_000
-"""values in a tokenizer.json; Llama 3's has 1.1 million"""
-
-
-class Tokenizer(NamedTuple):
-    """A tokenizer file, known by its content."""
-
-    path: Path
-    kind: str
-    """sentencepiece, tiktoken or tokenizer.json"""
-    size: int
-    """tokens, special ones included"""
-    ids: dict[str, Any]
-    """bos, eos (an id or a list of stop ids), pad"""
-
-
+MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
+_MAX_MODEL_BYTES = 8 << 20
+"""Largest SentencePiece model; LLaMA's has 0.5 MB, Gemma's 4.7."""
+_MAX_EXTRA_BYTES = 4 << 20
+_MAX_VALUES = 3_000_000
+"""Values in a tokenizer.json, which take 60 bytes or more each when parsed; Llama 3's has 1.1
+million."""
 _EXTRAS = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
-def find(folder: Path) -> list[Tokenizer]:
-    """Tokenizers of a folder, recognised by content.
+@dataclasses.dataclass(frozen=True)
+class TokenizerFile:
+    """A tokenizer file whose kind is known; :attr:`size` and :attr:`ids` parse its content."""
+
+    path: Path
+    kind: str
+    """sentencepiece, tiktoken or tokenizer.json"""
+    content: bytes = dataclasses.field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, special tokens included; ValueError if the file is damaged."""
+        return self._vocabulary[0]
+
+    @property
+    def ids(self) -> dict[str, Any]:
+        """Ids under bos, eos (an id or a list of stop ids) and pad; without those not defined."""
+        return self._vocabulary[1]
+
+    @functools.cached_property
+    def _vocabulary(self) -> tuple[int, dict[str, Any]]:
+        parse = {"sentencepiece": _sentencepiece, "tiktoken": _tiktoken, JSON_FILE: _json}
+        try:
+            return parse[self.kind](self.content)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise self.damaged(e) from None
+
+    def damaged(self, reason: Exception) -> ValueError:
+        """The error to raise for a file that cannot be used."""
+        problem = {
+            "sentencepiece": "is not a SentencePiece model, tokenizer.json or tiktoken text, or",
+            "tiktoken": "is a list of base64 tokens with ranks (tiktoken text) and",
+            JSON_FILE: "is JSON, but not a usable tokenizer.json, or",
+        }[self.kind]
+        return ValueError(
+            f"tokenizer {self.path} {problem} is damaged ({reason!s:.500}); copy it again, or "
+            "leave it out"
+        )
+
+
+def recognise(path: Path) -> TokenizerFile:
+    """Read a tokenizer file and find out its kind from its content.
+
+    Anything that is neither JSON nor tiktoken text is taken for a SentencePiece model.
 
     Raises:
-      ValueError: a file that is called like a tokenizer and is none, or damaged.
+      ValueError: missing, empty, too large, or a Git LFS pointer; names the file.
     """
-    paths = [folder / name for name in ("tokenizer.model", "tokenizer.json")]
-    return [recognise(p) for p in paths if os.path.lexists(p)]
+    try:
+        content = read_limited(path, MAX_JSON_BYTES)
+    except FileNotFoundError:
+        raise ValueError(f"tokenizer {path} does not exist{_other_tokenizers(path)}") from None
+    except ValueError as e:
+        raise ValueError(f"tokenizer {e}") from None
+    except OSError as e:
+        raise ValueError(f"tokenizer {path} cannot be read: {e.strerror}") from None
+    if not content:
+        raise ValueError(f"tokenizer {path} is empty: it is damaged; copy it again")
+    if content.lstrip()[:1] in (b"{", b"["):
+        return TokenizerFile(path, JSON_FILE, content)
+    kind = "tiktoken" if _TIKTOKEN_LINE.match(content) else "sentencepiece"
+    return TokenizerFile(path, kind, content)
 
 
-def find_beside(folder: Path, size: int) -> tuple[list[Tokenizer], list[str]]:
-    """The tokenizer in the parent of a folder called 7B, 13B and so on, as Meta published LLaMA 1,
-    if it has ``size`` tokens; and a remark about what was taken or left."""
+def _other_tokenizers(path: Path) -> str:
+    folder = path.parent
+    found = sorted(p.name for p in folder.glob("*token*")) if folder.is_dir() else []
+    listed = f" (the folder has {', '.join(found)})" if found else ""
+    return f"{listed}; give a tokenizer's file, or a folder with a {MODEL_FILE} or {JSON_FILE}"
+
+
+def _json(content: bytes) -> tuple[int, dict[str, Any]]:
+    if sum(map(content.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise ValueError(f"it has over {_MAX_VALUES:,} values, too many for a tokenizer")
+    tree = json.loads(content)
+    vocab = tree["model"]["vocab"]
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    ids += [t["id"] for t in tree.get("added_tokens") or []]
+    if not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError("its ids are not integers from 0")
+    return 1 + max(ids), {}
+
+
+def _tiktoken(content: bytes) -> tuple[int, dict[str, Any]]:
+    n = len(tiktoken_text.ranks_of(content))
+    # Meta's 256 special tokens follow: 0 begins a text, 1 ends it, 8 and 9 end a message.
+    return n + 256, {"bos": n, "eos": [n + 1, n + 8, n + 9]}
+
+
+def _sentencepiece(content: bytes) -> tuple[int, dict[str, Any]]:
+    model, _ = load_sentencepiece(content)
+    ids = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
+    return len(model), {k: v for k, v in ids.items() if v >= 0}
+
+
+def load_sentencepiece(content: bytes) -> tuple[Any, Any]:
+    """The ``SentencePieceProcessor`` and the ``ModelProto`` of the content of a model file.
+
+    Raises:
+      ValueError: something else, or damaged.
+    """
+    import sentencepiece
+
+    sentencepiece.set_min_log_level(3)  # errors are exceptions; the log repeats them
+    if len(content) > _MAX_MODEL_BYTES:
+        raise ValueError(f"it has more than {_MAX_MODEL_BYTES:,} bytes")
+    proto = sentencepiece_json.parse(content)  # stricter than SentencePiece
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=content), proto
+    except Exception as e:  # RuntimeError, other exceptions in older releases
+        raise ValueError(str(e)) from None
+
+
+# Tokenizers beside weights -----------------------------------------------------------------------
+
+
+def find(folder: Path) -> list[TokenizerFile]:
+    """The ``tokenizer.model`` and ``tokenizer.json`` of a folder, those that exist.
+
+    Raises:
+      ValueError: one of them is damaged.
+    """
+    paths = [folder / name for name in (MODEL_FILE, JSON_FILE)]
+    found = [recognise(p) for p in paths if os.path.lexists(p)]
+    for file in found:
+        _ = file.size  # raises for a damaged file
+    return found
+
+
+def find_beside(folder: Path, size: int) -> tuple[list[TokenizerFile], list[str]]:
+    """The tokenizer in the parent of a folder called 7B, 13B and so on, as Meta published LLaMA 1.
+
+    Args:
+      folder: a folder of weights.
+      size: tokens that the tokenizer must have.
+
+    Returns:
+      The tokenizer, if there is one that fits; and a warning that says what was used or not used.
+    """
     folder = folder.resolve()
-    path = folder.parent / "tokenizer.model"
+    path = folder.parent / MODEL_FILE
     if not re.search(r"(?i)\b\d+b\b", folder.name) or not path.is_file():
         return [], []
     try:
         found = recognise(path)
+        found_size = found.size
     except ValueError as e:
         return [], [f"the tokenizer of the parent folder is not used: {e}"]
-    if found.size != size:
+    if found_size != size:
         return [], [
-            f"{path} is not used: it has {found.size} tokens, the embedding {size} rows; copy it "
+            f"{path} is not used: it has {found_size} tokens, the embedding {size} rows; copy it "
             f"into {folder} if it belongs to these weights"
         ]
     return [found], [f"tokenizer: {path}, from the parent folder, as Meta published LLaMA 1"]
@@ -80,119 +194,47 @@ def extras(folder: Path) -> list[Path]:
     found = [folder / name for name in _EXTRAS if os.path.lexists(folder / name)]
     for path in found:
         if path.suffix == ".json":
-            read_json(path, _LARGEST_EXTRA)
+            read_json(path, _MAX_EXTRA_BYTES)
             continue
-        content = read_limited(path, _LARGEST_EXTRA)
-        _refuse_pointer(path, content)
         try:
-            content.decode("utf-8")
+            read_limited(path, _MAX_EXTRA_BYTES).decode("utf-8")
         except UnicodeDecodeError as e:
             raise ValueError(f"{path} is damaged: not UTF-8 text ({e})") from None
     return found
 
 
-def recognise(path: Path) -> Tokenizer:
-    """What a file holds, whatever it is called.
-
-    Raises:
-      ValueError: no tokenizer that we know, or a damaged one; says what to do.
-      OSError: the file cannot be read.
-    """
-    data = read_limited(path, _LARGEST)
-    _refuse_pointer(path, data)
-    start = data[:64].lstrip()[:1]
-    read = _read_json if start in (b"{", b"[") else _read_tiktoken
-    found = read(path, data) or _read_sentencepiece(path, data)
-    if found is None:
-        raise ValueError(
-            f"{path} is no SentencePiece model, tiktoken text or tokenizer.json, or is damaged; "
-            "copy it again, or move it elsewhere to convert the weights alone"
-        )
-    return found
+# Meta's tokenizers in Hugging Face's form --------------------------------------------------------
 
 
-def _refuse_pointer(path: Path, data: bytes) -> None:
-    if data.startswith(LFS_POINTER):
-        raise ValueError(
-            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` where it came "
-            "from"
-        )
-
-
-def _read_json(path: Path, data: bytes) -> Tokenizer | None:
-    # Parsed, each value takes 60 bytes or more.
-    if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_VALUES:
-        raise ValueError(f"{path} holds over {_MOST_VALUES:,} values, too many for a tokenizer")
-    try:
-        tree = json.loads(data)
-        ids = _ids(tree["model"]["vocab"]) + [t["id"] for t in tree.get("added_tokens") or []]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    if not ids or not all(type(i) is int and i >= 0 for i in ids):
-        return None
-    return Tokenizer(path, "tokenizer.json", 1 + max(ids), {})
-
-
-def _ids(vocab: Any) -> list[int]:
-    return list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-
-
-def _read_tiktoken(path: Path, data: bytes) -> Tokenizer | None:
-    lines = data.count(b"\n")
-    if len(data) > _LARGEST_MODEL or lines > 1_000_000 or data.count(b" ") > lines + 1:
-        return None
-    try:
-        ranks = tiktoken_text.ranks_of(data)
-    except ValueError:
-        return None
-    n = len(ranks)
-    if not ranks or sorted(ranks.values()) != list(range(n)):
-        return None
-    # Meta's 256 special tokens follow: 0 begins a text, 1 ends it, 8 and 9 end a message.
-    return Tokenizer(path, "tiktoken", n + 256, {"bos": n, "eos": [n + 1, n + 8, n + 9]})
-
-
-def _read_sentencepiece(path: Path, data: bytes) -> Tokenizer | None:
-    import sentencepiece
-
-    if not data or len(data) > _LARGEST_MODEL or not sentencepiece_json.is_whole(data):
-        return None
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=data)
-    except Exception:  # RuntimeError of what it cannot parse, others in older releases
-        return None
-    ids = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
-    return Tokenizer(path, "sentencepiece", len(model), {k: v for k, v in ids.items() if v >= 0})
-
-
-def hf_json(tokenizer: Tokenizer, newer: bool) -> dict[str, Any]:
-    """``tokenizer.json`` that makes the same ids as Meta's file.
+def hf_json(file: TokenizerFile, newer: bool) -> dict[str, Any]:
+    """The ``tokenizer.json`` that gives the same ids as a SentencePiece model or tiktoken text.
 
     Args:
-      newer: Llama 3's special tokens as Llama 3.1 and later named them.
+      file: the tokenizer.
+      newer: Llama 3's special tokens get the names of Llama 3.1 and later.
 
     Raises:
-      ValueError: there is none; says why.
+      ValueError: no ``tokenizer.json`` gives the same ids; says why.
     """
-    content = read_limited(tokenizer.path, _LARGEST)
-    if tokenizer.kind == "sentencepiece":
-        return sentencepiece_json.to_json(content)
-    return tiktoken_text.to_json(tiktoken_text.ranks_of(content), newer)
+    if file.kind == "sentencepiece":
+        return sentencepiece_json.to_json(file.content)
+    return tiktoken_text.to_json(tiktoken_text.ranks_of(file.content), newer)
 
 
-def hf_settings(tokenizer: Tokenizer, context: int, exact: bool) -> dict[str, Any]:
-    """``tokenizer_config.json`` for LLaMA's SentencePiece and Llama 3's tiktoken.
+def hf_settings(file: TokenizerFile, context: int, exact: bool) -> dict[str, Any]:
+    """``tokenizer_config.json`` for a SentencePiece model or tiktoken text.
 
     Args:
-      context: the longest text that it is meant for.
+      file: the tokenizer.
+      context: the longest text, in tokens.
       exact: a ``tokenizer.json`` of :func:`hf_json` is beside it.
     """
     shared = {"clean_up_tokenization_spaces": False, "model_max_length": context}
-    if tokenizer.kind == "sentencepiece":
+    if file.kind == "sentencepiece":
         # transformers 5's LlamaTokenizer drops the first space of a text that starts with one.
         name = "PreTrainedTokenizerFast" if exact else "LlamaTokenizer"
         llama = {"add_bos_token": True, "add_eos_token": False, "legacy": True}
-        names = sentencepiece_json.special_names(read_limited(tokenizer.path, _LARGEST_MODEL))
+        names = sentencepiece_json.special_names(file.content)
         return {"tokenizer_class": name, **llama, **names, **shared}
     names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
     return {"tokenizer_class": "PreTrainedTokenizerFast", **names, **shared}

@@ -7,7 +7,7 @@ chat.say("Who wrote Faust?")
 from typing import Any
 
 from llama_jax.data.chat_template import ChatTemplate
-from llama_jax.generate.detokenize import check_text
+from llama_jax.data.tokenizer import check_text
 from llama_jax.generate.sampler import Greedy, Sample
 
 

@@ -5,7 +5,6 @@ In: token ids as they are drawn. Out: :class:`Generation`.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from llama_jax.data.tokenizer import Tokenizer
 
@@ -24,17 +23,6 @@ class Generation:
     """log p of each id under the model itself, nats: before temperature and the rest"""
     finish: str
     """"end" (the model ended the document), "stop" (a stop string) or "length" """
-
-
-def check_text(where: str, text: Any) -> None:
-    """Raise ValueError for what is no text, or cannot be written as UTF-8."""
-    if not isinstance(text, str):
-        raise ValueError(f"{where} must be a string, not {type(text).__name__}: {text!r:.60}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        odd = f"{text[e.start]!r} at {e.start}"
-        raise ValueError(f"{where} holds half a character, {odd}: is it UTF-8?") from None
 
 
 class Detokenizer:

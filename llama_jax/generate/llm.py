@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import ModelConfig
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer import Tokenizer, check_text
 from llama_jax.generate import decode as decoding
 from llama_jax.generate.decode import DECODE_STEPS_PER_CALL, Rows
-from llama_jax.generate.detokenize import Generation, Row, check_text
+from llama_jax.generate.detokenize import Generation, Row
 from llama_jax.generate.sampler import Greedy, Sample, Settings, check_whole, settings_of
 from llama_jax.model.llama import ComputeConfig, KVCache
 from llama_jax.model.params import structure

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.generate.detokenize import Detokenizer, check_text
+from llama_jax.data.tokenizer import check_text
+from llama_jax.generate.detokenize import Detokenizer
 from llama_jax.model.params import merge
 from llama_jax.model.sharding import reshard, use_mesh
 

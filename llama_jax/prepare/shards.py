@@ -60,10 +60,11 @@ from llama_jax.data.manifest import (
     read_manifest,
     write_manifest,
 )  # fmt: skip
-from llama_jax.data.tokenizer import FILE_NAME as TOKENIZER
-from llama_jax.data.tokenizer import Tokenizer, lost_in, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_files import MODEL_FILE as TOKENIZER
 from llama_jax.io import atomic_write, folder_lock, read_json, sync_folder
 from llama_jax.prepare.text import KNOWN, TEXT, Document, RawSource, find_files, read_documents
+from llama_jax.prepare.tokenizer import lost_in, train_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -272,7 +273,7 @@ def _check_lossless(tokenizer: Tokenizer, source: RawSource) -> None:
     if lost:
         raise ValueError(
             f"tokenizer {tokenizer.path} loses text of source {source.name}: {len(lost)} of the "
-            f"{count} documents tried do not come back from their ids, for example {lost[0]}; give "
+            f"{count} documents tried change by encoding and decoding, for example {lost[0]}; give "
             "a tokenizer that keeps all text (byte fallback, no normaliser)"
         )
 
@@ -804,7 +805,8 @@ def _settings(options: argparse.Namespace) -> DataConfig:
         if error["loc"] in ((), ("path",)):  # of all sources, or of one
             given = f" {error['input']}" if error["loc"] else ""
             raise ValueError(f"--source{given}: {message}") from None
-        raise ValueError(f"--{error['loc'][0]} {error['input']}: {message}") from None
+        option = str(error["loc"][0]).replace("_", "-")
+        raise ValueError(f"--{option} {error['input']}: {message}") from None
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,9 +18,9 @@ from llama_jax.checkpoint.file_hashes import files_below, record_files
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.convert import job as convert
 from llama_jax.convert import logits as verification
-from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.io import folder_lock
 from llama_jax.prepare.shards import prepare_mixture
+from llama_jax.prepare.tokenizer import train_tokenizer
 from llama_jax.verify import __main__ as verify
 
 CFG = tools.small(vocab_size=300, dim=64, head_dim=16, num_heads=4, num_kv_heads=4, ffn_dim=96)

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_jax.convert import formats, layouts, torch_files
-from llama_jax.data import tokenizer as tokenizers
 from llama_jax.data import tokenizer_files
+from llama_jax.prepare.tokenizer import train_tokenizer
 
 fuzz = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)),
@@ -202,7 +202,7 @@ def test_any_template(folders, content):
 @pytest.fixture(scope="module")
 def sentencepiece_model(tmp_path_factory):
     path = tmp_path_factory.mktemp("sp") / "tokenizer.model"
-    tokenizers.train_tokenizer(["the cat sat on 12 mats", "日本 é"] * 20, 290, path)
+    train_tokenizer(["the cat sat on 12 mats", "日本 é"] * 20, 290, path)
     return path.read_bytes()
 
 

@@ -20,12 +20,12 @@ from llama_jax.convert import logits as verification
 from llama_jax.convert.job import convert, main
 from llama_jax.convert.orbax import ORBAX
 from llama_jax.convert.quantised import pack, unpack
-from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.generate import load as loading
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import abstract_params
 from llama_jax.model.quantize import is_quantized
 from llama_jax.model.sharding import AXES, PRESETS, make_mesh
+from llama_jax.prepare.tokenizer import train_tokenizer
 
 # In int4 groups of 64 and of 32; over two devices of 32 and 16.
 CFG = tools.small(vocab_size=300, dim=64, head_dim=16, num_heads=4, num_kv_heads=4, ffn_dim=96)

@@ -18,8 +18,8 @@ from llama_jax.config import MODELS, RopeConfig
 from llama_jax.convert import foreign, layouts
 from llama_jax.convert.job import convert
 from llama_jax.data import tiktoken_text, tokenizer_files
-from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.model.llama import rope_of
+from llama_jax.prepare.tokenizer import train_tokenizer
 
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 YARN = dict(factor=4.0, original_max_position_embeddings=1024)
@@ -353,7 +353,7 @@ def test_tokenizers_are_known_by_content(tmp_path):
         for name in ("tokenizer.model", "tokenizer.json"):
             (tmp_path / name).write_bytes(data)
             found = tokenizer_files.recognise(tmp_path / name)
-            assert found[1:] == (kind, size, ids)
+            assert (found.kind, found.size, found.ids) == (kind, size, ids)
     for data in (
         b"",
         b"\0\1\2",
@@ -365,7 +365,7 @@ def test_tokenizers_are_known_by_content(tmp_path):
     ):
         (tmp_path / "tokenizer.model").write_bytes(data)
         with pytest.raises(ValueError, match="is damaged"):
-            tokenizer_files.recognise(tmp_path / "tokenizer.model")
+            _ = tokenizer_files.recognise(tmp_path / "tokenizer.model").size
 
 
 def test_the_tokenizer_and_its_company_go_along(tmp_path):

@@ -28,7 +28,8 @@ from llama_jax.data.mixture import (
     held_out,
     open_mixture,
 )
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.prepare.tokenizer import train_tokenizer
 
 T = 16
 BOS, EOS = 1, 2

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data import tiktoken_text
 from llama_jax.data.mixture import TrainData, open_mixture, verify
-from llama_jax.data.tokenizer import Tokenizer, lost_in, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.prepare.shards import prepare_mixture
 from llama_jax.prepare.text import _json_text
+from llama_jax.prepare.tokenizer import lost_in, train_tokenizer
 
 TEXTS = [f"text {i}: every good boy does fine and then some\n" for i in range(60)]
 SHARED_FOLDER = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from llama_jax.data import tokenizer as tokenizer_module
-from llama_jax.data.tokenizer import Tokenizer, lost_in, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.prepare.tokenizer import lost_in, train_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -166,14 +167,14 @@ RANKS = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)
     ("content", "message"),
     [
         (RANKS[:-9], "tiktoken.* damaged"),
-        (b'{"version": "1.0", "model": {}}', "no tokenizer.json that can be used"),
+        (b'{"version": "1.0", "model": {}}', "not a usable tokenizer.json"),
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (bytes(range(256)) * 4, "not a SentencePiece model"),
         (b"some words of text\n", "not a SentencePiece model"),
         (b"\x08\x01", "not a SentencePiece model"),
-        (b"[" * 100_000, "no tokenizer.json that can be used"),
-        (b'{"version": ' + b"[" * 100_000, "no tokenizer.json that can be used"),
+        (b"[" * 100_000, "not a usable tokenizer.json"),
+        (b'{"version": ' + b"[" * 100_000, "not a usable tokenizer.json"),
         (b"QQ== 0\n" + b"QQ" * 700 + b"== 1\n", "tiktoken.* damaged"),
     ],
 )
@@ -279,7 +280,7 @@ def test_a_tokenizer_that_normalises_is_not_cut(tmp_path, monkeypatch):
     assert tokenizer._cut(text, 50) == len(text)
     assert tokenizer.encode(text) == tokenizer._processor.encode(text)
     # It also loses text: case and accents stay, but runs of spaces do not.
-    assert "'the  cat' comes back as 'the cat'" in lost_in(tokenizer, "the  cat")
+    assert "'the  cat' becomes 'the cat'" in lost_in(tokenizer, "the  cat")
     assert "☃" in lost_in(tokenizer, "the ☃ cat")
     assert lost_in(tokenizer, "the cat") == ""
 
@@ -305,7 +306,8 @@ def test_a_model_without_bos(tmp_path):
 
 def test_no_noise_in_the_terminal(tmp_path):
     code = f"""
-from llama_jax.data.tokenizer import *
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.prepare.tokenizer import train_tokenizer
 t = train_tokenizer(["some words and some more words"] * 20, 275, r"{tmp_path}/t.model")
 t.encode("words", bos=True), t.decode([1, 5, 2]), t.bytes_of_id_V
 for content in (b"junk" * 9, b"\\x08\\x01", b"\\n\\x00"):

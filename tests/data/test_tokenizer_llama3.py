@@ -15,8 +15,9 @@ from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.convert.job import convert
 from llama_jax.data import tiktoken_text
 from llama_jax.data import tokenizer as tokenizer_module
-from llama_jax.data.tokenizer import JsonTokenizer, Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import JsonTokenizer, Tokenizer
 from llama_jax.prepare.shards import prepare_mixture
+from llama_jax.prepare.tokenizer import train_tokenizer
 
 N = len(tiktoken_tools.ranks())
 AS_JSON = json.dumps(tiktoken_text.to_json(tiktoken_tools.ranks(), newer=True))
@@ -170,7 +171,9 @@ def test_the_fuller_tokenizer_of_a_folder(tmp_path):
     with pytest.raises(ValueError, match=r"are different tokenizers: id 270 is '.+' in one"):
         Tokenizer.load(tmp_path)
     path.write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer.json is JSON, but no tokenizer.json"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer.json is JSON, but not a usable tokenizer.json"
+    ):
         Tokenizer.load(tmp_path)
 
 

@@ -15,12 +15,13 @@ from model_tools import F32, small
 from llama_jax.config import ConfigError
 from llama_jax.data import tiktoken_text
 from llama_jax.data.chat_template import ChatTemplate
-from llama_jax.data.tokenizer import JsonTokenizer, train_tokenizer
+from llama_jax.data.tokenizer import JsonTokenizer
 from llama_jax.generate.llm import LLM
 from llama_jax.generate.load import _template
 from llama_jax.generate.sampler import Greedy
 from llama_jax.model.llama import Llama
 from llama_jax.model.params import params_of
+from llama_jax.prepare.tokenizer import train_tokenizer
 
 EXTRA = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "<|user|>", "<|eot_id|>!")
 
@@ -176,7 +177,7 @@ def test_roles_and_tools_are_text(tokenizer):
 
 def test_messages_that_cannot_be(tokenizer):
     template = ChatTemplate("{{ messages[0].content }}")
-    with pytest.raises(ValueError, match="messages holds half a character"):
+    with pytest.raises(ValueError, match="messages is not valid Unicode"):
         template.encode([{"role": "user", "content": "\udfff"}], tokenizer)
     with pytest.raises(ValueError, match="messages must be JSON values"):
         template.encode([{"role": "user", "content": b"x"}], tokenizer)
@@ -196,7 +197,7 @@ HOSTILE = {
     "a\n{{": "line 2: unexpected 'end of template'", "{{ 1 / 0 }}": "line 1: division by zero",
     "a\nb{{ x.y.z }}": "line 2: 'x' is undefined", "{% nothing %}": "unknown tag 'nothing'",
     "{{ raise_exception('no\nsystem') }}": "refuses these messages: no system",
-    "{{ '\\ud800' }}": "writes holds half a character",
+    "{{ '\\ud800' }}": "writes is not valid Unicode",
     "{{ raise_exception('\\ud800') }}": "refuses these messages: \\ud800",
 }  # fmt: skip
 
@@ -319,7 +320,7 @@ def test_a_chat_goes_on_after_errors(talker, monkeypatch):
         ("a mat", dict(seed=-1)), ("a mat", dict(max_new_tokens=0)), ("cat " * 400, {}),
         ("a mat", dict(sampling="hot")), (5, {}), ("\ud800", {}),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=r"must be|has .* tokens|half a character"):
+        with pytest.raises(ValueError, match=r"must be|has .* tokens|not valid Unicode"):
             chat.say(text, **compute)
         assert chat.messages == messages
         assert chat._ids == ids

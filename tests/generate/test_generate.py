@@ -23,7 +23,6 @@ from model_tools import F32, hf_model, random_weights, small, tree_of
 import llama_jax
 from llama_jax import Greedy, Sample
 from llama_jax.config import ConfigError
-from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.generate.__main__ import main
 from llama_jax.generate.decode import DECODE_STEPS_PER_CALL
 from llama_jax.generate.detokenize import Row
@@ -33,6 +32,7 @@ from llama_jax.generate.sampler import settings_of
 from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.params import abstract_params, merge, params_of, structure, unstack_layers
 from llama_jax.model.sharding import AXES, PRESETS
+from llama_jax.prepare.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared/data"
@@ -279,7 +279,7 @@ def test_a_mesh_gives_the_same_text(llm, tokenizer):
         (5, {}, "the prompt must be a string, not int: 5"),
         (["a", None], {}, r"prompts\[1\] must be a string, not NoneType"),
         (b"a", {}, "the prompt must be a string, not bytes: b'a'"),
-        ("a\ud800", {}, "the prompt holds half a character, .* at 1"),
+        ("a\ud800", {}, "the prompt is not valid Unicode, .* at 1"),
         (["a", "cat " * 400], {}, r"prompts\[1\] has \d+ tokens"),
         # As large as its key would be another's.
         ("a", {"seed": 2**32}, "seed=4294967296 must be less than"),

@@ -11,13 +11,14 @@ from flax import nnx
 from model_tools import F32, hf_model, random_weights, small, tree_of
 
 from llama_jax.data import tiktoken_text
-from llama_jax.data.tokenizer import JsonTokenizer, train_tokenizer
+from llama_jax.data.tokenizer import JsonTokenizer
 from llama_jax.generate import scores
 from llama_jax.generate.detokenize import Detokenizer, Row
 from llama_jax.generate.llm import LLM
 from llama_jax.generate.scores import pieces, windows
 from llama_jax.model.llama import Llama
 from llama_jax.model.params import merge, params_of, structure
+from llama_jax.prepare.tokenizer import train_tokenizer
 
 TEXT = ["the cat sat on a mat", "some animals saw 12 cats", "日本 and é", "def main(argv):"]
 

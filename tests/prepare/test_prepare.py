@@ -22,11 +22,12 @@ from pyarrow import parquet
 
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data import mixture as data_module
-from llama_jax.data.tokenizer import SentencePiece, Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import SentencePiece, Tokenizer
 from llama_jax.prepare import shards as prepare
 from llama_jax.prepare import text as text_module
 from llama_jax.prepare.shards import main, parse_source, prepare_mixture
 from llama_jax.prepare.text import find_files, read_documents
+from llama_jax.prepare.tokenizer import train_tokenizer
 
 WORDS = ["every", "good", "boy", "does", "fine", "and", "then", "some", "123", "été", "日本", "x y"]
 
@@ -44,10 +45,10 @@ def model(tmp_path_factory) -> str:
     return str(path)
 
 
-def config(model: str, workers: Any = 2, holdout: Any = 0.1, **paths: Any) -> DataConfig:
+def config(model: str, workers: Any = 2, val_fraction: Any = 0.1, **paths: Any) -> DataConfig:
     sources = {name: SourceConfig(path=str(path)) for name, path in paths.items()}
     return DataConfig(
-        sources=sources, tokenizer=model, seq_len=8, val_fraction=holdout, workers=workers
+        sources=sources, tokenizer=model, seq_len=8, val_fraction=val_fraction, workers=workers
     )
 
 
@@ -159,11 +160,11 @@ def test_a_rerun_does_nothing_and_a_change_is_noticed(tmp_path, model, caplog):
     other = str(tmp_path / "other.model")
     train_tokenizer(texts(100), 300, other)
 
-    def run(model: str = model, holdout: float = 0.1) -> str:
+    def run(model: str = model, val_fraction: float = 0.1) -> str:
         """Prepare; returns what was said, and checks that shards moved only if something was."""
         before = {f: f.stat().st_mtime_ns for f in out.glob("a/*")}
         caplog.clear()
-        prepare_mixture(config(model, a=source, val_fraction=holdout), 320, out)
+        prepare_mixture(config(model, a=source, val_fraction=val_fraction), 320, out)
         said = " ".join(r.getMessage() for r in caplog.records)
         after = {f: f.stat().st_mtime_ns for f in out.glob("a/*")}
         assert (before == after) == (not said)
@@ -244,7 +245,7 @@ def killed(self, *args):
     add(self, *args)
 prepare._Shards.add = killed
 prepare.prepare_mixture(DataConfig(sources={{"a": SourceConfig(path={str(source)!r})}},
-    tokenizer={model!r}, seq_len=8, holdout=0.1, workers=2), 320, {str(out)!r})
+    tokenizer={model!r}, seq_len=8, val_fraction=0.1, workers=2), 320, {str(out)!r})
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert run.returncode == -9, run.stderr
@@ -418,7 +419,7 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
             tmp_path / "a.jsonl", ["some plain words", "some  words: 日本", "plain here"]
         )
         with pytest.raises(
-            ValueError, match=r"tokenizer.model loses text of source a: 1 of the 3 .*comes back as"
+            ValueError, match=r"tokenizer.model loses text of source a: 1 of the 3 .*becomes"
         ):
             prepare_mixture(
                 config(str(tmp_path / f"{name}.model"), a=source), 300, tmp_path / "out"

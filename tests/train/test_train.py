@@ -20,10 +20,10 @@ from llama_jax.checkpoint.file_hashes import record_files
 from llama_jax.config import load_recipe
 from llama_jax.convert.orbax import open_array
 from llama_jax.data.batch import Batch
-from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.io import folder_lock
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import merge, structure
+from llama_jax.prepare.tokenizer import train_tokenizer
 from llama_jax.train import loop as train
 from llama_jax.train import metrics as report
 from llama_jax.train.optim import decays, make_schedule
