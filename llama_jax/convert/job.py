@@ -38,11 +38,12 @@ from llama_jax.checkpoint.file_hashes import (
 from llama_jax.convert import foreign, layouts, targets, transfer
 from llama_jax.convert import logits as verification
 from llama_jax.convert.layouts import FLOATS, NAMES, Found, Kind, changed
-from llama_jax.convert.quantised import MOST, dtype_of
+from llama_jax.convert.quantised import dtype_of
 from llama_jax.convert.tensors import rows_of
 from llama_jax.convert.transfer import ConvertError, Plan, human
 from llama_jax.data import tokenizer_files
 from llama_jax.io import atomic_write, sync_folder
+from llama_jax.model.quantize import KINDS
 
 
 def convert(
@@ -165,7 +166,7 @@ def make_plan(
             "what they were made of: convert that instead"
         )
     to = to or ("hf" if found.kind == "orbax" and quantize is None else "orbax")
-    if quantize is not None and quantize not in MOST:
+    if quantize is not None and quantize not in KINDS:
         raise ConvertError(f"quantize={quantize!r}: there are 'int8' and 'int4'")
     if quantize is not None and to != "orbax":
         raise ConvertError(f"--quantize is for Orbax; {NAMES[to]} files hold whole weights")
@@ -376,7 +377,7 @@ def _parser() -> argparse.ArgumentParser:
     arg("--to", choices=list(NAMES), help="what to write (default: orbax, or hf from orbax)")
     kinds = ["keep", *(d.name for d in FLOATS)]
     arg("--dtype", choices=kinds, default="keep", help="of the result (default: keep)")
-    arg("--quantize", choices=list(MOST), help="the layers' matrices in 8 or 4 bits (Orbax only)")
+    arg("--quantize", choices=KINDS, help="the layers' matrices in 8 or 4 bits (Orbax only)")
     arg("--shards", type=int, metavar="N", help="files (default: Meta 1, HF at most 5 GB each)")
     arg("--max-memory", type=_memory, default="2GiB", help="of this process (default: 2GiB)")
     arg("--verify", action="store_true", help="read the result back, compare it with the source")

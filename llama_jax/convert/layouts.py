@@ -21,11 +21,11 @@ from llama_jax.convert import foreign, formats, torch_files
 from llama_jax.convert import tensors as weights
 from llama_jax.convert.formats import Region, short
 from llama_jax.convert.orbax import OrbaxWeights
-from llama_jax.convert.quantised import MOST
 from llama_jax.convert.tensors import Part, TorchWeights, Unit, Weights, rows_of, units
 from llama_jax.data import tokenizer_files
 from llama_jax.data.tokenizer_files import TokenizerFile
 from llama_jax.io import read_json
+from llama_jax.model.quantize import KINDS
 
 Kind = Literal["meta", "hf", "orbax"]
 NAMES = {"meta": "Meta", "hf": "Hugging Face", "orbax": "Orbax"}
@@ -473,7 +473,7 @@ def _open_orbax(root: Path, path: Path) -> Found:
         raise LayoutError(f"{root}/model.json has no model")
     cfg = cf.check_model(model, f"{root}/model.json")
     quantize = settings.get("quantize")
-    if quantize not in (None, *MOST):
+    if quantize not in (None, *KINDS):
         raise LayoutError(
             f"{root}/model.json: quantize={short(quantize)}: there are 'int8' and 'int4'"
         )

@@ -22,9 +22,7 @@ import numpy as np
 from llama_jax.config import ModelConfig
 from llama_jax.convert import formats
 from llama_jax.convert.formats import Region
-
-GROUP = 64
-"""inputs that share a scale in int4, at most"""
+from llama_jax.model.quantize import GROUP
 
 
 class Row(NamedTuple):

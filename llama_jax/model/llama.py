@@ -469,4 +469,5 @@ def unstack(tree_L: Any) -> list[Any]:
     leaves, treedef = jax.tree.flatten(tree_L)
     # `split` and not indexing: its gradient is one concatenation, not L sums of padded zeros.
     split = [jax.lax.split(w, [1] * w.shape[0]) for w in leaves]
-    return [treedef.unflatten(x.squeeze(0) for x in layer) for layer in zip(*split, strict=True)]
+    layers = zip(*split, strict=True)
+    return [jax.tree.unflatten(treedef, [x.squeeze(0) for x in layer]) for layer in layers]

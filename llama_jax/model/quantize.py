@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.convert.quantised import MOST, unpack
-from llama_jax.convert.tensors import GROUP
 from llama_jax.model.sharding import no_mesh, num_shards
 
-KINDS = tuple(MOST)
+MAX_INTEGER = {"int8": 127, "int4": 7}
+KINDS = tuple(MAX_INTEGER)
+GROUP = 64
+"""inputs that share a scale in int4, at most"""
 MATRICES = ("attention", "mlp")
 """parts of a layer whose weights are all matrices"""
 
@@ -62,10 +63,48 @@ def quantize_weight(w_IO: jax.Array, kind: str) -> QuantizedWeight:
         # The widest group that divides what a device has of the inputs.
         group = math.gcd(w.shape[0] // (1 if no_mesh() else num_shards(inputs)), GROUP)
         w = _reshape(w, (-1, group, w.shape[1]), (inputs, None, out))
-    largest = jnp.max(jnp.abs(w), axis=-2, keepdims=True)
-    # Products: XLA makes such of these divisions anyway, and conversion is to give the same bits.
-    scale = jnp.where(largest == 0, 1, largest * (1 / MOST[kind]))
-    return QuantizedWeight(jnp.round(w * (1 / scale)).astype(dtype), scale, kind == "int4")
+    scale = scale_of(max_abs(w), kind)
+    return QuantizedWeight(to_integers(w, scale, dtype), scale, kind == "int4")
+
+
+# The arithmetic, for arrays of JAX and, in conversion, of NumPy, with the same bits.
+
+
+def max_abs(w_IO: Any) -> Any:
+    """max |w| over the inputs, [..., 1, out]."""
+    xp = w_IO.__array_namespace__()
+    return xp.max(xp.abs(w_IO), axis=-2, keepdims=True)
+
+
+def scale_of(max_abs_O: Any, kind: str) -> Any:
+    """The scale for weights of this largest magnitude; 1 for zeros."""
+    xp = max_abs_O.__array_namespace__()
+    # A product, here and below: XLA replaces such divisions by products, which rounds differently.
+    return xp.where(max_abs_O == 0, 1, max_abs_O * (1 / MAX_INTEGER[kind]))
+
+
+def to_integers(w_IO: Any, scale: Any, dtype: Any) -> Any:
+    """round(w / scale), ties to even."""
+    return w_IO.__array_namespace__().round(w_IO * (1 / scale)).astype(dtype)
+
+
+def pack(q: np.ndarray) -> np.ndarray:
+    """int8 [rows, out] of -8 to 7 as uint8 [rows / 2, out], rounded up.
+
+    The even rows are in the low four bits.
+    """
+    if len(q) % 2:
+        q = np.concatenate([q, np.zeros_like(q[:1])])
+    q = q.view(np.uint8)
+    return q[::2] & 15 | q[1::2] << 4
+
+
+def unpack(packed: np.ndarray, rows: int) -> np.ndarray:
+    """The inverse of :func:`pack`: int8 [rows, out]."""
+    q = np.empty((2 * len(packed), packed.shape[1]), np.int8)
+    q[::2] = packed.view(np.int8) << 4
+    q[1::2] = packed.view(np.int8)
+    return np.right_shift(q, 4, out=q)[:rows]  # signed: copies the fourth bit into those above
 
 
 def from_stored(

@@ -9,10 +9,10 @@ from typing import Any
 
 from llama_jax.chips import CHIPS, GIB
 from llama_jax.config.model_config import MODELS, ModelConfig
+from llama_jax.model.quantize import GROUP
 from llama_jax.plan.machines import Machine, PlanError
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
-GROUP = 64  # inputs that share a scale in int4
 
 
 def weight_bytes(cfg: ModelConfig, dtype: str) -> float:

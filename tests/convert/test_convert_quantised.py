@@ -19,11 +19,10 @@ from llama_jax.convert import layouts, quantised
 from llama_jax.convert import logits as verification
 from llama_jax.convert.job import convert, main
 from llama_jax.convert.orbax import ORBAX
-from llama_jax.convert.quantised import pack, unpack
 from llama_jax.generate import load as loading
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import abstract_params
-from llama_jax.model.quantize import is_quantized
+from llama_jax.model.quantize import is_quantized, pack, unpack
 from llama_jax.model.sharding import AXES, PRESETS, make_mesh
 from llama_jax.prepare.tokenizer import train_tokenizer
 
