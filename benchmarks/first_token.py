@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.tokenise import machine, write
-from llama_jax.checkpoint.checkpoints import Checkpoints, write_about
+from llama_jax.checkpoint.checkpoints import Checkpoints
+from llama_jax.checkpoint.model_json import write_model_files
 from llama_jax.config import MODELS
 from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.params import params_of
@@ -52,7 +53,7 @@ def make(folder: Path) -> Path:
     saver.save(0, params, {"count": jnp.zeros(())}, {})
     saver.close()
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-    write_about(folder, cfg, tokenizer.path, ids)
+    write_model_files(folder, cfg, tokenizer.path, ids)
     return folder
 
 

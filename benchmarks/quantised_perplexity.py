@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.tokenise import machine, write
-from llama_jax.checkpoint.checkpoints import load_weights
+from llama_jax.checkpoint.weights import load_weights
 from llama_jax.config import load_recipe
 from llama_jax.data.mixture import Mixture, eval_batches, open_mixture
 from llama_jax.model.llama import ComputeConfig

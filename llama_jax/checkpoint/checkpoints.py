@@ -1,21 +1,18 @@
-"""Checkpoints: weights, optimizer and data position of a run, through Orbax; and the weights alone
-for everyone else.
+"""Save and restore the training state of a run with Orbax: weights, optimizer, data position.
 
 A run folder (see checkpoints/README.md) holds ``model.json`` and the tokenizer beside
 ``steps/STEP/``: ``model`` (the weights), ``optimizer``, ``run`` (step and data position) and the
-list of these files with their SHA-256. Saving is asynchronous; a step has its name only when it is
-whole, and what was half-written when a process died is removed at the next start. A step whose list
-was not finished when the process died is whole; it gets its list at the next start.
+SHA-256 of these files. Saving is asynchronous. A step is renamed to its number when all its arrays
+are written; partial steps of a process that died are removed at the next start. If the process died
+before it wrote the SHA-256 of a step, they are written at the next start.
 """
 
 import functools
-import json
-import logging
 import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,33 +21,28 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llama_jax.checkpoint.arrays import (
+    ORBAX,
+    OtherModel,
+    array_shapes,
+    check_item,
+    named_arrays,
+    quiet_orbax,
+    read_array_metadata,
+)  # fmt: skip
 from llama_jax.checkpoint.file_hashes import (
     files_below,
     find_problems,
     hash_files,
     listed_files,
     read_checksums,
-    record_files,
     write_list,
 )  # fmt: skip
-from llama_jax.config import ConfigError, ModelConfig, check_model, to_dict
-from llama_jax.convert.orbax import (
-    ORBAX,
-    OtherModel,
-    check_item,
-    open_array,
-    read_array_metadata,
-)  # fmt: skip
-from llama_jax.io import atomic_write, read_json
-
-CHECKED_BYTES = 1 << 30
-"""Contents compared when weights are loaded: the smallest files, this many bytes in all. SHA-256
-takes about a second for it; larger files are compared by size, and by `llama_jax.verify`."""
-_ADVICE = "`python -m llama_jax.verify {}` lists everything that is wrong"
+from llama_jax.checkpoint.weights import VERIFY_HINT, first_line, whole_steps
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or read; the message says which, and what to do."""
+    """A checkpoint cannot be written or read; the message names it and says what to do."""
 
 
 class Checkpoints:
@@ -58,11 +50,17 @@ class Checkpoints:
 
     Args:
       folder: the run folder.
-      keep: newest steps kept.
+      keep: number of newest steps to keep.
+
+    Example:
+      checkpoints = Checkpoints("checkpoints/tiny", keep=2)
+      checkpoints.save(100, params, optimizer, {"step": 100, "data": data.state()})
+      params, optimizer, run = checkpoints.restore(abstract_params, abstract_optimizer)
+      checkpoints.close()
     """
 
     def __init__(self, folder: str | Path, keep: int):
-        _quiet_orbax()
+        quiet_orbax()
         # After a failed save, tensorstore reports to an event loop that Orbax has closed.
         self._hook_before, sys.unraisablehook = sys.unraisablehook, self._without_closed_loops
         self._steps = Path(folder).resolve() / "steps"
@@ -84,14 +82,20 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """Newest whole step, or None."""
+        """Newest saved step, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, params: Any, optimizer: Any, run: dict[str, Any]) -> None:
-        """Start saving; returns when the arrays are copied, and writes on while training goes on.
+        """Start saving; returns when the arrays are copied, and writes them during training.
+
+        Args:
+          step: number of updates so far.
+          params: weights, a tree of arrays.
+          optimizer: optimizer state, a tree of arrays.
+          run: other state, plain JSON values.
 
         Raises:
-          CheckpointError: this or the save before it failed.
+          CheckpointError: this save or the previous one failed.
         """
         self.wait()
         self._saving = step
@@ -108,28 +112,28 @@ class Checkpoints:
         self._recording = self._recorder.submit(self._record, step, owner)
 
     def _record(self, step: int, owner: Callable[[str], int]) -> None:
-        """As soon as a save is whole, write its list; in a thread of every process.
+        """Write the checksums of a step when it is saved; runs in a thread of every process.
 
-        The files are read again: Orbax gives its copy of the arrays away as it writes them, and
-        hashing that copy first would hold up training. They are read by a process that wrote them
-        (or holds the same values), so that they come from its page cache.
+        The files are read again, because Orbax frees its copy of the arrays while writing, and
+        hashing that copy first would delay training. Each file is read by a process that wrote it
+        (or holds the same values), so it comes from the page cache of that host.
         """
         while self.saving():
             time.sleep(0.02)
-        if (self._steps / str(step)).is_dir():  # otherwise the save failed, which `wait` reports
+        if (self._steps / str(step)).is_dir():  # otherwise `wait` reports that saving failed
             _write_checksums(self._steps / str(step), owner)
 
     def saving(self) -> bool:
-        """Whether a save is under way."""
+        """Whether a save is in progress."""
         return self._manager.is_saving_in_progress()
 
     def poll(self) -> None:
-        """Raise :class:`CheckpointError` if the last save, or writing its checksums, has failed."""
+        """Raise :class:`CheckpointError` if the last save or writing its checksums failed."""
         if self._recording is not None and self._recording.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the save under way and its checksums; raises as :meth:`poll`."""
+        """Wait for the save in progress and its checksums; raises like :meth:`poll`."""
         try:
             self._manager.wait_until_finished()
         except Exception as e:
@@ -142,21 +146,21 @@ class Checkpoints:
         except (OSError, ValueError) as e:
             raise CheckpointError(
                 f"step {step} was saved to {self._steps}, but its checksums could not be written: "
-                f"{_first_line(e)}\nstart again to go on from it; they are written then"
+                f"{first_line(e)}\nstart the run again to write them and continue from this step"
             ) from e
 
     def restore(
         self, abstract_params: Any, abstract_optimizer: Any
     ) -> tuple[Any, Any, dict[str, Any]]:
-        """Weights, optimizer state and run record of the newest step, in the shapes and shardings
-        given.
+        """Weights, optimizer state and run record of the newest step, in the given shapes and
+        shardings.
 
-        Every file is compared with its SHA-256, each process reading its share. A step that has no
-        checksums, because the process ended before they were written, gets them here.
+        Every file is compared with its SHA-256; each process reads its share. Checksums are written
+        for a step without them (the process died before it wrote them).
 
         Raises:
-          CheckpointError: damaged: names the file, and the step before it if there is one; or not
-            readable, of another model, or too large for the memory.
+          CheckpointError: a file is damaged (names it, and the previous step if there is one), or
+            the step is not readable, belongs to another model, or does not fit in memory.
         """
         step = self.latest()
         assert step is not None
@@ -183,7 +187,7 @@ class Checkpoints:
         return out["model"], out["optimizer"], out["run"]
 
     def _problem_of(self, step: int, trees: dict[str, Any], owner: Callable[[str], int]) -> str:
-        """What is wrong with a step, before Orbax reads it; "" if nothing is found."""
+        """Check a step before Orbax reads it; "" if no problem is found."""
         root, prefix = self._steps.parent, f"steps/{step}/"
         try:
             files = listed_files(root, step)
@@ -195,9 +199,9 @@ class Checkpoints:
             if problems := find_problems(root, mine):
                 return self._damaged(step, problems[0])
             for item, tree in trees.items():
-                check_item(self._steps / str(step) / item, _shapes(tree))
+                check_item(self._steps / str(step) / item, array_shapes(tree))
         except OtherModel as e:
-            return f"{e}; give the recipe that it was made with"
+            return f"{e}; use the recipe that the checkpoint was made with"
         except OSError as e:
             return self._unreadable(step, e)
         except ValueError as e:
@@ -205,18 +209,18 @@ class Checkpoints:
         return ""
 
     def _unreadable(self, step: int, error: BaseException) -> str:
-        """Only what says that the files are wrong is called damage."""
+        """The message of a failed restore; only the errors in :data:`_DAMAGE` mean damage."""
         text = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
         folder = self._steps / str(step)
         if any(sign in text for sign in _DAMAGE):
-            return self._damaged(step, _first_line(error.__cause__ or error))
+            return self._damaged(step, first_line(error.__cause__ or error))
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
             return (
-                f"out of memory while reading checkpoint {folder}: {_first_line(error)}\n"
-                "the checkpoint is not damaged; take more devices, or a mesh that splits more"
+                f"out of memory while reading checkpoint {folder}: {first_line(error)}\n"
+                "the checkpoint is not damaged; use more devices, or a mesh with more shards"
             )
         return (
-            f"checkpoint {folder} cannot be read: {_first_line(error.__cause__ or error)}\n"
+            f"checkpoint {folder} cannot be read: {first_line(error.__cause__ or error)}\n"
             "no damage was found in it"
         )
 
@@ -224,17 +228,16 @@ class Checkpoints:
         folder = self._steps / str(step)
         earlier = [s for s in self._manager.all_steps() if s < step]
         advice = (
-            f"step {max(earlier)} is the one before it: to go on from there, remove {folder} and "
-            "start again"
+            f"to continue from the previous step, {max(earlier)}, remove {folder} and start again"
             if earlier
-            else f"there is none before it: remove {self._steps} to start from the beginning"
+            else f"there is no earlier step: remove {self._steps} to start from the beginning"
         )
         if f"{folder}/" not in what:  # a file beside the steps
-            advice = "put the file back as it was; " + _ADVICE.format(self._steps.parent)
+            advice = "restore the original file; " + VERIFY_HINT.format(self._steps.parent)
         return f"checkpoint {folder} is damaged: {what}\n{advice}"
 
     def close(self) -> None:
-        """Finish what is under way."""
+        """Wait for the save in progress and stop the threads."""
         try:
             self.wait()
         finally:
@@ -248,47 +251,31 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> CheckpointError:
         step, self._saving, self._recording = self._saving, None, None
-        end = time.monotonic() + 2  # other threads of the save may still be making files
+        end = time.monotonic() + 2  # other threads of the save may still create files
         while (left := list(self._steps.glob(f"{step}.*tmp*"))) and time.monotonic() < end:
             for folder in left:
                 shutil.rmtree(folder, ignore_errors=True)
             time.sleep(0.02)
         steps = whole_steps(self._steps.parent)
-        good = f"the last good one is step {max(steps)}" if steps else "there is no earlier one"
+        good = f"the newest good step is {max(steps)}" if steps else "there is no earlier step"
         return CheckpointError(
-            f"saving step {step} to {self._steps} failed: {_first_line(error)}\n"
-            f"{good}; make room, then start again to go on from it"
+            f"saving step {step} to {self._steps} failed: {first_line(error)}\n"
+            f"{good}; free some disk space, then start again to continue from it"
         )
 
 
 _DAMAGE = ("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "FileNotFoundError", "JSONDecodeError")
-"""what tensorstore and Orbax say of files that are missing, cut off or changed"""
-
-
-def _quiet_orbax() -> None:
-    # Orbax logs each of its thirty steps, and each error with a traceback in every thread that sees
-    # it. Errors also come as exceptions, which this file words.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-
-
-def _named(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Leaves of a tree by the names that Orbax gives their arrays: "blocks.mlp.up"."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(x.shape) for name, x in _named(tree)}
+"""in the errors of tensorstore and Orbax about missing, truncated or changed files"""
 
 
 def _owners(step: Path, trees: dict[str, Any]) -> Callable[[str], int]:
-    """The process that hashes a file of a step: one whose devices hold the values of the chunk;
-    process 0 for small files. Every process computes the same answer."""
+    """A function from the name of a file of a step to the process that hashes it: one whose devices
+    hold the values of the chunk; process 0 for small files. It is the same in every process."""
     if jax.process_count() == 1:
         return lambda name: 0
     holders: dict[str, tuple[tuple[int, ...], dict[tuple[int, ...], list[int]]]] = {}
     for item, tree in trees.items():
-        for name, x in _named(tree):
+        for name, x in named_arrays(tree):
             if getattr(x, "sharding", None) is None:
                 continue
             places: dict[tuple[int, ...], set[int]] = {}
@@ -301,7 +288,7 @@ def _owners(step: Path, trees: dict[str, Any]) -> Callable[[str], int]:
     metadata = functools.cache(read_array_metadata)
 
     def owner(name: str) -> int:
-        array, _, at = name.partition("/c/")  # MODEL/ARRAY/c/I/J: the chunk at I, J
+        array, _, at = name.partition("/c/")  # ITEM/ARRAY/c/I/J: the chunk at I, J
         stored = metadata(step / array) if at and array in holders else None
         if stored is None:
             return 0
@@ -315,7 +302,7 @@ def _owners(step: Path, trees: dict[str, Any]) -> Callable[[str], int]:
 
 
 def _write_checksums(step: Path, owner: Callable[[str], int]) -> None:
-    """This process's part of the list of a step; the parts of all processes make the list."""
+    """Write the checksums of the files that this process owns."""
     index, count = jax.process_index(), jax.process_count()
     names = [name for name in files_below(step) if not name.startswith("checksums.")]
     mine = [name for name in names if owner(name) == index]
@@ -324,7 +311,7 @@ def _write_checksums(step: Path, owner: Callable[[str], int]) -> None:
 
 
 def _of_all_processes(problem: str) -> str:
-    """The first problem that any process has, known to all, so that all stop."""
+    """The first problem of any process, sent to all processes, so that all stop."""
     if jax.process_count() == 1:
         return problem
     from jax.experimental import multihost_utils
@@ -336,137 +323,3 @@ def _of_all_processes(problem: str) -> str:
         if other.any():
             return other.tobytes().rstrip(b"\0").decode(errors="replace")
     return ""
-
-
-def write_about(folder: Path, cfg: ModelConfig, tokenizer: Path, token_ids: dict[str, int]) -> None:
-    """``model.json`` and the tokenizer, beside the steps, and their hashes in ``manifest.json``."""
-    about = {"format": 1, "rotary_layout": "half", "model": to_dict(cfg), "token_ids": token_ids}
-    atomic_write(folder / "model.json", json.dumps(about, indent=1).encode())
-    atomic_write(folder / "tokenizer.model", tokenizer.read_bytes())
-    record_files(folder, "model.json", "tokenizer.model")
-
-
-def read_about(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model of a checkpoint folder, and all of ``model.json``; `token_ids` is an object.
-
-    Raises:
-      ConfigError: no such folder or file, or one that this version does not read.
-    """
-    path = Path(folder) / "model.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} is not a checkpoint of llama_jax (no model.json); "
-            "make one with `python -m llama_jax.train` or `python -m llama_jax.convert SOURCE "
-            "DESTINATION`"
-        )
-    try:
-        about = read_json(path)
-        if about["format"] != 1 or about["rotary_layout"] != "half":
-            raise ConfigError(
-                f"{path}: format {about['format']!r}, layout {about['rotary_layout']!r}; this "
-                "version reads 1, 'half'"
-            )
-        cfg = check_model(about["model"], str(path))
-    except KeyError as e:
-        raise ConfigError(f"{path} is damaged: it has no {e}") from None
-    except ConfigError:
-        raise
-    except ValueError as e:
-        raise ConfigError(str(e)) from None
-    if about.get("quantize") not in (None, "int8", "int4"):
-        raise ConfigError(f"{path}: quantize={about['quantize']!r}: there are 'int8' and 'int4'")
-    ids = about.setdefault("token_ids", {})
-    if not isinstance(ids, dict):
-        raise ConfigError(f"{path}: token_ids must be an object, not {ids!r:.60}")
-    return cfg, about
-
-
-def check_weights(folder: str | Path, max_bytes: int | None = CHECKED_BYTES) -> None:
-    """Compare what is read of a run or of converted weights with its list: the newest weights and
-    the small files; every file by its size, contents up to ``max_bytes`` (None: all).
-
-    Raises:
-      ConfigError: names the files that are missing or have changed.
-    """
-    folder = Path(folder)
-    item = _newest(folder)
-    try:
-        files = listed_files(folder, int(item.parent.name), "model")
-        problems = find_problems(folder, files, max_bytes)
-    except (ValueError, OSError) as e:
-        problems = [str(e)]
-    if problems:
-        more = f"\nand {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ConfigError("\n".join(problems[:3]) + f"{more}\n" + _ADVICE.format(folder))
-
-
-def load_weights(folder: str | Path, abstract_params: Any, partial: bool = False) -> Any:
-    """The newest weights of a run or converted checkpoint, as ``abstract_params`` says (shape,
-    dtype, sharding): all of them, or ``partial``.
-
-    Raises:
-      ConfigError: no whole step, or weights of other shapes.
-    """
-    item = _newest(folder)
-    _quiet_orbax()
-    try:
-        check_item(item, _shapes(abstract_params))
-    except OtherModel as e:
-        raise ConfigError(str(e)) from None
-    except (ValueError, OSError) as e:
-        raise _unreadable(item, e) from None
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**ORBAX)) as reader:
-        args = ocp.args.PyTreeRestore(
-            abstract_params,
-            ocp.checkpoint_utils.construct_restore_args(abstract_params),
-            partial_restore=partial,
-        )
-        try:
-            return reader.restore(item, args=args)
-        except Exception as e:  # Orbax raises no other for a file that is missing or cut off
-            raise _unreadable(item, e.__cause__ or e) from e
-
-
-def load_layers(folder: str | Path, name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """One layer after the other of a stacked weight, say "blocks/mlp/up" of ``shape`` [L, ...], as
-    it is stored; the next is read meanwhile, and no more is held (or two chunks of the file).
-
-    Raises:
-      ConfigError: no whole step, or a weight of another shape.
-    """
-    item = _newest(folder)
-    try:
-        array = open_array(item, name)
-        if array.shape != shape:
-            raise ValueError(f"{name} is {array.shape}, not {shape}")
-        at_once = array.chunk_layout.read_chunk.shape[0]
-        read = lambda first: array[first : first + at_once].read()
-        coming = read(0)
-        for first in range(at_once, shape[0] + at_once, at_once):
-            here, coming = coming, read(first) if first < shape[0] else None
-            yield from here.result()
-    except (ValueError, OSError) as e:
-        raise _unreadable(item, e) from e
-
-
-def whole_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a run folder, ascending."""
-    steps = folder / "steps"
-    return (
-        sorted(int(p.name) for p in steps.iterdir() if p.name.isdigit()) if steps.is_dir() else []
-    )
-
-
-def _newest(folder: str | Path) -> Path:
-    steps = whole_steps(Path(folder))
-    if not steps:
-        raise ConfigError(f"{folder} holds no finished step")
-    return Path(folder).resolve() / "steps" / str(steps[-1]) / "model"
-
-
-def _unreadable(item: Path, error: BaseException) -> ConfigError:
-    return ConfigError(f"the weights in {item} cannot be read: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]

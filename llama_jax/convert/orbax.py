@@ -7,27 +7,14 @@ afterwards.
 """
 
 import logging
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llama_jax.checkpoint.arrays import EVERY_CHUNK, ORBAX, check_item, open_array
 from llama_jax.config import ModelConfig
 from llama_jax.convert.tensors import Unit, rows_of, rows_per_chunk, units
-from llama_jax.io import read_json
-
-# One folder of plain chunks a tensor, written and read in any order. Orbax saving 0.5 GB of float32
-# on 2 cores, two rounds: 1.5-1.7 GB/s to write, 0.5-0.6 to read, against 0.2-0.4 and 0.2-0.3 with
-# OCDBT and zstd, which save 8 % of the space.
-ORBAX = dict(use_ocdbt=False, use_zarr3=True, use_compression=False)
-
-# By default tensorstore reads a missing chunk as zeros and does not write one that is all zeros.
-# Orbax itself writes and expects every chunk.
-EVERY_CHUNK = dict(fill_missing_data_reads=False, store_data_equal_to_fill_value=True)
-
-_METADATA_BYTES = 1 << 20
 
 
 class OrbaxWeights:
@@ -60,95 +47,6 @@ class OrbaxWeights:
     def _of(self, unit: Unit) -> Any:
         array = self.arrays[unit.row.path]
         return array if unit.layer is None else array[unit.layer]
-
-
-def open_array(folder: Path, path: str) -> Any:
-    """The tensorstore array of one parameter, however Orbax stored it; ValueError when it is not
-    there. Reading a chunk whose file is missing is an error too."""
-    import tensorstore as ts
-
-    name = path.replace("/", ".")
-    read_array_metadata(folder / name)
-    place: dict[str, Any] = {"driver": "file", "path": str(folder.resolve())}
-    if (folder / "manifest.ocdbt").exists():
-        spec = {"driver": "ocdbt", "base": place, "path": name + "/"}
-        drivers = ["zarr3", "zarr"]
-    else:
-        spec = place | {"path": f"{folder.resolve()}/{name}/", "file_io_sync": False}
-        drivers = ["zarr3"] if (folder / name / "zarr.json").exists() else ["zarr"]
-    error = None
-    for driver in drivers:
-        try:
-            return ts.open({"driver": driver, "kvstore": spec} | EVERY_CHUNK, open=True).result()
-        except ValueError as e:
-            error = e
-    raise ValueError(f"{folder} holds no readable array {name}: {error}")
-
-
-class OtherModel(ValueError):
-    """Stored weights that have other shapes than asked for."""
-
-
-def read_array_metadata(array: Path) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Shape and chunk of a stored array, by its own metadata file; None where there is no such file
-    (OCDBT, or no array).
-
-    tensorstore would allocate a chunk of whatever size the file claims, so the sizes are checked
-    first.
-
-    Raises:
-      ValueError: damaged; names the file.
-    """
-    path = next((p for n in ("zarr.json", ".zarray") if (p := array / n).exists()), None)
-    if path is None:
-        return None
-    tree = read_json(path, _METADATA_BYTES)
-    try:
-        shape = tree["shape"]
-        new = path.name == "zarr.json"
-        chunk = tree["chunk_grid"]["configuration"]["chunk_shape"] if new else tree["chunks"]
-        ok = len(shape) == len(chunk) and all(
-            type(n) is type(c) is int and n >= 0 and 1 <= c <= max(n, 1)
-            for n, c in zip(shape, chunk, strict=True)
-        )
-    except (KeyError, TypeError):
-        ok = False
-    if not ok:
-        raise ValueError(f"{path} is damaged: no array has such a shape and chunks")
-    return tuple(shape), tuple(chunk)
-
-
-def check_item(item: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Check a stored tree before tensorstore opens it: regular files inside the folder, metadata of
-    sensible sizes, and each array with the shape that the model has.
-
-    Args:
-      item: its folder, say ``steps/100/model``.
-      shapes: of each array, by its name in Orbax ("blocks.mlp.up").
-
-    Raises:
-      OtherModel: an array has another shape.
-      ValueError: a damaged file; says which, and why.
-    """
-    root = os.path.realpath(item)
-    for folder, folders, files in os.walk(item):
-        for name in folders + files:
-            path = os.path.join(folder, name)
-            mode = os.lstat(path).st_mode
-            if stat.S_ISLNK(mode):
-                if not os.path.realpath(path).startswith(root + os.sep):
-                    raise ValueError(f"{path} is a link out of {item}")
-                mode = os.stat(path).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise ValueError(f"{path} is not a regular file")
-    if (item / "_METADATA").exists():
-        read_json(item / "_METADATA")
-    for name, shape in shapes.items():
-        stored = read_array_metadata(item / name)
-        if stored is not None and stored[0] != tuple(shape):
-            raise OtherModel(
-                f"{item} holds another model: {name} is {list(stored[0])}, not {list(shape)}"
-            )
 
 
 class _Declared:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm import tqdm
 
-from llama_jax.checkpoint.checkpoints import check_weights, load_layers, load_weights, read_about
+from llama_jax.checkpoint.model_json import read_metadata
+from llama_jax.checkpoint.weights import check_weights, load_layers, load_weights
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.convert.tensors import TABLE
 from llama_jax.data.tokenizer import Tokenizer
@@ -69,9 +70,9 @@ def load(
     if dtype is not None and str(dtype) not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: there are 'float32' and 'bfloat16'")
     folder = Path(folder)
-    cfg, about = _about(folder)
+    cfg, metadata = _read_metadata(folder)
     check_weights(folder)
-    stored = about.get("quantize")
+    stored = metadata.get("quantize")
     if stored is not None and quantize not in (None, stored):
         raise ValueError(
             f"quantize={quantize!r}, but {folder} holds {stored}: leave quantize out, or load the "
@@ -86,7 +87,7 @@ def load(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the embedding of "
             f"{folder} {cfg.vocab_size} rows only: it is another model's tokenizer"
         )
-    eos_ids = _eos_of(folder, about, cfg)
+    eos_ids = _eos_of(folder, metadata, cfg)
     template, no_template = _template(folder)
     devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
     cpu, tpu = (devices[0].platform == name for name in ("cpu", "tpu"))
@@ -193,14 +194,14 @@ def _put(x: Any, stack: jax.ShapeDtypeStruct, *spec: Any) -> jax.Array:
     return jax.device_put(x, sharding)
 
 
-def _about(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+def _read_metadata(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if (folder / "model.json").is_file() or not folder.exists():
         if not folder.exists():
             raise ConfigError(
                 f"{folder} does not exist; `python -m llama_jax.train` makes checkpoints/tiny, "
                 "`python -m llama_jax.convert SOURCE DESTINATION` takes published weights"
             )
-        return read_about(folder)
+        return read_metadata(folder)
     from llama_jax.convert.layouts import open_folder
 
     try:
@@ -254,9 +255,9 @@ def _keep_compiled() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _eos_of(folder: Path, about: dict[str, Any], cfg: ModelConfig) -> tuple[int, ...] | None:
+def _eos_of(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) -> tuple[int, ...] | None:
     """The ids that end a text, if ``model.json`` says them."""
-    ids = about.get("token_ids") or {}
+    ids = metadata.get("token_ids") or {}
     try:
         if not isinstance(ids, dict):
             raise ValueError(f"token_ids must be an object, not {ids!r:.60}")

@@ -29,16 +29,10 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from llama_jax import chips
-from llama_jax.checkpoint.checkpoints import (
-    CheckpointError,
-    Checkpoints,
-    check_weights,
-    load_weights,
-    read_about,
-    whole_steps,
-    write_about,
-)  # fmt: skip
+from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
 from llama_jax.checkpoint.file_hashes import record_files
+from llama_jax.checkpoint.model_json import read_metadata, write_model_files
+from llama_jax.checkpoint.weights import check_weights, load_weights, whole_steps
 from llama_jax.config import (
     ConfigError,
     DataConfig,
@@ -239,13 +233,13 @@ class Run:
 
     def _open_init_from(self) -> None:
         """Check what a new run starts from: its model, and its tokenizer against the recipe's."""
-        self.init_about: dict[str, Any] = {}
+        self.init_metadata: dict[str, Any] = {}
         self.keeps_tokenizer = False
         folder, data = self.recipe.train.init_from, self.recipe.data
         if self.saved or not folder:
             return
-        cfg, self.init_about = read_about(folder)
-        if kind := self.init_about.get("quantize"):
+        cfg, self.init_metadata = read_metadata(folder)
+        if kind := self.init_metadata.get("quantize"):
             raise ConfigError(
                 f"train.init_from={folder} holds {kind} matrices, which are for sampling; give the "
                 "weights that it was made of"
@@ -332,12 +326,12 @@ class Run:
             ids: dict[str, Any] = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
             ids = {k: v for k, v in ids.items() if v is not None}
             if self.keeps_tokenizer:
-                ids = self.init_about.get("token_ids", ids)
+                ids = self.init_metadata.get("token_ids", ids)
                 for name in CHAT_FILES:
                     if (folder / name).is_file():
                         atomic_write(self.folder / name, (folder / name).read_bytes())
                         record_files(self.folder, name)
-            write_about(self.folder, self.recipe.model, self.mixture.tokenizer, ids)
+            write_model_files(self.folder, self.recipe.model, self.mixture.tokenizer, ids)
         else:
             for line in run_folder.lines(self.saved.changes):
                 self.say(f"from step {self.step} on, {line}")

@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_jax.checkpoint.checkpoints import whole_steps
 from llama_jax.checkpoint.file_hashes import record_files
+from llama_jax.checkpoint.weights import whole_steps
 from llama_jax.config import ConfigError, Recipe, load_saved_recipe, to_dict, to_toml
 from llama_jax.io import atomic_write
 

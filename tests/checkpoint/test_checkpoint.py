@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from llama_jax.checkpoint import checkpoints as checkpoint
-from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints, load_weights, read_about
+from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
 from llama_jax.checkpoint.file_hashes import files_below, read_checksums
+from llama_jax.checkpoint.model_json import read_metadata
+from llama_jax.checkpoint.weights import load_weights
 from llama_jax.config import ConfigError
 
-FULL = r"saving step 2 .* failed(.|\n)*step 1; make room"
+FULL = r"saving step 2 .* failed(.|\n)*step is 1; free some"
 
 
 def tree(value: float) -> dict:
@@ -103,7 +105,7 @@ def test_damage_names_the_file_and_the_step_before(tmp_path, damage, item):
     with pytest.raises(CheckpointError) as error:
         restored(checkpoints)
     assert str(victim) in str(error.value)
-    assert "step 1 is the one before it" in str(error.value)
+    assert "from the previous step, 1, remove" in str(error.value)
     checkpoints.close()
 
 
@@ -166,7 +168,7 @@ def test_killed_between_save_and_checksums_gets_them_at_the_next_start(tmp_path)
     (tmp_path / "steps/3").rename(tmp_path / "3")
     chunk.unlink()
     checkpoints = Checkpoints(tmp_path, 3)
-    with pytest.raises(CheckpointError, match=f"is damaged: .*{chunk}(.|\n)*step 1 is the one"):
+    with pytest.raises(CheckpointError, match=f"is damaged: .*{chunk}(.|\n)*previous step, 1"):
         restored(checkpoints)
     checkpoints.close()
 
@@ -236,9 +238,9 @@ def test_processes_share_the_files_of_a_step(tmp_path, monkeypatch):
 
 def test_folders_that_are_no_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match=r"not a checkpoint .*llama_jax.convert"):
-        read_about(tmp_path)
+        read_metadata(tmp_path)
     with pytest.raises(ConfigError, match="no finished step"):
         load_weights(tmp_path, {})
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(ConfigError, match="damaged"):
-        read_about(tmp_path)
+        read_metadata(tmp_path)

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import pytest
 
 import llama_jax
-from llama_jax.checkpoint.checkpoints import Checkpoints, check_weights, write_about
+from llama_jax.checkpoint.checkpoints import Checkpoints
 from llama_jax.checkpoint.file_hashes import files_below, record_files
+from llama_jax.checkpoint.model_json import write_model_files
+from llama_jax.checkpoint.weights import check_weights
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.convert import job as convert
 from llama_jax.convert import logits as verification
@@ -46,7 +48,7 @@ def place(tmp_path_factory):
     run.mkdir()
     (run / "recipe.toml").write_text("[model]\n")
     record_files(run, "recipe.toml")
-    write_about(run, CFG, root / "orbax/tokenizer.model", {"bos": 1, "eos": 2})
+    write_model_files(run, CFG, root / "orbax/tokenizer.model", {"bos": 1, "eos": 2})
     (root / "text").mkdir()
     for i, text in enumerate(TEXT * 10):
         (root / f"text/{i}.txt").write_text(f"{text} {i}")
@@ -218,7 +220,7 @@ HUGE = {"name": "regular", "configuration": {"chunk_shape": [1, 10**12, 10**12]}
 HOSTILE = {
     "no model": (
         set_json("model.json", lambda t: {k: v for k, v in t.items() if k != "model"}),
-        "model.json is damaged: it has no 'model'", False,
+        "model.json is damaged: it has no model", False,
     ),
     "model a list": (set_json("model.json", lambda t: t | {"model": [1]}), "model.json", False),
     "token ids a list": (

@@ -15,7 +15,8 @@ from test_convert import needs_stories
 from test_convert_settings import ROPES
 
 from llama_jax import config as cf
-from llama_jax.checkpoint.checkpoints import load_weights, read_about
+from llama_jax.checkpoint.model_json import read_metadata
+from llama_jax.checkpoint.weights import load_weights
 from llama_jax.convert import layouts
 from llama_jax.convert import logits as verify
 from llama_jax.convert.job import convert
@@ -27,7 +28,7 @@ SHAPE = small(dim=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=80, cont
 
 def load(folder: Path) -> Llama:
     """Our model with a checkpoint's weights, as everybody loads them."""
-    cfg, _ = read_about(folder)
+    cfg, _ = read_metadata(folder)
     compute = ComputeConfig(jnp.dtype(jnp.float32))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)

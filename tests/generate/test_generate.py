@@ -398,9 +398,9 @@ def test_ids_that_end_a_text(llm, tokenizer):
         with pytest.raises(ValueError, match="must be a whole number from 0 to 299, an id of"):
             LLM(llm.cfg, llm.params, tokenizer, F32, eos_ids=[2, odd])
         if odd is not None:
-            about = {"token_ids": {"eos": odd if odd != [2] else [2, [2]]}}
+            metadata = {"token_ids": {"eos": odd if odd != [2] else [2, [2]]}}
             with pytest.raises(ConfigError, match=r"run/model\.json: the end-of-text id"):
-                _eos_of(Path("run"), about, llm.cfg)
+                _eos_of(Path("run"), metadata, llm.cfg)
     with pytest.raises(ConfigError, match=r"run/model\.json: token_ids must be an object"):
         _eos_of(Path("run"), {"token_ids": [1]}, llm.cfg)
     assert _eos_of(Path("run"), {"token_ids": {"eos": 2}}, llm.cfg) == (2,)

@@ -13,10 +13,10 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from model_tools import F32, small
 
-from llama_jax.checkpoint.checkpoints import load_layers, load_weights
+from llama_jax.checkpoint.arrays import ORBAX, open_array
+from llama_jax.checkpoint.weights import load_layers, load_weights
 from llama_jax.config import MODELS, ConfigError
 from llama_jax.convert.job import convert
-from llama_jax.convert.orbax import ORBAX, open_array
 from llama_jax.generate import load as loading
 from llama_jax.model.llama import ComputeConfig, KVCache, Llama
 from llama_jax.model.params import abstract_params, merge, params_of, structure, unstack_layers

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llama_jax import chips
-from llama_jax.convert.orbax import open_array
+from llama_jax.checkpoint.arrays import open_array
 from llama_jax.data import mixture as data
 from llama_jax.data.batch import ShardBatch
 from llama_jax.train import loop as train

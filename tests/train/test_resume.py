@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llama_jax.checkpoint.arrays import open_array
 from llama_jax.checkpoint.file_hashes import read_list
-from llama_jax.convert.orbax import open_array
 from llama_jax.train import loop as train
 from llama_jax.verify.__main__ import verify
 

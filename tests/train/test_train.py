@@ -16,9 +16,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import llama_jax
+from llama_jax.checkpoint.arrays import open_array
 from llama_jax.checkpoint.file_hashes import record_files
 from llama_jax.config import load_recipe
-from llama_jax.convert.orbax import open_array
 from llama_jax.data.batch import Batch
 from llama_jax.io import folder_lock
 from llama_jax.model.llama import ComputeConfig

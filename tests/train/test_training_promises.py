@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 
 from llama_jax import io
-from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints, load_weights
+from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
+from llama_jax.checkpoint.weights import load_weights
 from llama_jax.config import DataConfig, OptimConfig, SourceConfig
 from llama_jax.data.batch import Batch
 from llama_jax.data.mixture import Mixture, Source, TokenStream, TrainData
@@ -234,7 +235,7 @@ def test_a_failed_save_leaves_nothing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match="last good one is step 1"):
+        with pytest.raises(CheckpointError, match="newest good step is 1"):
             save_whole(checkpoints, 2, 100_000)  # four bytes each
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

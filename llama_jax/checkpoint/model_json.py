@@ -1,0 +1,84 @@
+"""``model.json``: the model config of a checkpoint and the ids of its special tokens.
+
+No other module reads or writes this file.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llama_jax.checkpoint.file_hashes import record_files
+from llama_jax.config import ConfigError, ModelConfig, check_model, to_dict
+from llama_jax.io import atomic_write, read_json
+
+FORMAT = {"format": 1, "rotary_layout": "half"}
+QUANTIZED = ("int8", "int4")
+_MAX_BYTES = 1 << 20
+
+
+def make_metadata(
+    cfg: ModelConfig, token_ids: dict[str, Any], quantize: str | None = None
+) -> dict[str, Any]:
+    """The content of ``model.json``.
+
+    Args:
+      cfg: the model.
+      token_ids: ids of "bos", "eos" (one or a list) and "pad"; those that exist.
+      quantize: "int8" or "int4" if the matrices of the layers are stored so.
+    """
+    tree = FORMAT | {"model": to_dict(cfg), "token_ids": token_ids}
+    return tree if quantize is None else tree | {"quantize": quantize}
+
+
+def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    """Write ``model.json``."""
+    content = json.dumps(metadata, indent=1, ensure_ascii=False) + "\n"
+    atomic_write(folder / "model.json", content.encode())
+
+
+def write_model_files(
+    folder: Path, cfg: ModelConfig, tokenizer: Path, token_ids: dict[str, Any]
+) -> None:
+    """Write ``model.json`` and the tokenizer of a run, and their hashes to ``manifest.json``.
+
+    Args:
+      folder: the run folder.
+      cfg: the model.
+      tokenizer: file to copy to ``tokenizer.model``.
+      token_ids: as for :func:`make_metadata`.
+    """
+    write_metadata(folder, make_metadata(cfg, token_ids))
+    atomic_write(folder / "tokenizer.model", tokenizer.read_bytes())
+    record_files(folder, "model.json", "tokenizer.model")
+
+
+def read_metadata(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model of a checkpoint folder, and the whole of ``model.json``; `token_ids` is a dict.
+
+    Raises:
+      ConfigError: the folder or file is missing, damaged, or of another format.
+    """
+    path = Path(folder) / "model.json"
+    try:
+        tree = read_json(path, _MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"{folder} is not a checkpoint of llama_jax (no model.json); make one with "
+            "`python -m llama_jax.train` or `python -m llama_jax.convert SOURCE DESTINATION`"
+        ) from None
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    for key, wanted in FORMAT.items():
+        if tree.get(key) != wanted:
+            raise ConfigError(
+                f"{path}: {key}={tree.get(key)!r:.60}, but this version reads {key}={wanted!r}"
+            )
+    if not isinstance(model := tree.get("model"), dict):
+        raise ConfigError(f"{path} is damaged: it has no model")
+    cfg = check_model(model, str(path))
+    if (quantize := tree.get("quantize")) not in (None, *QUANTIZED):
+        raise ConfigError(f"{path}: quantize={quantize!r:.60}: must be 'int8' or 'int4'")
+    ids = tree.setdefault("token_ids", {})
+    if not isinstance(ids, dict):
+        raise ConfigError(f"{path}: token_ids must be an object, not {ids!r:.60}")
+    return cfg, tree
