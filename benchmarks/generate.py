@@ -51,9 +51,9 @@ def jax_generate(cfg, batch: int):
     import jax
     import jax.numpy as jnp
 
-    from llama_jax.generate.decode import DECODE_STEPS_PER_CALL
+    from llama_jax.generate.decode import DECODE_STEPS_PER_CALL, Request
     from llama_jax.generate.llm import LLM
-    from llama_jax.generate.sampler import Greedy, settings_of
+    from llama_jax.generate.sampler import Greedy, check_options
     from llama_jax.model.llama import ComputeConfig
     from llama_jax.model.params import unstack_layers
 
@@ -66,11 +66,12 @@ def jax_generate(cfg, batch: int):
     params = unstack_layers(params)  # as llama_jax.load does
     compute = ComputeConfig(jnp.dtype("float32"), unroll=True)
     llm = LLM(cfg, params, None, compute, eos_ids=())
-    asked = [(ids, 0) for ids in prompts(cfg, batch).tolist()]
+    requests = [Request(ids, 0) for ids in prompts(cfg, batch).tolist()]
+    options = check_options(NEW, Greedy(), 0)
 
     def generate():
-        rows = [Ids(ids) for ids, _ in asked]
-        for _ in llm._decode(asked, rows, NEW, settings_of(Greedy()), 0, DECODE_STEPS_PER_CALL):
+        rows = [Ids(ids) for ids, _ in requests]
+        for _ in llm._decode(requests, rows, options, DECODE_STEPS_PER_CALL):
             pass
         return np.array([row.made for row in rows])
 
@@ -78,12 +79,12 @@ def jax_generate(cfg, batch: int):
 
 
 class Ids:
-    """A row without its text."""
+    """A sequence without its text."""
 
     def __init__(self, prompt: list[int]):
         self.prompt, self.made, self.finish = prompt, [], None
 
-    def take(self, ids, logprobs, ends, limit) -> None:
+    def append(self, ids, logprobs, stop_ids, max_tokens, top_logprobs) -> None:
         """New tokens."""
         self.made += ids.tolist()
 

@@ -1,11 +1,7 @@
-"""The command line of sampling: continue a prompt, printed as it comes.
+"""The command ``python -m llama_jax.generate``: continue a prompt and print the text."""
 
-python -m llama_jax.generate checkpoints/tiny "def main(" --temperature 0.7
-python -m llama_jax.generate checkpoints/tiny - --json < prompts.txt
-"""
-
-# jax takes seconds to import: functions import what needs it, so that Ctrl-C and a bad argument are
-# answered at once.
+# jax takes seconds to import. Functions import what needs it, so that Ctrl-C and bad arguments get
+# an immediate answer.
 import argparse
 import contextlib
 import dataclasses
@@ -18,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _GRACE = 1.0
-"""Seconds from Ctrl-C until the process ends, whatever it is doing."""
+"""Seconds from Ctrl-C to the end of the process, whatever it is doing."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,11 +24,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _answer(args)
         except BrokenPipeError:
-            # Who read has enough, as `| head -1`; what is still in the buffer goes nowhere.
+            # The reader has ended, as in `| head -1`: discard what is still in the buffer.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except BaseException as e:
-            # A library that is being imported makes another error of Ctrl-C.
+            # A library interrupted during its import may raise another error.
             if isinstance(e, KeyboardInterrupt) or interrupted.is_set():
                 print("\nstopped", file=sys.stderr)
                 return 130
@@ -44,17 +40,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def load(folder: str, **compute: Any) -> Any:
     """:func:`llama_jax.load`."""
-    from llama_jax.generate import load as loading
+    from llama_jax.generate.load import load
 
-    return loading.load(folder, **compute)
+    return load(folder, **compute)
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C ends the process within a second, in a compilation too.
+    """End the process within a second of Ctrl-C, also during a compilation.
 
-    Python itself raises KeyboardInterrupt only between two of its own instructions, and a
-    compilation is one that takes seconds to minutes. The event says that Ctrl-C came.
+    Python raises KeyboardInterrupt only between two of its instructions, and a compilation is a
+    single one that takes seconds to minutes. The event is set by Ctrl-C.
     """
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -67,18 +63,18 @@ def _interruptible() -> Iterator[threading.Event]:
         while signals := os.read(reading, 1):
             if signals[0] == signal.SIGINT:
                 interrupted.set()
-                if not over.wait(_GRACE):
+                if not ended.wait(_GRACE):
                     os.write(2, b"\nstopped\n")
                     os._exit(130)
 
-    over = threading.Event()
+    ended = threading.Event()
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield interrupted
     finally:
-        over.set()
+        ended.set()
         signal.set_wakeup_fd(before)
         os.close(writing)
         watcher.join()
@@ -86,43 +82,46 @@ def _interruptible() -> Iterator[threading.Event]:
 
 
 def _answer(args: argparse.Namespace) -> int:
-    from llama_jax.generate.llm import check_arguments, stops_of
-    from llama_jax.generate.sampler import Greedy, Sample
+    from llama_jax.data.tokenizer import check_text
+    from llama_jax.generate.sampler import Greedy, Sample, check_integer, check_options
 
     sampling: Greedy | Sample = Greedy()
-    chosen = dict(top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
-    chosen["repetition_penalty"] = args.repetition_penalty
-    if args.temperature is not None or any(x is not None for x in chosen.values()):
-        heat = 1.0 if args.temperature is None else args.temperature
-        sampling = Sample(temperature=heat, **chosen)
-    # Before the weights are read, which may take minutes.
-    check_arguments([args.prompt], args.max_new_tokens, args.n, args.seed)
-    stops = stops_of(args.stop)
-    more: dict[str, Any] = dict(max_new_tokens=args.max_new_tokens, seed=args.seed, stop=stops)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    given = {name: x for name in names if (x := getattr(args, name)) is not None}
+    if given:
+        sampling = Sample(**given)
+    options: dict[str, Any] = dict(
+        max_new_tokens=args.max_new_tokens, sampling=sampling, seed=args.seed, stop=args.stop
+    )
+    # Checked before the weights are read, which may take minutes.
+    check_text("the prompt", args.prompt)
+    check_integer("n", args.n, 1)
+    check_options(**options, top_logprobs=args.top_logprobs)
     llm = load(args.checkpoint, dtype=args.dtype, quantize=args.quantize)
-    more["sampling"] = sampling
     if args.prompt != "-":
-        _continue(llm, args.prompt, args, more)
+        _continue(llm, args.prompt, args, options)
         return 0
     for number, line in enumerate(sys.stdin, 1):
         try:
-            _continue(llm, line.rstrip("\n"), args, more)
+            _continue(llm, line.rstrip("\n"), args, options)
         except ValueError as e:
             raise ValueError(f"line {number}: {e}") from None
     return 0
 
 
-def _continue(llm: Any, prompt: str, args: argparse.Namespace, more: dict[str, Any]) -> None:
-    if args.json:
-        made = llm.generate([prompt], n=args.n, logprobs=True, **more)[0]
+def _continue(llm: Any, prompt: str, args: argparse.Namespace, options: dict[str, Any]) -> None:
+    if args.json or args.top_logprobs:
+        more = dict(n=args.n, logprobs=True, top_logprobs=args.top_logprobs)
+        made = llm.generate([prompt], **more, **options)[0]
         for g in made if args.n > 1 else [made]:
             print(json.dumps({"prompt": prompt, **dataclasses.asdict(g)}), flush=True)
     elif args.n > 1:
-        for text in llm.generate(prompt, n=args.n, **more):
+        for text in llm.generate(prompt, n=args.n, **options):
             print(prompt + text, end="\n\n", flush=True)
     else:
-        pieces = llm.stream(prompt, **more)
-        print(prompt, end="", flush=True)
+        pieces = llm.stream(prompt, **options)
+        # The prompt is printed with the first piece, after all notices of compilation.
+        print(prompt + next(pieces, ""), end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print(flush=True)
@@ -137,24 +136,34 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m llama_jax.generate",
-        description="Continue a prompt with a model, printed as it comes. Greedy, unless a setting "
-        "of sampling is given.",
+        usage="%(prog)s CHECKPOINT PROMPT [options]",
+        description="Continue a prompt and print the text while it is generated. Greedy, unless an "
+        "option of sampling is given.",
+        epilog='example: %(prog)s checkpoints/tiny "def main(" --temperature 0.7 --top-p 0.95',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arg = parser.add_argument
-    arg("checkpoint", help="folder of a run, or of converted weights")
-    arg("prompt", help='text to continue; "-" reads one from each line of standard input')
+    arg("checkpoint", metavar="CHECKPOINT", help="folder of a run, or of converted, Hugging Face "
+        "or Meta weights")  # fmt: skip
+    arg("prompt", metavar="PROMPT", help='text to continue; "-" reads a prompt per line from stdin')
+    arg = parser.add_argument_group("length and output").add_argument
     arg("--max-new-tokens", type=int, default=128, metavar="T", help="default: 128")
-    arg("--temperature", type=float, help="sample; 1 is the model's own distribution")
-    arg("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
-    arg("--top-p", type=float, metavar="P", help="the likeliest that together reach P")
-    arg("--min-p", type=float, metavar="P", help="those at least P times as likely as the best")
-    arg("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
-    arg("--n", type=int, default=1, help="continuations of each prompt")
-    arg("--seed", type=int, default=0, help="the same seed gives the same text")
     arg("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    arg("--n", type=int, default=1, metavar="N", help="continuations per prompt (default: 1)")
+    arg("--json", action="store_true", help="a JSON object per line: text, ids, logprobs, finish")
+    arg("--top-logprobs", type=int, default=0, metavar="N", help="--json with the N likeliest "
+        "tokens at each place, at most 20")  # fmt: skip
+    arg = parser.add_argument_group("sampling").add_argument
+    arg("--temperature", type=float, metavar="X", help="1 is the model's own distribution")
+    arg("--top-k", type=int, metavar="K", help="keep only the K likeliest tokens")
+    arg("--top-p", type=float, metavar="P", help="keep the likeliest tokens that together reach P")
+    arg("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the "
+        "likeliest")  # fmt: skip
+    arg("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
+    arg("--seed", type=int, default=0, metavar="N", help="equal seeds, equal texts (default: 0)")
+    arg = parser.add_argument_group("model").add_argument
     arg("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
-    arg("--quantize", choices=["int8", "int4"], help="the layers' matrices in fewer bits")
-    arg("--json", action="store_true", help="an object a line: text, ids, logprobs, finish")
+    arg("--quantize", choices=["int8", "int4"], help="matrices of the layers in 8 or 4 bits")
     return parser
 
 

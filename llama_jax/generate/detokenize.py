@@ -1,50 +1,51 @@
-"""A continuation on its way from tokens to text: where it ends, and what of it is settled.
-
-In: token ids as they are drawn. Out: :class:`Generation`.
-"""
+"""From token ids to text, one token at a time: where a sequence ends, and which text is final."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
+from typing import Any
 
 from llama_jax.data.tokenizer import Tokenizer
 
-_UNKNOWN = "\ufffd"
-"""What bytes that are no UTF-8 become: at the end of a text, perhaps half of a character."""
+_REPLACEMENT = "\ufffd"
+"""What decoders write for invalid UTF-8; at the end of a text, perhaps half of a character."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A continuation, with what it was made of."""
+    """A continuation and its tokens."""
 
     text: str
     ids: tuple[int, ...]
-    """new tokens; neither the prompt's nor the one that ends a document"""
+    """new tokens, without the prompt and without the token that ends a document"""
     logprobs: tuple[float, ...]
-    """log p of each id under the model itself, nats: before temperature and the rest"""
+    """log p of each id under the unmodified model (before temperature and other settings), nats"""
     finish: str
     """"end" (the model ended the document), "stop" (a stop string) or "length" """
+    top_logprobs: tuple[dict[int, float], ...] = ()
+    """log p of the likeliest tokens at the place of each id, likeliest first, if asked for"""
 
 
 class Detokenizer:
-    """Ids to text, one after the other, in time linear in their number.
+    """Converts ids to text one after the other, in time linear in their number.
 
     The text of an id depends on those before it (a leading space, the bytes of a character), so a
-    new one is decoded with the few before it. These begin where a character does: decoders of
-    bytes may replace a whole run of them for one that is no UTF-8.
+    new id is decoded together with a few before it. These begin at a character: decoders of bytes
+    may replace a whole run of bytes if one of them is not UTF-8.
 
     Args:
-      before: ids of a text that the new ones continue; their own text does not come out.
+      tokenizer: of the model.
+      before: ids of the prompt, whose own text is not returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
         self._tokenizer = tokenizer
         known = [i for i in map(int, before) if 0 <= i < tokenizer.vocab_size]
         size = 1
-        while size < len(known) and not self._is_whole(known[-size:]):
+        while size < len(known) and not self._starts_a_character(known[-size:]):
             size *= 2
-        # Ids decoded together; of those before `_read`, the text (`_text`) has come out.
+        # `_ids` are decoded together; `_text` is the text of the first `_num_returned` of them.
         self._ids = known[-size:]
-        self._read, self._text = len(self._ids), self._decode(self._ids)
+        self._num_returned, self._text = len(self._ids), self._decode(self._ids)
         self._next_try = 1
 
     def push(self, token: int) -> str:
@@ -52,87 +53,139 @@ class Detokenizer:
         if not 0 <= token < self._tokenizer.vocab_size:
             return ""  # an embedding may have more rows than the tokenizer has ids
         self._ids.append(token)
-        waiting = len(self._ids) - self._read
-        if waiting < self._next_try:
+        pending = len(self._ids) - self._num_returned
+        if pending < self._next_try:
             return ""
         new = self._decode(self._ids)[len(self._text) :]
-        if not new or new.endswith(_UNKNOWN):
-            # A long run of ids without text, or of bytes that are no UTF-8, is decoded less and
-            # less often: decoding it for each of its ids would cost the square of its length.
-            self._next_try = waiting + max(1, waiting // 4)
+        if not new or new.endswith(_REPLACEMENT):
+            # A long run of ids without text, or of invalid UTF-8, is decoded less and less often;
+            # decoding it for each of its ids would take quadratic time.
+            self._next_try = pending + max(1, pending // 4)
             return ""
-        del self._ids[: self._read]
-        self._read, self._text, self._next_try = len(self._ids), self._decode(self._ids), 1
+        del self._ids[: self._num_returned]
+        self._num_returned, self._text = len(self._ids), self._decode(self._ids)
+        self._next_try = 1
         return new
 
     def rest(self) -> str:
-        """The text of ids that wait for others, as it is if none come."""
+        """The text of ids that are still inside a character, if no more ids follow."""
         return self._decode(self._ids)[len(self._text) :]
 
-    def _is_whole(self, ids: list[int]) -> bool:
+    def _starts_a_character(self, ids: list[int]) -> bool:
         text = self._decode(ids)
-        return bool(text) and not text.startswith(_UNKNOWN)
+        return bool(text) and not text.startswith(_REPLACEMENT)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
 
 
-class Row:
-    """A text on its way: ids so far, and where they end."""
+class OutputSequence:
+    """A sequence being generated: its ids so far, and where it ends.
+
+    Args:
+      tokenizer: of the model.
+      prompt: ids that the new ones continue.
+      stops: strings that end the text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]):
         self.finish: str | None = None
         self._stops = stops
         self._ids: list[int] = []
         self._logprobs: list[float] = []
+        self._top_logprobs: list[dict[int, float]] = []
         self._detokenizer = Detokenizer(tokenizer, prompt)
-        self._read = 0  # ids given to the detokenizer
+        self._num_decoded = 0  # ids given to the detokenizer
         self._text = ""
 
-    def take(self, ids, logprobs, ends, limit: int) -> None:
-        """New tokens, until one ends the text."""
-        for token, logprob in zip(ids, logprobs, strict=True):
+    def append(
+        self,
+        ids: Sequence[int],
+        logprobs: Sequence[float],
+        stop_ids: Collection[int],
+        max_tokens: int,
+        top_logprobs: Sequence[dict[int, float]] = (),
+    ) -> None:
+        """Add new tokens up to the one that ends the sequence.
+
+        Args:
+          ids: in order.
+          logprobs: log p of each.
+          stop_ids: ids that end a sequence.
+          max_tokens: end at this number of tokens.
+          top_logprobs: alternatives to each id, if asked for.
+        """
+        for i, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
             if self.finish:
                 return
-            if int(token) in ends:
+            if int(token) in stop_ids:
                 self.finish = "end"
                 return
             self._ids.append(int(token))
             self._logprobs.append(float(logprob))
+            self._top_logprobs += top_logprobs[i : i + 1]
             if self._stops:
                 self._find_stop()
-            if not self.finish and len(self._ids) >= limit:
+            if not self.finish and len(self._ids) >= max_tokens:
                 self.finish = "length"
 
-    def _advance(self) -> None:
-        """Take the text of new tokens over, unless they end inside a character."""
-        for token in self._ids[self._read :]:
+    def _decode_new(self) -> None:
+        """Append the text of new ids, except those inside a character."""
+        for token in self._ids[self._num_decoded :]:
             self._text += self._detokenizer.push(token)
-        self._read = len(self._ids)
+        self._num_decoded = len(self._ids)
 
     def _find_stop(self) -> None:
-        # A stop that this token completes begins at most its own length before.
+        # A stop string completed by this token begins at most its own length before.
         start = max(0, len(self._text) - max(map(len, self._stops)))
-        self._advance()
+        self._decode_new()
         found = [i for i in (self._text.find(s, start) for s in self._stops) if i >= 0]
         if found:
             self._text, self.finish = self._text[: min(found)], "stop"
 
-    def settled(self) -> str:
+    def stable_text(self) -> str:
         """The text that later tokens cannot change."""
         if self.finish:
             return self.result().text
         if not self._stops:
-            self._advance()
-        held = max(
+            self._decode_new()
+        unsure = max(
             (k for s in self._stops for k in range(1, len(s)) if self._text.endswith(s[:k])),
             default=0,
         )
-        return self._text[: len(self._text) - held]
+        return self._text[: len(self._text) - unsure]
 
     def result(self) -> Generation:
-        """What has been made."""
-        self._advance()
-        # Bytes that became no character are part of a text that has ended.
+        """The sequence so far."""
+        self._decode_new()
+        # Bytes that did not become a character are part of the text once it has ended.
         text = self._text if self.finish == "stop" else self._text + self._detokenizer.rest()
-        return Generation(text, tuple(self._ids), tuple(self._logprobs), self.finish or "length")
+        lists = (self._ids, self._logprobs, self._top_logprobs)
+        ids, logprobs, top = map(tuple, lists)
+        return Generation(text, ids, logprobs, self.finish or "length", top)
+
+
+def stream_text(
+    sequence: OutputSequence, steps: Iterable[Any], strip: bool = False
+) -> Generator[str, None, Any]:
+    """Yield the stable text of ``sequence`` in pieces while ``steps`` add tokens to it.
+
+    Args:
+      sequence: the sequence.
+      steps: each item is taken after new tokens were added.
+      strip: omit white space at both ends of the text.
+
+    Returns:
+      The last item of ``steps``.
+    """
+    shape = str.strip if strip else str
+    yielded, last = 0, None
+    for step in steps:
+        last = step
+        text = shape(sequence.stable_text())
+        if len(text) > yielded:
+            yield text[yielded:]
+            yielded = len(text)
+    if rest := shape(sequence.result().text)[yielded:]:
+        yield rest
+    return last

@@ -1,13 +1,13 @@
-"""A checkpoint folder to a model that samples.
+"""Load a model: a run of training, converted weights, or weights of Hugging Face or Meta."""
 
-In: a run's folder, or converted weights. Out: an ``LLM``, its weights in the
-dtype asked for, quantised or split over a mesh. What cannot be loaded says what it is, and the
-command that makes it loadable.
-"""
-
+import contextlib
+import fcntl
 import functools
+import hashlib
+import io
+import json
 import os
-import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from llama_jax.checkpoint.weights import check_weights, load_layers, load_weight
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.convert.tensors import TABLE
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.generate.llm import LLM, check_eos, memory_of
+from llama_jax.generate.decode import device_memory
+from llama_jax.generate.llm import LLM, check_eos
 from llama_jax.io import read_json, read_limited
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import abstract_params, fuse_projections, unstack_layers
@@ -48,35 +49,50 @@ def load(
     quantize: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> LLM:
-    """A model ready to sample from.
+    """Load a model that is ready to generate.
+
+    Weights of Hugging Face or Meta are converted once, into ``~/.cache/llama_jax/converted`` (or
+    ``$XDG_CACHE_HOME/llama_jax/converted``), and read from there until their files change.
 
     Args:
-      folder: a run of `python -m llama_jax.train`, or what `python -m llama_jax.convert` made.
+      folder: a run of `python -m llama_jax.train`, a result of `python -m llama_jax.convert`, or a
+        folder with weights and tokenizer in the layout of Hugging Face or Meta.
       dtype: of weights and computation, "float32" or "bfloat16"; default: float32 on a CPU,
         bfloat16 elsewhere.
-      quantize: "int8" or "int4": the layers' matrices in fewer bits; a checkpoint that
-        `convert --quantize` made has them already.
-      mesh: of ``make_mesh``; heads and widths are split over its ``tensor``.
+      quantize: "int8" or "int4" for the matrices of the layers; weights made by
+        `convert --quantize` are already quantized.
+      mesh: from ``make_mesh``; heads and widths are sharded over its ``tensor`` axis.
+
+    Returns:
+      The model.
 
     Raises:
-      ConfigError: no checkpoint of ours there (says what it is), or a damaged one (names the
-        files); a tokenizer with more tokens than the embedding has rows.
-      ValueError: its tokenizer is missing or of another kind; an unknown dtype or quantisation, or
-        another one than the checkpoint's; a mesh that does not divide the model.
-      MemoryError: the weights are larger than the device's memory.
+      ConfigError: the folder holds no weights, or damaged ones (the message names the files), or a
+        tokenizer with more tokens than the embedding has rows.
+      ValueError: the tokenizer is missing or of an unknown kind; an unknown dtype or quantization,
+        or another one than that of the checkpoint; a mesh that does not divide the model.
+      MemoryError: the weights are larger than the memory of the device.
     """
     if quantize is not None and quantize not in KINDS:
         raise ValueError(f"quantize={quantize!r}: there are 'int8' and 'int4'")
     if dtype is not None and str(dtype) not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: there are 'float32' and 'bfloat16'")
-    folder = Path(folder)
-    cfg, metadata = _read_metadata(folder)
-    check_weights(folder)
+    source = Path(folder)
+    folder = _checkpoint_of(source)
+    cfg, metadata = read_metadata(folder)
+    try:
+        check_weights(folder)
+    except ConfigError as e:
+        if folder == source:
+            raise
+        raise ConfigError(
+            f"{e}\n{folder} is converted from {source}: remove it, and load again"
+        ) from e
     stored = metadata.get("quantize")
     if stored is not None and quantize not in (None, stored):
         raise ValueError(
             f"quantize={quantize!r}, but {folder} holds {stored}: leave quantize out, or load the "
-            "weights that it was made of"
+            "weights that it was made from"
         )
     quantize = quantize or stored
     if mesh is not None:
@@ -105,8 +121,8 @@ def load(
     like = jax.tree.map(place, abstract)
     with use_mesh(mesh):
         if quantize is not None:
-            whole = functools.partial(_quantized_now, folder)
-            read = whole if stored is None else functools.partial(_quantized_before, folder, cfg)
+            whole = functools.partial(_quantize_stored, folder)
+            read = whole if stored is None else functools.partial(_read_quantized, folder, cfg)
             params = _load_quantized(folder, like, quantize, compute.unroll, read)
         else:
             params = load_weights(folder, like)
@@ -125,46 +141,48 @@ def _load_quantized(
     unstacked: bool,
     read: Callable[..., Iterator[QuantizedWeight]],
 ) -> dict[str, Any]:
-    """The weights, matrices of the layers read one by one and quantised: what is held is what the
-    model will be, and two matrices."""
-    stacks = {room: like["blocks"][room] for room in MATRICES}
+    """The weights, with the matrices of the layers read and quantized one by one.
+
+    Peak memory is the quantized model and two matrices.
+    """
+    stacks = {module: like["blocks"][module] for module in MATRICES}
     norms = {name: x for name, x in like["blocks"].items() if name not in MATRICES}
     params = load_weights(folder, {**like, "blocks": norms}, partial=True)
     if unstacked:
         params = unstack_layers(params)
     blocks = params["blocks"]
-    names = [(room, name) for room in MATRICES for name in stacks[room]]
-    total = sum(stacks[room][name].shape[0] for room, name in names)
+    names = [(module, name) for module in MATRICES for name in stacks[module]]
+    total = sum(stacks[module][name].shape[0] for module, name in names)
     with tqdm(total=total, desc=kind, unit="matrix", disable=None, delay=2) as bar:
-        for room, name in names:
-            x, made = stacks[room][name], []
-            for w in read(f"blocks/{room}/{name}", x, kind):
-                made.append(jax.block_until_ready(w))
+        for module, name in names:
+            x, layers = stacks[module][name], []
+            for w in read(f"blocks/{module}/{name}", x, kind):
+                layers.append(jax.block_until_ready(w))
                 bar.update()
             if unstacked:
-                for i, whole in enumerate(made):
-                    blocks[i].setdefault(room, {})[name] = whole
+                for i, whole in enumerate(layers):
+                    blocks[i].setdefault(module, {})[name] = whole
             else:
-                blocks.setdefault(room, {})[name] = jax.tree.map(lambda *x: jnp.stack(x), *made)
-            del made, w
+                blocks.setdefault(module, {})[name] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+            del layers, w
     if unstacked:
         for layer in blocks.values():
             fuse_projections(layer)
     return params
 
 
-def _quantized_now(
+def _quantize_stored(
     folder: Path, name: str, stack: jax.ShapeDtypeStruct, kind: str
 ) -> Iterator[QuantizedWeight]:
-    """A matrix of each layer, of whole weights."""
+    """A matrix of each layer, quantized from stored floating-point weights."""
     for w_IO in load_layers(folder, name, stack.shape):
         yield quantize_weight(_put(w_IO, stack, *_spec(stack)), kind)
 
 
-def _quantized_before(
+def _read_quantized(
     folder: Path, cfg: ModelConfig, name: str, stack: jax.ShapeDtypeStruct, kind: str
 ) -> Iterator[QuantizedWeight]:
-    """A matrix of each layer, as `convert --quantize` stored it."""
+    """A matrix of each layer, stored quantized by `convert --quantize`."""
     row = next(row for row in TABLE if row.path == name)
     shapes = [(part.path, (cfg.num_layers, *part.shape(cfg))) for part in row.parts(kind)]
     scales, integers = (load_layers(folder, *of) for of in shapes)
@@ -175,48 +193,75 @@ def _quantized_before(
     parts = 1 if inputs is None else num_shards(inputs)
     for scale, q in zip(scales, integers, strict=True):
         q, scale = from_stored(q, scale, kind, stack.shape[1], parts)
-        # Narrowed where it lies: an array of 4 bits from the host is laid out in another way.
+        # Cast to int4 on the device: an int4 array from the host has another layout.
         q_there = _put(q, stack, *spec).astype(kind)
         yield QuantizedWeight(q_there, _put(scale, stack, *of_scale), grouped)
 
 
 def _spec(stack: jax.ShapeDtypeStruct) -> tuple:
-    """How a layer of a stacked matrix is split."""
+    """Partition spec of one layer of a stacked matrix."""
     sharding = stack.sharding
     return tuple(sharding.spec[1:]) if isinstance(sharding, NamedSharding) else (None, None)
 
 
 def _put(x: Any, stack: jax.ShapeDtypeStruct, *spec: Any) -> jax.Array:
-    """An array of one layer on the devices of its stack."""
+    """Put an array of one layer on the devices of its stack."""
     sharding = stack.sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
     return jax.device_put(x, sharding)
 
 
-def _read_metadata(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    if (folder / "model.json").is_file() or not folder.exists():
-        if not folder.exists():
-            raise ConfigError(
-                f"{folder} does not exist; `python -m llama_jax.train` makes checkpoints/tiny, "
-                "`python -m llama_jax.convert SOURCE DESTINATION` takes published weights"
-            )
-        return read_metadata(folder)
-    from llama_jax.convert.layouts import open_folder
+def _checkpoint_of(folder: Path) -> Path:
+    """The checkpoint to read: ``folder`` itself, or what it is converted to."""
+    if not folder.exists():
+        raise ConfigError(
+            f"{folder} does not exist; `python -m llama_jax.train` makes checkpoints/tiny; for "
+            "published weights give the folder that holds them"
+        )
+    if (folder / "model.json").is_file():
+        return folder
+    from llama_jax.convert.layouts import NAMES, open_folder
 
     try:
         found = open_folder(folder)
     except (ValueError, OSError) as e:
-        raise ConfigError(f"{folder} is not a checkpoint of llama_jax: {e}") from None
+        raise ConfigError(f"{folder} cannot be loaded: {e}") from None
     if found.kind == "orbax":
         root = next(p for p in folder.resolve().parents if (p / "model.json").is_file())
         raise ConfigError(f"{folder} is one step of a checkpoint: load {root}, its newest")
-    names = {"meta": "weights as Meta gives them", "hf": "Hugging Face weights"}
-    command = shlex.join([str(folder), f"checkpoints/{folder.resolve().name}"])
-    raise ConfigError(
-        f"{folder} holds {names[found.kind]}; convert them first:\n"
-        f"  python -m llama_jax.convert {command}"
-    )
+    if not found.tokenizers:
+        raise ConfigError(f"{folder} has no tokenizer (tokenizer.model or tokenizer.json)")
+    return _converted(folder.resolve(), NAMES[found.kind])
+
+
+def _converted(folder: Path, layout: str) -> Path:
+    """The conversion of ``folder`` in the user's cache, made if it is not there.
+
+    Its name depends on path, size and time of the source's files. A conversion gets its name only
+    when it is complete, and continues after a kill; a second process waits for the first.
+    """
+    from llama_jax.convert.job import convert
+
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = hashlib.sha256(json.dumps([str(folder), stats]).encode()).hexdigest()[:16]
+    cache = _cache_folder() / "converted"
+    cache.mkdir(parents=True, exist_ok=True)
+    converted = cache / f"{folder.name}-{key}"
+    with (cache / f"{converted.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
+        if not converted.exists():
+            print(f"converting {folder} ({layout}) once, to {converted}", file=sys.stderr)
+            with contextlib.redirect_stdout(io.StringIO()):
+                convert(folder, converted)
+    return converted
+
+
+def _cache_folder() -> Path:
+    """Where files outlive the process: compiled programs and converted weights."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "llama_jax"
 
 
 def _check_mesh(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> None:
@@ -235,28 +280,27 @@ def _check_mesh(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> None:
 
 
 def _check_memory(folder: Path, abstract: Any, kind: str, devices: list[jax.Device]) -> None:
-    """Raise before reading a byte when the weights alone are larger than the memory."""
-    need = weight_bytes(abstract, kind) / len(devices)
-    have = memory_of(devices[0], len(devices))
-    if have is not None and need > have:
+    """Raise before reading anything if the weights alone are larger than the memory."""
+    needed = weight_bytes(abstract, kind) / len(devices)
+    available = device_memory(devices[0], len(devices))
+    if available is not None and needed > available:
         smaller = weight_bytes(abstract, "int8") / len(devices)
         raise MemoryError(
-            f"the weights of {folder} take {need / 1e9:.1f} GB a device in {kind}, and "
-            f'{devices[0].device_kind} has {have / 1e9:.1f} GB: load with quantize="int8" '
+            f"the weights of {folder} take {needed / 1e9:.1f} GB per device in {kind}, and "
+            f'{devices[0].device_kind} has {available / 1e9:.1f} GB: load with quantize="int8" '
             f'({smaller / 1e9:.1f} GB) or "int4", or with a mesh over more devices'
         )
 
 
 def _keep_compiled() -> None:
-    """Compiled steps outlive the process, in the user's cache folder."""
+    """Keep compiled programs in the user's cache folder."""
     if not jax.config.values["jax_compilation_cache_dir"]:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(base / "llama_jax"))
+        jax.config.update("jax_compilation_cache_dir", str(_cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _eos_of(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) -> tuple[int, ...] | None:
-    """The ids that end a text, if ``model.json`` says them."""
+    """The ids that end a text, if ``model.json`` has them."""
     ids = metadata.get("token_ids") or {}
     try:
         if not isinstance(ids, dict):
@@ -267,7 +311,7 @@ def _eos_of(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) -> tuple[i
 
 
 def _template(folder: Path) -> tuple[str | None, str | None]:
-    """The chat template that came with a model, as Hugging Face keeps it; or why there is none."""
+    """The chat template in a folder of Hugging Face's format, or why there is none."""
     own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     try:
         if own.is_file():

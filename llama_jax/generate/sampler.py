@@ -1,54 +1,64 @@
-"""How the next token is chosen from logits: pure functions, whose settings are arrays.
+"""How the next token is chosen from the logits: pure functions that take settings as arrays.
 
-In: logits [B, V] and a key a row. Out: a token a row. Settings are arguments of the compiled step,
-so that another temperature compiles nothing.
-
-    llm.generate("Once", max_new_tokens=64, sampling=Sample(temperature=0.8, top_p=0.95))
+Settings are arguments of the compiled step, so changing a temperature does not trigger
+recompilation.
 """
 
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+MAX_TOP_LOGPROBS = 20
+"""Alternatives per token that a program computes, whatever number of them is asked for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """The likeliest token, always."""
+    """Always take the likeliest token.
+
+    Example:
+      llm.generate("Once upon a time", sampling=llama_jax.Greedy())
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Draw from the model's distribution, reshaped; None leaves a setting out.
+    """Draw each token at random from the model's distribution, modified by these settings.
 
-    The steps are taken in this order, and leave the same tokens, as Hugging Face's ``generate``:
-    tokens as likely as the last one that top_k keeps are kept too.
+    A setting that is None has no effect. Settings apply in the order of the fields below and keep
+    the same tokens as Hugging Face's ``generate``: tokens as likely as the last one that top_k
+    keeps are kept too.
+
+    Example:
+      llm.generate("Once upon a time", sampling=llama_jax.Sample(temperature=0.8, top_p=0.95))
 
     Raises:
-      ValueError: a setting outside its range; names it.
+      ValueError: a setting is outside its range; the message names it.
     """
 
     repetition_penalty: float | None = None
-    """positive logits of tokens in the prompt or the text so far are divided by it, negative ones
-    multiplied; > 0, 1 changes nothing (arXiv 1909.05858)"""
+    """of tokens in the prompt or the text so far, positive logits are divided by it and negative
+    ones multiplied; > 0, 1 has no effect (arXiv 1909.05858)"""
     temperature: float = 1.0
     """logits are divided by it; 0 takes the likeliest token"""
     top_k: int | None = None
-    """only the k likeliest tokens"""
+    """keep only the k likeliest tokens"""
     top_p: float | None = None
-    """only the likeliest tokens that together reach this probability (arXiv 1904.09751)"""
+    """keep the likeliest tokens that together reach this probability (arXiv 1904.09751)"""
     min_p: float | None = None
-    """only tokens at least this share as likely as the likeliest (arXiv 2407.01082)"""
+    """keep tokens whose probability is at least this fraction of the largest (arXiv 2407.01082)"""
 
     def __post_init__(self):
         limits = {
             "temperature": (lambda x: x >= 0, "0 (the likeliest token) or more"),
             "top_p": (lambda x: 0 < x <= 1, "more than 0 and at most 1"),
             "min_p": (lambda x: 0 <= x <= 1, "0 to 1"),
-            "repetition_penalty": (lambda x: x > 0, "more than 0 (1 changes nothing)"),
+            "repetition_penalty": (lambda x: x > 0, "more than 0 (1 has no effect)"),
         }
         for name, (allowed, words) in limits.items():
             value = getattr(self, name)
@@ -58,23 +68,23 @@ class Sample:
             if not (number and math.isfinite(value) and allowed(value)):
                 raise ValueError(f"{name}={value!r} must be a number, {words}")
         if self.top_k is not None:
-            check_whole("top_k", self.top_k, 1)
+            check_integer("top_k", self.top_k, 1)
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raise ValueError for what is no whole number of at least ``least``."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
+def check_integer(name: str, value: Any, minimum: int) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``minimum``."""
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integer or value < minimum:
+        raise ValueError(f"{name}={value!r} must be a whole number, {minimum} or more")
 
 
 class Settings(NamedTuple):
-    """A sampler as scalars of the compiled step; those of a setting left out change nothing."""
+    """A sampler as scalar arguments of the compiled step; a setting of None has a neutral value."""
 
     temperature: jax.Array
     top_k: jax.Array
     tail: jax.Array
-    """1 - top_p: the least likely tokens up to this probability are left out; -1: none"""
+    """1 - top_p: the least likely tokens with this total probability are dropped; -1: none"""
     min_p: jax.Array
     repetition_penalty: jax.Array
 
@@ -83,7 +93,7 @@ def settings_of(sampling: Greedy | Sample) -> Settings:
     """The scalars of a sampler: float32, top_k int32.
 
     Raises:
-      ValueError: neither of the two samplers.
+      ValueError: ``sampling`` is neither :class:`Greedy` nor :class:`Sample`.
     """
     if isinstance(sampling, Greedy):
         sampling = Sample(temperature=0.0)
@@ -102,19 +112,64 @@ def settings_of(sampling: Greedy | Sample) -> Settings:
     )
 
 
-def choose(logits_BV: jax.Array, seen_BV: jax.Array, keys_B: jax.Array, s: Settings) -> jax.Array:
-    """The next token of each row, int32 [B].
+class Options(NamedTuple):
+    """Checked settings of a generation."""
+
+    max_new_tokens: int
+    settings: Settings
+    seed: int
+    stops: list[str]
+    logprobs: bool
+    top_logprobs: int
+
+
+def check_options(
+    max_new_tokens: Any,
+    sampling: Any,
+    seed: Any,
+    stop: Any = (),
+    logprobs: bool = False,
+    top_logprobs: Any = 0,
+) -> Options:
+    """The arguments of :meth:`LLM.generate`; raises ValueError for the first invalid one."""
+    check_integer("max_new_tokens", max_new_tokens, 1)
+    check_integer("seed", seed, 0)
+    if seed >= 2**32:  # a key has 32 bits: larger seeds would repeat those of smaller ones
+        raise ValueError(f"seed={seed} must be less than 2**32")
+    stops = [stop] if isinstance(stop, str) or not isinstance(stop, Sequence) else list(stop)
+    if any(not isinstance(s, str) or not s for s in stops):
+        raise ValueError(f"stop={stop!r} must be texts that are not empty")
+    num_top = check_top_logprobs(top_logprobs)
+    settings = settings_of(sampling)
+    return Options(max_new_tokens, settings, seed, stops, bool(logprobs or num_top), num_top)
+
+
+def check_top_logprobs(top_logprobs: Any) -> int:
+    """``top_logprobs`` as given; raises ValueError unless it is 0 to 20."""
+    check_integer("top_logprobs", top_logprobs, 0)
+    if top_logprobs > MAX_TOP_LOGPROBS:
+        raise ValueError(f"top_logprobs={top_logprobs} must be at most {MAX_TOP_LOGPROBS}")
+    return int(top_logprobs)
+
+
+def choose(
+    logits_BV: jax.Array, in_context_BV: jax.Array, keys_B: jax.Array, s: Settings
+) -> jax.Array:
+    """Choose the next token of each sequence.
 
     Args:
       logits_BV: float32.
-      seen_BV: bool, tokens of the prompt and of the text so far.
-      keys_B: one key a row; a row's token depends on nothing of another row.
+      in_context_BV: bool, tokens of the prompt and of the text so far.
+      keys_B: one key per row; a row's token does not depend on other rows.
       s: the sampler.
+
+    Returns:
+      int32 [B].
     """
-    logits_BV = penalised(logits_BV, seen_BV, s.repetition_penalty)
+    logits_BV = repetition_penalty(logits_BV, in_context_BV, s.repetition_penalty)
 
     def draw():
-        kept_BV = reshaped(logits_BV, s)
+        kept_BV = warp_logits(logits_BV, s)
         return jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
 
     return jax.lax.cond(
@@ -122,44 +177,52 @@ def choose(logits_BV: jax.Array, seen_BV: jax.Array, keys_B: jax.Array, s: Setti
     )
 
 
-def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Logits with those of seen tokens made less likely."""
+def repetition_penalty(
+    logits_BV: jax.Array, in_context_BV: jax.Array, penalty: jax.Array
+) -> jax.Array:
+    """Logits in which tokens of the context are less likely, float32 [B, V].
+
+    Args:
+      logits_BV: float32.
+      in_context_BV: bool, tokens of the prompt and of the text so far.
+      penalty: positive logits are divided by it, negative ones multiplied.
+    """
     lowered_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-    return jnp.where(seen_BV, lowered_BV, logits_BV)
+    return jnp.where(in_context_BV, lowered_BV, logits_BV)
 
 
-def reshaped(logits_BV: jax.Array, s: Settings) -> jax.Array:
-    """Logits of the distribution that is drawn from: over the temperature; -inf where left out."""
+def warp_logits(logits_BV: jax.Array, s: Settings) -> jax.Array:
+    """Logits of the distribution to draw from: divided by the temperature, -inf if dropped."""
     largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    # Sorting a vocabulary costs more than a small model's layer: only where it is asked for.
+    # Sorting the vocabulary costs more than a layer of a small model, so only if needed.
     logits_BV = jax.lax.cond(
-        (s.top_k < logits_BV.shape[-1]) | (s.tail >= 0), _likeliest, lambda x, _: x, logits_BV, s
+        (s.top_k < logits_BV.shape[-1]) | (s.tail >= 0), _top_k_top_p, lambda x, _: x, logits_BV, s
     )
-    # The largest is taken off first: a small temperature overflows nothing.
+    # The maximum is subtracted first, so that a small temperature does not overflow.
     logits_BV = (logits_BV - largest_B1) / s.temperature
-    # A share of the largest probability is a distance from the largest logit, which is 0.
+    # A fraction of the largest probability is a distance from the largest logit, which is 0.
     return jnp.where(logits_BV >= jnp.log(s.min_p), logits_BV, -jnp.inf)
 
 
-def _likeliest(logits_BV: jax.Array, s: Settings) -> jax.Array:
-    """-inf beyond the first top_k, then in the tail of probability 1 - top_p.
+def _top_k_top_p(logits_BV: jax.Array, s: Settings) -> jax.Array:
+    """Set logits to -inf beyond the first top_k, then in the tail of probability 1 - top_p.
 
-    Tokens are compared by their logits as they came: subtracting and dividing makes equals of
-    logits that differ in their last bits.
+    Tokens are compared by their original logits: after subtraction and division, logits that
+    differ only in their last bits can be equal.
     """
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     least = jnp.minimum(s.top_k, logits_BV.shape[-1]) - 1
     first_k_BV = sorted_BV >= jnp.take(sorted_BV, least[None], axis=-1)
     scaled_BV = (sorted_BV - sorted_BV[:, :1]) / s.temperature
     p_BV = jax.nn.softmax(jnp.where(first_k_BV, scaled_BV, -jnp.inf), axis=-1)
-    # Summed from the least likely on, as transformers does: the sum of a short tail is exact where
+    # Summed from the least likely token, as transformers does: the sum of a short tail is exact,
     # 1 minus the sum of all others is not.
     up_to_BV = jax.lax.cumsum(p_BV, axis=1, reverse=True)
     kept_B1 = jnp.sum(first_k_BV & (up_to_BV > s.tail), axis=-1, keepdims=True)
     kept_B1 = jnp.maximum(kept_B1, 1)
     last_B1 = jnp.take_along_axis(sorted_BV, kept_B1 - 1, axis=-1)
-    # As many as transformers keeps; of those as likely as the last one, the ones with the largest
-    # ids (there it depends on torch's sort).
+    # The number of tokens is that of transformers. Among tokens as likely as the last one, those
+    # with the largest ids are kept (in transformers this depends on torch's sort).
     is_last_BV = logits_BV == last_B1
     from_end_BV = jax.lax.cumsum(is_last_BV.astype(jnp.int32), axis=1, reverse=True)
     free_B1 = kept_B1 - jnp.sum(sorted_BV > last_B1, axis=-1, keepdims=True)

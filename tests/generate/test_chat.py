@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiktoken_tools
 from flax import nnx
+from generate_tools import resume
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_tools import F32, small
@@ -18,7 +19,7 @@ from llama_jax.data.chat_template import ChatTemplate
 from llama_jax.data.tokenizer import JsonTokenizer
 from llama_jax.generate.llm import LLM
 from llama_jax.generate.load import _template
-from llama_jax.generate.sampler import Greedy
+from llama_jax.generate.sampler import Greedy, Sample
 from llama_jax.model.llama import Llama
 from llama_jax.model.params import params_of
 from llama_jax.prepare.tokenizer import train_tokenizer
@@ -295,7 +296,7 @@ def test_a_chat_keeps_its_cache(talker, pieces):
     answer = chat.say("a mat", max_new_tokens=8)
     assert [m["role"] for m in chat.messages] == ["system", *["user", "assistant"] * 2]
     ids = chat._encode(chat.messages[:-1])
-    anew, *_ = talker.resume(ids, [], None, max_new_tokens=8, sampling=Greedy(), seed=0)
+    anew, *_ = resume(talker, ids, [], None, max_new_tokens=8, sampling=Greedy(), seed=0)
     assert answer == anew.text.strip()
     assert ids[:10] == kept[:10]
     plain = LLM(talker.cfg, talker.params, pieces, F32)
@@ -325,21 +326,85 @@ def test_a_chat_goes_on_after_errors(talker, monkeypatch):
         assert chat.messages == messages
         assert chat._ids == ids
         assert not chat._cache.k_LBKSH.is_deleted()
-    run = talker.run
+    engine = talker._engine
+    run = engine.run
     for phase in ("prefill", "decode"):
 
-        def interrupted(name, *args, phase=phase):
-            out = run(name, *args)
+        def interrupted(name, *args, phase=phase, **more):
+            out = run(name, *args, **more)
             if name == phase:
                 jax.block_until_ready(out)
                 raise KeyboardInterrupt
             return out
 
         with monkeypatch.context() as patch:
-            patch.setattr(talker, "run", interrupted)
+            patch.setattr(engine, "run", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 chat.say("another cat", max_new_tokens=6)
         assert chat.messages == messages
     assert chat.say("a mat", max_new_tokens=6) == want[1]
     assert [m["content"] for m in chat.messages[1::2]] == want
     assert np.array_equal(chat._ids, whole._ids)
+
+
+def test_a_chat_streams(talker):
+    """The pieces join to the answer; stop strings end it; the turn is kept at the end."""
+    options = dict(max_new_tokens=24, sampling=Sample(temperature=1.5), seed=3)
+    whole, chat = talker.chat(), talker.chat()
+    for text in ("the cat", "a mat"):
+        answer = whole.say(text, **options)
+        pieces = []
+        for piece in chat.stream(text, **options):
+            assert len(chat.messages) < len(whole.messages)
+            pieces.append(piece)
+        assert "".join(pieces) == answer
+        assert len(pieces) > 3
+        assert chat.messages == whole.messages
+    assert np.array_equal(chat._ids, whole._ids)
+    stop = answer[3:5]
+    stopped = talker.chat()
+    stopped.say("the cat", **options)
+    assert stopped.say("a mat", stop=stop, **options) == answer.split(stop)[0].strip()
+    assert "".join(stopped.stream("a cat", stop=[stop], **options)).count(stop) == 0
+
+
+def test_a_turn_is_undone_and_repeated(talker):
+    options = dict(max_new_tokens=12, sampling=Sample(temperature=1.5))
+    chat = talker.chat(system="cats")
+    for step in (chat.undo, chat.retry):
+        with pytest.raises(ValueError, match="there is no turn to"):
+            step()
+    chat.say("the cat", seed=1, **options)
+    before = list(chat.messages)
+    first = chat.say("a mat", seed=1, **options)
+    second = chat.retry()
+    assert [m["content"] for m in chat.messages[-2:]] == ["a mat", second]
+    assert len(chat.messages) == len(before) + 2
+    assert chat.retry(seed=1) == first != second
+    assert chat.retry(seed=2) == second
+    assert chat.retry(stop=second[2:4], seed=2) == second[:2].strip()
+    with pytest.raises(ValueError, match="seed=-1"):
+        chat.retry(seed=-1)
+    assert len(chat.messages) == len(before) + 2
+    assert chat.undo() == "a mat"
+    assert chat.messages == before
+    assert chat.say("a mat", seed=1, **options) == first
+    chat.undo(), chat.undo()
+    assert [m["role"] for m in chat.messages] == ["system"]
+    with pytest.raises(ValueError, match="there is no turn to undo"):
+        chat.undo()
+
+
+def test_a_stream_that_is_left_changes_nothing(talker):
+    options = dict(max_new_tokens=24, sampling=Sample(temperature=1.5))
+    want = talker.chat().say("a mat", **options)
+    chat = talker.chat()
+    left = chat.stream("the cat", **options)
+    next(left)
+    assert chat.messages == []
+    assert chat.say("a mat", **options) == want
+    assert list(left) == []  # abandoned by the turn after it
+    assert [m["content"] for m in chat.messages] == ["a mat", want]
+    with pytest.raises(ValueError, match="max_new_tokens=0"):  # at once, not at the first piece
+        chat.stream("the cat", max_new_tokens=0)
+    assert chat.retry(seed=0) == want

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.generate.sampler import Greedy, Sample, choose, reshaped, settings_of
+from llama_jax.generate.sampler import Greedy, Sample, choose, settings_of, warp_logits
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0], np.float32)
@@ -112,7 +112,7 @@ def test_settings_out_of_range(setting, value):
 
 def kept_by(sampling, logits_BV):
     """Which tokens can be drawn, bool [B, V]."""
-    return np.isfinite(jax.jit(reshaped)(logits_BV, settings_of(sampling)))
+    return np.isfinite(jax.jit(warp_logits)(logits_BV, settings_of(sampling)))
 
 
 def test_top_p_where_a_sum_meets_it_exactly():

@@ -13,7 +13,7 @@ from model_tools import F32, hf_model, random_weights, small, tree_of
 from llama_jax.data import tiktoken_text
 from llama_jax.data.tokenizer import JsonTokenizer
 from llama_jax.generate import scores
-from llama_jax.generate.detokenize import Detokenizer, Row
+from llama_jax.generate.detokenize import Detokenizer, OutputSequence
 from llama_jax.generate.llm import LLM
 from llama_jax.generate.scores import pieces, windows
 from llama_jax.model.llama import Llama
@@ -60,21 +60,21 @@ def test_scores(llm):
 
 def test_windows_of_a_long_text(llm, monkeypatch):
     """Three windows, logits of 16 positions at a time; only numbers a token come to the host."""
-    monkeypatch.setattr(scores, "LOGITS", 16 * llm.cfg.vocab_size)
+    monkeypatch.setattr(scores, "LOGITS_PER_CHUNK", 16 * llm.cfg.vocab_size)
     fresh = LLM(llm.cfg, llm.params, llm.tokenizer, F32)
-    sizes, run = [], fresh.run
+    sizes, run = [], fresh._engine.run
 
     def watch(*args):
         out = run(*args)
         sizes.extend(x.shape for x in out)
         return out
 
-    monkeypatch.setattr(fresh, "run", watch)
+    monkeypatch.setattr(fresh._engine, "run", watch)
     text = "the cat saw 12 mats and 日本 é " * 45
     scored = fresh.score(text)
     ids = list(scored.ids)
     assert len(ids) > 2 * llm.cfg.context
-    assert set(sizes) == {(512,)}
+    assert set(sizes) == {(4, 512), (4, 512, 0)}  # three windows, one call
     want = [[], []]
     for inputs, targets in windows(ids, 1, llm.cfg.context):
         for out, numbers in zip(want, reference(llm, [*inputs, targets[-1]]), strict=True):
@@ -83,6 +83,69 @@ def test_windows_of_a_long_text(llm, monkeypatch):
     np.testing.assert_allclose(scored.entropies, want[1], atol=1e-4)
     mean = -np.mean(want[0])
     assert abs(np.log(llm.perplexity([text, text])) - mean) < 1e-4
+
+
+def test_a_list_of_texts_is_scored_in_one_call(llm, monkeypatch):
+    """Each as on its own; the longest of them no further than itself."""
+    texts = ["the cat", "", "some animals saw 12 cats", "日本", "def main("]
+    alone = [llm.score(text) for text in texts]
+    calls, run = [], llm._engine.run
+    watch = lambda name, *args: calls.append(name) or run(name, *args)
+    monkeypatch.setattr(llm._engine, "run", watch)
+    together = llm.score(texts)
+    assert calls == ["score"]
+    for one, scored in zip(alone, together, strict=True):
+        assert (one.ids, one.pieces) == (scored.ids, scored.pieces)
+        np.testing.assert_allclose(one.logprobs, scored.logprobs, atol=1e-4)
+        np.testing.assert_allclose(one.entropies, scored.entropies, atol=1e-4)
+    calls.clear()
+    many = llm.score(["the cat"] * 70 + ["a " * 80])
+    assert calls == ["score"] * 4  # 32 + 32 + 6 short ones, and a longer one
+    assert {s.ids for s in many[:70]} == {alone[0].ids}
+    assert llm.score([]) == []
+
+
+def test_ids_are_scored_as_their_text(llm):
+    want = llm.score("the cat")
+    ids = llm.tokenizer.encode("the cat")
+    assert llm.score(ids) == want
+    bos, cat = llm.score([[llm.tokenizer.bos_id, *ids], ids])
+    assert bos.ids == cat.ids == tuple(ids)
+    assert "".join(bos.pieces) == "the cat"
+    np.testing.assert_allclose(bos.logprobs, want.logprobs, atol=1e-4)
+    assert abs(llm.perplexity(ids) / want.perplexity - 1) < 1e-6
+    with pytest.raises(ValueError, match=r"texts\[1\] has token id 300; those of the model"):
+        llm.score([[5], [300]])
+    with pytest.raises(ValueError, match="the text must be a string"):
+        llm.score(None)
+
+
+def test_without_an_id_that_starts_a_document(llm, tokenizer, monkeypatch):
+    """The first token has no context: it is left out of what is scored."""
+    whole = llm.score("the cat saw")
+    monkeypatch.setattr(type(tokenizer), "bos_id", None)
+    scored = LLM(llm.cfg, llm.params, tokenizer, F32).score("the cat saw")
+    assert scored.ids == whole.ids[1:]
+    want, _ = reference(llm, whole.ids)
+    np.testing.assert_allclose(scored.logprobs, want, atol=1e-4)
+    assert "perplexity" in scored._repr_html_()
+
+
+def test_top_logprobs_of_a_text(llm):
+    text = "the cat saw 12 mats"
+    scored = llm.score(text, top_logprobs=4)
+    ids = [1, *scored.ids]
+    logits = merge(structure(llm.cfg, F32), llm.params)(np.asarray([ids]))[0]
+    want = np.asarray(jax.nn.log_softmax(logits, axis=-1))[:-1]
+    assert len(scored.top_logprobs) == len(scored.ids)
+    for logp_V, top in zip(want, scored.top_logprobs, strict=True):
+        best = np.argsort(-logp_V)[:4]
+        assert list(top) == best.tolist()
+        np.testing.assert_allclose(list(top.values()), logp_V[best], atol=1e-4)
+    assert scored.logprobs == llm.score(text).logprobs
+    assert llm.score(text).top_logprobs == ()
+    with pytest.raises(ValueError, match="top_logprobs=21 must be at most 20"):
+        llm.score(text, top_logprobs=21)
 
 
 def test_windows_count_each_token_once():
@@ -114,7 +177,7 @@ def test_a_prompt_in_chunks_has_the_frequencies_of_its_length(dynamic):
     cfg = dataclasses.replace(dynamic.cfg, context=512, rope=rope)
     llm = LLM(cfg, dynamic.params, dynamic.tokenizer, F32)
     ids = np.random.default_rng(0).integers(3, 300, 300).tolist()
-    logits_V, _ = llm.prefill(ids, llm.empty_cache(600))
+    logits_V, _ = llm._engine.prefill(ids, llm._engine.empty_cache(600))
     whole = merge(structure(cfg, F32), llm.params)(np.asarray([ids]))[0, -1]
     np.testing.assert_allclose(logits_V, whole, atol=1e-5 * float(np.ptp(whole)))
 
@@ -182,11 +245,11 @@ def test_pieces_join_to_the_text(any_tokenizer, monkeypatch):
         half = len(ids) // 2
         before, streamed = any_tokenizer.decode(ids[:half]), ""
         if "\ufffd" not in text + before:  # else it is cut in a character
-            row = Row(any_tokenizer, ids[:half], ())
+            row = OutputSequence(any_tokenizer, ids[:half], ())
             for i in ids[half:]:
-                row.take([i], [0.0], (), 10**6)
-                assert row.settled().startswith(streamed)
-                streamed = row.settled()
+                row.append([i], [0.0], (), 10**6)
+                assert row.stable_text().startswith(streamed)
+                streamed = row.stable_text()
             assert before + row.result().text == text
     decoded = []
     decode = type(any_tokenizer).decode

@@ -1,0 +1,129 @@
+"""Loading weights of Hugging Face and Meta: converted once, to a cache."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from convert_tools import DTYPES, make_hf, make_meta, meta_state, random_values, small
+
+import llama_jax
+from llama_jax.config import ConfigError
+from llama_jax.convert import job
+from llama_jax.prepare.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+TEXT = ["the cat sat on a mat", "some animals saw 12 cats", "def main(argv):"]
+CFG = small(vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return meta_state(CFG, DTYPES["float32"], make=random_values)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer([t for t in TEXT for _ in range(50)], 300, path)
+    return path
+
+
+@pytest.fixture
+def source(tmp_path, weights, tokenizer):
+    folder = make_hf(tmp_path / "hf", weights, CFG)
+    shutil.copy(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The conversions in the user's cache, which is a new folder here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cache/llama_jax/converted"
+    return lambda: sorted(p for p in folder.iterdir() if p.is_dir())
+
+
+def text_of(folder):
+    return llama_jax.load(folder).generate("the cat", max_new_tokens=8)
+
+
+def test_weights_of_others_are_converted_once(
+    source, weights, tokenizer, cache, tmp_path, capfd, monkeypatch
+):
+    """One line the first time, none the second; the text of the converted weights."""
+    want = text_of(job.convert(source, tmp_path / "converted"))
+    capfd.readouterr()
+    assert text_of(source) == want
+    out, err = capfd.readouterr()
+    (converted,) = cache()
+    assert out == ""
+    assert err == f"converting {source} (Hugging Face) once, to {converted}\n"
+    monkeypatch.setattr(job, "convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.chdir(source.parent)
+    assert text_of("hf") == want
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    meta = make_meta(tmp_path / "meta", weights, CFG)
+    shutil.copy(tokenizer, meta)
+    assert text_of(meta) == want
+    assert len(cache()) == 2
+
+
+def test_a_source_that_has_changed_is_converted_again(source, weights, tokenizer, cache):
+    first = text_of(source)
+    shutil.rmtree(source)
+    make_hf(source, {k: w[::-1].copy() for k, w in weights.items()}, CFG)
+    shutil.copy(tokenizer, source)
+    assert text_of(source) != first
+    assert len(cache()) == 2
+
+
+def test_what_is_wrong_with_a_source(source, cache, tmp_path):
+    """A missing tokenizer before any work; damage in the cache with what to do."""
+    (source / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    with pytest.raises(ConfigError, match=r"hf has no tokenizer \(tokenizer\.model or"):
+        llama_jax.load(source)
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "tokenizer.model").rename(source / "tokenizer.model")
+    llama_jax.load(source)
+    (converted,) = cache()
+    (converted / "steps/0/model/embed/c/0/0").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"hf-\w+ is converted from .*hf: remove it, and load"):
+        llama_jax.load(source)
+    (source / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ConfigError, match=r"hf cannot be loaded: .*not a safetensors file"):
+        llama_jax.load(source)
+
+
+LOAD = "import sys, llama_jax; llama_jax.load(sys.argv[1])"
+KILLED = """
+import os, signal, sys, llama_jax
+from llama_jax.convert import job
+job._write_settings = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+llama_jax.load(sys.argv[1])
+"""
+
+
+def start(source, code=LOAD):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code, str(source)]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_conversion_and_two_processes_at_once(source, cache, tmp_path):
+    """Nothing half-made is read; one of two processes converts, the other waits for it."""
+    killed = start(source, KILLED)
+    _, err = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, err
+    assert all(p.name.endswith(".partial") for p in cache())
+    both = [start(source) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    assert [p.returncode for p in both] == [0, 0], errors
+    assert sum("converting" in e for e in errors) == 1
+    (converted,) = cache()
+    assert text_of(converted) == text_of(job.convert(source, tmp_path / "converted"))
