@@ -99,7 +99,7 @@ class Tokenizer:
 
     @property
     def controls(self) -> Mapping[str, int]:
-        """Ids of control tokens by the names that chat templates write, such as "<|eot_id|>"."""
+        """Ids of control tokens by the names that chat templates write, such as ``<|eot_id|>``."""
         raise NotImplementedError
 
     @property
@@ -160,8 +160,7 @@ class Tokenizer:
         return np.concatenate(parts)
 
     def encode_marked(self, text: str) -> list[int]:
-        """Ids of the output of a chat template, where names (<s>, <|eot_id|>) stand for control
-        tokens.
+        """Ids of the output of a chat template, with control tokens for names like ``<|eot_id|>``.
 
         :data:`BREAK` is removed after the names are found: a name with a BREAK inside is plain
         text. Text of users must have a BREAK in each name.

@@ -71,7 +71,7 @@ def quantize_weight(w_IO: jax.Array, kind: str) -> QuantizedWeight:
 
 
 def max_abs(w_IO: Any) -> Any:
-    """max |w| over the inputs, [..., 1, out]."""
+    """Largest absolute weight over the inputs, [..., 1, out]."""
     xp = w_IO.__array_namespace__()
     return xp.max(xp.abs(w_IO), axis=-2, keepdims=True)
 

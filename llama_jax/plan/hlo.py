@@ -1,7 +1,6 @@
-"""What a compiled program does in one run, counted from the text of its optimised HLO.
+"""Count what a compiled program does on one device, from the text of its optimized HLO.
 
-XLA's own `cost_analysis` counts the body of a loop once; here every operation counts as often as
-the loops around it turn. In: `compiled.as_text()`. Out: a :class:`Cost`, of one device.
+XLA's own `cost_analysis` counts the body of a loop once; here it counts once per iteration.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ COLLECTIVES = (
     "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
 _TRANSFERS = (*COLLECTIVES, "send", "recv")
-# What moves no bytes of its own.
+# Ops that move no bytes themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "async-done",
@@ -42,29 +41,28 @@ class Collective(NamedTuple):
     kind: str
     group: tuple[int, ...]
     slices: int = 0
-    """of a transfer between TPU slices, which the program sends and receives through the host: how
-    many slices it joins (``group`` is empty); 0 for a collective over devices"""
+    """number of TPU slices of a transfer through their hosts (``group`` is empty); otherwise 0"""
 
 
 @dataclasses.dataclass
 class Cost:
-    """Totals of one run of a program on one device."""
+    """Totals of one execution on one device."""
 
     flops: float = 0.0
-    """of matrix products, and what kernels declare of themselves"""
+    """of matmuls, and what kernels declare"""
     bytes: float = 0.0
-    """read and written in memory by each fusion, product and copy: an upper estimate"""
+    """read and written in memory by each fusion, matmul and copy: an upper bound"""
     cycles: float = 0.0
-    """as the TPU compiler estimates them; 0 on other platforms"""
-    product_cycles: float = 0.0
-    """those of fusions with a matrix product, and of kernels"""
+    """estimated by the TPU compiler; 0 on other platforms"""
+    matmul_cycles: float = 0.0
+    """of fusions with a matmul, and of kernels"""
     collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
-    """bytes of the whole arrays gathered, summed or moved"""
+    """bytes of the whole arrays that are gathered, reduced or moved"""
     collective_counts: Counter[Collective] = dataclasses.field(default_factory=Counter)
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
-    """calls of kernels of our own or of a vendor's library, by name"""
-    silent_kernels: int = 0
-    """calls of kernels that declare no operations"""
+    """calls of Pallas and cuDNN kernels, by name"""
+    kernels_without_flops: int = 0
+    """calls of kernels that declare no FLOPs"""
 
     def by_kind(self) -> dict[str, float]:
         """Bytes of each kind of collective."""
@@ -75,48 +73,53 @@ class Cost:
 
 
 def count(text: str, cycle_flops: float = 0.0, cycle_bytes: float = 0.0) -> Cost:
-    """Count a program. ``cycle_flops`` and ``cycle_bytes`` are a TPU's rates a clock cycle: a
-    kernel, of which the compiler knows nothing, takes the cycles that its own declaration asks."""
+    """Count a program.
+
+    Args:
+      text: `jax.stages.Compiled.as_text()`.
+      cycle_flops: FLOPs of a TPU per clock cycle. With ``cycle_bytes``, it turns the FLOPs and
+        bytes that a kernel declares into cycles, which the compiler does not estimate.
+      cycle_bytes: bytes of memory traffic per clock cycle.
+    """
     computations, entry = parse(text)
-    walker = _Walker(computations, cycle_flops, cycle_bytes)
-    walker.walk(entry, 1)
-    return walker.cost
+    counter = _Counter(computations, cycle_flops, cycle_bytes)
+    counter.computation(entry, 1)
+    return counter.cost
 
 
-class _Walker:
+class _Counter:
     def __init__(self, computations, cycle_flops, cycle_bytes):
         self.computations = computations
         self.cycle_flops, self.cycle_bytes = cycle_flops, cycle_bytes
         self.cost = Cost()
         self.chains: set[tuple[str, str]] = set()
 
-    def walk(self, name: str, times: int) -> None:
+    def computation(self, name: str, times: int) -> None:
         """Count a computation that runs ``times`` times."""
         for op in self.computations[name].values():
             if op.kind == "while":
-                turns = trip_count(self.computations, op)
-                self.walk(called(op, "body"), times * turns)
+                trips = trip_count(self.computations, op)
+                self.computation(called(op, "body"), times * trips)
             elif op.kind in ("call", "conditional", "async-start", "call-start"):
                 for inner in all_called(op):
                     if inner in self.computations:
-                        self.walk(inner, times)
+                        self.computation(inner, times)
             else:
                 self._instruction(self.computations[name], op, times)
 
     def _instruction(self, table: dict[str, Op], op: Op, times: int) -> None:
         inner = self.computations.get(called(op, "calls"), {}) if op.kind == "fusion" else {}
-        flops = _product_flops(table, op)
-        flops += self._fused(inner, called(op, "calls"), times)
+        flops = _matmul_flops(table, op) + self._fused(inner, called(op, "calls"), times)
         self._collective(op, "", times)
         moved: float = 0 if op.kind in _FREE else self._moved(table, op, inner)
         cycles = _estimated_cycles(op)
-        is_product = flops > 0
+        is_matmul = flops > 0
         if op.kind == "custom-call" and (declared := _kernel(op)) is not None:
             kernel_flops, kernel_bytes = declared
             kernel_flops = kernel_flops or _cudnn_flops(table, op)
-            is_product = True
+            is_matmul = True
             self.cost.kernels[_kernel_name(op)] += times
-            self.cost.silent_kernels += 0 if kernel_flops or flops else times
+            self.cost.kernels_without_flops += 0 if kernel_flops or flops else times
             flops += kernel_flops
             moved = kernel_bytes or moved - _in_place(table, op)
             if not cycles and self.cycle_flops:
@@ -124,13 +127,13 @@ class _Walker:
         self.cost.flops += flops * times
         self.cost.bytes += moved * times
         self.cost.cycles += cycles * times
-        self.cost.product_cycles += cycles * times * is_product
+        self.cost.matmul_cycles += cycles * times * is_matmul
 
     def _fused(self, inner: dict[str, Op], name: str, times: int) -> float:
-        """Operations of a fused computation; its collectives are counted."""
+        """FLOPs of a fused computation; also counts its collectives."""
         flops = 0.0
         for op in inner.values():
-            flops += _product_flops(inner, op)
+            flops += _matmul_flops(inner, op)
             self._collective(op, name, times)
             if op.kind == "fusion":
                 deeper = called(op, "calls")
@@ -144,7 +147,7 @@ class _Walker:
             return
         if kind not in COLLECTIVES:
             return
-        # On TPU one gather may be cut into pieces, each beside a product: they share a chain.
+        # On TPU a gather may be split to overlap with matmuls; its pieces share a chain id.
         if chain := re.search(r'chain_id="(\d+)"', op.line):
             channel = re.search(r"channel_id=(\d+)", op.line)
             key = (chain[1], channel[1] if channel else "")
@@ -155,7 +158,7 @@ class _Walker:
         if len(group) == 1:
             return
         size = _whole(op, len(group))
-        # On TPU a reduce-scatter is a fusion of this name, with an all-reduce inside.
+        # On TPU a reduce-scatter is a fusion with this name that contains an all-reduce.
         if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         self._add(Collective(kind, group), size, times)
@@ -165,8 +168,8 @@ class _Walker:
         self.cost.collective_counts[collective] += times
 
     def _moved(self, table: dict[str, Op], op: Op, inner: dict[str, Op]) -> float:
-        """Bytes an instruction reads and writes in main memory; of arrays that it only cuts or
-        updates, that part."""
+        """Bytes that an instruction reads and writes in main memory; for slices and in-place
+        updates, only the part that is touched."""
         if op.kind.endswith("-done") or op.kind.removesuffix("-start") in _TRANSFERS:
             return 0.0
         if op.kind == "dynamic-slice":
@@ -184,7 +187,7 @@ class _Walker:
         return read + math.fsum(_written(inner, x) for x in roots)
 
     def _read(self, inner: dict[str, Op], op: Op) -> float:
-        """Bytes that a fused computation reads of one of its parameters, or of a view of it."""
+        """Bytes that a fused computation reads of a parameter, or of a bitcast of it."""
         total, whole = 0.0, memory_bytes(op.type)
         for user in inner.values() if whole else ():
             for i, name in enumerate(user.operands):
@@ -205,7 +208,7 @@ class _Walker:
 
 
 def _between_slices(op: Op) -> tuple[Collective, int] | None:
-    """A send to other TPU slices as the collective that it is part of, and its whole bytes."""
+    """The collective that a send to other TPU slices belongs to, and the bytes of its array."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.line)
     target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', op.line)
     if kind is None or target is None:
@@ -222,11 +225,11 @@ def _between_slices(op: Op) -> tuple[Collective, int] | None:
 
 
 def _whole(op: Op, members: int) -> int:
-    """Bytes of the whole array that a collective gathers, sums or moves."""
+    """Bytes of the whole array that a collective gathers, reduces or moves."""
     sizes = [item_bytes(dtype) * math.prod(shape) for dtype, shape in arrays(op.type)]
     before: list[int] = []
     if op.kind.endswith("-start") and op.kind != "all-reduce-start" and op.type.startswith("("):
-        # (operands, results), and for a permute two counters of 4 bytes.
+        # The type is (operands, results), for a permute followed by two 4-byte counters.
         n = len(op.operands)
         before, sizes = sizes[:n], sizes[n : 2 * n]
     if op.kind.startswith("reduce-scatter"):
@@ -234,10 +237,10 @@ def _whole(op: Op, members: int) -> int:
     return sum(sizes)
 
 
-def _product_flops(table: dict[str, Op], op: Op) -> float:
-    """2 b m n k of a matrix product, whatever form it has; 0 for anything else.
+def _matmul_flops(table: dict[str, Op], op: Op) -> float:
+    """2 b m n k for a matmul in any form (dot, convolution, library call); 0 for any other op.
 
-    From the sizes alone: |left| |right| |out| = b^3 (m n k)^2, and b is read off its attributes.
+    |left| |right| |out| = b^3 (m n k)^2, and the op's attributes give b.
     """
     gemm = op.kind == "custom-call" and re.search(r"__(?:cublas|triton_gemm)|\$matmul", op.line)
     if op.kind not in ("dot", "convolution") and not gemm:
@@ -281,7 +284,7 @@ _KERNELS = re.compile(
 
 
 def _kernel(op: Op) -> tuple[float, float] | None:
-    """(operations, bytes) that a kernel declares, zeros where it does not; None: no kernel."""
+    """(FLOPs, bytes) that a kernel declares, zeros if it does not; None for any other op."""
     if not _KERNELS.search(op.line):
         return None
     found = re.search(r'"cost_estimate":(\{[^}]*\})', op.line)
@@ -290,16 +293,16 @@ def _kernel(op: Op) -> tuple[float, float] | None:
 
 
 def _in_place(table: dict[str, Op], op: Op) -> float:
-    """Bytes of the arrays that a kernel changes in place, in and out: of a cache, say, it touches a
-    part that only it knows."""
+    """Bytes of the arrays that a kernel updates in place, read and written: how much of such an
+    array (a cache) it touches is unknown."""
     pairs = re.search(r"output_to_operand_aliasing=\{(.*?\)\})", op.line)
     indices = re.findall(r"\((\d+), \{\}", pairs[1]) if pairs else []
     return 2.0 * math.fsum(memory_bytes(table[op.operands[int(i)]].type) for i in indices)
 
 
 def _cudnn_flops(table: dict[str, Op], op: Op) -> float:
-    """Operations of cuDNN's attention, of q [B, T, N, H] and k [B, S, K, H]; causal: half. The
-    backward pass has five products where the forward pass has two."""
+    """FLOPs of cuDNN's attention, from q [B, T, N, H] and k [B, S, K, H]; causal: half. The
+    backward pass has five matmuls, the forward pass two."""
     if "__cudnn$fmha" not in op.line:
         return 0.0
     q, k = (arrays(table[name].type)[0][1] for name in op.operands[:2])
@@ -308,8 +311,10 @@ def _cudnn_flops(table: dict[str, Op], op: Op) -> float:
 
 
 def _kernel_name(op: Op) -> str:
-    named = re.search(r'op_name="[^"]*?([\w.\-]+)"', op.line)
-    target = _KERNELS.search(op.line)
-    assert target is not None
+    """A kernel's name: on TPU the instruction's, on GPU the last part of its JAX name stack."""
     name = re.sub(r"[.\d]+$", "", op.name)
-    return name if name != "custom-call" or not named else named[1]
+    if name not in ("custom-call", "pallas_call"):
+        return name
+    path = re.search(r'op_name="([^"]*)"', op.line)
+    parts = [part for part in path[1].split("/") if part != "pallas_call"] if path else []
+    return parts[-1] if parts else name

@@ -1,4 +1,4 @@
-"""The text of optimised HLO, read: instructions, types, loops, groups of devices."""
+"""Parse the text of optimized HLO: instructions, types, loops, device groups."""
 
 import math
 import re
@@ -11,7 +11,7 @@ SIZES |= {f"{sign}{n}": max(n // 8, 1) for sign in "su" for n in (2, 4, 8, 16, 3
 
 
 class Op(NamedTuple):
-    """One instruction: its name, result type, operation, operands' names, and its whole line."""
+    """An instruction: name, result type, opcode, names of operands, and the whole line."""
 
     name: str
     type: str
@@ -21,7 +21,7 @@ class Op(NamedTuple):
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Op]], str]:
-    """Computations by name, each a table of its instructions in order; and the entry's name."""
+    """Computations by name, each with its instructions in order; and the entry's name."""
     computations: dict[str, dict[str, Op]] = {}
     entry, current, pending = "", None, ""
 
@@ -68,17 +68,17 @@ def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def num_bytes(type_: str) -> int:
-    """Bytes of a type, all arrays of a tuple together."""
+    """Bytes of a type; of a tuple, the sum."""
     return sum(item_bytes(dtype) * math.prod(shape) for dtype, shape in arrays(type_))
 
 
 def memory_bytes(type_: str) -> int:
-    """As :func:`num_bytes`, without what a TPU holds in the chip's own memory (space 1)."""
+    """As :func:`num_bytes`, without arrays in a TPU's on-chip memory (memory space 1)."""
     return num_bytes(re.sub(r"\b\w+\[[\d,]*\]\{[^}]*S\(1\)[^}]*\}", "", type_))
 
 
 def item_bytes(dtype: str) -> int:
-    """Bytes of one number; 0 for what is none (a token)."""
+    """Bytes per element; 0 for a type without elements (token)."""
     return 1 if dtype.startswith("f8") else SIZES.get(dtype, 0)
 
 
@@ -99,10 +99,10 @@ def all_called(op: Op) -> list[str]:
 
 
 def trip_count(computations: dict[str, dict[str, Op]], op: Op) -> int:
-    """How often a `while` turns: as XLA notes it, or from the constant its condition compares with.
+    """Iterations of a `while`: from XLA's annotation, or the constant in its condition.
 
     Raises:
-      ValueError: neither is there.
+      ValueError: it has neither.
     """
     if known := re.search(r'known_trip_count"?:\{"n":"?(\d+)', op.line):
         return int(known[1])
@@ -113,12 +113,12 @@ def trip_count(computations: dict[str, dict[str, Op]], op: Op) -> int:
         if (found := re.search(r"[su]32\[\]\S* constant\((\d+)\)", each.line))
     ]
     if not limits:
-        raise ValueError(f"how often does {op.name} turn? Its condition has no constant")
+        raise ValueError(f"trip count of {op.name} is unknown: its condition has no constant")
     return max(1, -(-max(limits) // _loop_step(computations, op)))
 
 
 def _loop_step(computations: dict[str, dict[str, Op]], op: Op) -> int:
-    """What a loop adds to its counter each time: 1, or 2 where XLA has unrolled it by two."""
+    """The increment of a loop's counter: 1, or 2 if XLA unrolled the loop by two."""
     condition = computations[called(op, "condition")]
     body = computations[called(op, "body")]
     counter = next((x for x in condition.values() if x.kind == "get-tuple-element"), None)
@@ -134,10 +134,9 @@ def _loop_step(computations: dict[str, dict[str, Op]], op: Op) -> int:
 
 
 def first_group(line: str) -> tuple[int, ...]:
-    """Devices of the first group of a collective, as numbers in the order of the mesh.
+    """Devices of a collective's first group, as indices in mesh order; empty: all devices.
 
-    Empty: all devices. The groups stand in the text as lists, as a reshaped and transposed range,
-    or as axes of a mesh.
+    HLO writes groups as lists, as a reshaped and transposed range, or as axes of a mesh.
     """
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
         return int(pairs[1]), int(pairs[2])
@@ -158,7 +157,7 @@ def first_group(line: str) -> tuple[int, ...]:
 
 
 def _mesh_group(mesh: str, axes: str) -> tuple[int, ...]:
-    """A group along ``'axis_1'`` or ``'axis_0':(2)4`` (a part: 4 at a stride inside the axis)."""
+    """A group along axis ``'axis_1'``, or along part of an axis, as in ``'axis_0':(2)4``."""
     sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
     stride, strides = 1, {}
     for name in reversed(sizes):

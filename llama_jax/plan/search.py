@@ -1,12 +1,12 @@
-"""The fastest way to run a recipe on a machine: mesh, parts of a batch, recomputation.
+"""Search the fastest mesh, number of microbatches and remat for a recipe on a machine.
 
-In: a recipe and a machine. Out: the plans compiled, fastest first. What to compile is chosen by an
-estimate from shapes; what wins, by what was compiled.
+An estimate from shapes chooses what to compile; the compiled programs decide.
 """
 
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -15,13 +15,13 @@ from llama_jax.chips import GIB
 from llama_jax.config import MeshConfig, Recipe
 from llama_jax.plan.compile import Compiled, compile_step
 from llama_jax.plan.machines import Machine
-from llama_jax.plan.report import figures
+from llama_jax.plan.report import metrics
 
-TRIES = 4  # that are compiled
+MAX_COMPILED = 4
 
 
 class Candidate(NamedTuple):
-    """A recipe, and what shapes say of it: bytes of a device, seconds of a step."""
+    """A recipe with its estimated bytes per device and seconds per step."""
 
     recipe: Recipe
     memory: float
@@ -34,96 +34,104 @@ class Candidate(NamedTuple):
             + f"fsdp {mesh.fsdp}"
             + f" x tensor {mesh.tensor}" * (mesh.tensor > 1)
         )
-        return f"{sizes}, {train.gradient_accumulation} part(s), remat {train.remat}"
+        return f"{sizes}, {train.gradient_accumulation} microbatch(es), remat {train.remat}"
 
 
-def candidates(recipe: Recipe, on: Machine) -> list[Candidate]:
-    """Every way that the mesh divides, the shortest estimated step first."""
+def candidates(recipe: Recipe, machine: Machine) -> list[Candidate]:
+    """All settings that divide mesh, model and batch; the shortest estimated step first."""
     model, found = recipe.model, []
     widths = (model.num_heads, model.num_kv_heads, model.ffn_dim, model.vocab_size)
-    # TPU slices along `fsdp`, or one copy of the model in each.
-    copies = {1, on.slices} if on.chip.platform == "tpu" else {1}
-    # More devices than the width divides: the fewest copies that leave a size that does.
-    copies.add(on.devices // math.gcd(on.devices, model.dim))
-    for data, tensor in itertools.product(sorted(copies), (1, 2, 4, 8)):
-        fsdp = on.devices // data // tensor
-        ok = on.devices % (data * tensor) == 0 and not any(w % tensor for w in widths)
+    # Between TPU slices: `fsdp`, or one replica of the model per slice.
+    replicas = {1, machine.slices} if machine.chip.platform == "tpu" else {1}
+    # With more devices than the width can be divided by: the fewest replicas that make it possible.
+    replicas.add(machine.devices // math.gcd(machine.devices, model.dim))
+    for data, tensor in itertools.product(sorted(replicas), (1, 2, 4, 8)):
+        fsdp = machine.devices // data // tensor
+        ok = machine.devices % (data * tensor) == 0 and not any(w % tensor for w in widths)
         if not ok or model.dim % fsdp or (tensor > 1 and recipe.data.seq_len % tensor):
             continue
         mesh = MeshConfig(data=data, fsdp=fsdp)
         if tensor > 1:
             mesh = MeshConfig(preset="tensor_sequence", data=data, fsdp=fsdp, tensor=tensor)
-        most = recipe.train.batch_size / (data * fsdp)
-        for parts in [2**i for i in range(12) if most % 2**i == 0 and most >= 2**i]:
+        per_shard = recipe.train.batch_size / (data * fsdp)
+        for n in [2**i for i in range(12) if per_shard % 2**i == 0 and per_shard >= 2**i]:
             for remat in ("none", "matmuls", "full"):
-                train = dataclasses.replace(recipe.train, gradient_accumulation=parts, remat=remat)
+                train = dataclasses.replace(recipe.train, gradient_accumulation=n, remat=remat)
                 each = dataclasses.replace(recipe, mesh=mesh, train=train)
-                found.append(Candidate(each, *_estimate(each, on)))
+                found.append(Candidate(each, *_estimate(each, machine)))
     return sorted(found, key=lambda c: c.seconds)
 
 
-def _estimate(recipe: Recipe, on: Machine) -> tuple[float, float]:
-    """(bytes of a device, seconds of a step), from shapes: good for an order, not for a plan."""
-    model, mesh, train = recipe.model, recipe.mesh, recipe.train
-    tokens = train.batch_size * recipe.data.seq_len / on.devices
-    D, F, N, K = model.dim, model.ffn_dim, *(model.size(x) * model.head_dim for x in "NK")
-    outputs = N + 2 * K + 2 * D + 2 * F
-    # The residual stream is kept everywhere; of the wide arrays each tensor device has its part.
-    wide = {"full": 0, "matmuls": outputs, "none": 2.5 * outputs}[train.remat]
-    kept = 2 * model.num_layers * (D + wide) * tokens / train.gradient_accumulation
-    layer = 4 * (D * (2 * N + 2 * K) + 3 * D * F) / mesh.tensor
-    memory = 16 * model.num_params / (mesh.fsdp * mesh.tensor) + kept + 2 * layer
-    own = model.flops_per_token(recipe.data.seq_len) * tokens
-    compute = own * (4 / 3 if train.remat == "full" else 1.03) / (on.chip.tflops * 1e12)
-    # Weights come twice a part, gradients leave once, 2 bytes each.
+def _estimate(recipe: Recipe, machine: Machine) -> tuple[float, float]:
+    """(bytes per device, seconds per step) from shapes: good enough to rank candidates."""
+    model, mesh, train, chip = recipe.model, recipe.mesh, recipe.train, machine.chip
+    tokens = train.batch_size * recipe.data.seq_len / machine.devices
+    D, F, Q, E = model.dim, model.ffn_dim, *(model.size(x) * model.head_dim for x in "NK")
+    outputs = Q + 2 * E + 2 * D + 2 * F
+    # Every layer's input is kept, and by remat the outputs of its matmuls (sharded over `tensor`).
+    per_token = D + {"full": 0, "matmuls": outputs, "none": 2.5 * outputs}[train.remat]
+    activations = 2 * model.num_layers * per_token * tokens / train.gradient_accumulation
+    layer = 4 * (D * (2 * Q + 2 * E) + 3 * D * F) / mesh.tensor
+    memory = 16 * model.num_params / (mesh.fsdp * mesh.tensor) + activations + 2 * layer
+    model_flops = model.flops_per_token(recipe.data.seq_len) * tokens
+    compute = model_flops * (4 / 3 if train.remat == "full" else 1.03) / (chip.tflops * 1e12)
+    # Weights are gathered twice and gradients reduced once per microbatch, 2 bytes each.
     weights = 6 * model.num_params / mesh.tensor * train.gradient_accumulation
-    # What a slice lacks comes in once, shared by its devices; copies exchange gradients alone.
-    near = on.devices // on.slices // mesh.tensor
-    between = weights / near if mesh.data == 1 else weights / (3 * mesh.fsdp)
-    far = on.slices > 1 and on.chip.dcn
-    moved = between / on.chip.dcn / 1e9 if far and on.chip.dcn else 0.0
-    links = weights / (on.chip.interconnect * 1e9)
-    # The residual stream is gathered and summed between tensor devices, four times a layer.
-    crossing = 8 * 2 * model.num_layers * D * tokens * (mesh.tensor - 1)
-    links += crossing / (on.chip.interconnect * 1e9)
-    return memory, max(compute, moved, links) + 0.1 * (compute + moved + links)
+    ici = weights / (chip.interconnect * 1e9)
+    # Residual-stream activations are gathered and reduced over `tensor` four times per layer.
+    activations_moved = 8 * 2 * model.num_layers * D * tokens * (mesh.tensor - 1)
+    ici += activations_moved / (chip.interconnect * 1e9)
+    dcn = 0.0
+    if machine.slices > 1 and chip.dcn:
+        # A slice receives the weights it lacks once, split among its devices; replicas exchange
+        # gradients only.
+        in_slice = machine.devices // machine.slices // mesh.tensor
+        received = weights / in_slice if mesh.data == 1 else weights / (3 * mesh.fsdp)
+        dcn = received / (chip.dcn * 1e9)
+    return memory, max(compute, dcn, ici) + 0.1 * (compute + dcn + ici)
 
 
-def seconds(c: Compiled) -> float:
-    """Of a step as compiled: its slowest term, and no less than the compiler's own estimate."""
-    time = figures(c, None, None)["time"]
+def step_seconds(c: Compiled) -> float:
+    """Time of a compiled step: the lower bound, or the compiler's estimate if that is longer."""
+    time = metrics(c)["time"]
     return max(time["step"], time["compiler_estimate"] or 0.0)
 
 
-def search(recipe: Recipe, on: Machine, say=print) -> tuple[list[Compiled], Compiled | None]:
-    """(plans that fit, fastest first; of those that do not, the one that lacks least).
+def search(
+    recipe: Recipe, machine: Machine, log: Callable[[str], object] = print
+) -> tuple[list[Compiled], Compiled | None]:
+    """Compile the most promising candidates, with a progress bar.
 
-    Compiles at most :data:`TRIES`, with a progress bar.
+    Args:
+      recipe: its mesh, gradient_accumulation and remat are varied.
+      machine: where it is to run.
+      log: receives a line for each compiled candidate.
+
+    Returns:
+      (plans that fit, fastest first; of those that do not fit, the one with the lowest peak).
     """
-    every = candidates(recipe, on)
-    room = on.chip.memory * GIB
-    likely = [c for c in every if c.memory < room]
-    # Where nothing seems to fit, what takes least is compiled: the estimate may be wrong.
-    chosen = likely[:TRIES] or sorted(every, key=lambda c: c.memory)[:2]
+    every = candidates(recipe, machine)
     fitting: list[Compiled] = []
     nearest: Compiled | None = None
-    for candidate in tqdm(chosen, unit="plan", disable=None):
-        compiled = compile_step(candidate.recipe, on)
-        peak = compiled.memory.peak / GIB
+
+    def compile_(candidate: Candidate) -> None:
+        nonlocal nearest
+        compiled = compile_step(candidate.recipe, machine)
+        peak = f"{compiled.memory.peak / GIB:.2f} GiB"
         if compiled.fits:
             fitting.append(compiled)
-            say(f"{candidate}: {seconds(compiled):.3g} s a step, {peak:.2f} GiB")
+            log(f"{candidate}: {step_seconds(compiled):.3g} s per step, {peak}")
         else:
-            say(f"{candidate}: does not fit, {peak:.2f} GiB")
+            log(f"{candidate}: does not fit, {peak}")
             if nearest is None or compiled.memory.peak < nearest.memory.peak:
                 nearest = compiled
-    if not fitting and likely:
-        least = min(every, key=lambda c: c.memory)
-        if least not in chosen:
-            compiled = compile_step(least.recipe, on)
-            say(f"{least}: {compiled.memory.peak / GIB:.2f} GiB")
-            if compiled.fits:
-                fitting.append(compiled)
-            elif nearest is None or compiled.memory.peak < nearest.memory.peak:
-                nearest = compiled
-    return sorted(fitting, key=seconds), nearest if math.isfinite(room) else None
+
+    by_memory = sorted(every, key=lambda c: c.memory)
+    likely = [c for c in every if c.memory < machine.chip.memory * GIB]
+    # If none should fit, compile the smallest: the estimate may be wrong.
+    chosen = likely[:MAX_COMPILED] or by_memory[:2]
+    for candidate in tqdm(chosen, unit="plan", disable=None):
+        compile_(candidate)
+    if likely and not fitting and by_memory[0] not in chosen:
+        compile_(by_memory[0])
+    return sorted(fitting, key=step_seconds), nearest

@@ -1,0 +1,68 @@
+"""Sphinx settings: ``sphinx-build -W docs docs/_build`` (see CONTRIBUTING.md)."""
+
+import pathlib
+
+import llama_jax
+
+project = "llama_jax"
+author = "The llama_jax authors"
+copyright = "2026, the llama_jax authors"
+version = release = getattr(llama_jax, "__version__", "0.1.0")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "api/modules.rst"]
+html_theme = "furo"
+html_title = f"llama_jax {version}"
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+copybutton_prompt_text = "$ "
+
+# An attribute's docstring "word: text" is taken for a type by napoleon; such words have no target.
+suppress_warnings = ["ref.python"]
+autodoc_default_options = {"ignore-module-all": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+# The API reference and the settings reference are generated from the code.
+HERE = pathlib.Path(__file__).parent
+extensions.append("sphinx.ext.apidoc")
+apidoc_modules = [
+    {
+        "path": str(HERE.parent / "llama_jax"),
+        "destination": "api",
+        "separate_modules": True,
+        "module_first": True,
+        "exclude_patterns": ["**/__main__.py", "**/template_worker.py"],
+    }
+]
+
+
+def write_settings(app):
+    """``api/settings.md``: every setting of a recipe, from the config classes."""
+    from llama_jax.config.help import SECTIONS, settings
+
+    lines = ["# Settings", "", "Settings of a recipe, or of the command line: `section.key=value`."]
+    rows = settings()
+    for section in SECTIONS:
+        lines += ["", f"## [{section}]", "", "| setting | type | default | meaning |"]
+        lines += ["|---|---|---|---|"]
+        for s in rows:
+            if s.name.rpartition(".")[0] == section:
+                cells = (f"`{s.name}`", s.type, s.default, " ".join(s.meaning.split()))
+                lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    (HERE / "api").mkdir(exist_ok=True)
+    (HERE / "api" / "settings.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def setup(app):
+    app.connect("builder-inited", write_settings)

@@ -1,0 +1,154 @@
+"""The plans behind ``python -m llama_jax.plan``; each prints text and returns the values."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llama_jax.config import ConfigError, Recipe, load_recipe, to_toml
+from llama_jax.plan import inference
+from llama_jax.plan.machines import Machine, PlanError, parse_machine
+
+
+def plan_inference(
+    name: str, on: str, dtype: str, context: int | None, batch: int
+) -> dict[str, Any]:
+    """Plan generation with a known model.
+
+    Args:
+      name: of the model.
+      on: name of the machine.
+      dtype: of the weights.
+      context: positions per sequence; None: the model's, at most 4096.
+      batch: sequences at a time.
+
+    Raises:
+      PlanError: no such model or machine, or one does not fit the other.
+    """
+    cfg, machine = inference.model_config(name), parse_machine(on, inference=True)
+    f = inference.plan(cfg, machine, dtype, context or min(cfg.context, 4096), batch)
+    print(inference.to_text(f, f"inference with {name} on {machine.name}: {machine.rates()}"))
+    return {"model": name} | f
+
+
+def plan_training(
+    path: str,
+    overrides: list[str],
+    on: str,
+    search: bool = False,
+    watts: float | None = None,
+    price: float | None = None,
+) -> dict[str, Any]:
+    """Compile a recipe's train step for a machine and report what it costs.
+
+    Args:
+      path: the recipe.
+      overrides: settings as section.key=value.
+      on: name of the machine.
+      search: compile several meshes, microbatches and remat; write the fastest that fits as a
+        recipe in the working directory.
+      watts: power of a chip; None: the table's.
+      price: money per chip-hour.
+
+    Raises:
+      PlanError: no such machine, or its compiler is not installed or fails.
+      ConfigError: the recipe is invalid, or does not match the machine.
+    """
+    recipe, machine = load_recipe(path, overrides), parse_machine(on)
+    prepare_jax(machine.chips if machine.chip.platform == "cpu" else 1)
+    with quiet():
+        from llama_jax.model.sharding import changed_settings
+        from llama_jax.plan.compile import compile_step
+        from llama_jax.plan.report import metrics, to_text
+
+        if search:
+            compiled = _search(recipe, machine, path)
+        else:
+            print(f"compiling {path} for {machine.name} ...", file=sys.stderr, flush=True)
+            compiled = compile_step(recipe, machine)
+        adapted = [f"{k}={v}" for k, v in changed_settings(recipe, compiled.recipe).items()]
+    recipe, train = compiled.recipe, compiled.recipe.train
+    sizes = " x ".join(f"{a} {n}" for a, n in compiled.mesh.items() if n > 1) or "one device"
+    title = (
+        f"{path} on {machine.name}: {machine.chips} x {machine.chip.title}\n"
+        f"{recipe.model.num_params / 1e9:.3g}B parameters, mesh {sizes} ({recipe.mesh.preset}), "
+        f"{train.batch_size} sequences of {recipe.data.seq_len} tokens per step, "
+        f"{train.gradient_accumulation} microbatch(es)"
+    )
+    if adapted and not search:
+        title += "\nadapted to the machine, as training does: " + ", ".join(adapted)
+    f = metrics(compiled, watts, price)
+    print(to_text(f, title, machine.rates()))
+    return {"recipe": path, "overrides": overrides} | f
+
+
+def _search(recipe: Recipe, machine: Machine, path: str) -> Any:
+    """The fastest plan that fits, its recipe written; or the one with the lowest peak memory."""
+    from llama_jax.plan.search import search
+
+    fitting, nearest = search(recipe, machine, lambda text: tqdm.write(text, file=sys.stderr))
+    if fitting:
+        out = Path(f"{Path(path).stem}-{machine.name.replace(':', '-')}.toml")
+        out.write_text(to_toml(fitting[0].recipe), encoding="utf-8")
+        print(f"fastest of {len(fitting)} that fit; recipe written: {out}\n")
+        return fitting[0]
+    if nearest is None:
+        raise PlanError(
+            f"{path} on {machine.name}: no mesh of {machine.devices} devices divides the batch of "
+            f"{recipe.train.batch_size} and the width of {recipe.model.dim}"
+        )
+    print(f"nothing fits on {machine.name}; the lowest peak memory:\n")
+    return nearest
+
+
+def prepare_jax(cpus: int) -> None:
+    """Configure JAX, before it starts, for a process that only compiles.
+
+    It uses no TPU or GPU, queries no metadata server, and shares libtpu with other processes.
+    """
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "TPU_ACCELERATOR_TYPE": "",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    import jax
+
+    with contextlib.suppress(RuntimeError):  # JAX has started already
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", cpus)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide what the compilers' libraries write to file descriptor 2; `sys.stderr` still works.
+
+    The hidden text is printed if an unexpected exception ends the block.
+    """
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as hidden:
+        os.dup2(hidden.fileno(), 2)
+        stderr, sys.stderr = sys.stderr, os.fdopen(os.dup(terminal), "w", buffering=1)
+        try:
+            yield
+        except (ConfigError, PlanError, KeyboardInterrupt):
+            raise
+        except BaseException:
+            hidden.seek(0)
+            os.write(terminal, hidden.read()[-20_000:])
+            raise
+        finally:
+            sys.stderr.close()
+            sys.stderr = stderr
+            os.dup2(terminal, 2)
+            os.close(terminal)

@@ -1,0 +1,52 @@
+"""What the package installs, and that the lists of dependencies agree."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+
+
+def names(lines):
+    """Names of packages, normalised, of lines such as ``name>=1.0``."""
+    found = (re.match(r"[A-Za-z0-9._-]+", line) for line in lines if line[:1] not in ("#", "-", ""))
+    return {re.sub(r"[-_.]+", "-", match[0]).lower() for match in found}
+
+
+@pytest.fixture
+def setup_arguments(monkeypatch):
+    """The arguments of setup.py's call of setup()."""
+    given = {}
+    setuptools = types.ModuleType("setuptools")
+    setuptools.setup, setuptools.find_packages = given.update, lambda include: include
+    monkeypatch.setitem(sys.modules, "setuptools", setuptools)
+    monkeypatch.chdir(ROOT)
+    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {})
+    return given
+
+
+def test_test_requirements_are_not_run_time_dependencies(setup_arguments):
+    run_time, everything = names(setup_arguments["install_requires"]), names(REQUIREMENTS)
+    assert everything - run_time == {"pytest", "hypothesis", "pytest-xdist"}
+    assert run_time < everything
+
+
+def test_the_wheel_carries_packages_and_recipes_but_no_tests(setup_arguments):
+    assert setup_arguments["packages"] == ["llama_jax*", "pallas_kernels*", "llama_jax.configs"]
+    assert setup_arguments["package_dir"] == {"llama_jax.configs": "configs"}
+    assert setup_arguments["package_data"]["llama_jax.configs"] == ["*.toml"]
+    for package in ("llama_jax", "pallas_kernels"):
+        assert (ROOT / package / "py.typed").is_file()
+        folders = {path.parent for path in (ROOT / package).glob("**/*.py")}
+        assert all((folder / "__init__.py").is_file() for folder in folders)
+
+
+def test_every_direct_dependency_has_an_upper_bound():
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert "-c constraints.txt" in REQUIREMENTS
+    assert names(REQUIREMENTS) <= names(constraints)
+    assert all(re.fullmatch(r"#.*|\S+<=[\w.]+", line) for line in constraints)
