@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.tokenise import machine, spread, write
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data.mixture import Mixture, TrainData, open_mixture
-from llama_jax.prepare.shards import prepare_mixture
+from llama_jax.prepare.mixture import prepare_mixture
 
 STEP_SECONDS = 0.3
 STEPS = 30

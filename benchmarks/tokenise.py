@@ -22,7 +22,7 @@ from typing import Any
 
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.prepare.shards import prepare_mixture
+from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.prepare.text import find_files, read_documents
 from llama_jax.prepare.tokenizer import train_tokenizer
 

@@ -101,6 +101,14 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return tree
 
 
+def read_json_or_empty(path: Path) -> dict[str, Any]:
+    """A JSON file that is written again if it is missing or damaged: then {}."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path, doing: str) -> Iterator[None]:
     """Hold ``folder`` for this process alone, through ``folder/.lock``.

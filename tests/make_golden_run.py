@@ -278,19 +278,20 @@ def record() -> tuple[np.ndarray, dict[str, np.ndarray]]:
     import shutil
     import tempfile
 
-    from llama_jax.prepare import shards as prepare
+    from llama_jax.prepare import shards
+    from llama_jax.prepare.__main__ import main as prepare
 
     recipe = settings()
     names = list(recipe["data"]["sources"])
-    prepare.SHARD_TOKENS = 900  # several shards, and sequences that lie in two
-    prepare.CHUNK_BYTES = 400
+    shards.SHARD_TOKENS = 900  # several shards, and sequences that lie in two
+    shards.CHUNK_BYTES = 400
     with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(temporary):
         for name in names:
             lines = [json.dumps({"text": text}) for text in texts(name)]
             Path(f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
         sources = [f"--source={name}={name}.jsonl" for name in names]
         vocabulary = f"--vocab-size={recipe['model']['vocab_size']}"
-        prepare.main(["out", *sources, vocabulary, "--val-fraction=0.2", "--workers=1"])
+        prepare(["out", *sources, vocabulary, "--val-fraction=0.2", "--workers=1"])
         for name in names:
             shutil.rmtree(FOLDER / name, ignore_errors=True)
             shutil.copytree(Path("out") / name, FOLDER / name)
@@ -328,7 +329,7 @@ def recorded_order() -> np.ndarray:
     import tempfile
 
     from llama_jax.data.mixture import TrainData, open_mixture
-    from llama_jax.prepare.shards import prepare_mixture
+    from llama_jax.prepare.mixture import prepare_mixture
 
     recipe = loaded()
     T = recipe.data.seq_len

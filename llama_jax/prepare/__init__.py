@@ -1,1 +1,1 @@
-"""Text to token shards: ``python -m llama_jax.prepare``."""
+"""Text to a tokenizer and token shards: ``python -m llama_jax.prepare``."""

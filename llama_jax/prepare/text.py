@@ -1,8 +1,7 @@
-"""Where text is, and how it is read: files to documents.
+"""Reading of text: the files of a source (:func:`find_files`) and their documents.
 
-In comes the path of a source (a folder of text, .txt, .jsonl[.gz|.zst], .parquet, or the standard
-library of the running Python); out comes a :class:`RawSource`, the list of its files, and from
-those one :class:`Document` after the other. Errors name the file and the line.
+A source is a folder of text, a .txt, .jsonl[.gz|.zst] or .parquet file, or the standard library of
+the running Python. Errors name the file and the line.
 """
 
 import ast
@@ -35,26 +34,26 @@ TEXT = (
     ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".scala", ".swift", ".js", ".ts",
     ".rb", ".php", ".pl", ".lua", ".jl", ".hs", ".ml", ".el", ".sh", ".sql", ".toml", ".yaml",
 )
-# Folders of the standard library that are tests, other people's packages, or tables (encodings:
-# near-copies of one another, which would put held-out text into training).
-NOT_LIBRARY = {
+# Folders of the standard library that are tests, installed packages, or tables. The tables in
+# encodings are near-copies of one another: validation text would be in training.
+_NOT_LIBRARY = {
     "test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "encodings",
     "pydoc_data",
 }
 # fmt: on
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-MAX_LINE_BYTES = 2**28
-"""Longest line of a .jsonl; it is held in memory several times."""
+_MAX_LINE_BYTES = 2**28
+"""Longest line of a .jsonl, of which several copies are in memory."""
 KNOWN = f"{', '.join(JSONL)}, .parquet, or text ({' '.join(TEXT[:10])} ...)"
 
 
 class Document(NamedTuple):
-    """A text and the number that decides its side of the split."""
+    """A text and the key that decides its split."""
 
     text: str
     key: int
-    """64-bit hash that decides the side of the split: of the text; of docstrings, of their module;
-    of a block of a long text file, of the first block of its section"""
+    """64-bit hash of the text; for docstrings of their module; for a block of a long text file of
+    the first block of its section"""
     size: int
     """bytes of UTF-8"""
 
@@ -63,40 +62,41 @@ class BadLine(NamedTuple):
     """A line, row or block that cannot be used."""
 
     reason: str
-    """the kind of problem, to count by"""
+    """kind of problem, for counting"""
     message: str
-    """where it is and what is wrong"""
+    """place and problem"""
 
 
 @dataclasses.dataclass(frozen=True)
 class RawSource:
-    """Files to be tokenised."""
+    """The files of a source of text."""
 
     name: str
     path: str
     files: tuple[Path, ...]
     skipped: dict[str, int]
-    """files left out, by extension"""
+    """number of files left out, by extension"""
     skip_bad_lines: bool = False
-    """leave out what cannot be used, instead of an error"""
+    """leave out what cannot be used, instead of raising an error"""
 
     @property
     def is_python(self) -> bool:
+        """Whether the text is the standard library of Python."""
         return self.path.startswith("python:")
 
     @functools.cached_property
     def block_bytes(self) -> int:
-        """Longer text files are cut, so that a few long files still make some hundred documents."""
+        """Longer text files are split, so that a few long files give some hundred documents."""
         total = sum(f.stat().st_size for f in self.files)
         return 2**20 if len(self.files) >= 100 else min(2**16, max(2**10, total // 100))
 
     @functools.cached_property
     def section_blocks(self) -> int:
-        """Neighbouring blocks of a long text file that go to one side of the split; 0: all of them.
+        """Number of consecutive blocks of a long text file in one split; 0: the whole file.
 
-        Neighbouring blocks tell of each other, so a whole file goes to one side. Where one file is
-        more than a fiftieth of the source, it goes by sections of about a hundredth of the source,
-        at most 1 MiB: only the two ends of a held-out section have neighbours in training.
+        Consecutive blocks are similar, so a file is in one split as a whole. If a file is more than
+        1/50 of the source, files are divided into sections of about 1/100 of the source, at most
+        1 MiB: then only the two ends of a validation section have neighbours in training.
         """
         sizes = [f.stat().st_size for f in self.files]
         if max(sizes) * 50 <= sum(sizes):
@@ -105,30 +105,35 @@ class RawSource:
 
     @functools.cached_property
     def inputs(self) -> str:
-        """Hash of names, sizes and times of the files: it changes when the input does."""
+        """Hash of the names, sizes and modification times of the files, to notice a change."""
         root = os.path.commonpath(self.files) if len(self.files) > 1 else self.files[0].parent
         stats = [(f, f.stat()) for f in self.files]
         files = [(str(f.relative_to(root)), s.st_size, s.st_mtime_ns) for f, s in stats]
         return digest([files, [self.path, sys.version] if self.is_python else []])
 
 
-# Where text is -----------------------------------------------------------------------------------
+# Files -------------------------------------------------------------------------------------------
 
 
 def find_files(name: str, path: str, skip_bad_lines: bool = False) -> RawSource:
     """The files of a source, in a fixed order.
 
+    Args:
+      name: name of the source, which is also that of its folder of shards.
+      path: file, folder, "python:code" or "python:prose".
+      skip_bad_lines: leave out what cannot be used, instead of raising an error.
+
     Raises:
-      ValueError: nothing there, or nothing that is text.
+      ValueError: the path does not exist, or has no text.
     """
     where = f"source {name}: {path!r}"
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(
-            f"source name {name!r} must be of letters, digits, - and _ (it is a folder)"
+            f"source name {name!r} must be of letters, digits, - and _ (it names a folder)"
         )
     if path in ("python:code", "python:prose"):
         root = Path(sysconfig.get_path("stdlib"))
-        files = [f for f in _walk(root, NOT_LIBRARY) if f.suffix == ".py"]
+        files = [f for f in _files_below(root, _NOT_LIBRARY) if f.suffix == ".py"]
         files = [f for f in files if not f.name.startswith("_sysconfigdata")]
         if not files:
             raise ValueError(f"{where}: {root} has no .py files; give a path to text")
@@ -143,9 +148,12 @@ def find_files(name: str, path: str, skip_bad_lines: bool = False) -> RawSource:
     if path and root.exists() and not root.is_dir():
         raise ValueError(f"{where} is not a regular file; give a file or folder")
     if not path or not root.is_dir():
-        raise ValueError(f"{where} does not exist (looked in {Path.cwd()}); give a file or folder")
-    # No pipes and devices, and no links to nothing.
-    found = [f for f in _walk(root, set()) if f.is_file() and f.stat().st_size]
+        raise ValueError(
+            f"{where} does not exist (looked in {Path.cwd()}); give a file or folder of text, or a "
+            "folder written by python -m llama_jax.prepare"
+        )
+    # is_file() leaves out pipes, devices and broken links.
+    found = [f for f in _files_below(root, set()) if f.is_file() and f.stat().st_size]
     files = [f for f in found if _reader(f) and not _is_binary(f)]
     skipped = collections.Counter(f.suffix or f.name for f in set(found) - set(files))
     if not files:
@@ -156,7 +164,7 @@ def find_files(name: str, path: str, skip_bad_lines: bool = False) -> RawSource:
     return RawSource(name, path, tuple(files), dict(sorted(skipped.items())), skip_bad_lines)
 
 
-def _walk(root: Path, leave_out: set[str]) -> list[Path]:
+def _files_below(root: Path, leave_out: set[str]) -> list[Path]:
     def fail(e: OSError) -> None:
         raise e
 
@@ -184,22 +192,22 @@ def _is_binary(file: Path) -> bool:
         return b"\0" in f.read(8192)
 
 
-# Text to documents -------------------------------------------------------------------------------
+# Documents ---------------------------------------------------------------------------------------
 
 
 def read_documents(
     source: RawSource, files: Iterable[Path], bad_lines: collections.Counter[str] | None = None
 ) -> Iterator[Document]:
-    """Documents of some files of a source; blank ones are left out.
+    """Documents of some files of a source, without blank ones.
 
     Args:
-      source: what they belong to; ``skip_bad_lines`` says what happens to lines, rows and blocks of
-        text that cannot be used.
+      source: the source, whose ``skip_bad_lines`` says what happens to lines, rows and blocks that
+        cannot be used.
       files: some of its files.
-      bad_lines: takes the number of those left out, by reason.
+      bad_lines: counter to which those left out are added, by reason.
 
     Raises:
-      ValueError: not UTF-8 text, broken JSON, no text field; names the file and line.
+      ValueError: not UTF-8, damaged JSON, no text field; names the file and line.
     """
     for file in files:
         found = _read_module(file, source) if source.is_python else _read_file(file, source)
@@ -207,8 +215,8 @@ def read_documents(
             if isinstance(document, BadLine):
                 if not source.skip_bad_lines:
                     raise ValueError(
-                        f"{document.message}; correct it, or leave such out (--skip-bad-lines, "
-                        "data.skip_bad_lines=true)"
+                        f"{document.message}; correct it, or leave out bad lines "
+                        "(--skip-bad-lines, data.skip_bad_lines=true)"
                     )
                 if bad_lines is not None:
                     bad_lines[document.reason] += 1
@@ -247,7 +255,7 @@ def _read_text(file: Path, block_bytes: int) -> Iterator[str | BadLine]:
         while content:
             if len(content) <= block_bytes:
                 content += f.read(2 * block_bytes)
-            end = _cut(content, 0, block_bytes)
+            end = _block_end(content, block_bytes)
             try:
                 yield content[:end].decode()
             except UnicodeDecodeError as e:
@@ -258,29 +266,29 @@ def _read_text(file: Path, block_bytes: int) -> Iterator[str | BadLine]:
             start, content = start + end, content[end:]
 
 
-def _cut(content: bytes, start: int, block_bytes: int) -> int:
-    """End of the block that begins at ``start``: at a blank line, else a line, else a space."""
-    limit = start + block_bytes
-    if limit >= len(content):
+def _block_end(content: bytes, block_bytes: int) -> int:
+    """End of the first block: at a blank line, else the end of a line, else a space."""
+    if block_bytes >= len(content):
         return len(content)
     for mark in (b"\n\n", b"\n", b" "):
-        # Not in the first half: blocks keep to about the size asked for.
-        if (at := content.rfind(mark, start + block_bytes // 2, limit)) >= 0:
+        # Not in the first half, so that blocks have about the size asked for.
+        if (at := content.rfind(mark, block_bytes // 2, block_bytes)) >= 0:
             return at + len(mark)
-    while limit > start + 1 and content[limit] & 0xC0 == 0x80:  # inside a UTF-8 character
-        limit -= 1
-    return limit
+    end = block_bytes
+    while end > 1 and content[end] & 0xC0 == 0x80:  # inside a UTF-8 character
+        end -= 1
+    return end
 
 
 def _read_jsonl(file: Path, _: int) -> Iterator[str | BadLine]:
     number = 0
     try:
         with _open_lines(file) as lines:
-            while line := lines.readline(MAX_LINE_BYTES + 1):
+            while line := lines.readline(_MAX_LINE_BYTES + 1):
                 number += 1
-                if len(line) > MAX_LINE_BYTES:
+                if len(line) > _MAX_LINE_BYTES:
                     raise ValueError(
-                        f"{file} line {number} is longer than {MAX_LINE_BYTES:,} bytes; cut it"
+                        f"{file} line {number} is longer than {_MAX_LINE_BYTES:,} bytes; split it"
                     )
                 if not line.isspace():
                     yield _json_text(line, f"{file} line {number}")
@@ -296,7 +304,7 @@ def _open_lines(file: Path) -> Any:
     if file.suffix.lower() == ".zst":
         import pyarrow
 
-        # The package zstandard ends a truncated file without an error; pyarrow raises.
+        # pyarrow raises for a truncated file; the package zstandard does not.
         return io.BufferedReader(pyarrow.CompressedInputStream(str(file), "zstd"), 2**16)
     return open(file, "rb")
 
@@ -331,10 +339,12 @@ def _read_parquet(file: Path, _: int) -> Iterator[str | BadLine]:
                     if isinstance(text, str):
                         yield _unicode(text, f"{file} row {row}")
                     else:
-                        found = f'{file} row {row}: "text" is {text!r:.40}, no string'
+                        found = f'{file} row {row}: "text" is {text!r:.40}, not a string'
                         yield BadLine("no text", found)
     except (pyarrow.ArrowException, OSError) as e:
-        raise ValueError(f"{file} is no parquet file, or damaged after row {row}: {e}") from None
+        raise ValueError(
+            f"{file} is not a parquet file, or is damaged after row {row}: {e}"
+        ) from None
 
 
 def _unicode(text: str, where: str) -> str | BadLine:
@@ -351,12 +361,15 @@ def _read_module(file: Path, source: RawSource) -> tuple[Document, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _module(file: Path, prose: bool) -> tuple[Document, ...]:
-    """The code or the docstrings of a module. The code decides on which side both are."""
+    """The code or the docstrings of a module. The key of both is that of the code."""
     try:
         with tokenize.open(file) as f:
             code = f.read()
         text = "\n\n".join(_docstrings(ast.parse(code))) if prose else code
-    except (SyntaxError, UnicodeDecodeError):  # some installations have broken files, as examples
+    except (
+        SyntaxError,
+        UnicodeDecodeError,
+    ):  # the standard library has some invalid files
         return ()
     return (Document(text, _key(code), len(text.encode())),)
 

@@ -49,7 +49,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.io import atomic_write, folder_lock, sha256
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.sharding import AXES, changed_settings, mesh_for
-from llama_jax.prepare.shards import prepare_mixture
+from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.train import failure, interrupt, run_folder
 from llama_jax.train import metrics as report
 from llama_jax.train.distributed import start_distributed

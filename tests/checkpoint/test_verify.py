@@ -21,7 +21,7 @@ from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.convert import job as convert
 from llama_jax.convert import logits as verification
 from llama_jax.io import folder_lock
-from llama_jax.prepare.shards import prepare_mixture
+from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.prepare.tokenizer import train_tokenizer
 from llama_jax.verify import __main__ as verify
 

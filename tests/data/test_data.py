@@ -436,7 +436,7 @@ def test_held_out_figures(mixture):
 
 def test_no_held_out_window_in_training(tmp_path):
     """Through prepare: no held-out document is met in an epoch of training."""
-    from llama_jax.prepare.shards import prepare_mixture
+    from llama_jax.prepare.mixture import prepare_mixture
 
     path = tmp_path / "a.jsonl"
     lines = [f"{i} {t}" for i, t in enumerate(texts(5, 300))]

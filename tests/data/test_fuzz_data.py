@@ -17,7 +17,7 @@ from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data import tiktoken_text
 from llama_jax.data.mixture import TrainData, open_mixture, verify
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.prepare.shards import prepare_mixture
+from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.prepare.text import _json_text
 from llama_jax.prepare.tokenizer import lost_in, train_tokenizer
 

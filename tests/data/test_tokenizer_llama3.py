@@ -16,7 +16,7 @@ from llama_jax.convert.job import convert
 from llama_jax.data import tiktoken_text
 from llama_jax.data import tokenizer as tokenizer_module
 from llama_jax.data.tokenizer import JsonTokenizer, Tokenizer
-from llama_jax.prepare.shards import prepare_mixture
+from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.prepare.tokenizer import train_tokenizer
 
 N = len(tiktoken_tools.ranks())

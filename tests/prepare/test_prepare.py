@@ -20,12 +20,17 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from llama_jax.config import DataConfig, SourceConfig
+from llama_jax.config import DataConfig, SourceConfig, load_recipe
 from llama_jax.data import mixture as data_module
+from llama_jax.data.manifest import FORMAT
 from llama_jax.data.tokenizer import SentencePiece, Tokenizer
-from llama_jax.prepare import shards as prepare
+from llama_jax.prepare import mixture, shards
+from llama_jax.prepare import source as source_module
 from llama_jax.prepare import text as text_module
-from llama_jax.prepare.shards import main, parse_source, prepare_mixture
+from llama_jax.prepare import tokenizer as tokenizer_module
+from llama_jax.prepare.__main__ import main, parse_source
+from llama_jax.prepare.mixture import prepare_mixture
+from llama_jax.prepare.split import SplitRule, split_rule
 from llama_jax.prepare.text import find_files, read_documents
 from llama_jax.prepare.tokenizer import train_tokenizer
 
@@ -121,7 +126,7 @@ def test_manifest_is_true(tmp_path, model):
     content = hashlib.sha256(json.dumps(m, sort_keys=True).encode()).hexdigest()
     assert top["sources"] == {"a": {"folder": "a", "weight": 1.0, "content": content}}
     assert (out / "tokenizer.model").read_bytes() == (out / "a" / "tokenizer.model").read_bytes()
-    assert (m["format"], m["dtype"], m["path"]) == (prepare.FORMAT, "uint16", str(source))
+    assert (m["format"], m["dtype"], m["path"]) == (FORMAT, "uint16", str(source))
     for name, split in m["splits"].items():
         docs = documents(out / "a", name)
         assert (split["documents"], split["tokens"]) == (len(docs), sum(map(len, docs)))
@@ -132,8 +137,8 @@ def test_manifest_is_true(tmp_path, model):
 
 
 def test_shards_are_the_same_for_any_number_of_workers(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNK_BYTES", 500)
-    monkeypatch.setattr(prepare, "SHARD_TOKENS", 700)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 700)
     source = jsonl(tmp_path / "a.jsonl", texts(150))
     made = []
     for workers in (1, 2, 7):
@@ -175,7 +180,7 @@ def test_a_rerun_does_nothing_and_a_change_is_noticed(tmp_path, model, caplog):
     jsonl(source, texts(80, seed=1))  # the same number of bytes
     assert "input changed" in run()
     assert run() == ""
-    assert "holdout changed" in run(val_fraction=0.3)
+    assert "val_fraction changed" in run(val_fraction=0.3)
     assert "tokenizer changed" in run(model=other, val_fraction=0.3)
     shard = out / "a" / "train-00000.tokens"
     shard.write_bytes(shard.read_bytes()[:-2])
@@ -192,7 +197,7 @@ def test_a_rerun_does_nothing_and_a_change_is_noticed(tmp_path, model, caplog):
 def test_a_failure_leaves_nothing_half_written(tmp_path, model, monkeypatch):
     """A broken last line is met when most is written; then a full disk; then a stale folder."""
     source, out = jsonl(tmp_path / "a.jsonl", texts(200)), tmp_path / "out"
-    monkeypatch.setattr(prepare, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 500)
     good = source.read_text()
     # The split is decided early, so the broken line is met while shards are being written.
     source.write_text(good + '{"text": "never ends\n')
@@ -206,7 +211,7 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, model, monkeypatch):
     tokenizer_size = Path(model).stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (tokenizer_size + 1000, hard))
     try:
-        with pytest.raises(OSError, match="nothing half-written is left"):
+        with pytest.raises(OSError, match="incomplete files were removed"):
             prepare_mixture(config(model, a=source), 320, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -232,19 +237,18 @@ def test_killed_while_writing(tmp_path, model, monkeypatch):
     source, out = jsonl(tmp_path / "a.jsonl", texts(3000)), tmp_path / "out"
     code = f"""
 import os, signal
-from llama_jax.prepare import shards as prepare
-from llama_jax.prepare import text as text_module
-from llama_jax.config import DataConfig, SourceConfig
-prepare.CHUNK_BYTES, prepare.PROGRESS_BYTES = 5000, 20000
-add, count = prepare._Shards.add, 0
+from llama_jax.prepare import mixture, shards
+from llama_jax.config import DataConfig, SourceConfig, load_recipe
+shards.CHUNK_BYTES, shards.PROGRESS_BYTES = 5000, 20000
+add, count = shards.ShardWriter.add, 0
 def killed(self, *args):
     global count
     count += 1
     if count == 40:
         os.kill(os.getpid(), signal.SIGKILL)
     add(self, *args)
-prepare._Shards.add = killed
-prepare.prepare_mixture(DataConfig(sources={{"a": SourceConfig(path={str(source)!r})}},
+shards.ShardWriter.add = killed
+mixture.prepare_mixture(DataConfig(sources={{"a": SourceConfig(path={str(source)!r})}},
     tokenizer={model!r}, seq_len=8, val_fraction=0.1, workers=2), 320, {str(out)!r})
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
@@ -255,10 +259,10 @@ prepare.prepare_mixture(DataConfig(sources={{"a": SourceConfig(path={str(source)
     assert not (out / "a").exists()
     with pytest.raises(ValueError, match=r"no manifest.json"):
         data_module.open_mixture(out)
-    monkeypatch.setattr(prepare, "CHUNK_BYTES", 5000)
-    encode, encoded = prepare._encode, []
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 5000)
+    encode, encoded = shards._encode, []
     monkeypatch.setattr(
-        prepare, "_encode", lambda *args: encoded.append(len(args[-1])) or encode(*args)
+        shards, "_encode", lambda *args: encoded.append(len(args[-1])) or encode(*args)
     )
     prepare_mixture(config(model, a=source), 320, out)
     assert 0 < sum(encoded) < 2700
@@ -287,8 +291,9 @@ def write_folder(folder: Path) -> Path:
 
 @pytest.fixture
 def small_units(monkeypatch):
-    for name, value in (("CHUNK_BYTES", 700), ("SHARD_TOKENS", 2000), ("UNIT_BYTES", 12_000)):
-        monkeypatch.setattr(prepare, name, value)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 700)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 2000)
+    monkeypatch.setattr(source_module, "UNIT_BYTES", 12_000)
 
 
 def test_killed_anywhere_and_continued_gives_the_same_bytes(
@@ -301,14 +306,14 @@ def test_killed_anywhere_and_continued_gives_the_same_bytes(
     whole = contents(prepare_mixture(cfg, 320, tmp_path / "whole"))
     assert len([n for n in whole if n.endswith(".tokens")]) > 8
     encoded: list[int] = []
-    encode = prepare._encode
+    encode = shards._encode
     monkeypatch.setattr(
-        prepare, "_encode", lambda *args: encoded.append(len(args[-1])) or encode(*args)
+        shards, "_encode", lambda *args: encoded.append(len(args[-1])) or encode(*args)
     )
     prepare_mixture(cfg, 320, tmp_path / "again")
     once, rng = sum(encoded), np.random.default_rng(0)
     for progress_bytes in (1, 3000):
-        monkeypatch.setattr(prepare, "PROGRESS_BYTES", progress_bytes)
+        monkeypatch.setattr(shards, "PROGRESS_BYTES", progress_bytes)
         out, kills, done = tmp_path / f"killed{progress_bytes}", 0, False
         encoded.clear()
         while not done:
@@ -327,9 +332,11 @@ def test_killed_anywhere_and_continued_gives_the_same_bytes(
                 return counted
 
             with monkeypatch.context() as patch:
-                patch.setattr(prepare._Shards, "add", countdown(prepare._Shards.add))
-                for name in ("atomic_write", "write_manifest", "sync_folder"):
-                    patch.setattr(prepare, name, countdown(getattr(prepare, name)))
+                patch.setattr(shards.ShardWriter, "add", countdown(shards.ShardWriter.add))
+                for module in (mixture, source_module, shards, tokenizer_module):
+                    for name in ("atomic_write", "write_manifest", "sync_folder"):
+                        if call := getattr(module, name, None):
+                            patch.setattr(module, name, countdown(call))
                 patch.setattr(Path, "rename", countdown(Path.rename))
                 try:
                     prepare_mixture(cfg, 320, out)
@@ -346,13 +353,13 @@ def test_several_processes_share_the_work(tmp_path, model, small_units, monkeypa
     cfg = config(model, 1, a=write_folder(tmp_path / "in"))
     whole = contents(prepare_mixture(cfg, 320, tmp_path / "whole"))
     made: dict[str, int] = {}
-    make, errors = prepare._make_unit, []
+    encode, errors = shards.encode_files, []
 
     def counted(*args: Any) -> None:
         name = threading.current_thread().name
         made[name] = made.get(name, 0) + 1
         time.sleep(0.05)
-        make(*args)
+        encode(*args)
 
     def run() -> None:
         try:
@@ -361,14 +368,14 @@ def test_several_processes_share_the_work(tmp_path, model, small_units, monkeypa
         except BaseException as e:
             errors.append(e)
 
-    monkeypatch.setattr(prepare, "_make_unit", counted)
+    monkeypatch.setattr(shards, "encode_files", counted)
     processes = [threading.Thread(target=run, name=f"host {i}") for i in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     assert not errors
-    units = prepare._units(find_files("a", cfg.sources["a"].path))
+    units = source_module._units(find_files("a", cfg.sources["a"].path))
     assert len(units) >= 4
     assert sum(made.values()) == len(units)
     assert len(made) > 1
@@ -490,7 +497,7 @@ def test_one_rule_for_all_sources(tmp_path, model):
     )
     assert {tuple(d) for d in documents(more / "big", "holdout")} == held_out["big"]
     with pytest.raises(
-        ValueError, match=r"held out differs: 0.05 in few, 0.1 in the other sources"
+        ValueError, match=r"validation fraction differs: 0.05 in few, 0.1 in the other sources"
     ):
         prepare_mixture(config("", few=out / "few", big=big), 320, tmp_path / "more2")
     # Two sources of two texts each, where no split can be right.
@@ -535,7 +542,7 @@ def test_a_long_file_is_cut_at_blank_lines(tmp_path, model, caplog):
     assert 50 < len(cut) < 250
     assert all(c.endswith("\n\n") for c in cut[:-1])
     prepare_mixture(config(model, a=tmp_path / "a.txt"), 320, tmp_path / "out")
-    assert f"1 text files cut into {len(cut)} documents" in caplog.text
+    assert f"1 text files split into {len(cut)} documents" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["é" * 9000, "日本語" * 3000, "word " * 3000, "line\n" * 3000])
@@ -598,7 +605,7 @@ def test_a_folder_leaves_out_what_is_not_text(tmp_path, model, caplog):
             "{path} is damaged after",
         ),
         ("a.jsonl.zst", b"not zstd", "{path} is damaged after line 0"),
-        ("a.parquet", b"not parquet", "{path} is no parquet file"),
+        ("a.parquet", b"not parquet", "{path} is not a parquet file"),
         ("folder", {}, "'{path}' has no text in 0 files"),
         ("folder", {"a.png": b"x", "b.bin": b"y"}, "has no text in 2 files"),
         ("folder", {"a.txt": b"\0", "b.txt": b"\0"}, "has no text in 2 files"),
@@ -659,7 +666,7 @@ def test_bad_settings(tmp_path, model):
         prepare_mixture(config(model, **{"../a": source}), 320, out)
     assert sorted(p.name for p in tmp_path.rglob("*")) == [".lock", "a.jsonl", "out"]
     (out / "a").mkdir(parents=True)
-    with pytest.raises(ValueError, match="is in the way"):
+    with pytest.raises(ValueError, match="is not a folder of shards"):
         prepare_mixture(config(model, a=source), 320, out)
 
 
@@ -667,13 +674,13 @@ def test_tokenizer_trained_on_the_training_documents(tmp_path):
     """No held-out document is in the sample."""
     path = jsonl(tmp_path / "a.jsonl", texts(300))
     source = find_files("a", str(path))
-    rule = prepare.split_rule([source], 0.2)
+    rule = split_rule([source], 0.2)
     keys = {d.text: d.key for d in read_documents(source, source.files)}
-    marked = [t for t in texts(300) if rule.holds_out(keys[t])]
+    marked = [t for t in texts(300) if rule.is_val(keys[t])]
     assert len(marked) > 20
 
     def trained_on(data: DataConfig) -> str:
-        sample = prepare._sample(data, {"a": source}, rule)
+        sample = tokenizer_module._sample(data, {"a": source}, rule)
         return "".join(sample)
 
     data = config("", a=path, val_fraction=0.2)
@@ -685,14 +692,14 @@ def test_tokenizer_trained_on_the_training_documents(tmp_path):
 
 
 def test_tokenizer_sample_follows_the_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 20_000)
+    monkeypatch.setattr(tokenizer_module, "SAMPLE_BYTES", 20_000)
     sources = {}
     for seed, (name, weight) in enumerate({"a": 3.0, "b": 1.0}.items()):
         path = jsonl(tmp_path / f"{name}.jsonl", texts(400, seed))
         sources[name] = SourceConfig(path=str(path), weight=weight)
     data = DataConfig(sources=sources, seq_len=8, val_fraction=0.1)
     raw = {n: find_files(n, s.path) for n, s in sources.items()}
-    sample = list(prepare._sample(data, raw, prepare.Rule(0)))
+    sample = list(tokenizer_module._sample(data, raw, SplitRule(0)))
     of_a = sum(len(t.encode()) for t in sample if " of 0\n" in t)
     of_b = sum(len(t.encode()) for t in sample if " of 1\n" in t)
     assert abs(of_a - 15_000) < 400
@@ -728,7 +735,10 @@ def test_prepared_folders_as_sources(tmp_path, model):
     train_tokenizer(texts(100), 300, other)
     with pytest.raises(ValueError, match=r"source x: .* prepared with another tokenizer"):
         prepare_mixture(config(other, x=first / "a"), 320, tmp_path / "out2")
-    with pytest.raises(ValueError, match=f"prepared mixture; name a source: {first / 'a'}"):
+    with pytest.raises(
+        ValueError,
+        match=f"prepared sources; set data.sources.x.path to one of them: {first / 'a'}",
+    ):
         prepare_mixture(config("", x=first), 320, tmp_path / "out2")
     path = first / "a" / "manifest.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
@@ -789,9 +799,9 @@ def test_embedded_sources_do_not_leak_into_each_other(embedded):
 def test_embedded_sources_split_alike():
     """Also where the share is so small that exceptions decide."""
     sources = [find_files(name, f"python:{name}") for name in ("code", "prose")]
-    rule = prepare.split_rule(sources, 1e-6)
-    assert 1 <= len(rule.held_out) <= 2
-    keys = [{d.key for d in read_documents(s, s.files) if rule.holds_out(d.key)} for s in sources]
+    rule = split_rule(sources, 1e-6)
+    assert 1 <= len(rule.val_keys) <= 2
+    keys = [{d.key for d in read_documents(s, s.files) if rule.is_val(d.key)} for s in sources]
     assert keys[1] <= keys[0]
     assert keys[1]
 
@@ -848,8 +858,64 @@ def test_command(tmp_path, model, capsys):
         assert "\n" not in str(e.value)
     assert not list(tmp_path.glob("out2/a*"))
     for out in ("gs://b/x", " "):
-        with pytest.raises(SystemExit, match="give a folder of this machine"):
+        with pytest.raises(SystemExit, match="give a folder on this machine"):
             main([out, *good])
+
+
+def test_the_layout_of_the_recipes(tmp_path, monkeypatch):
+    """One command per source fills the folders that the pretraining recipes name."""
+    recipe_file = Path(__file__).parents[2] / "configs" / "llama-7b-tpu.toml"
+    monkeypatch.chdir(tmp_path)
+    train_tokenizer(texts(100), 320, "tokenizer.model")
+    recipe = load_recipe(recipe_file, ["model.vocab_size=320"])
+    for seed, name in enumerate(recipe.data.sources):
+        source_path = jsonl(tmp_path / f"{name}.jsonl", texts(60, seed))
+        main(["data", "--source", f"{name}={source_path}", "--tokenizer", "tokenizer.model"])
+    assert list(manifest(Path("data"))["sources"]) == list(recipe.data.sources)
+    before = contents(Path("data"))
+    opened = data_module.open_mixture(prepare_mixture(recipe.data, 320, "run/data"))
+    assert contents(Path("data")) == before
+    for name, source in recipe.data.sources.items():
+        assert opened.sources[name].folder == (tmp_path / "data" / name).resolve()
+        assert opened.sources[name].weight == source.weight
+    assert data_module.verify("data") == []
+
+    # The folder above one prepared source, as path of a source and as OUT.
+    main(["data/web", "--source", f"web={source_path}", "--tokenizer", "tokenizer.model"])
+    overrides = ["model.vocab_size=320", "data.sources.c4.path=data/web"]
+    with pytest.raises(ValueError, match=r"set data\.sources\.c4\.path to one of .*: data/web/web"):
+        prepare_mixture(load_recipe(recipe_file, overrides).data, 320, "run/data2")
+    with pytest.raises(SystemExit, match=r"data/c4 is a prepared source.* give the folder above"):
+        main(["data/c4", "--source", f"c4={source_path}", "--tokenizer", "tokenizer.model"])
+    assert manifest(Path("data/c4")) == json.loads(before["c4/manifest.json"])
+
+
+def test_a_source_is_added_to_a_folder(tmp_path):
+    """Other sources stay, with one tokenizer and one validation fraction for all."""
+    a, b = jsonl(tmp_path / "a.jsonl", texts(300)), jsonl(tmp_path / "b.jsonl", texts(60, 1))
+    out = tmp_path / "out"
+    main([str(out), "--source", f"a={a}:3", "--vocab-size", "330"])
+    before = contents(out)
+    main([str(out), "--source", f"a={a}:3", "--vocab-size", "330"])
+    assert contents(out) == before
+    main([str(out), "--source", f"b={b}:2", "--vocab-size", "340"])
+    assert {n: s["weight"] for n, s in manifest(out)["sources"].items()} == {"a": 3, "b": 2}
+    assert Tokenizer.load(out / "b").vocab_size == 330
+    assert contents(out / "a") == {n[2:]: c for n, c in before.items() if n.startswith("a/")}
+    after = contents(out)
+    other = tmp_path / "other.model"
+    train_tokenizer(texts(100), 300, other)
+    for more, message in (
+        (["--tokenizer", str(other)], "source a: .* prepared with another tokenizer"),
+        (["--vocab-size", "330", "--val-fraction", "0.3"], "fraction differs: 0.02 in a"),
+        (["--vocab-size", "320"], "has 330 ids, more than"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main([str(out), "--source", f"b={b}", *more])
+        assert contents(out) == after
+    # Training replaces the mixture of its run folder: sources of an earlier recipe do not stay.
+    prepare_mixture(config("", b=b, val_fraction=0.02), 330, out)
+    assert list(manifest(out)["sources"]) == ["b"]
 
 
 def test_import_is_cheap_and_without_side_effects():

@@ -27,7 +27,7 @@ from llama_jax.config import DataConfig, OptimConfig, SourceConfig
 from llama_jax.data.batch import Batch
 from llama_jax.data.mixture import Mixture, Source, TokenStream, TrainData
 from llama_jax.model.llama import ComputeConfig, rms_norm
-from llama_jax.prepare.shards import prepare_mixture
+from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.train import loop as train
 from llama_jax.train import metrics as report
 from llama_jax.train.optim import make_optimizer

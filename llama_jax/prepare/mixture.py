@@ -1,0 +1,156 @@
+"""Preparation of a mixture: one tokenizer, and token shards of every source.
+
+The result is a folder that :mod:`llama_jax.data.mixture` opens::
+
+    OUT/manifest.json            tokenizer, folder and weight of each source
+    OUT/tokenizer.model
+    OUT/NAME/manifest.json       counts, SHA-256 of each shard, settings
+    OUT/NAME/tokenizer.model
+    OUT/NAME/train-00000.tokens  little-endian uint16 (uint32 from 65,537 ids on): documents back
+                                 to back, each as [BOS] text [EOS]
+    OUT/NAME/train-00000.starts  little-endian uint64: where in the shard each document starts
+    OUT/NAME/holdout-00000.*     the validation split
+
+Sources that are up to date are not prepared again. Several hosts that share a disk (with working
+file locks) can run the same command: each takes groups of files until all are done. The result is
+the same bit for bit for any number of hosts, threads and interruptions.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama_jax.config import DataConfig, SourceConfig
+from llama_jax.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    MixtureManifest,
+    SourceManifest,
+    digest,
+    find_source,
+    read_manifest,
+    write_manifest,
+)  # fmt: skip
+from llama_jax.data.tokenizer_files import MODEL_FILE
+from llama_jax.io import read_json_or_empty, sha256
+from llama_jax.prepare.source import prepare_source, wait_for_lock
+from llama_jax.prepare.split import check_val_fraction, split_rule
+from llama_jax.prepare.text import find_files
+from llama_jax.prepare.tokenizer import check_tokenizer, choose_tokenizer, install_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class PreparedSource(NamedTuple):
+    """A source that was prepared before, and is not changed."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+
+def prepare_mixture(
+    data: DataConfig, vocab_size: int, out_dir: str | Path, keep_sources: bool = False
+) -> Path:
+    """Prepare the tokenizer and every source of a mixture, except what is up to date.
+
+    Call it in one process of a run. It encodes in threads (``tokenizers`` and ``sentencepiece``
+    release the GIL), so it starts no process beside a live JAX backend.
+
+    Args:
+      data: sources (text, or folders prepared before), tokenizer ("": train one of ``vocab_size``
+        ids on the training documents), val_fraction, workers.
+      vocab_size: V of the model; the tokenizer has at most as many ids.
+      out_dir: folder to write.
+      keep_sources: sources in ``out_dir`` that ``data`` does not name stay in the mixture, and the
+        new ones get their tokenizer.
+
+    Returns:
+      ``out_dir``, to open with :func:`llama_jax.data.mixture.open_mixture`.
+
+    Raises:
+      ValueError: input that cannot be used; names the file and line, and says what to do.
+      OSError: reading or writing failed; incomplete files have been removed.
+    """
+    out = Path(out_dir)
+    given = {n: s for n, source in data.sources.items() if (s := _prepared(n, source))}
+    prepared = {**given, **(_other_sources(out, data) if keep_sources else {})}
+    manifests = {name: source.manifest for name, source in prepared.items()}
+    raw = {
+        name: find_files(name, source.path, data.skip_bad_lines)
+        for name, source in data.sources.items()
+        if name not in given
+    }
+    check_val_fraction(data, manifests, bool(raw))
+    rule = split_rule(raw.values(), data.val_fraction, manifests.values())
+    out.mkdir(parents=True, exist_ok=True)
+
+    with wait_for_lock(out):
+        first = next(iter(prepared.values()), None)
+        folder = first.folder if first else None
+        tokenizer, trained_on = choose_tokenizer(data, vocab_size, out, raw, rule, folder)
+        check_tokenizer(tokenizer, vocab_size, prepared)
+        tokenizer = install_tokenizer(tokenizer, out)
+    for name, source in raw.items():
+        prepare_source(source, data, rule, tokenizer, out / name)
+    with wait_for_lock(out):
+        sources = _entries(out) if keep_sources else {}
+        for name, source in data.sources.items():
+            sources[name] = _entry(name, source, out, name in given)
+        tokenizer_entry = {"file": MODEL_FILE, "sha256": sha256(tokenizer.path)}
+        manifest = {
+            "format": FORMAT,
+            "tokenizer": tokenizer_entry | {"trained_on": trained_on},
+            "sources": sources,
+        }
+        old = read_json_or_empty(out / MANIFEST)
+        if {**old, "sha256": None} != {**manifest, "sha256": None}:
+            write_manifest(out, manifest)
+    return out
+
+
+def _prepared(name: str, source: SourceConfig) -> PreparedSource | None:
+    """A source whose path is a prepared folder; None for raw text."""
+    folder = Path(source.path)
+    if not source.path or "format" not in (found := read_json_or_empty(folder / MANIFEST)):
+        return None
+    if isinstance(found.get("sources"), dict):
+        inside = ", ".join(str(folder / n) for n in found["sources"])
+        raise ValueError(
+            f"source {name}: {folder} is the parent folder of prepared sources; set "
+            f"data.sources.{name}.path to one of them: {inside}"
+        )
+    try:
+        return PreparedSource(folder, read_manifest(folder, SourceManifest))
+    except ValueError as e:
+        raise ValueError(f"source {name}: {e}") from None
+
+
+def _entries(out: Path) -> dict[str, Any]:
+    """The sources in the manifest of a mixture; {} if there is none, or it is damaged."""
+    try:
+        return read_manifest(out, MixtureManifest)["sources"]
+    except ValueError:
+        return {}
+
+
+def _other_sources(out: Path, data: DataConfig) -> dict[str, PreparedSource]:
+    """The sources of a mixture that ``data`` does not name."""
+    if "splits" in read_json_or_empty(out / MANIFEST):
+        raise ValueError(
+            f"{out} is a prepared source, not a folder of sources; give the folder above, "
+            f"{out.resolve().parent}"
+        )
+    others = {name: entry for name, entry in _entries(out).items() if name not in data.sources}
+    return {name: PreparedSource(*find_source(out, name, entry)) for name, entry in others.items()}
+
+
+def _entry(name: str, source: SourceConfig, out: Path, is_given: bool) -> dict[str, Any]:
+    """A source in the mixture's manifest; the hash finds it again after a move."""
+    folder = Path(source.path).resolve() if is_given else out / name
+    content = digest(read_manifest(folder, SourceManifest))
+    if not is_given:
+        return {"folder": name, "weight": source.weight, "content": content}
+    relative = os.path.relpath(folder, out.resolve())
+    entry = {"folder": str(folder), "weight": source.weight, "content": content}
+    return entry | {"relative": relative}

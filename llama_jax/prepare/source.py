@@ -1,0 +1,280 @@
+"""Preparation of one source: raw text to a folder of token shards.
+
+The files of a source are encoded in units of about 256 MiB, which several processes can share. The
+units are in ``NAME.partial`` until all are complete; then the folder is renamed to ``NAME``.
+"""
+
+import collections
+import contextlib
+import errno
+import itertools
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax.config import DataConfig
+from llama_jax.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    SourceManifest,
+    digest,
+    read_manifest,
+    write_manifest,
+)  # fmt: skip
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_files import MODEL_FILE
+from llama_jax.io import atomic_write, folder_lock, read_json_or_empty, sha256, sync_folder
+from llama_jax.prepare import shards
+from llama_jax.prepare.split import SplitRule
+from llama_jax.prepare.text import TEXT, RawSource
+from llama_jax.prepare.tokenizer import check_lossless
+
+log = logging.getLogger(__name__)
+
+UNIT_BYTES = 2**28
+"""Files that one process encodes at a time; shards end with them."""
+
+
+def prepare_source(
+    source: RawSource, data: DataConfig, rule: SplitRule, tokenizer: Tokenizer, folder: Path
+) -> None:
+    """Encode a source into ``folder``, unless the folder is up to date.
+
+    Args:
+      source: raw text.
+      data: val_fraction and workers.
+      rule: which documents are in validation.
+      tokenizer: the mixture's.
+      folder: where the result will be.
+
+    Raises:
+      ValueError: text that cannot be used, or a tokenizer that loses text.
+      OSError: reading or writing failed; incomplete files have been removed.
+    """
+    hash_of_tokenizer = sha256(tokenizer.path)
+    made_from = {
+        "input": source.inputs,
+        "holdout": data.val_fraction,
+        "split": rule.exceptions(),
+        "tokenizer": hash_of_tokenizer,
+        "block_bytes": source.block_bytes,
+        "section_blocks": source.section_blocks,
+        "shard_tokens": shards.SHARD_TOKENS,
+        "unit_bytes": UNIT_BYTES,
+    }
+    if not (changed := _changed(source, folder, made_from)):
+        return
+    if (folder / MANIFEST).exists():
+        log.info(f"source {source.name} is prepared again: {' and '.join(changed)} changed")
+    check_lossless(tokenizer, source)
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "name": source.name,
+        "path": source.path,
+        "made_from": made_from,
+        "files": len(source.files),
+        "skipped": source.skipped,
+        "tokenizer_sha256": hash_of_tokenizer,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": shards.dtype_of(tokenizer),
+    }
+    units = _units(source)
+    key = digest([made_from, shards.CHUNK_BYTES])  # progress is counted in chunks
+    partial = folder.with_name(folder.name + ".partial")
+    while True:
+        with contextlib.ExitStack() as stack:
+            with wait_for_lock(folder.parent):
+                if not _changed(source, folder, made_from):  # another process completed it
+                    return
+                merged = read_json_or_empty(partial / MANIFEST).get("made_from") == made_from
+                index = len(units) if merged else _take_unit(partial, len(units), key, stack)
+                if index == len(units):
+                    with _naming_errors(folder):
+                        if not merged or _changed(source, partial, made_from):
+                            _merge(partial, len(units), manifest, tokenizer)
+                        _finish(folder, partial)
+                    return _report(source, folder)
+            if index < 0:
+                time.sleep(0.2)
+                continue
+            unit = _unit_folder(partial, index)
+            try:
+                with _naming_errors(folder):
+                    shards.encode_files(
+                        source, units[index], unit, tokenizer, rule, key, data.workers
+                    )
+            except Exception:
+                with wait_for_lock(folder.parent):
+                    shutil.rmtree(unit, ignore_errors=True)
+                    with contextlib.suppress(OSError):  # not empty: other units
+                        partial.rmdir()
+                raise
+
+
+def _changed(source: RawSource, folder: Path, made_from: dict[str, Any]) -> list[str]:
+    """Why a source must be prepared; nothing if its folder is up to date.
+
+    Raises:
+      ValueError: the folder is something else.
+    """
+    if not folder.exists():
+        return ["the folder"]
+    try:
+        old = read_manifest(folder, SourceManifest)
+    except (ValueError, OSError):
+        raise ValueError(
+            f"{folder} is not a folder of shards, but the shards of source {source.name} belong "
+            "there; move it, or write to another folder"
+        ) from None
+    known = old.get("made_from", {})
+    changed = [k for k, v in made_from.items() if known.get(k) != v]
+    if not changed and not _is_whole(folder, old):
+        changed = ["a shard"]
+    if not changed and old.get("bad_lines") and not source.skip_bad_lines:
+        changed = ["skip_bad_lines"]
+    return ["val_fraction" if name == "holdout" else name for name in changed]
+
+
+def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
+    width = np.dtype(manifest["dtype"]).itemsize
+    listed = [s for split in manifest["splits"].values() for s in split["shards"]]
+    sizes = {f"{s['name']}.tokens": s["tokens"] * width for s in listed}
+    sizes |= {f"{s['name']}.starts": s["documents"] * 8 for s in listed}
+    found = {f.name: f.stat().st_size for f in folder.iterdir()}
+    return MODEL_FILE in found and all(found.get(n) == size for n, size in sizes.items())
+
+
+# Units -------------------------------------------------------------------------------------------
+
+
+def _units(source: RawSource) -> list[list[Path]]:
+    """The files of a source in groups that processes encode independently."""
+    units: list[list[Path]] = []
+    size = UNIT_BYTES
+    for file in source.files:
+        if size >= UNIT_BYTES:
+            units.append([])
+            size = 0
+        units[-1].append(file)
+        size += file.stat().st_size
+    return units
+
+
+def _unit_folder(partial: Path, index: int) -> Path:
+    return partial / f"unit-{index:05d}"
+
+
+def _take_unit(partial: Path, count: int, key: str, stack: contextlib.ExitStack) -> int:
+    """A unit that is neither complete nor being encoded, locked until ``stack`` is closed.
+
+    ``count`` if all are complete, -1 if other processes are encoding the rest.
+    """
+    done = 0
+    for index in range(count):
+        unit = _unit_folder(partial, index)
+        state = read_json_or_empty(unit / shards.PROGRESS)
+        if state.get("key") == key and state.get("done"):
+            done += 1
+            continue
+        unit.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(ValueError):
+            stack.enter_context(folder_lock(unit, "preparing"))
+            return index
+    return count if done == count else -1
+
+
+def _merge(partial: Path, count: int, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Move the shards of all units into one folder, and write its manifest.
+
+    A killed merge can be repeated: a shard that was moved is not moved again.
+    """
+    states = [read_json_or_empty(_unit_folder(partial, i) / shards.PROGRESS) for i in range(count)]
+    splits: dict[str, Any] = {}
+    for split in SPLITS:
+        units = [state["splits"][split] for state in states]
+        splits[split] = {k: sum(u[k] for u in units) for k in ("documents", "tokens", "text_bytes")}
+        merged: list[dict[str, Any]] = []
+        splits[split]["shards"] = merged
+        for index, unit in enumerate(units):
+            for shard in unit["shards"]:
+                name = f"{split}-{len(merged):05d}"
+                merged.append(shard | {"name": name})
+                for kind in ("tokens", "starts"):
+                    file = _unit_folder(partial, index) / f"{shard['name']}.{kind}"
+                    if file.exists():
+                        file.rename(partial / f"{name}.{kind}")
+        if not splits[split]["tokens"]:
+            shutil.rmtree(partial)
+            raise ValueError(
+                f"source {manifest['name']}: no document is left for "
+                f"{'training' if split == 'train' else 'validation'}, because of the validation "
+                "documents of other small sources; give it more text, or change data.val_fraction"
+            )
+    bad_lines = sum((collections.Counter(s["bad_lines"]) for s in states), collections.Counter())
+    atomic_write(partial / MODEL_FILE, tokenizer.path.read_bytes())
+    write_manifest(partial, manifest | {"splits": splits, "bad_lines": dict(bad_lines)})
+
+
+def _finish(folder: Path, partial: Path) -> None:
+    """Rename a merged folder; what it replaces, and all other files in it, are removed."""
+    splits = read_manifest(partial, SourceManifest)["splits"]
+    names = [shard["name"] for split in SPLITS for shard in splits[split]["shards"]]
+    expected = {f"{n}.{kind}" for n in names for kind in ("tokens", "starts")}
+    for left_over in [
+        f for f in partial.iterdir() if f.name not in {MODEL_FILE, MANIFEST} | expected
+    ]:
+        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        folder.rename(old)
+    partial.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _report(source: RawSource, folder: Path) -> None:
+    manifest = read_manifest(folder, SourceManifest)
+    documents = sum(manifest["splits"][split]["documents"] for split in SPLITS)
+    if bad := manifest["bad_lines"]:
+        listed = ", ".join(f"{count} {reason}" for reason, count in bad.items())
+        log.warning(f"source {source.name}: left out {sum(bad.values())} bad lines: {listed}")
+    if documents > len(source.files) and source.files[0].name.endswith(TEXT):
+        log.info(
+            f"source {source.name}: {len(source.files)} text files split into {documents} "
+            f"documents of up to {source.block_bytes / 1024:.0f} KiB, at blank lines where possible"
+        )
+
+
+@contextlib.contextmanager
+def _naming_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise OSError(f"preparing {folder} failed, incomplete files were removed: {e}") from e
+
+
+@contextlib.contextmanager
+def wait_for_lock(folder: Path) -> Iterator[None]:
+    """Wait until no other process prepares in a folder, and lock it."""
+    with contextlib.ExitStack() as stack:
+        for attempt in itertools.count():
+            try:
+                stack.enter_context(folder_lock(folder, "preparing"))
+                break
+            except OSError as e:
+                if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                break  # a folder that cannot be written needs no lock
+            except ValueError as e:
+                if attempt == 50:
+                    log.info(f"waiting: {e}")
+                time.sleep(0.1)
+        yield
