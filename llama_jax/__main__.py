@@ -6,12 +6,12 @@ import sys
 from llama_jax.train import interrupt
 
 VERBS = {
-    "prepare": "text to token shards",
+    "prepare": "tokenize text into token shards",
     "train": "pretrain or fine-tune a model",
-    "generate": "sample from a model",
+    "generate": "sample text from a model, or chat with it",
     "convert": "convert weights between Meta, Hugging Face and Orbax",
     "verify": "check every file of a run, a checkpoint or prepared data",
-    "plan": "memory, speed and cost of a run, before renting anything",
+    "plan": "predict memory, speed and cost of a run on any TPU or GPU",
 }
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int | str | None:
         width = max(map(len, VERBS))
         print("usage: llama-jax VERB ...\n")
         print(*(f"  {verb:{width}}  {what}" for verb, what in VERBS.items()), sep="\n")
-        print("\nllama-jax VERB --help says more of each.")
+        print("\nllama-jax VERB --help describes the arguments of a verb.")
         return 0 if argv else 2
     if argv[0] not in VERBS:
         print(
