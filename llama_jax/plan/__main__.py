@@ -18,7 +18,7 @@ import re
 import sys
 from pathlib import Path
 
-from llama_jax.config import ConfigError
+from llama_jax.config import ConfigError, recipe_names
 from llama_jax.plan import energy, inference, scaling_laws
 from llama_jax.plan.command import plan_inference, plan_training
 from llama_jax.plan.machines import EXAMPLES, PlanError
@@ -79,7 +79,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--inference-tokens goes with --budget")
     if args.target and not args.on:
         parser.error(f"{args.target[0]}: on which machine? give --on, as {EXAMPLES}")
-    if train and args.target[0] in inference.MODELS:
+    if train and args.target[0] in inference.MODELS.keys() - recipe_names():
         parser.error(f"{args.target[0]} is a model: give a recipe, or add --inference")
     if args.inference and len(args.target) > 1:
         parser.error(f"--inference takes one model, not {' '.join(args.target)}")

@@ -554,6 +554,7 @@ def test_former_flags_are_refused(flag, capsys):
         (["configs/tiny.toml"], "on which machine?"),
         (["nothing.toml", "--on", "v5e:2x2"], "nothing.toml does not exist"),
         (["configs/tiny.toml", "--on", "v9:2"], "no chip 'v9'"),
+        (["tiny", "--on", "v9:2"], "no chip 'v9'"),  # the recipe, not the model
         (["configs/tiny.toml", "--on", "cpu:8", "train.batch=3"], "train.batch"),
         (["configs/tiny.toml", "--on", "cpu:8", "--price", "0"], "is not a positive number"),
         (["configs/tiny.toml", "--on", "cpu:8", "train.attention=flash"], "no implementation 'fl"),
