@@ -140,7 +140,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Continue a prompt and print the text while it is generated. Greedy, unless an "
         "option of sampling is given.",
         epilog='example: %(prog)s checkpoints/tiny "def main(" --temperature 0.7 --top-p 0.95',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arg = parser.add_argument
     arg("checkpoint", metavar="CHECKPOINT", help="folder of a run, or of converted, Hugging Face "

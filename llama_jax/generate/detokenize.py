@@ -160,9 +160,8 @@ class OutputSequence:
         self._decode_new()
         # Bytes that did not become a character are part of the text once it has ended.
         text = self._text if self.finish == "stop" else self._text + self._detokenizer.rest()
-        lists = (self._ids, self._logprobs, self._top_logprobs)
-        ids, logprobs, top = map(tuple, lists)
-        return Generation(text, ids, logprobs, self.finish or "length", top)
+        ids, logprobs = tuple(self._ids), tuple(self._logprobs)
+        return Generation(text, ids, logprobs, self.finish or "length", tuple(self._top_logprobs))
 
 
 def stream_text(

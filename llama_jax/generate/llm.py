@@ -378,10 +378,10 @@ class LLM:
                 options.logprobs, options.top_logprobs > 0,
             )  # fmt: skip
             for b, sequence in enumerate(sequences):
-                top = top_dicts(*(x[:count, b] for x in drawn[2:]), options.top_logprobs)
+                top_ids, top = drawn.top_ids_TBN[:count, b], drawn.top_logprobs_TBN[:count, b]
                 sequence.append(
                     drawn.tokens_TB[:count, b], drawn.logprobs_TB[:count, b], self.eos_ids,
-                    min(max_new_tokens, space[b]), top,
+                    min(max_new_tokens, space[b]), top_dicts(top_ids, top, options.top_logprobs),
                 )  # fmt: skip
             num_generated += count
             yield state

@@ -52,7 +52,8 @@ def load(
     """Load a model that is ready to generate.
 
     Weights of Hugging Face or Meta are converted once, into ``~/.cache/llama_jax/converted`` (or
-    ``$XDG_CACHE_HOME/llama_jax/converted``), and read from there until their files change.
+    ``$XDG_CACHE_HOME/llama_jax/converted``), and read from there until their files change. That
+    folder can be deleted at any time.
 
     Args:
       folder: a run of `python -m llama_jax.train`, a result of `python -m llama_jax.convert`, or a
@@ -243,7 +244,7 @@ def _converted(folder: Path, layout: str) -> Path:
     """
     from llama_jax.convert.job import convert
 
-    files = sorted(p for p in folder.iterdir() if p.is_file())
+    files = sorted(p for p in folder.glob("[!.]*") if p.is_file())
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     key = hashlib.sha256(json.dumps([str(folder), stats]).encode()).hexdigest()[:16]
     cache = _cache_folder() / "converted"

@@ -177,7 +177,7 @@ def _score(
             part = group[first : first + B]
             for window, new in zip(part, _score_windows(engine, part, B, T, num_top), strict=True):
                 scored[window.text].append(new)
-    empty = (np.zeros(0, np.float32), np.zeros(0, np.float32), [])
+    empty: tuple[Any, ...] = (np.zeros(0, np.float32), np.zeros(0, np.float32), [])
     return [
         (np.concatenate(logprobs), np.concatenate(entropies), [*itertools.chain(*tops)])
         for logprobs, entropies, tops in (zip(empty, *new, strict=True) for new in scored)

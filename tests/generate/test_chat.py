@@ -368,7 +368,7 @@ def test_a_chat_streams(talker):
     assert "".join(stopped.stream("a cat", stop=[stop], **options)).count(stop) == 0
 
 
-def test_a_turn_is_undone_and_repeated(talker):
+def test_undo_and_retry(talker):
     options = dict(max_new_tokens=12, sampling=Sample(temperature=1.5))
     chat = talker.chat(system="cats")
     for step in (chat.undo, chat.retry):
@@ -395,7 +395,7 @@ def test_a_turn_is_undone_and_repeated(talker):
         chat.undo()
 
 
-def test_a_stream_that_is_left_changes_nothing(talker):
+def test_an_unfinished_stream_changes_nothing(talker):
     options = dict(max_new_tokens=24, sampling=Sample(temperature=1.5))
     want = talker.chat().say("a mat", **options)
     chat = talker.chat()

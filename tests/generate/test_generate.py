@@ -64,8 +64,8 @@ def llm(tokenizer):
     return model(tokenizer)
 
 
-def test_layers_apart_make_the_same_text(llm, tokenizer):
-    """As weights are loaded on CPU and GPU; nothing of the stack is left."""
+def test_unstacked_layers_give_the_same_text(llm, tokenizer):
+    """As load does on CPU and GPU; the stacked arrays are freed."""
     stacked = params_of(Llama(llm.cfg, F32, nnx.Rngs(0), 0.3))
     held = stacked["blocks"]
     unstacked = LLM(llm.cfg, unstack_layers(stacked), tokenizer, UNROLLED)
@@ -134,7 +134,7 @@ def test_ids_are_those_of_transformers(tokenizer):
 
 
 @pytest.mark.parametrize("sampling", [Greedy(), Sample(temperature=1.2, top_p=0.95)])
-def test_a_row_does_not_depend_on_its_mates(llm, sampling):
+def test_a_row_does_not_depend_on_other_rows(llm, sampling):
     prompts = ["the cat", "", "some animals saw 12 cats " * 4, "日本", "def main("]
     together = llm.generate(prompts, max_new_tokens=40, sampling=sampling, seed=5)
     turned = llm.generate(prompts[::-1], max_new_tokens=40, sampling=sampling, seed=5)
@@ -186,7 +186,7 @@ def test_prompts_of_ids(llm):
 
 
 def test_top_logprobs(llm):
-    """The likeliest tokens of the model's own distribution; their number recompiles nothing."""
+    """The likeliest tokens of the model's distribution; another number does not recompile."""
     options = dict(max_new_tokens=40, sampling=Sample(temperature=1.5), seed=4)
     plain = llm.generate(["the cat", "a"], logprobs=True, **options)
     assert plain[0].top_logprobs == ()
@@ -212,7 +212,7 @@ def test_top_logprobs(llm):
     assert names.count("decode with top_logprobs") == 2  # for batches of one and of two
 
 
-def test_what_a_model_says_of_itself(llm):
+def test_repr(llm):
     """repr: model, parameters, dtype, context, devices, memory."""
     assert repr(llm) == (
         f"LLM(2 layers of width 32, {llm.cfg.num_params / 1e6:.1f} million parameters, float32, "
@@ -245,7 +245,7 @@ def test_chunks_of_a_prompt_equal_the_whole(tokenizer, length):
     assert list(made.ids) == np.argmax(whole[length - 1 : -1], axis=-1).tolist()
 
 
-def test_nothing_compiles_again(tokenizer):
+def test_nothing_recompiles(tokenizer):
     llm = model(tokenizer)
     llm.generate("the cat", max_new_tokens=5)
     llm.generate("the cat " * 20, max_new_tokens=5, sampling=Sample(temperature=0.5))
@@ -273,7 +273,7 @@ def test_a_stream_joins_to_the_text(llm, seed):
 
 
 def test_text_is_made_of_new_tokens_alone(tokenizer, monkeypatch):
-    """Decoding all of a text for each of its tokens would cost the square of its length."""
+    """Decoding the whole text for each token would take quadratic time."""
     decoded = []
     decode = type(tokenizer).decode
     count = lambda self, ids: decoded.append(len(ids)) or decode(self, ids)
@@ -321,8 +321,8 @@ def test_the_penalty_counts_what_was_drawn(llm):
     assert len(set(draw(1e6))) == 60
 
 
-def test_a_conversation_that_turns_back_reads_anew(llm):
-    """What the cache holds is used as far as the new ids equal it."""
+def test_a_cache_is_used_up_to_the_first_different_id(llm):
+    """Ids after the first difference are read again."""
     ask = dict(max_new_tokens=8, sampling=Greedy(), seed=0)
     _, known, cache = resume(llm, [1, 20, 30, 40], [], None, **ask)
     ids = [1, 20, 31, 40, 50]
@@ -384,7 +384,7 @@ def test_bad_arguments(llm, prompt, options, message):
 
 
 def test_a_cache_too_large(llm, monkeypatch):
-    """Refused before it is made, with what it takes and what there is."""
+    """Refused before allocation, with the memory needed and available."""
     monkeypatch.setattr("llama_jax.generate.decode.device_memory", lambda *_: 3e6)
     assert llm.generate("the cat", max_new_tokens=2)
     message = r"cache of 32 rows of 512 positions takes .* has 0.0 GB: give fewer prompts"
@@ -392,8 +392,8 @@ def test_a_cache_too_large(llm, monkeypatch):
         llm.generate(["the cat"] * 32, max_new_tokens=2)
 
 
-def test_an_ended_row_stays_as_long_as_it_was(llm, tokenizer):
-    """Its cache does not grow with the rows that go on beside it."""
+def test_the_cache_of_an_ended_row_does_not_grow(llm, tokenizer):
+    """While other rows continue."""
     prompts = ["the cat", "some animals saw 12 cats"]
     first, _ = llm.generate(prompts, max_new_tokens=3, logprobs=True)
     ending = LLM(llm.cfg, llm.params, tokenizer, F32, eos_ids=[first.ids[2]])
@@ -466,7 +466,7 @@ def test_ids_that_the_tokenizer_does_not_know(tokenizer):
 
 
 def test_ids_that_end_a_text(llm, tokenizer):
-    """As many as a model has; odd ones are refused."""
+    """Any number of ids; invalid ones are refused."""
     (g,) = llm.generate(["the cat"], max_new_tokens=3, logprobs=True)
     spare = [i for i in range(3, 300) if i not in g.ids]
     many = LLM(llm.cfg, llm.params, tokenizer, F32, eos_ids=[*spare[:19], g.ids[1]])
@@ -487,7 +487,7 @@ def test_ids_that_end_a_text(llm, tokenizer):
 
 
 def test_the_command_line(llm, monkeypatch, capsys):
-    """The seed is used; what cannot be is one line, before the weights are read."""
+    """The seed is used; invalid arguments give one line, before the weights are read."""
     monkeypatch.setattr("llama_jax.generate.__main__.load", lambda *_, **__: llm)
     texts = []
     for seed in (0, 3):
@@ -527,7 +527,7 @@ def test_the_command_line(llm, monkeypatch, capsys):
 
 
 class Terminal(io.StringIO):
-    """What a terminal shows of what is printed."""
+    """Shows what remains visible on a terminal."""
 
     def isatty(self):
         return True
@@ -564,7 +564,7 @@ def test_notices_of_compilation_leave_the_prompt_alone(llm, tokenizer, monkeypat
 
 
 def test_ctrl_c(monkeypatch, capsys):
-    """At once in every phase, and nothing but a line."""
+    """Immediate in every phase, with one line of output."""
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -601,7 +601,7 @@ def test_ctrl_c_while_libraries_are_imported():
     assert "Traceback" not in rest
 
 
-def test_lines_that_cannot_be_read_and_readers_that_leave(llm, monkeypatch, capsys):
+def test_bad_lines_and_a_closed_pipe(llm, monkeypatch, capsys):
     monkeypatch.setattr("llama_jax.generate.__main__.load", lambda *_, **__: llm)
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n" + "cat " * 400))
     assert main(["x", "-", "--max-new-tokens", "1"]) == 2
@@ -624,10 +624,3 @@ def test_what_cannot_be_loaded(tmp_path, capsys):
     assert "found readme.txt" in err
     with pytest.raises(ValueError, match="quantize='int3'"):
         llama_jax.load(tmp_path, quantize="int3")
-
-
-def test_import_is_light():
-    code = "import llama_jax, sys; print('jax' in sys.modules)"
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert out.stdout.strip() == "False"

@@ -51,10 +51,10 @@ def text_of(folder):
     return llama_jax.load(folder).generate("the cat", max_new_tokens=8)
 
 
-def test_weights_of_others_are_converted_once(
+def test_source_weights_are_converted_once(
     source, weights, tokenizer, cache, tmp_path, capfd, monkeypatch
 ):
-    """One line the first time, none the second; the text of the converted weights."""
+    """One line at the first load, none at the second; the same text as converted weights."""
     want = text_of(job.convert(source, tmp_path / "converted"))
     capfd.readouterr()
     assert text_of(source) == want
@@ -83,8 +83,8 @@ def test_a_source_that_has_changed_is_converted_again(source, weights, tokenizer
     assert len(cache()) == 2
 
 
-def test_what_is_wrong_with_a_source(source, cache, tmp_path):
-    """A missing tokenizer before any work; damage in the cache with what to do."""
+def test_sources_that_cannot_be_loaded(source, cache, tmp_path):
+    """A missing tokenizer, before conversion; a damaged cache, with advice."""
     (source / "tokenizer.model").rename(tmp_path / "tokenizer.model")
     with pytest.raises(ConfigError, match=r"hf has no tokenizer \(tokenizer\.model or"):
         llama_jax.load(source)
@@ -116,7 +116,7 @@ def start(source, code=LOAD):
 
 
 def test_a_killed_conversion_and_two_processes_at_once(source, cache, tmp_path):
-    """Nothing half-made is read; one of two processes converts, the other waits for it."""
+    """An incomplete conversion is not read; of two processes one converts, the other waits."""
     killed = start(source, KILLED)
     _, err = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, err

@@ -28,7 +28,7 @@ def small_run(tmp_path_factory):
     ]  # fmt: skip
 
 
-def test_it_is_kept_with_its_outputs():
+def test_the_notebook_is_stored_with_outputs():
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     code = [c for c in cells if c["cell_type"] == "code"]
     assert len(cells) <= 10

@@ -84,7 +84,7 @@ def test_repetition_penalty():
     assert abs(counts / DRAWS - softmax(changed)).max() < 0.02
 
 
-def test_a_row_is_its_own():
+def test_a_row_does_not_depend_on_other_rows():
     """The same row with the same key gives the same token, whatever is beside it."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(16, 50)).astype(np.float32)

@@ -59,7 +59,7 @@ def test_scores(llm):
 
 
 def test_windows_of_a_long_text(llm, monkeypatch):
-    """Three windows, logits of 16 positions at a time; only numbers a token come to the host."""
+    """Three windows, logits of 16 positions at a time; the host receives numbers per token only."""
     monkeypatch.setattr(scores, "LOGITS_PER_CHUNK", 16 * llm.cfg.vocab_size)
     fresh = LLM(llm.cfg, llm.params, llm.tokenizer, F32)
     sizes, run = [], fresh._engine.run
@@ -86,7 +86,7 @@ def test_windows_of_a_long_text(llm, monkeypatch):
 
 
 def test_a_list_of_texts_is_scored_in_one_call(llm, monkeypatch):
-    """Each as on its own; the longest of them no further than itself."""
+    """With the same results as one text at a time."""
     texts = ["the cat", "", "some animals saw 12 cats", "日本", "def main("]
     alone = [llm.score(text) for text in texts]
     calls, run = [], llm._engine.run
@@ -121,7 +121,7 @@ def test_ids_are_scored_as_their_text(llm):
 
 
 def test_without_an_id_that_starts_a_document(llm, tokenizer, monkeypatch):
-    """The first token has no context: it is left out of what is scored."""
+    """The first token has no context and is not scored."""
     whole = llm.score("the cat saw")
     monkeypatch.setattr(type(tokenizer), "bos_id", None)
     scored = LLM(llm.cfg, llm.params, tokenizer, F32).score("the cat saw")
@@ -148,7 +148,7 @@ def test_top_logprobs_of_a_text(llm):
         llm.score(text, top_logprobs=21)
 
 
-def test_windows_count_each_token_once():
+def test_each_token_is_a_target_once():
     assert windows([5, 6, 7], 1, 8) == [([1, 5, 6], [5, 6, 7])]
     assert windows([5, 6, 7, 8, 9], 1, 3) == [([1, 5, 6], [5, 6, 7]), ([6, 7, 8], [8, 9])]
 
@@ -230,7 +230,7 @@ def any_tokenizer(request, tokenizer, tmp_path):
 
 
 def test_pieces_join_to_the_text(any_tokenizer, monkeypatch):
-    """Characters are whole; the work grows with the text, whatever is in it."""
+    """Characters are not split; the time is linear in the length of any text."""
     rng = np.random.default_rng(0)
     texts = ["", " a", "the 日本 cat\n\n  é", "日本日本語é" * 9, "a b\ufffd\ufffdc\ufffd", "  a  "]
     for text in texts:
