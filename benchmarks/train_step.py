@@ -48,11 +48,11 @@ def jax_steps(shape: str):
     state = jax.jit(lambda: init_state(recipe, compute))()
     step = jax.jit(make_train_step(recipe, compute), donate_argnums=0)
     ids = np.random.default_rng(0).integers(0, recipe.model.vocab_size, (1, B, T + 1), np.int32)
-    batch, stop = Batch(ids[..., :-1], ids[..., 1:]), np.zeros(1, np.int32)
+    batch = Batch(ids[..., :-1], ids[..., 1:])
 
     def train():
         nonlocal state
-        state, metrics = step(state, batch, stop)
+        state, metrics = step(state, batch)
         return float(metrics["loss"])
 
     return train

@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,7 +16,7 @@ from llama_jax.config import Recipe
 from llama_jax.data.batch import Batch, abstract_batch
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import merge, structure
-from llama_jax.model.sharding import AXES, mesh_for, slice_ids
+from llama_jax.model.sharding import mesh_for, slice_ids
 from llama_jax.plan import hlo
 from llama_jax.plan.machines import Machine, PlanError, devices
 from llama_jax.train.step import (
@@ -88,14 +87,12 @@ def compile_step(recipe: Recipe, machine: Machine) -> Compiled:
     with jax.set_mesh(mesh):
         state = abstract_state(recipe, compute, mesh)
         batch = abstract_batch(recipe, mesh, compute.rules.activation_without_tensor("BT"))
-        flags = NamedSharding(mesh, P(AXES))
-        stop = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=flags)
         step = jax.jit(
             make_train_step(recipe, compute),
             donate_argnums=0,
             compiler_options=compiler_options(platform),
         )
-        lowered = step.lower(state, batch, stop)
+        lowered = step.lower(state, batch)
         try:
             program, peak = lowered.compile(), 0.0
         except Exception as e:  # the compiler's own type

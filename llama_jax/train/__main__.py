@@ -1,17 +1,139 @@
-"""``python -m llama_jax.train``."""
+"""Pretrain or fine-tune a model: ``python -m llama_jax.train [RECIPE] [section.key=value]``.
 
+Writes checkpoints, metrics and a plot of the loss to a run folder. Starting the same command again
+continues the run.
+"""
+
+import argparse
+import contextlib
+import signal
 import sys
+import textwrap
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llama_jax.train import interrupt
 
+if TYPE_CHECKING:
+    from llama_jax.train.loop import Trainer
+
 
 def main(argv: list[str] | None = None) -> int:
-    """The command, see :func:`llama_jax.train.loop.main`."""
-    from llama_jax.train import loop
+    """Run the command.
 
-    return loop.main(argv)
+    Returns:
+      The exit code: 0 finished, or stopped by SIGTERM after saving; 1 the run failed; 2 the recipe
+      is invalid; 130 stopped by Ctrl-C.
+    """
+    # The imports take seconds; `interrupt.start_command` has to run before them.
+    from llama_jax.checkpoint.checkpoints import CheckpointError
+    from llama_jax.config import ConfigError, load_recipe, recipes_folder
+    from llama_jax.train import failure, loop
+    from llama_jax.train.distributed import start_distributed
+
+    arguments = list(_parser().parse_args(argv).arguments)
+    has_recipe = bool(arguments) and ("=" not in arguments[0] or Path(arguments[0]).is_file())
+    path = arguments.pop(0) if has_recipe else recipes_folder() / "tiny.toml"
+    with interrupt.listening() as preemption, _quiet_threads():
+        try:
+            recipe = load_recipe(path, arguments)
+            start_distributed()
+            preemption.install()  # jax.distributed has replaced the handler of SIGTERM
+            if failure.several():
+                preemption.before_end = failure.end_all
+            failure.watch()
+            trainer = loop.run(recipe, preemption)
+            if trainer is not None:
+                preemption.phase("sampling; the run is finished and saved")
+                _print_samples(trainer)
+        except KeyboardInterrupt:
+            return 128 + (preemption.signal or signal.SIGINT)
+        except ConfigError as e:
+            return _fail(str(e), 2)
+        except (loop.TrainingError, CheckpointError, OSError) as e:
+            return _fail(str(e), 1)
+        except Exception as e:
+            text = (str(e).strip() or type(e).__name__).splitlines()[0]
+            if "RESOURCE_EXHAUSTED" in text:
+                return _fail(
+                    f"out of memory while {preemption.doing}: {text:.300}\n"
+                    "lower train.batch_size, raise train.gradient_accumulation, or set "
+                    'train.remat="full"',
+                    1,
+                )
+            if not failure.several():
+                raise
+            traceback.print_exc()
+            return _fail(f"{type(e).__name__}: {text}", 1)
+        finally:
+            failure.stop_watching()
+    return 128 + signal.SIGINT if preemption.signal == signal.SIGINT else 0
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Print no traceback of an OSError in a thread: a full disk also ends the writing threads of
+    libraries, and the main thread reports it once."""
+    before = threading.excepthook
+    threading.excepthook = lambda e: None if isinstance(e.exc_value, OSError) else before(e)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _fail(error: str, code: int) -> int:
+    from llama_jax.train import failure
+
+    if failure.several():
+        failure.end_all(error, code)
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _print_samples(trainer: "Trainer") -> None:
+    """Continue ``train.sample_prompts``, if one process holds all weights."""
+    import jax
+    import numpy as np
+
+    from llama_jax.generate.llm import LLM
+    from llama_jax.generate.sampler import Sample
+    from llama_jax.model.llama import ComputeConfig
+    from llama_jax.train.loop import log
+
+    recipe = trainer.recipe
+    prompts = recipe.train.sample_prompts
+    if not prompts or jax.process_count() > 1:
+        return
+    compute = ComputeConfig(np.dtype("float32"), unroll=trainer.compute.unroll)
+    llm = LLM(recipe.model, jax.device_get(trainer.state.params), trainer.tokenizer, compute)
+    texts = llm.generate(
+        prompts, max_new_tokens=100, sampling=Sample(temperature=0.7), seed=recipe.train.seed
+    )
+    for prompt, text in zip(prompts, texts, strict=True):
+        log("sample:\n" + textwrap.indent(prompt + text, "  | "))
+
+
+def _parser() -> argparse.ArgumentParser:
+    from llama_jax.config import SettingsHelp, recipe_names
+
+    parser = argparse.ArgumentParser(
+        prog="python -m llama_jax.train",
+        usage="%(prog)s [RECIPE] [section.key=value ...]",
+        description="Pretrain or fine-tune a LLaMA. RECIPE is a TOML file or the name of a shipped "
+        f"recipe: {', '.join(recipe_names())}. The default, tiny, needs no download.",
+        add_help=False,
+    )
+    parser.add_argument(
+        "arguments", nargs="*", metavar="section.key=value", help="a setting: TOML or plain text"
+    )
+    parser.add_argument("-h", "--help", action=SettingsHelp, help="settings of a section, or all")
+    return parser
 
 
 if __name__ == "__main__":
-    interrupt.start_command()  # before the imports of the loop, which take seconds
+    interrupt.start_command()
     sys.exit(main())

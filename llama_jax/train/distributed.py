@@ -1,15 +1,16 @@
-"""Joining the other processes of a job of several hosts.
+"""Joins the processes of a multi-host job, and combines their requests to stop.
 
-Each launcher says in environment variables (on a Cloud TPU VM: through its metadata server) how
-many processes a job has and which one this is. What says "one of several" is joined or an error,
-never trained alone: processes that train apart would overwrite each other's checkpoints.
+Each launcher sets environment variables (on a Cloud TPU VM: values of its metadata server) with the
+number of processes of the job and the index of this one. A process that is one of several joins the
+others or ends with an error. It never trains alone: separate processes would overwrite each other's
+checkpoints.
 
-  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID   set by hand; come first
+  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID   set by the user; take precedence
   Slurm (srun), Open MPI                                       their own variables
-  Cloud TPU VMs, GKE with TPUs                                 found by JAX
-  indexed Kubernetes Jobs, JobSets                             found by JAX (package kubernetes)
+  Cloud TPU VMs, GKE with TPUs                                 detected by JAX
+  indexed Kubernetes Jobs, JobSets                             detected by JAX (package kubernetes)
 
-JAX_NUM_PROCESSES=1 says that this process is alone, whatever the launcher says.
+With JAX_NUM_PROCESSES=1 this process runs alone, whatever the launcher's variables say.
 """
 
 import importlib.util
@@ -22,66 +23,71 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ConfigError
+from llama_jax.model.sharding import AXES
 
 RESOLVE_SECONDS = 60
-"""how long the coordinator's name may be unknown (a name server learns of a new pod late)"""
+"""How long the coordinator's name may not resolve (name servers learn of a new pod late)."""
 JOIN_SECONDS = 300
-"""how long the processes wait for each other"""
+"""How long the processes wait for each other."""
 HEARTBEAT_SECONDS = 30
-"""after which a silent process counts as dead, and the others end with an error"""
+"""After this time without a heartbeat a process counts as dead, and the others end."""
 
-_BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 class Job(NamedTuple):
-    """This process among the others; a field that is None is found by JAX itself."""
+    """This process in its job; JAX detects the fields that are None."""
 
     launcher: str
     coordinator: str | None = None
-    """host:port of process 0"""
+    """host:port of process 0."""
     num_processes: int | None = None
     process_id: int | None = None
     local_id: int | None = None
-    """which GPU of its host is this process's, where a host runs several; None: all are"""
+    """The GPU of this process, if its host runs several processes; None: all GPUs of the host."""
 
 
 def start_distributed() -> None:
-    """Join the other processes where something has started this as one of several.
+    """Join the other processes, if this is one of several.
 
     Raises:
-      ConfigError: the environment says so and is incomplete, or the others cannot be found.
+      ConfigError: the environment is incomplete, or the other processes cannot be reached.
     """
     job = find_job()
     if job is None:
         return
     _join(job)
     alone = job.launcher == "Cloud TPU" and not jax.distributed.is_initialized()
-    # A TPU slice knows its hosts even where they were not joined.
+    # JAX knows the number of hosts of a TPU slice even if they were not joined.
     if alone and jax.process_count() > 1:
         raise ConfigError(
             f"this TPU slice has {jax.process_count()} hosts, and its metadata server did not "
-            f"say how to join them; set {', '.join(_BY_HAND)} on each"
+            f"provide what is needed to join them; set {', '.join(_JAX_VARIABLES)} on each"
         )
 
 
 def find_job() -> Job | None:
-    """What the environment says of this process; None: it is alone.
+    """This process as described by the environment; None if it runs alone.
 
     Raises:
-      ConfigError: one of several, with something missing.
+      ConfigError: it is one of several, and a value is missing or invalid.
     """
     if os.environ.get("JAX_NUM_PROCESSES") == "1":
         return None
     found = _slurm() or _open_mpi() or _tpu() or _kubernetes()
-    if not any(name in os.environ for name in _BY_HAND):
+    if not any(name in os.environ for name in _JAX_VARIABLES):
         return found
-    return _by_hand(found)
+    return _from_jax_variables(found)
 
 
-def _by_hand(found: Job | None) -> Job | None:
-    """The JAX variables; what they leave out, of the launcher that was found."""
+def _from_jax_variables(found: Job | None) -> Job | None:
+    """The JAX variables, completed by those of the detected launcher."""
     job = found or Job("JAX variables")
     index = os.environ.get("JOB_COMPLETION_INDEX", "")
     process_id = int(index) if index.isdigit() else job.process_id
@@ -91,21 +97,21 @@ def _by_hand(found: Job | None) -> Job | None:
         process_id=_number("JAX_PROCESS_ID", process_id),
     )
     values = (job.coordinator, job.num_processes, job.process_id)
-    missing = [name for name, value in zip(_BY_HAND, values, strict=True) if value is None]
+    missing = [name for name, value in zip(_JAX_VARIABLES, values, strict=True) if value is None]
     if missing and job.launcher != "Cloud TPU":
-        given = ", ".join(f"{n}={os.environ[n]}" for n in _BY_HAND if n in os.environ)
+        given = ", ".join(f"{n}={os.environ[n]}" for n in _JAX_VARIABLES if n in os.environ)
         raise ConfigError(
             f"{given} without {' and '.join(missing)}: set all three for a job of several "
             "processes, none for one process"
         )
-    if missing:  # JAX finds the rest
+    if missing:  # JAX detects the others
         return job
     assert job.num_processes is not None
     assert job.process_id is not None
     if not 0 <= job.process_id < job.num_processes:
         raise ConfigError(
             f"JAX_PROCESS_ID={job.process_id} is not one of JAX_NUM_PROCESSES="
-            f"{job.num_processes} processes; they count from 0"
+            f"{job.num_processes} processes, which are numbered from 0"
         )
     return job
 
@@ -120,7 +126,7 @@ def _number(name: str, default: int | None = None) -> int | None:
 
 
 def _slurm() -> Job | None:
-    """A task of `srun`; the first node's first task is the coordinator."""
+    """A task of `srun`; the first task of the first node is the coordinator."""
     tasks = _number("SLURM_NTASKS", 1) or 1
     if tasks == 1 or ("JAX_COORDINATOR_ADDRESS" in os.environ and "SLURM_PROCID" not in os.environ):
         return None
@@ -130,7 +136,7 @@ def _slurm() -> Job | None:
             f"SLURM_NTASKS={tasks}, but this process was not started by srun: start all {tasks} "
             "with `srun python -m llama_jax.train ...`, or one alone with JAX_NUM_PROCESSES=1"
         )
-    # "node[001-004,007],other": node001. The port follows from the job, as all know its number.
+    # "node[001-004,007],other" -> node001. All tasks know the job id, which determines the port.
     first = re.sub(r"\[(\w+).*", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
     port = os.environ.get("JAX_COORDINATOR_PORT")
     port = port or str(61440 + (_number("SLURM_JOB_ID", 0) or 0) % 4096)
@@ -141,12 +147,12 @@ def _slurm() -> Job | None:
 
 
 def _open_mpi() -> Job | None:
-    """A process of `mpirun`. Open MPI 4 says where the first host is, 5 and other MPIs do not."""
+    """A process of `mpirun`. Open MPI 4 provides the address of the first host; others do not."""
     known = ("JAX_COORDINATOR_ADDRESS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE")
     if (_number("PMI_SIZE", 1) or 1) > 1 and not any(name in os.environ for name in known):
         raise ConfigError(
             f"PMI_SIZE={os.environ['PMI_SIZE']}: this MPI does not say where its first process "
-            f"runs; set {', '.join(_BY_HAND)}"
+            f"runs; set {', '.join(_JAX_VARIABLES)}"
         )
     size = _number("OMPI_COMM_WORLD_SIZE", 1) or 1
     if size == 1:
@@ -168,8 +174,8 @@ def _open_mpi() -> Job | None:
 
 
 def _tpu() -> Job | None:
-    """A host of TPUs: JAX asks the variables of GKE, or the metadata server of a Cloud TPU VM."""
-    # On a machine without TPU chips nothing is asked: a laptop does not wait for a network.
+    """A TPU host: JAX reads the variables of GKE, or asks the metadata server of a Cloud TPU VM."""
+    # Only on machines with TPU chips: a laptop must not wait for the network.
     return Job("Cloud TPU") if _tpu_hosts() > 1 or _is_tpu_vm() else None
 
 
@@ -177,13 +183,13 @@ def _is_tpu_vm() -> bool:
     platforms = (jax.config.values["jax_platforms"] or "").split(",")
     if platforms != [""] and "tpu" not in platforms:
         return False
-    from jax._src import cloud_tpu_init  # jax says this nowhere else
+    from jax._src import cloud_tpu_init  # not public elsewhere
 
     return cloud_tpu_init.running_in_cloud_tpu_vm
 
 
 def _kubernetes() -> Job | None:
-    """A pod of an indexed Job (those of a JobSet are indexed too)."""
+    """A pod of an indexed Job (also of a JobSet)."""
     index = os.environ.get("JOB_COMPLETION_INDEX")
     if index is None or "KUBERNETES_SERVICE_HOST" not in os.environ:
         return None
@@ -191,10 +197,10 @@ def _kubernetes() -> Job | None:
         return None
     if importlib.util.find_spec("kubernetes") is None:
         raise ConfigError(
-            f"this is pod {index} of an indexed Kubernetes Job, and nothing says how to join the "
-            "others: set JAX_COORDINATOR_ADDRESS=JOB-0.SERVICE:1234 and JAX_NUM_PROCESSES in its "
-            "manifest, or pip install 'jax[k8s]' and give it a service account that may read pods; "
-            "for a Job of one pod JAX_NUM_PROCESSES=1"
+            f"this is pod {index} of an indexed Kubernetes Job, and it cannot join the other pods "
+            "without an address: set JAX_COORDINATOR_ADDRESS=JOB-0.SERVICE:1234 and "
+            "JAX_NUM_PROCESSES in its manifest, or pip install 'jax[k8s]' and give it a service "
+            "account that may read pods; for a Job of one pod set JAX_NUM_PROCESSES=1"
         )
     return Job("Kubernetes")
 
@@ -207,10 +213,10 @@ def _join(job: Job) -> None:
         _check_coordinator(job.coordinator, job.process_id == 0)
     known = None not in (job.coordinator, job.num_processes, job.process_id)
     settings: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
-    if known:  # JAX would give a Slurm task one GPU even where it is alone on its host
+    if known:  # JAX would give a Slurm task one GPU even if it is alone on its host
         settings["cluster_detection_method"] = "deactivate"
         settings["local_device_ids"] = None if job.local_id is None else [job.local_id]
-    # JAX's own timeout aborts the process with a C++ stack; ours comes first.
+    # Earlier than JAX's own timeout, which aborts the process with a C++ stack trace.
     timer = threading.Timer(JOIN_SECONDS, _give_up, [job])
     timer.daemon = True
     timer.start()
@@ -227,15 +233,15 @@ def _join(job: Job) -> None:
         if not lone_tpu:
             reason = str(e).strip().split("\n")[0]
             raise ConfigError(
-                f"{job.launcher} says that this is one of several processes, and joining them "
-                f"failed: {reason}; set {', '.join(_BY_HAND)} to join by hand"
+                f"{job.launcher} says that this is one of several processes, but joining them "
+                f"failed: {reason}; set {', '.join(_JAX_VARIABLES)} yourself"
             ) from e
     finally:
         timer.cancel()
 
 
 def _tpu_hosts() -> int:
-    """Hosts that the environment names; 0 where only a metadata server would know."""
+    """Hosts named by the environment; 0 if only a metadata server could name them."""
     names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
     hosts = next((os.environ[n] for n in names if os.environ.get(n)), "")
     many = "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
@@ -243,7 +249,7 @@ def _tpu_hosts() -> int:
 
 
 def _check_coordinator(address: str, first: bool) -> None:
-    """Whether the name resolves and, for process 0, the port is free: JAX aborts over both."""
+    """Check that the name resolves and, in process 0, that the port is free; JAX would abort."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"coordinator {address!r} is not of the form HOST:PORT")
@@ -267,20 +273,51 @@ def _check_coordinator(address: str, first: bool) -> None:
             except OSError as e:
                 raise ConfigError(
                     f"coordinator {address}: port {port} of this host cannot be used "
-                    f"({e.strerror}); give another"
+                    f"({e.strerror}); use another port"
                 ) from e
 
 
 def _give_up(job: Job) -> None:
-    """End this process: it hangs in JAX's C++ code, which no exception reaches."""
+    """End this process: it is blocked in JAX's C++ code, which exceptions cannot interrupt."""
     where = job.coordinator or f"found by {job.launcher}"
-    who = "the other processes did not come"
+    who = "the other processes did not join"
     if job.process_id != 0:
         who = "no answer, or another process is missing"
     print(
         f"error: process {job.process_id} of {job.num_processes}, coordinator {where}: {who} "
-        f"within {JOIN_SECONDS} s; start all of them together, with its port open to them",
+        f"within {JOIN_SECONDS} s; start all of them together, and open the port to them",
         file=sys.stderr,
         flush=True,
     )
     os._exit(1)
+
+
+# Stopping together -------------------------------------------------------------------------------
+
+
+def any_process(flag: bool, mesh: Mesh) -> jax.Array | bool:
+    """Whether ``flag`` is true in any process of the job.
+
+    All processes must call this between the same two training steps, and get the same answer, so
+    that all of them stop after the same step. The answer of several processes is an array: it is
+    computed on the devices in order with the steps, and reading it waits for the step before.
+
+    JAX's own ``multihost_utils.reached_preemption_sync_point`` cannot be used: it reacts to SIGTERM
+    only, through a handler that replaces ours, and not to Ctrl-C.
+
+    Args:
+      flag: the value of this process.
+      mesh: the devices of all processes.
+    """
+    if jax.process_count() == 1:
+        return flag
+    flags = jax.make_array_from_callback(
+        (mesh.size,), NamedSharding(mesh, P(AXES)), lambda _: np.full(1, flag)
+    )
+    return any_device(flags)
+
+
+@jax.jit
+def any_device(flags: jax.Array) -> jax.Array:
+    """Whether any of the devices' flags is true."""
+    return jnp.any(flags)

@@ -1,14 +1,13 @@
-"""Ctrl-C and SIGTERM: a run that trains saves and stops; in every other phase it ends at once.
+"""Ctrl-C and SIGTERM: training saves a checkpoint and stops; every other phase ends immediately.
 
-A command answers within milliseconds, also while the main thread is inside C code (compiling,
-importing, training a tokenizer), where Python's own signal handlers wait. This module imports
-nothing heavy, so that a command can call :func:`start_command` before its other imports.
+A command reacts within milliseconds even while the main thread runs C code (compiling, importing,
+training a tokenizer), where Python's own signal handlers have to wait. This module imports nothing
+heavy, so that a command can call :func:`start_command` before its other imports.
 """
 
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -16,33 +15,43 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class PreemptionHandler:
-    """The request to stop, and what happens when one arrives.
+    """Records a request to stop, and ends the process where nothing can be saved.
 
     Args:
-      ends_process: end the whole process where nothing can be saved (a command); otherwise raise
+      ends_process: end the whole process in a phase that saves nothing (a command); otherwise raise
         KeyboardInterrupt in the main thread (a call from a notebook or a test).
+
+    Example:
+      with listening() as preemption:
+        preemption.phase("training", saves=True)
+        while preemption.signal is None:
+          ...  # one step
     """
 
     def __init__(self, ends_process: bool = False):
         self.signal: int | None = None
-        """the first signal that arrived"""
+        """The first signal received."""
         self.ends_process = ends_process
         self.before_end: Callable[[str, int], None] | None = None
-        """called with the message and exit code before the process ends"""
+        """Called with the message and the exit code before the process ends."""
         self.phase("starting")
 
     def phase(self, doing: str, saves: bool = False) -> None:
-        """Say what runs now, for the message. ``saves``: the caller watches :attr:`signal`, and
-        saves before it ends."""
+        """Set what the process does now.
+
+        Args:
+          doing: the phase, for the message that a signal prints.
+          saves: the caller checks :attr:`signal`, and saves before it stops.
+        """
         self.doing, self.saves = doing, saves
 
     def install(self) -> None:
-        """Take over the signals; again after a library has taken them (jax.distributed)."""
+        """Handle the signals; called again after jax.distributed has installed its own handler."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
-    def answer_from_thread(self) -> None:
-        """Answer in a thread of its own, which is not held up by what the main thread does."""
+    def handle_in_thread(self) -> None:
+        """Handle signals in a separate thread, so that a busy main thread causes no delay."""
         out, into = os.pipe()
         os.set_blocking(into, False)
         signal.set_wakeup_fd(into, warn_on_full_buffer=False)
@@ -50,27 +59,27 @@ class PreemptionHandler:
         def listen() -> None:
             while number := os.read(out, 1):
                 if number[0] in SIGNALS:
-                    self._answer(number[0])
+                    self._react(number[0])
 
         threading.Thread(target=listen, name="signals", daemon=True).start()
 
     def _handle(self, number: int, _: object) -> None:
-        if not self.ends_process and self._answer(number):
+        if not self.ends_process and self._react(number):
             raise KeyboardInterrupt
 
-    def _answer(self, number: int) -> bool:
-        """Say what happens; True when the run is to end now."""
+    def _react(self, number: int) -> bool:
+        """Print what happens; True if the run must end immediately."""
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         first, self.signal = self.signal is None, self.signal or number
         if first and self.saves:
             text = (
-                f"{name} while {self.doing}: will end when a checkpoint is saved; Ctrl-C again "
-                "ends at once, without it"
+                f"{name} while {self.doing}: will end when a checkpoint is saved; press Ctrl-C "
+                "again to end immediately without saving"
             )
             os.write(2, f"\n{text}\n".encode())
             return False
-        kept = "" if first else "; the checkpoint before is kept"
-        text = f"{name} while {self.doing}: ended{kept}; start the same command again to continue"
+        kept = "" if first else "; the previous checkpoint is kept"
+        text = f"{name} while {self.doing}: ended{kept}; run the same command again to continue"
         os.write(2, f"\n{text}\n".encode())
         if self.ends_process:
             if self.before_end is not None:
@@ -83,37 +92,30 @@ _command: PreemptionHandler | None = None
 
 
 def start_command() -> None:
-    """Answer signals as a command does, from now to the end of the process."""
+    """Handle signals as a command does, from now to the end of the process."""
     global _command
     if _command is None:
         _command = PreemptionHandler(ends_process=True)
         _command.install()
-        _command.answer_from_thread()
+        _command.handle_in_thread()
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[PreemptionHandler]:
-    """The command's :class:`Stop`; in a call from Python one that lasts until the block ends."""
+    """The command's handler; for a call from Python, a handler that is active in the block."""
     if _command is not None:
         yield _command
         return
-    stop = PreemptionHandler()
+    preemption = PreemptionHandler()
     # Only the main thread can have signal handlers.
     if threading.current_thread() is not threading.main_thread():
-        stop.install = lambda: None  # type: ignore[method-assign]
-        yield stop
+        preemption.install = lambda: None  # type: ignore[method-assign]
+        yield preemption
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    stop.install()
+    preemption.install()
     try:
-        yield stop
+        yield preemption
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def flush() -> None:
-    """Write out what was printed, before ``os._exit``."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()

@@ -1,58 +1,33 @@
-"""Pretrain and fine-tune: a recipe in, a run folder with checkpoints, metrics and a picture out.
+"""The training loop: trains a recipe, evaluates, logs, and saves checkpoints in the run folder.
 
-    python -m llama_jax.train [RECIPE.toml] [section.key=value ...]
-
-The same code runs on a laptop and on a pod: the recipe's mesh says how arrays lie over the
-devices, and a job of several hosts is started by what starts such jobs (see the README).
-Starting the same recipe again continues the run.
+The same code runs on a laptop and on a TPU or GPU cluster: the recipe's mesh says how arrays are
+sharded over the devices. Starting the same recipe again continues the run.
 """
 
-import argparse
 import contextlib
-import dataclasses
 import functools
-import shutil
 import signal
 import sys
-import textwrap
-import threading
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from llama_jax import chips
 from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
-from llama_jax.checkpoint.file_hashes import record_files
-from llama_jax.checkpoint.model_json import read_metadata, write_model_files
 from llama_jax.checkpoint.weights import check_weights, load_weights, whole_steps
-from llama_jax.config import (
-    ConfigError,
-    DataConfig,
-    Recipe,
-    SettingsHelp,
-    load_recipe,
-    recipe_names,
-    recipes_folder,
-    to_dict,
-)
+from llama_jax.config import ConfigError, Recipe
 from llama_jax.data.batch import Batch, ShardBatch, abstract_batch
-from llama_jax.data.mixture import TrainData, eval_batches, held_out, open_mixture
+from llama_jax.data.mixture import TrainData, eval_batches, held_out
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.io import atomic_write, folder_lock, sha256
-from llama_jax.model.llama import ComputeConfig
-from llama_jax.model.sharding import AXES, changed_settings, mesh_for
-from llama_jax.prepare.mixture import prepare_mixture
-from llama_jax.train import failure, interrupt, run_folder
-from llama_jax.train import metrics as report
-from llama_jax.train.distributed import start_distributed
+from llama_jax.model.sharding import changed_settings, mesh_for
+from llama_jax.train import inputs, metrics, run_folder
+from llama_jax.train.distributed import any_process
 from llama_jax.train.interrupt import PreemptionHandler
 from llama_jax.train.optim import make_schedule
 from llama_jax.train.step import (
@@ -65,367 +40,180 @@ from llama_jax.train.step import (
     make_train_step,
 )  # fmt: skip
 
-# What a checkpoint of a chat model has beside its weights, tokenizer.model and model.json.
-CHAT_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
-    "added_tokens.json", "generation_config.json",
-)  # fmt: skip
-
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says at which step and why."""
+    """The run cannot continue; the message says at which step and why."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code: 0 done, or stopped by SIGTERM after saving; 1 the run
-    failed; 2 the recipe is wrong; 130 Ctrl-C."""
-    arguments = _parser().parse_args(argv)
-    given = list(arguments.arguments)
-    is_recipe = bool(given) and ("=" not in given[0] or Path(given[0]).is_file())
-    path = given.pop(0) if is_recipe else recipes_folder() / "tiny.toml"
-    with interrupt.listening() as stop, _quiet_threads():
-        try:
-            recipe = load_recipe(path, given)
-            start_distributed()
-            stop.install()  # jax.distributed takes SIGTERM
-            if failure.several():
-                stop.before_end = failure.end_all
-            failure.watch()
-            run(recipe, stop)
-        except KeyboardInterrupt:
-            return 128 + (stop.signal or signal.SIGINT)
-        except ConfigError as e:
-            return _fail(str(e), 2)
-        except (TrainingError, CheckpointError, OSError) as e:
-            return _fail(str(e), 1)
-        except Exception as e:
-            text = (str(e).strip() or type(e).__name__).splitlines()[0]
-            if "RESOURCE_EXHAUSTED" in text:
-                return _fail(
-                    f"out of memory while {stop.doing}: {text:.300}\nlower train.batch_size, or "
-                    'raise train.gradient_accumulation, or set train.remat="full"',
-                    1,
-                )
-            if not failure.several():
-                raise
-            traceback.print_exc()
-            return _fail(f"{type(e).__name__}: {text}", 1)
-        finally:
-            failure.stop_watching()
-    return 128 + signal.SIGINT if stop.signal == signal.SIGINT else 0
+def log(text: str) -> None:
+    """Print a line from process 0, above the progress bar."""
+    if jax.process_index() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
-@contextlib.contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """A full disk ends the writing threads of libraries too; the main thread reports it, once."""
-    before = threading.excepthook
-    threading.excepthook = lambda e: None if isinstance(e.exc_value, OSError) else before(e)
-    try:
-        yield
-    finally:
-        threading.excepthook = before
+def run(recipe: Recipe, preemption: PreemptionHandler) -> "Trainer | None":
+    """Train to the recipe's last step, from the newest checkpoint of the run folder if it has one.
 
+    Args:
+      recipe: the run.
+      preemption: the request to stop; the run saves and stops after the current step.
 
-def _fail(error: str, code: int) -> int:
-    if failure.several():
-        failure.end_all(error, code)
-    print(f"error: {error}", file=sys.stderr)
-    return code
-
-
-def run(recipe: Recipe, stop: PreemptionHandler) -> None:
-    """Train from nothing, or from the newest checkpoint of the run folder, to the recipe's last
-    step.
+    Returns:
+      The finished run; None if it was stopped, or had already finished before.
 
     Raises:
       ConfigError: the recipe does not fit the devices, the data or the run folder, or another
         process uses the folder.
-      TrainingError: the loss or the gradient stopped being a number.
+      TrainingError: the loss or the gradient is not finite.
       CheckpointError: a checkpoint could not be written or read.
     """
     given = recipe
     recipe, mesh = mesh_for(given)
     check_attention(recipe, mesh)
-    if (changed := changed_settings(given, recipe)) and jax.process_index() == 0:
+    if changed := changed_settings(given, recipe):
         text = ", ".join(f"{name}={value}" for name, value in changed.items())
-        print(f"adapted to {mesh.size} devices, which the recipe's sizes do not divide: {text}")
-    peak = chips.peak_flops(jax.local_devices()[0])
-    with _owned(Path(recipe.checkpoint.dir)):
-        with jax.set_mesh(mesh):
-            training = Run(recipe, mesh, stop, peak)
-            finished = training.train()
-        if finished:
-            training.sample()  # on one device, where no mesh may be set
+        log(f"adapted to {mesh.size} devices, which the recipe's sizes do not divide: {text}")
+    peak_flops = chips.peak_flops(jax.local_devices()[0])
+    with run_folder.locked(Path(recipe.checkpoint.dir)), jax.set_mesh(mesh):
+        trainer = Trainer(recipe, mesh, preemption, peak_flops)
+        return trainer if trainer.train() else None
 
 
-@contextlib.contextmanager
-def _owned(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this job: process 0 has its lock until the block ends.
+class Trainer:
+    """A run in progress: its folder, its data and its state.
 
-    Other processes go on only when process 0 has it. A folder that was made here and got no content
-    is removed again.
+    Args:
+      recipe: the run, adapted to the mesh.
+      mesh: the devices; it must be set (``jax.set_mesh``).
+      preemption: the request to stop.
+      peak_flops: peak FLOP/s per device, and where this number is from.
+
+    Example:
+      with jax.set_mesh(mesh):
+        finished = Trainer(recipe, mesh, preemption, chips.peak_flops(jax.devices()[0])).train()
     """
-    if jax.process_index() != 0:
-        _barrier("locked")
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(folder_lock(folder, "training"))
-            except ValueError as e:
-                raise ConfigError(str(e)) from None
-            _barrier("locked")
-            try:
-                yield
-            finally:
-                if [p.name for p in folder.iterdir()] == [".lock"]:
-                    shutil.rmtree(folder, ignore_errors=True)
-    except OSError as e:
-        if e.errno is not None and e.filename is None:
-            e.filename = str(folder)
-        raise
-
-
-class Run:
-    """A run under way: its folder, its data, its state."""
 
     def __init__(
-        self, recipe: Recipe, mesh: Mesh, stop: PreemptionHandler, peak: tuple[float, str]
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        preemption: PreemptionHandler,
+        peak_flops: tuple[float, str],
     ):
-        self.recipe, self.mesh, self.stop = recipe, mesh, stop
-        self.peak, self.peak_source = peak
-        self.evaluated = -1  # the step of the last evaluation
+        self.recipe, self.mesh, self.preemption = recipe, mesh, preemption
+        self.peak_flops, self.peak_source = peak_flops
+        self.folder = Path(recipe.checkpoint.dir)
         self.platform = mesh.devices.flat[0].platform
         self.compute = execution(recipe, self.platform)
-        self.folder = Path(recipe.checkpoint.dir)
-        self.first = jax.process_index() == 0
-        self.say(f"{report.environment()}")
-        stop.phase("opening the run folder")
-        self._open_folder()
+        self.evaluated_step = -1
+        self.losses: list[float] = []
+        """Losses of the steps since the last log line."""
+        log(metrics.environment())
+        preemption.phase("opening the run folder")
+        self.saved = run_folder.open_saved(self.folder, recipe)
+        if self.saved and (moved := self.saved.set_aside):
+            step = self.saved.restart_from
+            log(f"going back to step {step}: newer checkpoints are now in {moved}")
         try:
-            self._open_init_from()
-            stop.phase("preparing data")
             self._open_data()
-            stop.phase("reading the checkpoint" if self.saved else "making the weights")
-            self._check_prompts()
         except ValueError as e:
             raise ConfigError(str(e)) from e
         self.checkpoints = Checkpoints(self.folder, recipe.checkpoint.keep)
-        self.step, self.state = self._start()
-
-    def say(self, text: str) -> None:
-        """A line on the terminal, from the first process."""
-        if jax.process_index() == 0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def _open_folder(self) -> None:
-        """Find out whether this run continues one, and move what it goes back over out of the
-        way."""
-        self.saved = run_folder.read_saved(self.folder, self.recipe)
-        _barrier("folder read")
-        if self.saved and (step := self.saved.restart_from):
-            if self.first and (aside := run_folder.set_aside(self.folder, step)):
-                self.say(f"going back to step {step}: newer checkpoints are now in {aside}")
-            _barrier("set aside")
-
-    def _open_init_from(self) -> None:
-        """Check what a new run starts from: its model, and its tokenizer against the recipe's."""
-        self.init_metadata: dict[str, Any] = {}
-        self.keeps_tokenizer = False
-        folder, data = self.recipe.train.init_from, self.recipe.data
-        if self.saved or not folder:
-            return
-        cfg, self.init_metadata = read_metadata(folder)
-        if kind := self.init_metadata.get("quantize"):
-            raise ConfigError(
-                f"train.init_from={folder} holds {kind} matrices, which are for sampling; give the "
-                "weights that it was made of"
-            )
-        if changes := run_folder.differences(to_dict(cfg), to_dict(self.recipe.model)):
-            raise ConfigError(
-                f"train.init_from={folder} is another model:\n  "
-                + "\n  ".join(run_folder.lines(changes))
-            )
-        own = Tokenizer.load(folder)
-        given = Tokenizer.load(data.tokenizer) if data.tokenizer else own
-        self.keeps_tokenizer = sha256(given.path) == sha256(own.path)
-        if not self.keeps_tokenizer and not self.recipe.train.allow_other_tokenizer:
-            raise ConfigError(
-                f"data.tokenizer={data.tokenizer} is not the tokenizer of train.init_from={folder} "
-                f"({own.path}), so the model's embeddings would stand for other text; leave "
-                "data.tokenizer out, or set train.allow_other_tokenizer=true if this is intended"
-            )
-
-    def _data_config(self) -> DataConfig:
-        """The recipe's data, with the tokenizer of the checkpoint that the run starts from."""
-        data = self.recipe.data
-        if self.keeps_tokenizer:
-            return dataclasses.replace(data, tokenizer=self.recipe.train.init_from)
-        return data
+        self.step, self.state = self._restore() if self.saved else (0, self._init_state())
 
     def _open_data(self) -> None:
-        """Prepare what a new run needs, or open what a run that continues was made with; ValueError
-        says what is wrong with it."""
-        data = self.recipe.data
-        prepared = Path(data.prepared or self.folder / "data")
-        if self.saved is None:
-            if self.first:
-                prepare_mixture(self._data_config(), self.recipe.model.vocab_size, prepared)
-            _barrier("prepared")
-            self.mixture = open_mixture(prepared)
+        recipe, preemption = self.recipe, self.preemption
+        if self.saved:
+            self.pretrained = None
+            preemption.phase("opening the data")
+            log(f"data: the shards in {inputs.prepared_folder(recipe)}; the text is not read again")
+            self.mixture = inputs.reopen_data(recipe)
+            preemption.phase("reading the checkpoint")
         else:
-            # Never prepared again: text that changed since would replace what the model was
-            # trained with. Folders made by `prepare` may have moved; their content is compared.
-            self.say(f"data: the shards in {prepared}; the text is not read again")
-            paths = {name: Path(source.path) for name, source in data.sources.items()}
-            moved = {n: p.resolve() for n, p in paths.items() if (p / "manifest.json").is_file()}
-            self.mixture = open_mixture(prepared, moved)
-            self._check_tokenizer()
+            self.pretrained = inputs.open_pretrained(recipe)
+            preemption.phase("preparing data")
+            self.mixture = inputs.prepare_data(recipe, self.pretrained)
+            preemption.phase("initializing the weights")
         self.tokenizer = Tokenizer.load(self.mixture.tokenizer)
-        self.spec = self.compute.rules.activation_without_tensor("BT")
-        self.shard_batch = ShardBatch(self.recipe, self.mesh, self.spec)
-        batch_size = self.recipe.train.batch_size
-        self.data = TrainData(self.mixture, data, batch_size, self.shard_batch.batch_rows)
+        self.batch_spec = self.compute.rules.activation_without_tensor("BT")
+        self.shard_batch = ShardBatch(recipe, self.mesh, self.batch_spec)
+        self.data = TrainData(
+            self.mixture, recipe.data, recipe.train.batch_size, self.shard_batch.batch_rows
+        )
+        inputs.check_prompts(recipe, self.tokenizer)
 
-    def _check_tokenizer(self) -> None:
-        """The tokenizer of a run that continues is the one saved with its weights."""
-        saved, used = self.folder / "tokenizer.model", self.mixture.tokenizer
-        if sha256(used) != sha256(saved):
-            raise ConfigError(
-                f"{used} is not the tokenizer that this run was trained with, {saved}; the shards "
-                "were prepared again: bring the old ones back, or take another checkpoint.dir"
-            )
-        given = Path(self.recipe.data.tokenizer)
-        if given.is_file() and sha256(given) != sha256(saved):
-            raise ConfigError(
-                f"data.tokenizer={given} is not the tokenizer of this run, {saved}; leave it as it "
-                "was, or take another checkpoint.dir"
-            )
-
-    def _check_prompts(self) -> None:
-        """Prompts that leave no place for an answer are found before training."""
-        bos = self.tokenizer.bos_id is not None
-        for i, prompt in enumerate(self.recipe.train.sample_prompts):
-            count = len(self.tokenizer.encode(prompt, bos=bos))
-            if not 0 < count < self.recipe.model.context:
-                raise ConfigError(
-                    f"train.sample_prompts: prompt {i + 1} has {count} tokens; it must have from 1 "
-                    f"to {self.recipe.model.context - 1}, one less than model.context"
-                )
-
-    def _save_start(self) -> None:
-        """Write what describes the run, when all checks have passed: model.json and tokenizer of a
-        new one, changed settings of one that continues."""
-        if not self.first:
-            return
-        if self.saved is None:
-            tokenizer, folder = self.tokenizer, Path(self.recipe.train.init_from)
-            ids: dict[str, Any] = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-            ids = {k: v for k, v in ids.items() if v is not None}
-            if self.keeps_tokenizer:
-                ids = self.init_metadata.get("token_ids", ids)
-                for name in CHAT_FILES:
-                    if (folder / name).is_file():
-                        atomic_write(self.folder / name, (folder / name).read_bytes())
-                        record_files(self.folder, name)
-            write_model_files(self.folder, self.recipe.model, self.mixture.tokenizer, ids)
-        else:
-            for line in run_folder.lines(self.saved.changes):
-                self.say(f"from step {self.step} on, {line}")
-            if {"train.steps", "optim.peak_lr"} & self.saved.changes.keys():
-                was, now = (
-                    float(make_schedule(r.optim, r.train.steps)(self.step))
-                    for r in (self.saved.recipe, self.recipe)
-                )
-                self.say(
-                    f"the learning rate follows the schedule of all {self.recipe.train.steps} "
-                    f"steps: {now:.2e} after step {self.step}, {was:.2e} by the old settings"
-                )
-        run_folder.record(self.folder, self.recipe, self.saved, self.step)
-
-    def _start(self) -> tuple[int, TrainState]:
-        """The newest checkpoint, or fresh weights."""
+    def _restore(self) -> tuple[int, TrainState]:
+        """Step and state of the newest checkpoint."""
         abstract = abstract_state(self.recipe, self.compute, self.mesh)
-        if self.checkpoints.latest() is not None:
-            params, optimizer, record = self.checkpoints.restore(*abstract)
-            try:
-                self.data.restore(record["data"])
-            except ValueError as e:
-                raise ConfigError(str(e)) from e
-            self.say(f"continuing {self.folder} from step {record['step']}")
-            return record["step"], TrainState(params, optimizer)
+        params, optimizer, record = self.checkpoints.restore(*abstract)
+        try:
+            self.data.restore(record["data"])
+        except ValueError as e:
+            raise ConfigError(str(e)) from e
+        self.losses = record.get("losses", [])  # absent in checkpoints of version 0.1
+        log(f"continuing {self.folder} from step {record['step']}")
+        return record["step"], TrainState(params, optimizer)
+
+    def _init_state(self) -> TrainState:
+        """Random weights, or those of ``train.init_from``, and a new optimizer state."""
+        abstract = abstract_state(self.recipe, self.compute, self.mesh)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        state = jax.jit(
-            functools.partial(init_state, self.recipe, self.compute), out_shardings=shardings
-        )()
-        if self.recipe.train.init_from:
-            check_weights(self.recipe.train.init_from)
-            state = state._replace(
-                params=load_weights(self.recipe.train.init_from, abstract.params)
-            )
-        return 0, state
+        init = functools.partial(init_state, self.recipe, self.compute)
+        state = jax.jit(init, out_shardings=shardings)()
+        if folder := self.recipe.train.init_from:
+            check_weights(folder)
+            state = state._replace(params=load_weights(folder, abstract.params))
+        return state
 
     def train(self) -> bool:
-        """Train to the last step, evaluating and saving on the way; True when that is reached
-        now."""
+        """Train to the last step; True if this call reached it and finished the evaluation."""
         steps = self.recipe.train.steps
-        self._say_what_runs()
+        self._log_settings()
         if self._is_finished():
-            self.say(
-                f"{self.folder} is finished: {self.step} steps; nothing to do (with more "
-                "train.steps it continues)"
-            )
+            log(f"{self.folder} is finished: {self.step} steps; increase train.steps to continue")
             self.data.close()
             self.checkpoints.close()
             return False
-        self.report = report.Report(self.folder, self.step, self.say)
+        self.metrics_log = metrics.MetricsLog(self.folder, self.step)
         with self._closing():
-            if self.step >= steps:
-                return self._finish_evaluation()
-            compiled = self._compile()
-            self._save_start()
-            self.stop.phase(f"training {self.folder}", saves=True)
+            if self.step >= steps:  # stopped at the last step, before its evaluation
+                self.preemption.phase("evaluating")
+                self._evaluate()
+                log(f"done: the last evaluation of {self.folder}")
+                return True
+            train_step = self._compile()
+            self._write_start()
+            self.preemption.phase(f"training {self.folder}", saves=True)
             with tqdm(
                 total=steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True
             ) as bar:
-                self._loop(compiled, bar)
-        self.stop.phase(f"finishing {self.folder}, which is saved")
-        where = f"{self.folder}/steps/{self.step}"
-        if self.evaluated == steps:
-            self.say(f"done: {where}, {self.folder}/metrics.jsonl, {self.folder}/loss.png")
+                self._loop(train_step, bar)
+        self.preemption.phase(f"finishing {self.folder}, which is saved")
+        checkpoint = f"{self.folder}/steps/{self.step}"
+        if self.evaluated_step == steps:
+            log(f"done: {checkpoint}; metrics.jsonl and loss.png are in {self.folder}")
             return True
-        name = signal.Signals(self.stop.signal).name if self.stop.signal else "another process"
-        self.say(
-            f"stopped by {name} after step {self.step}: saved {where}; start the same recipe "
+        number = self.preemption.signal
+        name = signal.Signals(number).name if number else "another process"
+        log(
+            f"stopped by {name} after step {self.step}: saved {checkpoint}; run the same command "
             "again to continue"
         )
         return False
 
     def _is_finished(self) -> bool:
-        """Whether all steps are done, and the evaluation after the last."""
-        records = report.read_records(self.folder / "metrics.jsonl")
+        """Whether all steps are done, including the evaluation after the last one."""
+        records = metrics.read_records(self.folder / "metrics.jsonl")
         evaluated = any(r["kind"] == "eval" and r["step"] == self.step for r in records)
         return self.step >= self.recipe.train.steps and evaluated
 
-    def _finish_evaluation(self) -> bool:
-        """Of a run that was asked to stop at its last step: the evaluation after it."""
-        self.stop.phase("evaluating")
-        self._evaluate()
-        self.say(f"done: the last evaluation of {self.folder}")
-        return True
-
     @contextlib.contextmanager
     def _closing(self) -> Iterator[None]:
-        """Close data, checkpoints and report at the end; an error of the block is the one raised,
-        whatever closing says."""
-        close = [
-            self.data.close,
-            self.checkpoints.close,
-            lambda: self.report.close(f"{self.recipe.model.num_params / 1e6:,.1f}M parameters"),
-        ]
+        """Close data, checkpoints and metrics at the end; an error of the block takes precedence
+        over errors of closing."""
+        title = f"{self.recipe.model.num_params / 1e6:,.1f}M parameters"
+        close = [self.data.close, self.checkpoints.close, lambda: self.metrics_log.close(title)]
         try:
             yield
         except BaseException:
@@ -437,127 +225,147 @@ class Run:
             for closes in reversed(close):
                 stack.callback(closes)
 
-    def _say_what_runs(self) -> None:
-        model, train = self.recipe.model, self.recipe.train
-        devices = jax.devices()
-        sizes = " x ".join(f"{a}={n}" for a, n in self.mesh.shape.items())
+    def _log_settings(self) -> None:
+        model, train, devices = self.recipe.model, self.recipe.train, jax.devices()
+        sizes = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
         tokens = train.batch_size * self.recipe.data.seq_len
-        self.say(
-            f"{len(devices)} x {devices[0].device_kind} in {jax.process_count()} process(es), "
-            f"mesh {sizes} ({self.recipe.mesh.preset}), "
-            f"peak {self.peak / 1e12:.3g} TFLOP/s each ({self.peak_source})\n"
+        log(
+            f"devices: {len(devices)} x {devices[0].device_kind} in {jax.process_count()} "
+            f"process(es), mesh {sizes} ({self.recipe.mesh.preset})\n"
+            f"peak: {self.peak_flops / 1e12:.3g} TFLOP/s per device ({self.peak_source})\n"
             f"model: {model.num_params:,} parameters, {self.compute.dtype} compute | "
-            f"{train.steps:,} steps of {tokens:,} tokens "
-            f"= {train.steps * tokens / 1e6:,.1f}M"
+            f"{train.steps:,} steps of {tokens:,} tokens = {train.steps * tokens / 1e6:,.1f}M"
         )
-        for name, part in self.mixture.sources.items():
-            tokens, held = (part.manifest["splits"][k]["tokens"] for k in ("train", "holdout"))
-            self.say(f"source {name}: weight {part.weight}, {tokens:,} tokens, {held:,} held out")
+        for name, source in self.mixture.sources.items():
+            tokens, val = (source.manifest["splits"][k]["tokens"] for k in ("train", "holdout"))
+            log(f"source {name}: weight {source.weight}, {tokens:,} tokens, {val:,} for validation")
 
     def _compile(self) -> Any:
-        self.stop.phase("compiling")
+        self.preemption.phase("compiling")
         start = time.perf_counter()
-        batch = abstract_batch(self.recipe, self.mesh, self.spec)
         step = jax.jit(
             make_train_step(self.recipe, self.compute),
             donate_argnums=0,
             compiler_options=chips.compiler_options(self.platform),
         )
-        compiled = step.lower(self.state, batch, self._stop_flags()).compile()
-        self.say(f"compiled the step in {time.perf_counter() - start:.1f} s")
+        batch = abstract_batch(self.recipe, self.mesh, self.batch_spec)
+        compiled = step.lower(self.state, batch).compile()
+        log(f"compiled the training step in {time.perf_counter() - start:.1f} s")
         return compiled
 
-    def _stop_flags(self) -> jax.Array:
-        """A flag per device, so that any process can ask all of them to stop."""
-        stop = np.full(1, self.stop.signal is not None, np.int32)
-        flags = NamedSharding(self.mesh, P(AXES))
-        return jax.make_array_from_callback((self.mesh.size,), flags, lambda _: stop)
+    def _write_start(self) -> None:
+        """Describe the run in its folder, now that all checks have passed."""
+        if jax.process_index() != 0:
+            return
+        if self.saved is None:
+            inputs.write_start(self.recipe, self.tokenizer, self.pretrained)
+        else:
+            for line in run_folder.lines(self.saved.changes):
+                log(f"from step {self.step} on, {line}")
+            if {"train.steps", "optim.peak_lr"} & self.saved.changes.keys():
+                before, now = (
+                    float(make_schedule(r.optim, r.train.steps)(self.step))
+                    for r in (self.saved.recipe, self.recipe)
+                )
+                log(
+                    f"the learning rate follows the schedule of all {self.recipe.train.steps} "
+                    f"steps: {now:.2e} after step {self.step}, {before:.2e} by the old settings"
+                )
+        run_folder.record(self.folder, self.recipe, self.saved, self.step)
 
-    def _loop(self, compiled: Any, bar: tqdm) -> None:
-        train, every = self.recipe.train, self.recipe.checkpoint.save_every
-        clock = report.Clock()
-        pending: list[tuple[int, dict]] = []
-        profiler = report.Profiler(train.profile_steps, self.folder)
+    def _loop(self, train_step: Any, bar: tqdm) -> None:
+        train, save_every = self.recipe.train, self.recipe.checkpoint.save_every
+        timer = metrics.StepTimer()
+        profiler = metrics.Profiler(train.profile_steps, self.folder)
+        unchecked: list[tuple[int, int, dict]] = []
         while self.step < train.steps:
-            with clock.waiting():
-                batch, number = self._next_batch()
+            with timer.waiting():
+                batch, batch_number = self._next_batch()
             profiler.before(self.step + 1)
-            self.state, metrics = compiled(self.state, self.shard_batch(batch), self._stop_flags())
+            stop_requested = any_process(self.preemption.signal is not None, self.mesh)
+            self.state, step_metrics = train_step(self.state, self.shard_batch(batch))
             self.step += 1
-            profiler.after(self.step, metrics)
-            pending.append((self.step, metrics | {"batch": number}))
-            last = self.step == train.steps
+            profiler.after(self.step, step_metrics)
+            unchecked.append((self.step, batch_number, step_metrics))
+            stop, last = bool(stop_requested), self.step == train.steps
             evaluate = last or (train.eval_every and self.step % train.eval_every == 0)
-            settle = last or evaluate or self.step % every == 0 or self.step % train.log_every == 0
-            # The step before is looked at while this one runs, so that the devices never wait for
-            # the host.
-            stop = False
-            while len(pending) > (0 if settle else 1):
-                stop |= self._check(*pending.pop(0), clock)
+            save = last or stop or self.step % save_every == 0
+            check = save or evaluate or self.step % train.log_every == 0
+            # Otherwise check the previous step while this one runs, so that the devices never wait
+            # for the host.
+            while len(unchecked) > (0 if check else 1):
+                self._check(*unchecked.pop(0), timer)
             bar.update()
-            if stop and not settle:
-                while pending:
-                    self._check(*pending.pop(0), clock)
             if evaluate and not stop:
-                with clock.paused():
+                with timer.paused():
                     self._evaluate()
-            if last or stop or self.step % every == 0:
-                record = {"step": self.step, "data": self.data.state(), "seed": train.seed}
+            if save:
+                record = {
+                    "step": self.step, "data": self.data.state(), "seed": train.seed,
+                    "losses": self.losses,
+                }  # fmt: skip
                 self.checkpoints.save(self.step, *self.state, record)
             if stop:
                 break
         profiler.close()
 
     def _next_batch(self) -> tuple[Batch, int]:
-        """The next batch that is not skipped, and its number in the order of the data, from 1."""
+        """The next batch outside ``data.skip_batches``, and its number in the data, from 1."""
         while True:
             batch = next(self.data)
             number = self.data.state()["batches"]
             if not any(a <= number <= b for a, b in self.recipe.data.skip_batches):
                 return batch, number
 
-    def _check(self, step: int, metrics: dict, clock: report.Clock) -> bool:
-        """Look at a finished step; True when a process asks to stop.
+    def _check(
+        self, step: int, batch_number: int, step_metrics: dict, timer: metrics.StepTimer
+    ) -> None:
+        """Check that a step's loss and gradient are finite, and log every ``log_every`` steps.
 
         Raises:
-          TrainingError: its loss or gradient is not finite. Nothing is saved after that.
+          TrainingError: they are not. Nothing is saved after that.
         """
-        loss, grad_norm, rate, stop = (
+        loss, grad_norm, learning_rate = (
             float(x)
             for x in jax.device_get(
-                [metrics[k] for k in ("loss", "grad_norm", "learning_rate", "stop")]
+                [step_metrics[k] for k in ("loss", "grad_norm", "learning_rate")]
             )
         )
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
-            raise TrainingError(self._not_finite(step, metrics["batch"], loss, grad_norm))
-        if step % self.recipe.train.log_every == 0 or step == self.recipe.train.steps:
-            self.checkpoints.poll()
-            recipe = self.recipe
-            tokens = recipe.train.batch_size * recipe.data.seq_len
-            per_second, wait = clock.lap(step, tokens)
-            flops = per_second * recipe.model.flops_per_token(recipe.data.seq_len) / self.mesh.size
-            record = {
-                "kind": "train",
-                "step": step,
-                "tokens": step * tokens,
-                "loss": loss,
-                "grad_norm": grad_norm,
-                "learning_rate": rate,
-                "tokens_per_second": per_second,
-                "tflops": flops / 1e12,
-                "mfu": flops / self.peak,
-                "memory_gib": report.memory_gib(),
-                "data_wait": wait,
-                "sources": {k: p._asdict() for k, p in self.data.progress().items()},
-            }
-            self.say(report.line(record, recipe.train.steps))
-            self.report.write(record)
-        return stop > 0
+            raise TrainingError(self._not_finite(step, batch_number, loss, grad_norm))
+        self.losses.append(loss)
+        recipe = self.recipe
+        if step % recipe.train.log_every != 0 and step != recipe.train.steps:
+            return
+        self.checkpoints.poll()
+        tokens = recipe.train.batch_size * recipe.data.seq_len
+        tokens_per_second, data_wait = timer.lap(step, tokens)
+        flops = tokens_per_second * recipe.model.flops_per_token(recipe.data.seq_len)
+        flops_per_device = flops / self.mesh.size
+        record = {
+            "kind": "train",
+            "step": step,
+            "tokens": step * tokens,
+            "loss": sum(self.losses) / len(self.losses),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_per_second": tokens_per_second,
+            "tflops": flops_per_device / 1e12,
+            "mfu": flops_per_device / self.peak_flops,
+            "memory_gib": metrics.memory_gib(),
+            "data_wait": data_wait,
+            "sources": {k: p._asdict() for k, p in self.data.progress().items()},
+        }
+        self.losses = []
+        log(metrics.train_line(record, recipe.train.steps))
+        self.metrics_log.write(record)
 
-    def _not_finite(self, step: int, batch: int, loss: float, grad_norm: float) -> str:
-        """What happened, and what can be done about it with the same command."""
-        text = f"step {step}: loss {loss}, gradient norm {grad_norm} (batch {batch} of the data); "
-        text += "stopped, nothing saved after it; "
+    def _not_finite(self, step: int, batch_number: int, loss: float, grad_norm: float) -> str:
+        """What happened, and which settings help when the same command is run again."""
+        text = (
+            f"step {step}: loss {loss}, gradient norm {grad_norm} (batch {batch_number} of the "
+            "data); stopped, nothing saved after it; "
+        )
         with contextlib.suppress(CheckpointError):
             self.checkpoints.wait()
         kept = whole_steps(self.folder)
@@ -565,11 +373,11 @@ class Run:
             text += f"{self.folder} has no checkpoint yet.\nStart again with"
         else:
             text += f"checkpoints in {self.folder}: {', '.join(map(str, kept))}.\n"
-            text += f"The same command goes on from step {kept[-1]}; add to it"
+            text += f"The same command continues from step {kept[-1]}; add to it"
         rate = self.recipe.optim.peak_lr / 2
         text += f"\n  optim.peak_lr={rate:.1e} for a lower learning rate (or a longer warm-up)"
-        # With those left out before, which the setting would otherwise bring back.
-        skip = [list(r) for r in (*self.recipe.data.skip_batches, (batch, batch))]
+        # Together with the batches already skipped, which the new setting replaces.
+        skip = [list(r) for r in (*self.recipe.data.skip_batches, (batch_number, batch_number))]
         skipped = str(skip).replace(" ", "")
         text += f"\n  data.skip_batches={skipped} to leave out batches, first to last"
         if kept[:-1]:
@@ -577,90 +385,39 @@ class Run:
         return text
 
     def _evaluate(self) -> None:
-        """Held-out loss of each source, and of the mixture by the sources' weights."""
-        recipe, rows = self.recipe, self.shard_batch.microbatch_size
+        """Validation loss of each source, and of the mixture by the sources' weights."""
+        recipe, sources = self.recipe, self.mixture.sources
+        rows, max_batches = self.shard_batch.microbatch_size, recipe.train.eval_batches
         if not hasattr(self, "_eval_step"):
             self._eval_step = jax.jit(make_eval_step(recipe, self.compute))
-            self._held_out = {
-                name: held_out(self.mixture, recipe.data, rows, recipe.train.eval_batches, name)
-                for name in self.mixture.sources
+            self._val_targets = {
+                name: held_out(self.mixture, recipe.data, rows, max_batches, name)
+                for name in sources
             }
-        rowsets, total_weight = {}, sum(s.weight for s in self.mixture.sources.values())
-        for name in self.mixture.sources:
+        losses = {}
+        for name in sources:
             batches = eval_batches(
-                self.mixture,
-                recipe.data,
-                rows,
-                recipe.train.eval_batches,
-                name,
-                self.shard_batch.microbatch_rows,
+                self.mixture, recipe.data, rows, max_batches, name, self.shard_batch.microbatch_rows
             )
             sums = [self._eval_step(self.state.params, self.shard_batch(b)) for b in batches]
-            of = self._held_out[name]
             nll = float(sum(np.float64(x) for x in jax.device_get(sums)))
-            rowsets[name] = {
-                "loss": nll / of.tokens, "bits_per_byte": nll / of.text_bytes / np.log(2),
-                "unigram_entropy": of.unigram_entropy, "tokens": of.tokens,
+            targets = self._val_targets[name]
+            losses[name] = {
+                "loss": nll / targets.tokens, "bits_per_byte": nll / targets.text_bytes / np.log(2),
+                "unigram_entropy": targets.unigram_entropy, "tokens": targets.tokens,
             }  # fmt: skip
+        total_weight = sum(s.weight for s in sources.values())
         mean = lambda key: (
-            sum(r[key] * self.mixture.sources[n].weight for n, r in rowsets.items()) / total_weight
+            sum(r[key] * sources[name].weight for name, r in losses.items()) / total_weight
         )
         record = {
             "kind": "eval",
             "step": self.step,
             "tokens": self.step * recipe.train.batch_size * recipe.data.seq_len,
+            **{key: mean(key) for key in ("loss", "bits_per_byte", "unigram_entropy")},
+            "sources": losses,
         }
-        record |= {key: mean(key) for key in ("loss", "bits_per_byte", "unigram_entropy")} | {
-            "sources": rowsets
-        }
-        for name, r in (
-            [*rowsets.items(), ("mixture", record)] if len(rowsets) > 1 else rowsets.items()
-        ):
-            self.say(
-                f"held out, {name}: {r['loss']:.4f} nats a token, {r['bits_per_byte']:.4f} bits a "
-                "byte | "
-                f"unigram entropy {r['unigram_entropy']:.4f} nats a token, "
-                f"{r['unigram_entropy'] - r['loss']:.4f} above the loss"
-            )
-        self.report.write(record)
-        self.evaluated = self.step
-
-    def sample(self) -> None:
-        """Continue the recipe's prompts, where one process holds all the weights."""
-        from llama_jax.generate.llm import LLM
-        from llama_jax.generate.sampler import Sample
-
-        self.stop.phase("sampling; the run is finished and saved")
-        if self.recipe.train.sample_prompts and jax.process_count() == 1:
-            params = jax.device_get(self.state.params)
-            compute = ComputeConfig(np.dtype("float32"), unroll=self.compute.unroll)
-            llm = LLM(self.recipe.model, params, self.tokenizer, compute)
-            prompts = self.recipe.train.sample_prompts
-            texts = llm.generate(
-                prompts, max_new_tokens=100, sampling=Sample(temperature=0.7),
-                seed=self.recipe.train.seed,
-            )  # fmt: skip
-            for prompt, text in zip(prompts, texts, strict=True):
-                self.say("sample:\n" + textwrap.indent(prompt + text, "  | "))
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m llama_jax.train",
-        usage="%(prog)s [RECIPE] [section.key=value ...]",
-        description="Pretrain or fine-tune a LLaMA. RECIPE is a TOML file or the name of a shipped "
-        f"recipe: {', '.join(recipe_names())}. The default, tiny, needs no download.",
-        add_help=False,
-    )
-    parser.add_argument(
-        "arguments", nargs="*", metavar="section.key=value", help="a setting: TOML or plain text"
-    )
-    parser.add_argument("-h", "--help", action=SettingsHelp, help="settings of a section, or all")
-    return parser
+        for line in metrics.eval_lines(record):
+            log(line)
+        self.metrics_log.write(record)
+        self.evaluated_step = self.step

@@ -1,9 +1,4 @@
-"""What a run says of itself: one log line, the same as JSON lines and TensorBoard scalars, and a
-picture.
-
-In: one record a log line. Out: the terminal, and ``metrics.jsonl``, ``tensorboard/`` and
-``loss.png`` in the run folder.
-"""
+"""Metrics of a run: log lines, ``metrics.jsonl``, TensorBoard, ``loss.png``, timing, profiles."""
 
 import contextlib
 import importlib.metadata
@@ -12,7 +7,9 @@ import platform
 import resource
 import subprocess
 import sys
+import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +18,31 @@ import jax
 from llama_jax.io import atomic_write
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+LINE_WIDTH = 120
+"""Largest width of a log line, in columns."""
+
+Record = dict[str, Any]
+"""One line of ``metrics.jsonl``: "kind" ("train" or "eval"), "step", and numbers."""
 
 
-class Report:
-    """Writes records of a run; lines after ``step`` left by a run that died are dropped.
+class MetricsLog:
+    """Writes the records of a run to ``metrics.jsonl`` and TensorBoard.
 
-    Only the first process of a job writes; in the others every method does nothing.
+    Records of later steps than ``step``, left by a run that was killed, are removed. Only process 0
+    writes; in other processes every method does nothing.
+
+    Args:
+      folder: the run folder.
+      step: the step from which the run continues; 0 for a new run.
+
+    Example:
+      log = MetricsLog(Path("checkpoints/tiny"), step=0)
+      log.write({"kind": "train", "step": 1, "tokens": 2048, "loss": 8.3})
+      log.close("2.6M parameters")
     """
 
-    def __init__(self, folder: Path, step: int, say=print):
+    def __init__(self, folder: Path, step: int):
         self.active = jax.process_index() == 0
-        self.say = say if self.active else lambda _: None
         if not self.active:
             return
         self._file = folder / "metrics.jsonl"
@@ -44,8 +55,8 @@ class Report:
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=20)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Keep a record ("kind": "train" or "eval"); it has a "step" and numbers."""
+    def write(self, record: Record) -> None:
+        """Append a record to ``metrics.jsonl`` and its numbers to TensorBoard."""
         if not self.active:
             return
         self.records.append(record)
@@ -54,18 +65,18 @@ class Report:
                 f.write(json.dumps(record) + "\n")
         except OSError as e:
             raise OSError(e.errno, e.strerror, str(self._file)) from None
-        for key, value in flat(record):
+        for key, value in _flatten(record):
             self._board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
 
     def close(self, title: str) -> None:
-        """Draw the picture and close the files."""
+        """Plot the losses and close the files."""
         if self.active:
             self._board.close()
-            draw(self.records, self._picture, title)
+            plot_losses(self.records, self._picture, title)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a ``metrics.jsonl``; a last line cut by a crash is left out."""
+def read_records(path: Path) -> list[Record]:
+    """The records of a ``metrics.jsonl`` up to the first damaged line (cut off by a crash)."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -75,55 +86,97 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+def _flatten(record: Record, prefix: str = "") -> list[tuple[str, float]]:
     """Numbers of a nested record as ("a/b", value)."""
     out = []
     for key, value in record.items():
         if isinstance(value, dict):
-            out += flat(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and key not in ("step",):
+            out += _flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and key != "step":
             out.append((prefix + key, value))
     return out
 
 
-def line(r: dict[str, Any], steps: int) -> str:
-    """The log line of a training record."""
+# Text --------------------------------------------------------------------------------------------
+
+
+def train_line(r: Record, steps: int) -> str:
+    """The log line of a training record, at most :data:`LINE_WIDTH` columns wide."""
     return (
-        f"step {r['step']:>{len(str(steps))}}/{steps} | {r['tokens'] / 1e6:.2f}M tokens | loss "
-        f"{r['loss']:.4f} | "
-        f"grad {r['grad_norm']:.3f} | lr {r['learning_rate']:.2e} | {r['tokens_per_second']:,.0f} "
-        "tok/s | "
-        f"{r['tflops']:.3g} TFLOP/s | MFU {r['mfu']:.1%} | {r['memory_gib']:.2f} GiB | data wait "
-        f"{r['data_wait']:.1%}"
+        f"step {r['step']:>{len(str(steps))}}/{steps} | {_short(r['tokens'])} tokens | "
+        f"loss {r['loss']:.3f}, grad {r['grad_norm']:.2f}, lr {r['learning_rate']:.1e} | "
+        f"{_short(r['tokens_per_second'])} tok/s, MFU {r['mfu']:.1%}, "
+        f"wait {r['data_wait']:.1%} | {r['memory_gib']:.1f} GiB"
     )
 
 
-def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss against tokens, as figure 1 of the paper."""
+def eval_lines(record: Record) -> list[str]:
+    """The log lines of a validation record: one per source, and one for their weighted mean."""
+    losses = record["sources"]
+    if len(losses) > 1:
+        losses = losses | {"mixture": record}
+    return [
+        f"val/{name} loss {r['loss']:.3f} ({r['bits_per_byte']:.2f} bits/byte), "
+        f"unigram baseline {r['unigram_entropy']:.3f}"
+        for name, r in losses.items()
+    ]
+
+
+def _short(number: float) -> str:
+    """Three significant digits and a unit: 1234567 as "1.23M"."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:  # rounds to 1.00 of this unit
+            return f"{number / size:#.3g}".rstrip(".") + unit
+    return f"{number:.0f}"
+
+
+def environment() -> str:
+    """Source version, package versions and machine, as log lines."""
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
+    text = f"llama_jax {_source()} | Python {platform.python_version()}, {versions} | "
+    text += platform.platform()
+    return textwrap.fill(text, LINE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _source(package: Path = Path(__file__).parents[1]) -> str:
+    """The commit of this package's own source checkout; the version of an installed package.
+
+    A repository that merely encloses the package (a virtual environment inside a project) does not
+    count: its commit says nothing about this code.
+    """
+    root = package.parent
+    git = lambda *args: subprocess.run(
+        ["git", "-C", root, *args], capture_output=True, text=True
+    ).stdout.strip()
+    with contextlib.suppress(OSError):  # git is not installed
+        tracked = git("ls-files", f"{package.name}/train/metrics.py", "pyproject.toml").splitlines()
+        if len(tracked) == 2 and Path(git("rev-parse", "--show-toplevel")).samefile(root):
+            changed = "+changes" if git("status", "--porcelain", "-uno") else ""
+            return f"commit {git('rev-parse', '--short=12', 'HEAD')}{changed}"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("llama-jax")
+    return "of an unknown version"
+
+
+def plot_losses(records: list[Record], path: Path, title: str) -> None:
+    """Plot training and validation loss against tokens, as figure 1 of the paper."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     train = [r for r in records if r["kind"] == "train"]
-    held_out = [r for r in records if r["kind"] == "eval"]
+    val = [r for r in records if r["kind"] == "eval"]
     if not train:
         return
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(
-        [r["tokens"] / 1e6 for r in train], [r["loss"] for r in train], lw=1, label="training"
-    )
-    if held_out:
-        tokens, losses = [r["tokens"] / 1e6 for r in held_out], [r["loss"] for r in held_out]
-        axes.plot(tokens, losses, "o-", ms=4, label="held out")
-        axes.axhline(
-            held_out[-1]["unigram_entropy"],
-            ls="--",
-            c="0.5",
-            lw=1,
-            label="unigram entropy, held out",
-        )
-    axes.set(xlabel="million tokens", ylabel="loss, nats a token", title=title)
+    points = lambda rs: ([r["tokens"] / 1e6 for r in rs], [r["loss"] for r in rs])
+    axes.plot(*points(train), lw=1, label="training")
+    if val:
+        axes.plot(*points(val), "o-", ms=4, label="validation")
+        baseline = val[-1]["unigram_entropy"]
+        axes.axhline(baseline, ls="--", c="0.5", lw=1, label="unigram baseline, validation")
+    axes.set(xlabel="million tokens", ylabel="loss (nats/token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     partial = path.with_suffix(".partial.png")
@@ -132,27 +185,11 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
     partial.replace(path)
 
 
-def environment() -> str:
-    """Commit, versions and machine, one line."""
-    here = Path(__file__).parent
-    git = lambda *args: subprocess.run(
-        ["git", "-C", here, *args], capture_output=True, text=True
-    ).stdout.strip()
-    try:
-        commit = git("rev-parse", "--short=12", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "-uno") else ""
-        )
-    except OSError:  # no git
-        commit = ""
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
-    return (
-        f"commit {commit or 'unknown'} | Python {platform.python_version()}, {versions} | "
-        f"{platform.platform()}"
-    )
+# Time and memory ---------------------------------------------------------------------------------
 
 
 def memory_gib() -> float:
-    """Peak memory of a device of this process (of the process itself on a CPU), GiB."""
+    """Peak memory of a local device (on CPU: of this process), GiB."""
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"] / 2**30
@@ -160,9 +197,8 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-class Clock:
-    """Throughput between log lines, without evaluations, and the share of it spent waiting for
-    data."""
+class StepTimer:
+    """Measures throughput between log lines, and the fraction of time spent waiting for data."""
 
     def __init__(self):
         self._start = time.perf_counter()
@@ -171,22 +207,27 @@ class Clock:
         self._steps = 0
 
     @contextlib.contextmanager
-    def waiting(self):
-        """Time spent in here is waiting for data."""
+    def waiting(self) -> Iterator[None]:
+        """Count the time of the block as waiting for data."""
         start = time.perf_counter()
         yield
         self._wait += time.perf_counter() - start
         self._steps += 1
 
     @contextlib.contextmanager
-    def paused(self):
-        """Time spent in here does not count."""
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out (an evaluation)."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
 
     def lap(self, step: int, tokens: int) -> tuple[float, float]:
-        """(tokens a second, share of the time waiting) since the last lap, or the start."""
+        """Tokens per second and fraction of time waiting, since the last call or the start.
+
+        Args:
+          step: the step that has finished.
+          tokens: tokens per step.
+        """
         now = time.perf_counter()
         seconds = now - self._start - self._paused
         steps = self._steps if self._step is None else step - self._step
@@ -196,8 +237,10 @@ class Clock:
 
 
 class Profiler:
-    """A trace of the steps asked for, in the run folder's ``profile``; of those that are left where
-    a run continues among them."""
+    """Traces the steps ``[first, last]`` into the run folder's ``profile``.
+
+    A run that continues inside this range traces the remaining steps.
+    """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         self._first, self._last = steps or (1, 0)
@@ -209,13 +252,13 @@ class Profiler:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
-    def after(self, step: int, metrics: dict) -> None:
+    def after(self, step: int, step_metrics: dict[str, Any]) -> None:
         if self._running and step >= self._last:
-            jax.block_until_ready(metrics)
+            jax.block_until_ready(step_metrics)
             self.close()
 
     def close(self) -> None:
-        """End a trace that is under way."""
+        """End the trace, if one is running."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

@@ -1,23 +1,28 @@
-"""The run folder: what a run that continues may change, and the record of what was changed.
+"""The run folder: its lock, which settings a continued run may change, and a record of changes.
 
-``recipe.toml`` holds the settings in use. It is written when training starts, so that a recipe that
-failed before can be corrected, and again when a continued run changes a setting of
-:data:`RECORDED`; each such change is a line of ``changes.jsonl``.
+``recipe.toml`` holds the current settings. It is written when training starts, so that a recipe
+that failed before can be corrected, and again when a continued run changes a setting of
+:data:`RECORDED_SETTINGS`; each such change is a line of ``changes.jsonl``.
 """
 
+import contextlib
 import datetime
 import fnmatch
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.multihost_utils import sync_global_devices
 
 from llama_jax.checkpoint.file_hashes import record_files
 from llama_jax.checkpoint.weights import whole_steps
 from llama_jax.config import ConfigError, Recipe, load_saved_recipe, to_dict, to_toml
-from llama_jax.io import atomic_write
+from llama_jax.io import atomic_write, folder_lock
 
-FREE = (
+RESUMABLE_SETTINGS = (
     "mesh.*", "checkpoint.*", "data.workers", "data.prepared", "data.tokenizer",
     "data.skip_bad_lines", "data.sources.*.path", "train.gradient_accumulation", "train.remat",
     "train.unroll", "train.loss_chunk",
@@ -25,55 +30,104 @@ FREE = (
     "train.profile_steps", "train.sample_prompts", "train.restart_from",
     "train.allow_other_tokenizer",
 )  # fmt: skip
-"""Settings that do not change what a run computes (beyond rounding), or whose content is checked
-by hash: free to change when it is continued."""
+"""Settings that may change when a run continues: they do not change what is computed (beyond
+rounding), or a hash of their content is checked."""
 
-RECORDED = ("optim.*", "train.steps", "data.skip_batches")
-"""Settings that a continued run may change from its checkpoint on; each change is recorded."""
+RECORDED_SETTINGS = ("optim.*", "train.steps", "data.skip_batches")
+"""Settings that may change from a checkpoint on; each change is recorded."""
 
 Changes = dict[str, tuple[Any, Any]]
+"""Name of a setting to its values (before, now)."""
 
 
-class Saved(NamedTuple):
-    """A run with a checkpoint that is continued."""
+class SavedRun(NamedTuple):
+    """The saved run that is continued."""
 
     recipe: Recipe
-    """as it was"""
+    """Its recipe before this start."""
     changes: Changes
-    """recorded settings that change now: name to (was, now)"""
+    """Recorded settings that change now."""
     restart_from: int
-    """checkpoint to go back to; 0: the newest"""
+    """The checkpoint to go back to; 0 for the newest."""
+    set_aside: Path | None = None
+    """Folder to which newer checkpoints were moved."""
 
 
-def read_saved(folder: Path, recipe: Recipe) -> Saved | None:
-    """The run in ``folder`` that ``recipe`` continues; None: no checkpoint, so a new run.
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock the run folder for this job; process 0 holds the lock.
+
+    The other processes wait until process 0 has the lock. A folder that is still empty at the end
+    is removed.
 
     Raises:
-      ConfigError: a checkpoint of something else, or of a run with other settings.
+      ConfigError: another job uses the folder.
     """
+    if jax.process_index() != 0:
+        sync_global_devices("locked")
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(folder_lock(folder, "training"))
+            except ValueError as e:
+                raise ConfigError(str(e)) from None
+            sync_global_devices("locked")
+            try:
+                yield
+            finally:
+                if [p.name for p in folder.iterdir()] == [".lock"]:
+                    shutil.rmtree(folder, ignore_errors=True)
+    except OSError as e:
+        if e.errno is not None and e.filename is None:
+            e.filename = str(folder)
+        raise
+
+
+def open_saved(folder: Path, recipe: Recipe) -> SavedRun | None:
+    """The run in ``folder`` that ``recipe`` continues; None for a new run.
+
+    With ``train.restart_from``, newer checkpoints are moved to ``set-aside-N`` first.
+
+    Raises:
+      ConfigError: the folder holds something else, or a run with other settings.
+    """
+    saved = _read_saved(folder, recipe)
+    sync_global_devices("folder read")
+    if saved is None or not saved.restart_from:
+        return saved
+    moved = _set_aside(folder, saved.restart_from) if jax.process_index() == 0 else None
+    sync_global_devices("set aside")
+    return saved._replace(set_aside=moved)
+
+
+def _read_saved(folder: Path, recipe: Recipe) -> SavedRun | None:
     steps = whole_steps(folder)
     if not steps:
         return None
     path = folder / "recipe.toml"
     if not path.exists():
         raise ConfigError(
-            f"{folder} holds a checkpoint that is no training run; take another checkpoint.dir"
+            f"{folder} holds a checkpoint without a training run (no recipe.toml); use another "
+            "checkpoint.dir"
         )
     before = load_saved_recipe(path)
     changed = differences(to_dict(before), to_dict(recipe))
-    changed = {k: v for k, v in changed.items() if not _matches(k, FREE)}
-    if refused := {k: v for k, v in changed.items() if not _matches(k, RECORDED)}:
+    changed = {k: v for k, v in changed.items() if not _matches(k, RESUMABLE_SETTINGS)}
+    if refused := {k: v for k, v in changed.items() if not _matches(k, RECORDED_SETTINGS)}:
         raise ConfigError(
             f"{folder} holds a run of another recipe:\n  " + "\n  ".join(lines(refused))
-            + "\ntake the old settings to continue it, or another checkpoint.dir to start a new run"
+            + "\nuse the old settings to continue it, or another checkpoint.dir for a new run"
         )  # fmt: skip
-    return Saved(before, changed, _restart(folder, recipe, before, changed, steps))
+    return SavedRun(before, changed, _restart_step(folder, recipe, before, changed, steps))
 
 
-def _restart(
+def _restart_step(
     folder: Path, recipe: Recipe, before: Recipe, changed: Changes, steps: list[int]
 ) -> int:
-    """The step to go back to; 0 when it was done before, or is not asked for."""
+    """The step to go back to; 0 if none is requested, or if an earlier start went back to it."""
     wanted = recipe.train.restart_from
     if wanted == 0:
         return 0
@@ -81,7 +135,7 @@ def _restart(
         if changed:
             raise ConfigError(
                 f"{folder} has already gone back to step {wanted} once (train.restart_from), and "
-                f"now {', '.join(changed)} changes: leave train.restart_from out to go on from "
+                f"now {', '.join(changed)} changes: remove train.restart_from to continue from "
                 f"step {steps[-1]}, or move the newer steps out of {folder / 'steps'} yourself to "
                 "go back again"
             )
@@ -94,9 +148,9 @@ def _restart(
     return wanted
 
 
-def set_aside(folder: Path, step: int) -> Path | None:
-    """Move checkpoints newer than ``step`` to a new folder ``set-aside-N``, with a copy of the
-    metrics; None when there are none."""
+def _set_aside(folder: Path, step: int) -> Path | None:
+    """Move checkpoints newer than ``step``, and a copy of the metrics, to a new folder
+    ``set-aside-N``; None if there are none."""
     newer = [s for s in whole_steps(folder) if s > step]
     if not newer:
         return None
@@ -106,15 +160,22 @@ def set_aside(folder: Path, step: int) -> Path | None:
     target.mkdir()
     if (folder / "metrics.jsonl").exists():
         shutil.copyfile(folder / "metrics.jsonl", target / "metrics.jsonl")
-    # The newest first: killed in between, the folder still has a newest step that is one of these.
+    # Newest first, so that an interruption leaves consecutive checkpoints; the next start moves the
+    # rest.
     for s in reversed(newer):
         (folder / "steps" / str(s)).rename(target / str(s))
     return target
 
 
-def record(folder: Path, recipe: Recipe, saved: Saved | None, step: int) -> None:
-    """Write ``recipe.toml`` of a run that starts, or the changes of one that continues; nothing
-    where nothing changed."""
+def record(folder: Path, recipe: Recipe, saved: SavedRun | None, step: int) -> None:
+    """Write ``recipe.toml`` of a new run, or the changes of a continued run.
+
+    Args:
+      folder: the run folder.
+      recipe: the current settings.
+      saved: the run that is continued; None for a new run.
+      step: the step from which the changes apply.
+    """
     if saved is not None:
         if not saved.changes and not saved.restart_from:
             return
@@ -133,7 +194,7 @@ def record(folder: Path, recipe: Recipe, saved: Saved | None, step: int) -> None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Changes:
-    """Settings of two configs (as plain values) that differ: name to (was, now)."""
+    """Settings that differ between two configs (as plain values)."""
     out: Changes = {}
     for key in sorted(before.keys() | now.keys()):
         name, a, b = prefix + key, before.get(key), now.get(key)

@@ -101,12 +101,11 @@ def abstract_state(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> TrainS
 
 def make_train_step(
     recipe: Recipe, compute: ComputeConfig
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict]]:
-    """The function that is compiled: (state, batch, stop) -> (state, metrics).
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """The function that is compiled: (state, batch) -> (state, metrics).
 
-    The batch has a leading axis of microbatches; ``stop`` is a flag per device. Metrics: loss (mean
-    over counted targets, nats), grad_norm (before clipping), learning_rate (of this update), stop
-    (number of devices that ask to stop).
+    The batch has a leading axis of microbatches. Metrics: loss (mean over counted targets, nats),
+    grad_norm (before clipping), learning_rate (of this update).
     """
     optimizer = make_optimizer(recipe.optim, recipe.train.steps)
     schedule = make_schedule(recipe.optim, recipe.train.steps)
@@ -115,7 +114,7 @@ def make_train_step(
     def loss_sum(params: Params, microbatch: Batch) -> jax.Array:
         return nll_sum(merge(graphdef, params), microbatch, recipe.train.loss_chunk)
 
-    def train_step(state: TrainState, batch: Batch, stop: jax.Array) -> tuple[TrainState, dict]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         mask = batch.mask_BT
         counted = jnp.float32(batch.targets_BT.size) if mask is None else jnp.sum(mask)
         microbatches = batch.targets_BT.shape[0]
@@ -138,7 +137,6 @@ def make_train_step(
             "loss": total,
             "grad_norm": optax.global_norm(grads),
             "learning_rate": schedule(_count(state.optimizer)),
-            "stop": jnp.sum(stop),
         }
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics

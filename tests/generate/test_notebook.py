@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.train import loop as train
+from llama_jax.train.__main__ import main
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks/sampling.ipynb"
 STEPS = "train.steps=100"
@@ -64,7 +64,7 @@ def execute(checkpoint, monkeypatch, settings=()):
 def test_it_runs(tmp_path, monkeypatch, small_run):
     run = tmp_path / "run"
     recipe = str(NOTEBOOK.parents[1] / "configs/tiny.toml")
-    assert train.main([recipe, *small_run, f"checkpoint.dir={run}"]) == 0
+    assert main([recipe, *small_run, f"checkpoint.dir={run}"]) == 0
     execute(run, monkeypatch)
 
 

@@ -27,7 +27,8 @@ from llama_jax.plan import energy, hlo, inference, scaling_laws, search
 from llama_jax.plan.compile import compile_step, peak_bytes
 from llama_jax.plan.hlo_text import first_group
 from llama_jax.plan.machines import PlanError, devices, parse_machine
-from llama_jax.train import loop as train
+from llama_jax.train import loop
+from llama_jax.train.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -191,9 +192,10 @@ def test_planned_memory_is_that_of_the_run(recipe, monkeypatch):
     small = ["model.vocab_size=288", "mesh.data=2", "train.gradient_accumulation=2", "model.dim=32"]
     small += ["model.head_dim=16", "model.ffn_dim=64", "model.num_layers=2", "data.seq_len=32"]
     seen = []
-    compile_ = train.Run._compile
-    monkeypatch.setattr(train.Run, "_compile", lambda self: seen.append(compile_(self)) or seen[-1])
-    assert train.main([str(recipe), *small]) == 0
+    compile_ = loop.Trainer._compile
+    keep = lambda self: seen.append(compile_(self)) or seen[-1]
+    monkeypatch.setattr(loop.Trainer, "_compile", keep)
+    assert main([str(recipe), *small]) == 0
     planned = compile_step(load_recipe(recipe, small), parse_machine("cpu:8"))
     assert planned.memory.peak == peak_bytes(seen[0].memory_analysis(), "cpu")
     state = planned.memory.weights + planned.memory.optimizer

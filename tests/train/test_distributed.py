@@ -12,7 +12,7 @@ import pytest
 
 from llama_jax.config import ConfigError
 from llama_jax.train import distributed
-from llama_jax.train import loop as train
+from llama_jax.train.__main__ import main
 from llama_jax.train.distributed import Job, find_job, start_distributed
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_what_launchers_say(env, variables, job):
 def test_one_of_several_that_cannot_join_is_an_error(env, variables, message, capsys):
     """One line and an exit code, and nothing is trained."""
     env(variables)
-    assert train.main([]) == 2
+    assert main([]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")
@@ -219,7 +219,7 @@ def test_others_that_do_not_come():
         )
         for i, port in enumerate(ports)
     ]  # fmt: skip
-    said = ["the other processes did not come within 2 s", "no answer, or another process is"]
+    said = ["the other processes did not join within 2 s", "no answer, or another process is"]
     began = time.monotonic()
     for i, (process, port) in enumerate(zip(running, ports, strict=True)):
         _, error = process.communicate(timeout=60)

@@ -18,8 +18,8 @@ from llama_jax import chips
 from llama_jax.checkpoint.arrays import open_array
 from llama_jax.data import mixture as data
 from llama_jax.data.batch import ShardBatch
-from llama_jax.train import loop as train
-from llama_jax.train import metrics as report
+from llama_jax.train import metrics
+from llama_jax.train.__main__ import main
 
 # float32 against float64 over 20 steps. Measured: 2e-7 for the loss, 5e-6 for the gradient norm.
 # By then the weights differ: Adam divides by the size of the gradient, so that a rounding error
@@ -54,11 +54,11 @@ def run(tmp_path_factory):
     ]
     with pytest.MonkeyPatch.context() as patch:
         clock = types.SimpleNamespace(perf_counter=lambda: now[0])
-        patch.setattr(report, "time", clock)
+        patch.setattr(metrics, "time", clock)
         patch.setattr(chips, "peak_flops", lambda device: (PEAK, "the test"))
         patch.setattr(data.TrainData, "__next__", taking(WAIT, data.TrainData.__next__))
         patch.setattr(ShardBatch, "__call__", taking(TRANSFER, ShardBatch.__call__))
-        assert train.main([str(golden.FOLDER / "recipe.toml"), *overrides]) == 0
+        assert main([str(golden.FOLDER / "recipe.toml"), *overrides]) == 0
     return folder / "run"
 
 

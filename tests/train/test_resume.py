@@ -15,7 +15,7 @@ import pytest
 
 from llama_jax.checkpoint.arrays import open_array
 from llama_jax.checkpoint.file_hashes import read_list
-from llama_jax.train import loop as train
+from llama_jax.train.__main__ import main
 from llama_jax.verify.__main__ import verify
 
 ROOT = Path(__file__).parents[2]
@@ -74,15 +74,16 @@ INTERLEAVED = """
 import sys
 import jax
 from llama_jax.model import sharding
-from llama_jax.train import loop as train
+from llama_jax.train.__main__ import main
 make_mesh = sharding.make_mesh
-def interleaved(cfg):
+def interleaved(cfg, *_):
     first, second = ([d for d in jax.devices() if d.process_index == i] for i in (0, 1))
     mesh = make_mesh(cfg, [d for pair in zip(first, second) for d in pair])
     assert [d.process_index for d in mesh.devices.flat] == [0, 1] * 4
+    print("interleaved", flush=True)
     return mesh
-train.make_mesh = interleaved
-sys.exit(train.main(sys.argv[1:]))
+sharding.make_mesh = interleaved
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -172,7 +173,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_never_killed(place):
     kept = {p: p.read_bytes() for p in (run / "recipe.toml", *place.glob("elsewhere/**/*.*"))}
     process = start(place, run.name, SAVE_AT_THE_END, *moved)
     until(process, lambda: (run / ".lock").read_text().endswith(f"{process.pid} on {HOST})\n"))
-    assert train.main([str(place / "recipe.toml"), f"checkpoint.dir={run}"]) == 2
+    assert main([str(place / "recipe.toml"), f"checkpoint.dir={run}"]) == 2
     finish(process)
     same_run(run, place / "base")
     assert not steps("*tmp*")
@@ -269,7 +270,7 @@ def test_two_processes_whose_devices_take_turns(place):
     """Each reads every other row; the losses are those of one process."""
     run = place / "interleaved"
     for process in start_two(place, run.name, devices=4, code=INTERLEAVED):
-        finish(process)
+        assert "interleaved" in finish(process)
     same_losses(run, place / "base", rtol=1e-6)
     evaluations = [
         [r["loss"] for r in map(json.loads, lines) if r["kind"] == "eval"]

@@ -24,8 +24,8 @@ from llama_jax.io import folder_lock
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import merge, structure
 from llama_jax.prepare.tokenizer import train_tokenizer
-from llama_jax.train import loop as train
-from llama_jax.train import metrics as report
+from llama_jax.train import loop, metrics
+from llama_jax.train.__main__ import _quiet_threads, main
 from llama_jax.train.optim import decays, make_schedule
 from llama_jax.train.step import init_state, make_train_step, nll_sum, token_nll
 
@@ -90,7 +90,7 @@ def make_place(folder):
     for i in range(60):
         (folder / f"text/{i}.txt").write_text(" ".join(rng.choice(WORDS) for _ in range(120)))
     (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
-    assert train.main([str(folder / "recipe.toml"), *FIRST]) == 0
+    assert main([str(folder / "recipe.toml"), *FIRST]) == 0
     return folder
 
 
@@ -99,7 +99,7 @@ def run(place, capsys):
     """Run the command on the recipe; (exit code, standard output, standard error)."""
 
     def call(*overrides):
-        code = train.main([str(place / "recipe.toml"), *overrides])
+        code = main([str(place / "recipe.toml"), *overrides])
         return code, *capsys.readouterr()
 
     return call
@@ -112,9 +112,6 @@ def records(folder, kind):
 
 def recipe_of(place, *overrides):
     return load_recipe(place / "recipe.toml", overrides)
-
-
-STOP = np.zeros(1, np.int32)
 
 
 def batch(mask=False):
@@ -175,19 +172,19 @@ def test_a_changed_recipe_on_an_old_folder_is_an_error(run):
 
 def test_a_loss_that_is_no_number_stops_the_run(run, place, monkeypatch):
     """The step is named, the last good checkpoint stays, and nothing is saved after it."""
-    real = train.make_train_step
+    real = loop.make_train_step
 
     def broken(recipe, compute):
         step = real(recipe, compute)
 
-        def wrapped(state, batch, stop):
+        def wrapped(state, batch):
             count = state.optimizer[-1].count
-            state, metrics = step(state, batch, stop)
+            state, metrics = step(state, batch)
             return state, metrics | {"loss": jnp.where(count >= 4, jnp.nan, metrics["loss"])}
 
         return wrapped
 
-    monkeypatch.setattr(train, "make_train_step", broken)
+    monkeypatch.setattr(loop, "make_train_step", broken)
     folder = place / "nan"
     code, _, err = run(f"checkpoint.dir={folder}", "optim.peak_lr=0.02")
     assert code == 1
@@ -239,14 +236,14 @@ def test_a_loss_that_is_no_number_stops_the_run(run, place, monkeypatch):
 
 def stop_at(monkeypatch, batch):
     """Send SIGTERM when the batch of that number is drawn."""
-    draw = train.TrainData.__next__
+    draw = loop.TrainData.__next__
 
     def drawn(self):
         if self.state()["batches"] + 1 == batch:
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(self)
 
-    monkeypatch.setattr(train.TrainData, "__next__", drawn)
+    monkeypatch.setattr(loop.TrainData, "__next__", drawn)
 
 
 def weights(folder, step):
@@ -313,7 +310,7 @@ def test_a_failed_start_leaves_the_folder_free(run, place, monkeypatch):
     assert code == 2
     folder = place / "🦙 corrected"
     assert not (folder / "recipe.toml").exists()
-    monkeypatch.setattr(train.Run, "_compile", lambda self: 1 / 0)
+    monkeypatch.setattr(loop.Trainer, "_compile", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(new, "optim.peak_lr=0.5")
     assert not (folder / "recipe.toml").exists()
@@ -374,7 +371,7 @@ def test_profiling_of_a_run_that_continues(monkeypatch, tmp_path):
         (1, 2, "2-2"),
         (3, 3, "3-3"),
     ]:
-        profiler = report.Profiler((2, 4), tmp_path)
+        profiler = metrics.Profiler((2, 4), tmp_path)
         traced = []
         for step in range(first, last + 1):
             before = len(done)
@@ -413,7 +410,7 @@ def test_accumulation_equals_the_big_batch(place):
         recipe = recipe_of(place, f"train.gradient_accumulation={count}")
         state = fresh_state(recipe)
         microbatches = jax.tree.map(lambda x, n=count: x.reshape(n, -1, 32), batch(mask=True))
-        results.append(jax.jit(make_train_step(recipe, HOW))(state, microbatches, STOP))
+        results.append(jax.jit(make_train_step(recipe, HOW))(state, microbatches))
     near(results[0][1], results[1][1], 1e-6)
     near(results[0][0].optimizer[1].mu, results[1][0].optimizer[1].mu, 1e-5)
 
@@ -458,7 +455,7 @@ def test_the_schedule_and_the_update_are_the_papers(place):
     loss = lambda p: nll_sum(merge(shape, p), batch().microbatch(0), 0) / 256
     grads = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(state.params))
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
-    after, metrics = jax.jit(make_train_step(recipe, HOW))(state, batch(), STOP)
+    after, metrics = jax.jit(make_train_step(recipe, HOW))(state, batch())
     assert norm > 0.1
     np.testing.assert_allclose(
         [metrics["grad_norm"], metrics["learning_rate"]], [norm, 0.0025], 1e-5
@@ -510,7 +507,7 @@ def test_bad_input_is_one_clear_error(run, place, overrides, request):
 
 
 def test_a_missing_recipe_is_an_error(capsys):
-    assert train.main(["configs/none.toml"]) == 2
+    assert main(["configs/none.toml"]) == 2
     assert "recipe configs/none.toml does not exist" in capsys.readouterr().err
 
 
@@ -532,7 +529,7 @@ def test_a_full_disk_is_reported_by_the_main_thread_alone(monkeypatch):
     def write(error):
         raise error
 
-    with train._quiet_threads():
+    with _quiet_threads():
         for error in (OSError(28, "No space left on device"), KeyError("a bug")):
             thread = threading.Thread(target=write, args=(error,))
             thread.start()

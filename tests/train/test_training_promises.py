@@ -9,7 +9,9 @@ import os
 import re
 import resource
 import shutil
+import signal
 import stat
+import subprocess
 import time
 from pathlib import Path
 
@@ -19,6 +21,8 @@ import make_golden_run as golden
 import model_tools as tools
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llama_jax import io
 from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
@@ -27,11 +31,13 @@ from llama_jax.config import DataConfig, OptimConfig, SourceConfig
 from llama_jax.data.batch import Batch
 from llama_jax.data.mixture import Mixture, Source, TokenStream, TrainData
 from llama_jax.model.llama import ComputeConfig, rms_norm
+from llama_jax.model.sharding import AXES
 from llama_jax.prepare.mixture import prepare_mixture
-from llama_jax.train import loop as train
-from llama_jax.train import metrics as report
+from llama_jax.train import loop, metrics
+from llama_jax.train.__main__ import main
+from llama_jax.train.distributed import any_device, any_process
 from llama_jax.train.optim import make_optimizer
-from llama_jax.train.step import execution, init_state, make_train_step, nll_sum
+from llama_jax.train.step import execution, nll_sum
 
 CFG = tools.small()
 
@@ -135,14 +141,15 @@ def test_what_remat_computes_again():
 
 
 def test_a_request_to_stop_on_any_device_is_seen():
-    """The step counts the devices that ask; only the count is computed here."""
-    recipe = golden.loaded()
-    compute = ComputeConfig(jnp.dtype("float32"))
-    zeros = lambda tree: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
-    state = zeros(jax.eval_shape(lambda: init_state(recipe, compute)))
-    batch = jax.tree.map(lambda x: x[None], batch_of())
-    count = jax.jit(lambda stop: make_train_step(recipe, compute)(state, batch, stop)[1]["stop"])
-    assert count(np.array([0, 0, 1, 0], np.int32)) == 1
+    """One process, whose flag is returned as it is; and one device of eight."""
+    mesh = jax.make_mesh((8, 1, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 4)
+    assert any_process(True, mesh) is True
+    assert any_process(False, mesh) is False
+    with jax.set_mesh(mesh):
+        for asks in ([], [2], [0, 7]):
+            flags = np.isin(np.arange(8), asks)
+            placed = jax.device_put(flags, NamedSharding(mesh, P(AXES)))
+            assert bool(any_device(placed)) == bool(asks)
 
 
 def test_dtypes_follow_the_platform():
@@ -168,24 +175,23 @@ def a_run(monkeypatch, folder: Path, metrics_of, *overrides: str) -> int:
     """
 
     def make(recipe, compute):
-        def step(state, batch, stop):
+        def step(state, batch):
             done = state.optimizer[-1].count + 1
             count_up = lambda x: x + 1 if jnp.issubdtype(x.dtype, jnp.integer) else x
             metrics = {
                 "loss": jnp.float32(1),
                 "grad_norm": jnp.float32(1),
                 "learning_rate": jnp.float32(1),
-                "stop": jnp.sum(stop),
             }
             return jax.tree.map(count_up, state), metrics | metrics_of(done)
 
         return step
 
-    monkeypatch.setattr(train, "make_train_step", make)
-    monkeypatch.setattr(train, "make_eval_step", lambda *_: lambda params, batch: jnp.float32(1))
+    monkeypatch.setattr(loop, "make_train_step", make)
+    monkeypatch.setattr(loop, "make_eval_step", lambda *_: lambda params, batch: jnp.float32(1))
     paths = [f"data.sources.{n}.path={golden.FOLDER / n}" for n in ("letters", "numbers")]
     more = ["train.log_every=1000", "train.eval_every=0", f"checkpoint.dir={folder}"]
-    return train.main([str(golden.FOLDER / "recipe.toml"), *paths, *more, *overrides])
+    return main([str(golden.FOLDER / "recipe.toml"), *paths, *more, *overrides])
 
 
 def test_a_step_is_looked_at_before_it_is_saved(monkeypatch, tmp_path, capsys):
@@ -194,6 +200,28 @@ def test_a_step_is_looked_at_before_it_is_saved(monkeypatch, tmp_path, capsys):
     assert a_run(monkeypatch, tmp_path, bad, "checkpoint.save_every=3") == 1
     assert "step 6: loss 1.0, gradient norm nan" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "steps").iterdir()] == ["3"]
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_line(monkeypatch, tmp_path):
+    """Also in a run that is stopped between two log lines: it logs what an unstopped run logs."""
+    loss = lambda step: {"loss": step.astype(jnp.float32)}
+    assert a_run(monkeypatch, tmp_path / "a", loss, "train.log_every=8") == 0
+    draw = loop.TrainData.__next__
+
+    def draw_and_stop(self):
+        if self.state()["batches"] + 1 == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self)
+
+    monkeypatch.setattr(loop.TrainData, "__next__", draw_and_stop)
+    assert a_run(monkeypatch, tmp_path / "b", loss, "train.log_every=8") == 0
+    assert (tmp_path / "b/steps/11").is_dir()
+    monkeypatch.setattr(loop.TrainData, "__next__", draw)
+    assert a_run(monkeypatch, tmp_path / "b", loss, "train.log_every=8") == 0
+    for run in ("a", "b"):
+        records = metrics.read_records(tmp_path / run / "metrics.jsonl")
+        losses = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+        assert losses == {8: 4.5, 16: 12.5, 20: 18.5}, run
 
 
 # Checkpoints -------------------------------------------------------------------------------------
@@ -366,11 +394,61 @@ def test_a_damaged_metrics_file_does_not_end_a_run(tmp_path):
     line = lambda step: json.dumps(record | {"step": step}) + "\n"
     file = tmp_path / "metrics.jsonl"
     file.write_text(line(1) + line(2) + line(3) + '{"kind": "train", "st\n' + line(4))
-    log = report.Report(tmp_path, 2)
+    log = metrics.MetricsLog(tmp_path, 2)
     log.write(record | {"step": 3})
     log.close("test")
     steps = [json.loads(x)["step"] for x in file.read_text().splitlines()]
     assert steps == [1, 2, 3]
+
+
+LARGE_RUN = {
+    "step": 333780, "tokens": 1.4e12, "loss": 11.7708, "grad_norm": 12.345, "learning_rate": 3e-5,
+    "tokens_per_second": 4012345.6, "mfu": 0.521, "data_wait": 0.156, "memory_gib": 71.25,
+}  # fmt: skip
+
+
+def test_log_lines_fit_120_columns():
+    line = metrics.train_line(LARGE_RUN, 333787)
+    assert line == (
+        "step 333780/333787 | 1.40T tokens | loss 11.771, grad 12.35, lr 3.0e-05 | "
+        "4.01M tok/s, MFU 52.1%, wait 15.6% | 71.2 GiB"
+    )
+    lines = [line, *metrics.environment().splitlines()]
+    assert max(map(len, lines)) <= 120
+    short = [metrics._short(x) for x in (7, 999.4, 999.6, 1234567, 999_999_999, 20e12)]
+    assert short == ["7", "999", "1.00k", "1.23M", "1.00B", "20.0T"]
+
+
+def test_validation_lines():
+    """The loss in nats/token, bits/byte, and the loss of the unigram model to compare with."""
+    code = {"loss": 6.1422, "bits_per_byte": 3.0414, "unigram_entropy": 5.7941}
+    prose = {"loss": 5.0, "bits_per_byte": 2.5, "unigram_entropy": 5.5}
+    assert metrics.eval_lines({**code, "sources": {"code": code}}) == [
+        "val/code loss 6.142 (3.04 bits/byte), unigram baseline 5.794"
+    ]
+    lines = metrics.eval_lines({**prose, "sources": {"code": code, "prose": prose}})
+    assert [line.partition(" ")[0] for line in lines] == ["val/code", "val/prose", "val/mixture"]
+
+
+def test_the_logged_commit_is_the_packages_own(tmp_path):
+    """Not that of a repository which merely encloses an installed package."""
+    commit = lambda folder: subprocess.run(
+        "git init -q . && git add -A && git -c user.name=a -c user.email=a@b commit -qm a",
+        cwd=folder, shell=True, check=True,
+    )  # fmt: skip
+    installed = tmp_path / "project/venv/site-packages/llama_jax"
+    checkout = tmp_path / "checkout/llama_jax"
+    for package in (installed, checkout):
+        (package / "train").mkdir(parents=True)
+        (package / "train/metrics.py").touch()
+    (checkout.parent / "pyproject.toml").touch()
+    (tmp_path / "project/pyproject.toml").touch()
+    commit(tmp_path / "project")
+    commit(checkout.parent)
+    assert "commit" not in metrics._source(installed)
+    assert re.fullmatch("commit [0-9a-f]{12}", metrics._source(checkout))
+    (checkout / "train/metrics.py").write_text("changed")
+    assert metrics._source(checkout).endswith("+changes")
 
 
 # Files -------------------------------------------------------------------------------------------
