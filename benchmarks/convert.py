@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.config import MODELS, ModelConfig
-from llama_jax.convert import foreign, targets
-from llama_jax.convert.tensors import rows_per_chunk, units
+from llama_jax.convert import meta
+from llama_jax.convert.tensors import layer_tensors, rows_per_chunk
 
 COMMANDS = {  # name: source, then what to write
     "meta to orbax": ("source", "orbax"),
@@ -37,18 +37,18 @@ COMMANDS = {  # name: source, then what to write
 def make_source(folder: Path, cfg: ModelConfig) -> int:
     """A Meta folder of random float16 weights; returns their bytes."""
     folder.mkdir()
-    dtypes = {u.row.path: np.dtype(np.float16) for u in units(cfg)}
-    target = targets.create("meta", folder, cfg, dtypes, 1, False)
+    dtypes = {t.spec.path: np.dtype(np.float16) for t in layer_tensors(cfg)}
+    writer = meta.create_writer(folder, cfg, dtypes, 1, False)
     noise = (np.random.default_rng(0).standard_normal(8 << 20) * 0.02).astype(np.float16)
-    for i, unit in enumerate(units(cfg)):
-        rows, columns = unit.shape(cfg)
-        step = rows_per_chunk(unit, cfg, noise.dtype)
+    for i, tensor in enumerate(layer_tensors(cfg)):
+        rows, columns = tensor.shape(cfg)
+        step = rows_per_chunk(tensor, cfg, noise.dtype)
         for start in range(0, rows, step):
             piece = np.resize(np.roll(noise, i + start), (min(step, rows - start), columns))
-            target.weights.write(unit, start, piece)
-        target.done(unit)
-    target.finish()
-    (folder / "params.json").write_text(json.dumps(foreign.meta_from_model(cfg)[0]))
+            writer.weights.write(tensor, start, piece)
+        writer.finish_tensor(tensor)
+    writer.finish()
+    (folder / "params.json").write_text(json.dumps(meta.make_params(cfg)))
     return cfg.num_params * 2
 
 

@@ -148,7 +148,7 @@ def save_torch(path: Path, state: dict) -> None:
             f.seek(offset)
             f.write(data)
         for name, w in state.items():
-            f.seek(plan.regions[name].offset)
+            f.seek(plan.slices[name].offset)
             f.write(w.tobytes())
 
 

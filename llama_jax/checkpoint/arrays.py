@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from llama_jax.io import read_json
 
 # One folder of uncompressed chunks per array, written and read in any order. Orbax saving 0.5 GB of
@@ -35,6 +33,8 @@ def quiet_orbax() -> None:
 
 def named_arrays(tree: Any) -> Iterator[tuple[str, Any]]:
     """Leaves of a tree with the names of their arrays in Orbax, for example "blocks.mlp.up"."""
+    import jax  # here, because conversion between torch formats does not need it
+
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 

@@ -1,8 +1,82 @@
-"""``python -m llama_jax.convert``."""
+"""Convert weights between Meta, Hugging Face and our Orbax checkpoints, bit for bit.
 
+python -m llama_jax.convert SOURCE DESTINATION [--to orbax|hf|meta] [--dtype D] [--verify]
+python -m llama_jax.convert --inspect PATH
+"""
+
+import argparse
+import errno
+import os
+import re
 import sys
+from pathlib import Path
 
-from llama_jax.convert.job import main
+from llama_jax.checkpoint.model_json import QUANTIZED
+from llama_jax.convert import copy
+from llama_jax.convert.formats import FLOATS
+from llama_jax.convert.job import convert, describe, open_folder
+from llama_jax.convert.sources import NAMES
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if (args.inspect is None) == (args.destination is None):
+        parser.error("give SOURCE and DESTINATION, or --inspect PATH")
+    # Conversion needs no accelerator, and starting one takes its memory from other jobs.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    try:
+        if args.inspect:
+            print(describe(open_folder(args.inspect, args.context)))
+        else:
+            args.max_memory -= copy.resident_bytes()  # the option limits the whole process
+            convert(**{k: v for k, v in vars(args).items() if k != "inspect"})
+    except OSError as e:
+        hint = "; the same command continues here" if e.errno == errno.ENOSPC else ""
+        place = f"{e.filename}: " if e.filename else ""
+        return _fail(f"error: {place}{e.strerror or e}{hint}")
+    except ValueError as e:
+        return _fail(f"error: {e}")
+    except MemoryError as e:
+        return _fail(f"error: out of memory: {e}; give a smaller --max-memory")
+    except KeyboardInterrupt:
+        return _fail("stopped; the same command continues from here", 130)
+    return 0
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(message, file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llama_jax.convert",
+        description="Convert LLaMA weights between Meta, Hugging Face and Orbax, bit for bit.",
+    )
+    arg = parser.add_argument
+    arg("source", nargs="?", type=Path, help="folder of weights; its format is recognised")
+    arg("destination", nargs="?", type=Path, help="folder to create")
+    arg("--to", choices=list(NAMES), help="format to write (default: orbax, or hf from orbax)")
+    dtypes = ["keep", *(d.name for d in FLOATS)]
+    arg("--dtype", choices=dtypes, default="keep", help="dtype to write (default: keep)")
+    arg("--quantize", choices=QUANTIZED, help="quantise the matrices of the layers (Orbax only)")
+    arg("--shards", type=int, metavar="N", help="files (default: Meta 1, HF at most 5 GB each)")
+    arg("--max-memory", type=_memory, default="2GiB", help="limit of this process (default: 2GiB)")
+    arg("--verify", action="store_true", help="read the result back and compare with the source")
+    arg("--context", type=int, metavar="T", help="context length, which params.json lacks")
+    arg("--inspect", type=Path, metavar="PATH", help="describe the content of a folder")
+    return parser
+
+
+def _memory(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory like 2GiB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** "_KMGT".index(prefix.upper() or "_"))
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,11 +1,7 @@
-"""Files of tensors, read and written natively: torch's ``.pth``/``.bin`` (a zip and a pickle) and
-``.safetensors``.
+"""Find tensors in files of weights, map them into memory, and read and write ``.safetensors``.
 
-In comes a path; out comes where each tensor lies in the file (a :class:`Region`), for :func:`view`
-to map into memory. No code of the file runs: a pickle may name only what a state dict of plain
-tensors needs. Nothing here needs torch.
-
-    python -m llama_jax.convert --inspect PATH
+A reader returns the location of each tensor (:class:`TensorSlice`); no tensor is read before it is
+needed, and no code of a file is executed.
 """
 
 import json
@@ -22,41 +18,61 @@ import numpy as np
 
 from llama_jax.io import LFS_POINTER
 
-
-class FormatError(ValueError):
-    """A file that is not what its name says, or not something we read; the message says which
-    and what to do."""
-
-    def __init__(self, message: str):
-        super().__init__(message[:_LONGEST_MESSAGE])
+_MAX_PROBLEMS = 20
+_MAX_PROBLEM_LENGTH = 500
 
 
-_LONGEST_MESSAGE = 1000
-_LONGEST_HEADER = 8 << 20
-"""bytes of a safetensors header; that of Llama 3.1 405B in one file has 0.2 MB"""
+class ConvertError(ValueError):
+    """Weights that cannot be converted; the message gives every reason and what to do.
+
+    Args:
+      problems: one line each; long lines and long lists are cut.
+
+    Example:
+      >>> raise ConvertError("params.json: dim is missing")
+    """
+
+    def __init__(self, *problems: str):
+        lines = [
+            p if len(p) <= _MAX_PROBLEM_LENGTH else f"{p[:_MAX_PROBLEM_LENGTH]}..."
+            for p in problems[:_MAX_PROBLEMS]
+        ]
+        if len(problems) > _MAX_PROBLEMS:
+            lines.append(f"and {len(problems) - _MAX_PROBLEMS:,} more problems")
+        super().__init__("\n".join(lines))
+
+
+def raise_if_any(problems: list[str]) -> None:
+    """Raise one :class:`ConvertError` for all problems."""
+    if problems:
+        raise ConvertError(*problems)
+
+
+_MAX_HEADER_BYTES = 8 << 20
+"""size limit of a safetensors header; that of Llama 3.1 405B in one file has 0.2 MB"""
 MAX_RANK = 8
-"""dimensions of a tensor; weights have at most two"""
+"""largest number of dimensions of a tensor; weights have at most two"""
 MAX_INT = 1 << 62
 
 
-class Region(NamedTuple):
-    """Where a tensor lies: a strided view of a file."""
+class TensorSlice(NamedTuple):
+    """The location of a tensor: a strided view of a file."""
 
     path: Path
     offset: int
     """bytes from the start of the file"""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """in elements, as torch counts"""
+    """in elements, as in torch"""
     dtype: np.dtype
 
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# name in safetensors, storage class in torch, numpy's dtype
+FLOATS = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)]
+# name in safetensors, storage class in torch, numpy dtype
 DTYPES = [
-    ("F16", "HalfStorage", np.dtype(np.float16)),
-    ("BF16", "BFloat16Storage", _BFLOAT16),
-    ("F32", "FloatStorage", np.dtype(np.float32)),
+    ("F16", "HalfStorage", FLOATS[0]),
+    ("BF16", "BFloat16Storage", FLOATS[1]),
+    ("F32", "FloatStorage", FLOATS[2]),
     ("F64", "DoubleStorage", np.dtype(np.float64)),
     ("I8", "CharStorage", np.dtype(np.int8)),
     ("U8", "ByteStorage", np.dtype(np.uint8)),
@@ -66,48 +82,49 @@ DTYPES = [
     ("BOOL", "BoolStorage", np.dtype(np.bool_)),
 ]
 _SAFETENSORS_NAME = {dtype: name for name, _, dtype in DTYPES}
-_OF_SAFETENSORS = {name: dtype for name, _, dtype in DTYPES}
+_SAFETENSORS_DTYPE = {name: dtype for name, _, dtype in DTYPES}
 
 
 def short(value: Any) -> str:
-    """A value out of a stranger's file for a message: its start, whatever its size and depth."""
-    shown = reprlib.Repr()
-    shown.maxstring = shown.maxother = 80
-    shown.maxlevel = 3
-    return shown.repr(value)
+    """The start of a value from an untrusted file, for a message; bounded for any size and
+    depth."""
+    limited = reprlib.Repr()
+    limited.maxstring = limited.maxother = 80
+    limited.maxlevel = 3
+    return limited.repr(value)
 
 
-def some(names: list[str], most: int = 10) -> str:
-    """A list for a message: the first names, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(name[:100] for name in names[:most]) + more
+def first_names(names: list[str], count: int = 10) -> str:
+    """The first names of a list, and how many more there are, for a message."""
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
+    return ", ".join(name[:100] for name in names[:count]) + more
 
 
 def open_weights(path: Path) -> IO[bytes]:
     """Open a file of weights for reading.
 
     Raises:
-      FormatError: a folder, pipe, device, or a Git LFS pointer; says which.
+      ConvertError: a folder, pipe, device, or Git LFS pointer.
       OSError: missing or not readable.
     """
-    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    # Without O_NONBLOCK, opening a pipe without a writer would block for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise FormatError(f"{path} is not a regular file")
+        raise ConvertError(f"{path} is not a regular file")
     if os.pread(descriptor, len(LFS_POINTER), 0) == LFS_POINTER:
         os.close(descriptor)
-        raise FormatError(
+        raise ConvertError(
             f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull` where it "
             "came from"
         )
     return open(descriptor, "rb", buffering=0)
 
 
-def view(region: Region, mapped: mmap.mmap) -> np.ndarray:
-    """The tensor as an array over the mapped file: no byte is read until it is used."""
-    strides = [s * region.dtype.itemsize for s in region.strides]
-    return np.ndarray(region.shape, region.dtype, mapped, region.offset, strides)
+def view(location: TensorSlice, mapped: mmap.mmap) -> np.ndarray:
+    """The tensor as an array over the mapped file; bytes are read when they are used."""
+    strides = [s * location.dtype.itemsize for s in location.strides]
+    return np.ndarray(location.shape, location.dtype, mapped, location.offset, strides)
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -117,109 +134,105 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def release(mapped: mmap.mmap, start: int, stop: int) -> None:
-    """Let go of the mapped pages of bytes start to stop, so that they no longer count as this
-    process's memory."""
+    """Release the mapped pages of bytes start to stop, so that they no longer count as memory of
+    this process."""
     start -= start % mmap.PAGESIZE
     mapped.madvise(mmap.MADV_DONTNEED, start, min(stop, len(mapped)) - start)
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements of a tensor stored row after row."""
+    """Strides in elements of a tensor in row-major order."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-# --- safetensors ---
+# safetensors --------------------------------------------------------------------------------------
 
 
-def read_safetensors(path: Path) -> dict[str, Region]:
-    """Where the tensors of a ``.safetensors`` file lie; raises :class:`FormatError` for a file
-    that is not whole."""
+def read_safetensors(path: Path) -> dict[str, TensorSlice]:
+    """Locations of the tensors of a ``.safetensors`` file.
+
+    Raises:
+      ConvertError: the file is damaged, truncated, or holds unsupported dtypes.
+    """
     with open_weights(path) as f:
         size = os.fstat(f.fileno()).st_size
         head = f.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or not 2 <= length <= size - 8:
-            raise FormatError(
+            raise ConvertError(
                 f"{path}: not a safetensors file, or cut off: its first 8 bytes give a header of "
-                f"{length} bytes, "
-                f"the file has {size}"
+                f"{length} bytes, the file has {size}"
             )
-        if length > _LONGEST_HEADER:
-            raise FormatError(
-                f"{path}: a header of {length:,} bytes; at most {_LONGEST_HEADER:,} are read, 40 "
+        if length > _MAX_HEADER_BYTES:
+            raise ConvertError(
+                f"{path}: a header of {length:,} bytes; at most {_MAX_HEADER_BYTES:,} are read, 40 "
                 "times that of the largest Llama"
             )
         text = f.read(length)
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        regions = {n: _safetensors_region(path, n, e, 8 + length) for n, e in header.items()}
+        tensors = {n: _safetensors_slice(path, n, e, 8 + length) for n, e in header.items()}
         del header, text
-    except FormatError:
+    except ConvertError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise FormatError(f"{path}: the safetensors header cannot be read: {short(e)}") from None
+        raise ConvertError(f"{path}: the safetensors header cannot be read: {short(e)}") from None
     end = 8 + length
-    for name, region in sorted(regions.items(), key=lambda item: item[1].offset):
-        if region.offset != end:
-            raise FormatError(
-                f"{path}: {name} starts at byte {region.offset}, expected {end}: tensors overlap "
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if tensor.offset != end:
+            raise ConvertError(
+                f"{path}: {name} starts at byte {tensor.offset}, expected {end}: tensors overlap "
                 "or leave a gap"
             )
-        end += math.prod(region.shape) * region.dtype.itemsize
+        end += math.prod(tensor.shape) * tensor.dtype.itemsize
     if end != size:
         what = "is cut off" if size < end else "has bytes after the last tensor"
-        raise FormatError(
+        raise ConvertError(
             f"{path}: the file {what}: its header describes {end} bytes, it has {size}; copy or "
             "download it again"
         )
-    return regions
+    return tensors
 
 
-def _safetensors_region(path: Path, name: str, entry: dict[str, Any], base: int) -> Region:
-    dtype = _OF_SAFETENSORS.get(entry["dtype"])
+def _safetensors_slice(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorSlice:
+    dtype = _SAFETENSORS_DTYPE.get(entry["dtype"])
     if dtype is None:
-        raise FormatError(
+        raise ConvertError(
             f"{path}: {name} has dtype {short(entry['dtype'])}: quantised and exotic files are not "
             "supported"
         )
     shape, (start, stop) = entry["shape"], entry["data_offsets"]
-    if len(shape) > MAX_RANK or not all(_natural(n) for n in (*shape, start, stop)):
+    numbers = (*shape, start, stop)
+    if len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n < MAX_INT for n in numbers):
         given = f"shape {short(shape)}, offsets {short(start)}, {short(stop)}"
-        raise FormatError(f"{path}: {name} has {given}")
+        raise ConvertError(f"{path}: {name} has {given}")
     shape = tuple(shape)
     if stop - start != math.prod(shape) * dtype.itemsize:
-        raise FormatError(
+        raise ConvertError(
             f"{path}: {name} of shape {list(shape)} and dtype {entry['dtype']} cannot lie in "
             f"{stop - start} bytes"
         )
-    return Region(path, base + start, shape, contiguous(shape), dtype)
-
-
-def _natural(number: Any) -> bool:
-    return type(number) is int and 0 <= number < MAX_INT
+    return TensorSlice(path, base + start, shape, contiguous(shape), dtype)
 
 
 def plan_safetensors(
     path: Path, tensors: dict[str, tuple[tuple[int, ...], np.dtype]]
-) -> tuple[bytes, dict[str, Region]]:
-    """The head of a file that holds these (shape, dtype), and where each tensor's bytes belong,
-    in the given order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+) -> tuple[bytes, dict[str, TensorSlice]]:
+    """The header of a file with these tensors (shape, dtype), and the location of each tensor, in
+    the given order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     position = 0
     for name, (shape, dtype) in tensors.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": _SAFETENSORS_NAME[dtype],
-            "shape": list(shape),
-            "data_offsets": [position, position + size],
-        }
-        position += size
+        end = position + math.prod(shape) * dtype.itemsize
+        entry = {"dtype": _SAFETENSORS_NAME[dtype], "shape": list(shape)}
+        header[name] = entry | {"data_offsets": [position, end]}
+        position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)
     base = 8 + len(text)
-    regions = {
-        name: Region(path, base + header[name]["data_offsets"][0], shape, contiguous(shape), dtype)
-        for name, (shape, dtype) in tensors.items()
+    locations = {
+        n: TensorSlice(path, base + header[n]["data_offsets"][0], shape, contiguous(shape), dtype)
+        for n, (shape, dtype) in tensors.items()
     }
-    return len(text).to_bytes(8, "little") + text, regions
+    return len(text).to_bytes(8, "little") + text, locations

@@ -1,32 +1,23 @@
-"""Convert weights between Meta, Hugging Face and our Orbax checkpoints, bit for bit.
+"""The conversion of a folder of weights: checks, copy, settings, manifest.
 
-In comes a folder in any of the three layouts, recognised by its content; out goes a new folder in
-another, with the tokenizer and a manifest of SHA-256 sums. Memory is bounded whatever the size, and
-torch is not needed. A killed run continues when it is started again; the folder has its name only
-when it is whole.
-
-    python -m llama_jax.convert SOURCE DESTINATION [--to orbax|hf|meta] [--dtype D] [--verify]
-    python -m llama_jax.convert --inspect PATH
+A killed conversion continues when it is started again. The result is renamed to its destination
+only when it is complete.
 """
 
-import argparse
 import contextlib
 import errno
 import json
 import os
-import re
 import resource
 import shutil
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llama_jax import config as cf
 from llama_jax.checkpoint.file_hashes import (
     MANIFEST,
     files_below,
@@ -35,53 +26,75 @@ from llama_jax.checkpoint.file_hashes import (
     listed_files,
     write_list,
 )  # fmt: skip
-from llama_jax.convert import foreign, layouts, targets, transfer
-from llama_jax.convert import logits as verification
-from llama_jax.convert.layouts import FLOATS, NAMES, Found, Kind, changed
-from llama_jax.convert.quantised import dtype_of
-from llama_jax.convert.tensors import rows_of
-from llama_jax.convert.transfer import ConvertError, Plan, human
-from llama_jax.data import tokenizer_files
+from llama_jax.checkpoint.model_json import QUANTIZED, make_metadata, write_metadata
+from llama_jax.config import MODELS, to_dict
+from llama_jax.convert import copy, huggingface, logits, meta, orbax
+from llama_jax.convert.copy import DamagedSourceError, Plan, format_bytes
+from llama_jax.convert.formats import FLOATS, ConvertError, first_names, raise_if_any
+from llama_jax.convert.sources import (
+    NAMES,
+    CheckpointWriter,
+    Format,
+    SourceCheckpoint,
+    check_tokenizers,
+    replace,
+)
+from llama_jax.convert.tensors import tensor_specs
 from llama_jax.io import atomic_write, sync_folder
-from llama_jax.model.quantize import KINDS
 
 
 def convert(
-    source: Path,
-    destination: Path,
-    to: Kind | None = None,
+    source: str | Path,
+    destination: str | Path,
+    to: Format | None = None,
     dtype: str = "keep",
     shards: int | None = None,
     max_memory: int = 2 << 30,
     verify: bool = False,
     context: int | None = None,
     quantize: str | None = None,
+    log: Callable[[str], None] | None = print,
 ) -> Path:
-    """Convert a folder of weights; returns the destination. Arguments as the command line's, but
-    `max_memory`: bytes that conversion may add to what this process holds when it is called.
+    """Convert a folder of weights between Meta, Hugging Face and Orbax, bit for bit.
+
+    Args:
+      source: folder of weights in any of the formats.
+      destination: folder to create.
+      to: "meta", "hf" or "orbax"; default: "orbax", or "hf" from "orbax".
+      dtype: "keep", "float16", "bfloat16" or "float32".
+      shards: number of files of a Meta or Hugging Face folder.
+      max_memory: bytes that the conversion may use in addition to what this process uses now.
+      verify: read the result back and compare it with the source.
+      context: context length of a Meta folder, which has none.
+      quantize: "int8" or "int4" for the matrices of the layers, in Orbax only.
+      log: receives lines about the conversion; None: no output and no progress bar.
+
+    Returns:
+      The destination.
 
     Raises:
-      ValueError: the source cannot be used, or the destination not be written as asked.
+      ValueError: the source cannot be used, or the destination cannot be written as requested.
       OSError: a file cannot be read or written.
     """
     start = time.perf_counter()
     _check_destination(Path(destination))
-    found = layouts.open_folder(Path(source), context)
-    if found.kind == "orbax":
-        _check_hashes(found)
-    max_memory += transfer.resident()
-    plan = make_plan(found, Path(destination), to, dtype, shards, max_memory, quantize)
-    before = transfer.stamps(found)
-    print(describe(found))
-    size = plan.num_bytes
-    what = _kinds(plan.dtypes, quantize)
-    print(f"writing: {plan.destination} ({NAMES[plan.to]}), {human(size)}, {what}")
-    _check_space(plan)
-    with transfer.open_progress(plan) as progress, _clear_errors(plan):
-        sums = transfer.write_weights(plan, progress)
-        _write_settings(plan, sums)
-        if transfer.stamps(found) != before:
-            raise ConvertError(f"{source} changed while it was being converted; start again")
+    opened = open_folder(Path(source), context)
+    if opened.format == "orbax":
+        _check_hashes(opened)
+    plan = make_plan(
+        opened, Path(destination), to, dtype, shards, max_memory + copy.resident_bytes(), quantize,
+        log,
+    )  # fmt: skip
+    before = copy.file_stamps(opened)
+    plan.log(describe(opened))
+    size, what = format_bytes(plan.num_bytes), _describe_dtypes(plan.dtypes, quantize)
+    plan.log(f"writing: {plan.destination} ({NAMES[plan.to]}), {size}, {what}")
+    _check_disk(plan)
+    with copy.open_progress(plan) as progress, _handle_errors(plan):
+        digests = copy.write_weights(plan, create_writer(plan), progress)
+        _write_small_files(plan, digests)
+        if copy.file_stamps(opened) != before:
+            raise ConvertError(f"{source} changed during the conversion; start again")
         if verify:
             _verify(plan)
         _sync(plan.partial)
@@ -92,17 +105,159 @@ def convert(
     sync_folder(plan.destination.absolute().parent)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(
-        f"done: {plan.destination}, {human(size)} in {seconds:.1f} s ({human(size / seconds)}/s), "
-        f"peak memory {human(peak)}, SHA-256 of every tensor in manifest.json"
+    plan.log(
+        f"done: {plan.destination}, {size} in {seconds:.1f} s "
+        f"({format_bytes(plan.num_bytes / seconds)}/s), peak memory {format_bytes(peak)}, SHA-256 "
+        "of every tensor in manifest.json"
     )
     return plan.destination
 
 
+def open_folder(path: Path, context: int | None = None) -> SourceCheckpoint:
+    """Recognise the format of a folder by its content, and check it.
+
+    Args:
+      path: a Meta or Hugging Face folder, one of our checkpoints, or one step of it.
+      context: context length of a Meta folder, which has none.
+
+    Raises:
+      ConvertError: the folder cannot be used; lists every reason.
+      OSError: a file cannot be read.
+    """
+    if context is not None and not 1 <= context < 1 << 31:
+        raise ConvertError(f"--context {context} must be at least 1, and a number of tokens")
+    if not path.exists():
+        raise ConvertError(f"{path} does not exist")
+    if not path.is_dir():
+        raise ConvertError(
+            f"{path} is a file; give the folder that holds the weights and their settings"
+        )
+    names = sorted(p.name for p in path.iterdir())
+    pth = [n for n in names if n.startswith("consolidated.") and n.endswith(".pth")]
+    safetensors = [n for n in names if n.endswith((".safetensors", ".safetensors.index.json"))]
+    bins = [n for n in names if n.startswith("pytorch_model")]
+    hf = safetensors or [n for n in bins if n.endswith((".bin", ".bin.index.json"))]
+    # One step of a checkpoint, or the model in it, is accepted as well.
+    root = next((p.parent for p in list(path.resolve().parents)[:2] if p.name == "steps"), path)
+    if pth and hf and "config.json" in names:
+        raise ConvertError(
+            f"{path} holds both {pth[0]} and {hf[0]}; move the files of one format elsewhere"
+        )
+    if pth or "params.json" in names:
+        source = meta.open_meta(path, pth, context)
+    elif hf or "config.json" in names:
+        source = huggingface.open_hf(path, names)
+    elif (root / "model.json").exists():
+        source = orbax.open_orbax(root, path)
+    else:
+        raise ConvertError(
+            f"{path} is not a folder of weights: expected consolidated.*.pth with params.json, "
+            "config.json with model*.safetensors or pytorch_model*.bin, or model.json with "
+            f"steps/; found {first_names(names) or 'nothing'}"
+        )
+    if context is not None and source.format != "meta":
+        raise ConvertError(f"--context is for Meta folders, which have none; {path} has one")
+    check_tokenizers(source)
+    return source
+
+
+def make_plan(
+    source: SourceCheckpoint,
+    destination: Path,
+    to: Format | None = None,
+    dtype: str = "keep",
+    shards: int | None = None,
+    max_memory: int = 2 << 30,
+    quantize: str | None = None,
+    log: Callable[[str], None] | None = print,
+) -> Plan:
+    """Decide what is written. Arguments as in :func:`convert`, but `max_memory` limits the whole
+    process.
+
+    Raises:
+      ConvertError: the source cannot be written as requested.
+    """
+    cfg = source.cfg
+    if source.quantize is not None:
+        raise ConvertError(
+            f"{source.path} holds matrices in {source.quantize}, which cannot be turned back into "
+            "the original weights: convert those instead"
+        )
+    to = to or ("hf" if source.format == "orbax" and quantize is None else "orbax")
+    if quantize is not None and quantize not in QUANTIZED:
+        raise ConvertError(f"quantize={quantize!r}: there are 'int8' and 'int4'")
+    if quantize is not None and to != "orbax":
+        raise ConvertError(f"--quantize is for Orbax; {NAMES[to]} files cannot hold it")
+    if shards is not None and to == "orbax":
+        raise ConvertError(
+            "--shards is for Meta and Hugging Face; Orbax fits any number of devices"
+        )
+    if shards is not None and shards < 1:
+        raise ConvertError(f"--shards {shards} must be at least 1")
+    if to == "hf":
+        huggingface.check_writable(cfg, shards)
+    if to == "meta":
+        meta.check_writable(cfg, shards, meta.splits_vocab(source))
+    dtypes = source.dtypes()
+    if dtype != "keep":
+        dtypes = dict.fromkeys(dtypes, next(d for d in FLOATS if d.name == dtype))
+    dtypes = {s.path: s.quantized_dtype or dtypes[s.path] for s in tensor_specs(cfg, quantize)}
+    quiet = log is None
+    plan = Plan(
+        source, destination, to, dtypes, shards, max_memory, quantize,
+        log=(lambda line: None) if log is None else log, progress_bar=not quiet,
+    )  # fmt: skip
+    copy.memory_budget(plan)
+    return plan
+
+
+def create_writer(plan: Plan) -> CheckpointWriter:
+    """Create the files of the result in the partial folder; those of a killed run are kept."""
+    cfg, folder = plan.source.cfg, plan.partial
+    if plan.to == "meta":
+        by_vocab = meta.splits_vocab(plan.source)
+        return meta.create_writer(folder, cfg, plan.dtypes, plan.shards or 1, by_vocab)
+    if plan.to == "hf":
+        return huggingface.create_writer(folder, cfg, plan.dtypes, plan.shards)
+    return orbax.create_writer(folder, cfg, plan.dtypes, plan.quantize)
+
+
+def describe(source: SourceCheckpoint) -> str:
+    """The content of a folder in some lines of text."""
+    cfg = source.cfg
+    known = [n for n, m in MODELS.items() if replace(m, context=cfg.context) == cfg]
+    rope = {k: v for k, v in to_dict(cfg.rope).items() if v is not None}
+    lines = [
+        f"found: {source.path}: {NAMES[source.format]} format, {len(source.files)} file(s)",
+        f"  model: {cfg.num_params:,} parameters, "
+        + _describe_dtypes(source.dtypes(), source.quantize)
+        + (f", as {known[0]}" if known else ""),
+        f"  sizes: vocab {cfg.vocab_size}, dim {cfg.dim}, layers {cfg.num_layers}, "
+        f"heads {cfg.num_heads} (kv {cfg.num_kv_heads}) of {cfg.head_dim}, "
+        f"feed-forward {cfg.ffn_dim}, context {cfg.context}, norm_eps {cfg.norm_eps:g}, "
+        f"embeddings {'tied' if cfg.tie_embeddings else 'not tied'}",
+        f"  rope: {', '.join(f'{k} {v}' for k, v in rope.items())}",
+    ]
+    lines += [f"  tokenizer: {t.path} ({t.kind}, {t.size} tokens)" for t in source.tokenizers]
+    if source.token_ids:
+        lines.append("  token ids: " + ", ".join(f"{k} {v}" for k, v in source.token_ids.items()))
+    return "\n".join(lines + [f"  note: {warning}" for warning in source.warnings])
+
+
+def _describe_dtypes(dtypes: dict[str, np.dtype], quantize: str | None) -> str:
+    if quantize is not None:
+        other = {path: d for path, d in dtypes.items() if not path.endswith(("/q", "/scale"))}
+        return f"matrices of the layers {quantize}, others {_describe_dtypes(other, None)}"
+    return " and ".join(n for n, _ in Counter(d.name for d in dtypes.values()).most_common())
+
+
+# Checks -------------------------------------------------------------------------------------------
+
+
 def _check_destination(destination: Path) -> None:
-    """Refuse, before any work, what could not be given its name at the end."""
+    """Refuse destinations to which the result could not be renamed at the end."""
     if destination.name in ("", ".."):
-        raise ConvertError(f"destination {destination}: give the name of a folder to make")
+        raise ConvertError(f"destination {destination}: give the name of a folder to create")
     if destination.is_symlink():
         raise ConvertError(
             f"{destination} is a link to {destination.readlink()}; give the folder itself, or "
@@ -114,281 +269,116 @@ def _check_destination(destination: Path) -> None:
         raise ConvertError(f"{destination} exists; remove it or choose another name")
     parent = destination.absolute().parent
     if not parent.is_dir():
-        raise ConvertError(f"{parent} does not exist; make it first")
+        raise ConvertError(f"{parent} does not exist; create it first")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConvertError(f"{parent} is not writable by this user; choose another place")
 
 
+def _check_hashes(source: SourceCheckpoint) -> None:
+    """Compare the files of one of our checkpoints with their SHA-256 before they are read."""
+    step = source.files[0].parent
+    root = step.parents[1]
+    raise_if_any(find_problems(root, listed_files(root, int(step.name), "model")))
+
+
+def _check_disk(plan: Plan) -> None:
+    written = sum(p.stat().st_blocks * 512 for p in plan.partial.rglob("*") if p.is_file())
+    need = max(0, plan.num_bytes + plan.num_bytes // 100 + (16 << 20) - written)
+    parent = plan.destination.absolute().parent
+    free = shutil.disk_usage(parent).free
+    plan.log(f"disk: {format_bytes(need)} needed, {format_bytes(free)} free")
+    if need > free:
+        raise ConvertError(
+            f"{parent} has {format_bytes(free)} free, {format_bytes(need)} are needed; free some "
+            "space"
+        )
+
+
 @contextlib.contextmanager
-def _clear_errors(plan: Plan) -> Iterator[None]:
-    """A full disk is reported with the folder that filled it; what was made of a damaged source is
-    removed."""
+def _handle_errors(plan: Plan) -> Iterator[None]:
+    """Name the folder when the disk is full; remove the result of a damaged source."""
     try:
         yield
-    except transfer.DamagedSourceError:
+    except DamagedSourceError:
         shutil.rmtree(plan.partial, ignore_errors=True)
         raise
     except (OSError, ValueError) as e:
         full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and os.strerror(errno.ENOSPC) not in str(e):  # as tensorstore reports it
-            raise
         reason = os.strerror(errno.ENOSPC)
+        if not full and reason not in str(e):  # tensorstore raises ValueError
+            raise
         raise OSError(errno.ENOSPC, reason, str(plan.partial)) from e
 
 
 def _verify(plan: Plan) -> None:
-    result, count = transfer.verify(plan), len(plan.units)
+    result, count = open_folder(plan.partial), len(plan.tensors)
+    copy.verify(plan, result)
     if plan.quantize is None:
-        print(f"verified: {count} tensors equal the source bit for bit")
-        said = verification.compare_logits(plan.found, result, plan.dtypes, plan.max_memory)
+        plan.log(f"verified: {count} tensors equal the source bit for bit")
+        compared = logits.compare_logits(plan.source, result, plan.dtypes, plan.max_memory)
     else:
-        print(f"verified: {count} tensors are the source's in {plan.quantize}, bit for bit")
-        # The settings are the source's; before rounding, its logits are transformers' or not.
-        dtypes = plan.found.dtypes()
-        said = verification.compare_logits(plan.found, plan.found, dtypes, plan.max_memory)
-        said = f"the source's {said}"
-    print(f"verified: {said}")
+        plan.log(f"verified: {count} tensors equal the source's in {plan.quantize}, bit for bit")
+        # The settings are the source's, so the logits of its unquantised weights are compared.
+        dtypes = plan.source.dtypes()
+        compared = logits.compare_logits(plan.source, plan.source, dtypes, plan.max_memory)
+        compared = f"the source's {compared}"
+    plan.log(f"verified: {compared}")
 
 
-def make_plan(
-    found: Found,
-    destination: Path,
-    to: Kind | None,
-    dtype: str,
-    shards: int | None,
-    max_memory: int,
-    quantize: str | None = None,
-) -> Plan:
-    """Settle what will be written; raises ValueError for what cannot be, before any work."""
-    if found.quantize is not None:
-        raise ConvertError(
-            f"{found.path} holds matrices in {found.quantize}, which cannot be turned back into "
-            "what they were made of: convert that instead"
-        )
-    to = to or ("hf" if found.kind == "orbax" and quantize is None else "orbax")
-    if quantize is not None and quantize not in KINDS:
-        raise ConvertError(f"quantize={quantize!r}: there are 'int8' and 'int4'")
-    if quantize is not None and to != "orbax":
-        raise ConvertError(f"--quantize is for Orbax; {NAMES[to]} files hold whole weights")
-    targets.check_shards(to, found.cfg, shards, targets.cuts_rows(found))
-    dtypes = found.dtypes()
-    if dtype != "keep":
-        dtypes = dict.fromkeys(dtypes, next(d for d in FLOATS if d.name == dtype))
-    rows = rows_of(found.cfg, quantize)
-    dtypes = {r.path: dtypes[r.path] if r.quantized is None else dtype_of(r) for r in rows}
-    plan = Plan(found, destination, to, dtypes, shards, max_memory, quantize)
-    transfer.budget(plan)
-    if to == "hf":
-        foreign.hf_from_model(found.cfg, "float32", {})
-    if to == "meta":
-        foreign.meta_from_model(found.cfg)
-    return plan
-
-
-def _kinds(dtypes: dict[str, np.dtype], quantize: str | None) -> str:
-    if quantize is not None:
-        whole = {path: d for path, d in dtypes.items() if not path.endswith(("/q", "/scale"))}
-        return f"the layers' matrices {quantize}, all else {_kinds(whole, None)}"
-    return " and ".join(n for n, _ in Counter(d.name for d in dtypes.values()).most_common())
-
-
-def describe(found: Found) -> str:
-    """What a folder holds, in lines for a person."""
-    cfg = found.cfg
-    known = [n for n, m in cf.MODELS.items() if changed(m, context=cfg.context) == cfg]
-    rope = {k: v for k, v in cf.to_dict(cfg.rope).items() if v is not None}
-    lines = [
-        f"found: {found.path}: {NAMES[found.kind]} layout, {len(found.files)} file(s)",
-        f"  model: {cfg.num_params:,} parameters, {_kinds(found.dtypes(), found.quantize)}"
-        + (f", as {known[0]}" if known else ""),
-        f"  sizes: vocab {cfg.vocab_size}, dim {cfg.dim}, layers {cfg.num_layers}, "
-        f"heads {cfg.num_heads} (kv {cfg.num_kv_heads}) of {cfg.head_dim}, "
-        f"feed-forward {cfg.ffn_dim}, context {cfg.context}, norm_eps {cfg.norm_eps:g}, "
-        f"embeddings {'tied' if cfg.tie_embeddings else 'not tied'}",
-        f"  rope: {', '.join(f'{k} {v}' for k, v in rope.items())}",
-    ]
-    lines += [f"  tokenizer: {t.path} ({t.kind}, {t.size} tokens)" for t in found.tokenizers]
-    if found.ids:
-        lines.append("  token ids: " + ", ".join(f"{k} {v}" for k, v in found.ids.items()))
-    return "\n".join(lines + [f"  note: {r}" for r in found.remarks])
-
-
-def _check_space(plan: Plan) -> None:
-    there = sum(p.stat().st_blocks * 512 for p in plan.partial.rglob("*") if p.is_file())
-    need = max(0, plan.num_bytes + plan.num_bytes // 100 + (16 << 20) - there)
-    parent = plan.destination.absolute().parent
-    free = shutil.disk_usage(parent).free
-    print(f"disk: {human(need)} needed, {human(free)} free")
-    if need > free:
-        raise ConvertError(
-            f"{parent} has {human(free)} free, {human(need)} are needed; free some space"
-        )
-
-
-# --- the small files ---
+# Small files --------------------------------------------------------------------------------------
 
 _NOT_LISTED = (MANIFEST, "progress.jsonl")
+_WEIGHT_FILES = (".pth", ".safetensors", ".safetensors.index.json", "progress.jsonl")
 
 
-def _write_settings(plan: Plan, sums: dict[str, str]) -> None:
-    """Settings, tokenizer and manifest beside the weights; all anew, whatever an earlier run left
-    of them."""
-    found, folder = plan.found, plan.partial
-    _remove_small_files(folder)
-    for path in found.extras:
+def _write_small_files(plan: Plan, digests: dict[str, str]) -> None:
+    """Write settings, tokenizer and manifest; those of an earlier run are removed first."""
+    source, folder = plan.source, plan.partial
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
+            path.unlink()
+    for path in source.extras:
         atomic_write(folder / path.name, path.read_bytes())
-    for tokenizer in found.tokenizers:
+    for tokenizer in source.tokenizers:
         name = "tokenizer.json" if tokenizer.kind == "tokenizer.json" else "tokenizer.model"
         atomic_write(folder / name, tokenizer.path.read_bytes())
-    about = {"format": 1, "rotary_layout": "half", "model": cf.to_dict(found.cfg)}
-    about["token_ids"] = found.ids
-    if plan.quantize is not None:
-        about["quantize"] = plan.quantize
+    metadata = make_metadata(source.cfg, source.token_ids, plan.quantize)
+    trees = {}
     if plan.to == "orbax":
-        _dump(folder / "model.json", about)
+        write_metadata(folder, metadata)
     elif plan.to == "meta":
-        params, remarks = foreign.meta_from_model(found.cfg)
-        _dump(folder / "params.json", params)
-        print(*(f"note: {r}" for r in remarks), sep="\n")
-    else:
-        _write_hf_settings(plan)
-    sums_of = (
-        "SHA-256 of each tensor's little-endian bytes, laid out as `shape`; stacked tensors have "
-        "one sum a layer"
-    )
-    files = hash_files(folder, (n for n in files_below(folder) if n not in _NOT_LISTED))
-    tensors = {"sums": sums_of, "tensors": _manifest(plan, sums)}
-    write_list(folder / MANIFEST, about | tensors | {"files": files})
-
-
-def _check_hashes(found: Found) -> None:
-    """Compare one of our checkpoints, before it is read, with what was written."""
-    step = found.files[0].parent
-    root = step.parents[1]
-    problems = find_problems(root, listed_files(root, int(step.name), "model"))
-    if problems:
-        raise ConvertError("\n".join(problems))
-
-
-def _remove_small_files(folder: Path) -> None:
-    kept = (".pth", ".safetensors", ".safetensors.index.json", "progress.jsonl")
-    for path in folder.iterdir():
-        if path.is_file() and not path.name.endswith(kept):
-            path.unlink()
-
-
-def _manifest(plan: Plan, sums: dict[str, str]) -> dict[str, Any]:
-    tensors: dict[str, Any] = {}
-    cfg = plan.found.cfg
-    for unit in plan.units:
-        row = unit.row
-        shape = [cfg.num_layers] * row.stacked + list(row.shape(cfg))
-        fresh = {"shape": shape, "dtype": plan.dtypes[row.path].name, "sha256": []}
-        tensors.setdefault(row.path, fresh)["sha256"].append(sums[unit.name])
-    return tensors
-
-
-def _write_hf_settings(plan: Plan) -> None:
-    found, folder = plan.found, plan.partial
-    given = {path.name for path in found.extras}
-    config = foreign.hf_from_model(found.cfg, plan.dtypes["embed"].name, found.ids)
-    _dump(folder / "config.json", config)
-    if "generation_config.json" not in given:
-        names = {f"{k}_token_id": v for k, v in found.ids.items()}
-        _dump(folder / "generation_config.json", {"_from_model_config": True, **names})
-    meta = next((t for t in found.tokenizers if t.kind != "tokenizer.json"), None)
-    if meta is None:
-        return
-    exact = len(found.tokenizers) > 1 or _write_hf_tokenizer(plan, meta)
-    if "tokenizer_config.json" not in given:
-        settings = tokenizer_files.hf_settings(meta, found.cfg.context, exact)
-        _dump(folder / "tokenizer_config.json", settings)
-
-
-def _write_hf_tokenizer(plan: Plan, tokenizer: tokenizer_files.TokenizerFile) -> bool:
-    """Write ``tokenizer.json`` for a tokenizer of Meta's; whether there is one."""
-    try:
-        tree = tokenizer_files.hf_json(tokenizer, plan.found.cfg.rope.type == "llama3")
-    except ValueError as e:
-        print(
-            f"note: no tokenizer.json made of {tokenizer.path}: {e}; what transformers makes of it "
-            "may give other ids"
+        trees = {"params.json": meta.make_params(source.cfg)}
+        plan.log(
+            f"note: params.json cannot hold the context ({source.cfg.context}); manifest.json does"
         )
-        return False
-    _dump(plan.partial / "tokenizer.json", tree)
-    return True
+    else:
+        trees = huggingface.small_files(source, plan.dtypes["embed"].name, plan.log)
+    for name, tree in trees.items():
+        content = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+        atomic_write(folder / name, content.encode())
+    tensors = {
+        "sums": "SHA-256 of each tensor's little-endian bytes, laid out as `shape`; stacked "
+        "tensors have one sum per layer",
+        "tensors": _tensor_entries(plan, digests),
+    }
+    files = hash_files(folder, (n for n in files_below(folder) if n not in _NOT_LISTED))
+    write_list(folder / MANIFEST, metadata | tensors | {"files": files})
 
 
-def _dump(path: Path, tree: dict[str, Any]) -> None:
-    content = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
-    atomic_write(path, content.encode())
+def _tensor_entries(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    cfg = plan.source.cfg
+    for tensor in plan.tensors:
+        spec = tensor.spec
+        shape = [cfg.num_layers] * spec.stacked + list(spec.shape(cfg))
+        new = {"shape": shape, "dtype": plan.dtypes[spec.path].name, "sha256": []}
+        entries.setdefault(spec.path, new)["sha256"].append(digests[tensor.name])
+    return entries
 
 
 def _sync(folder: Path) -> None:
-    """Bring the folder to the disk before it gets its name."""
+    """Sync every file and folder to the disk."""
     for path in [*folder.rglob("*"), folder]:
         file = os.open(path, os.O_RDONLY)
         os.fsync(file)
         os.close(file)
-
-
-# --- the command line ---
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if (args.inspect is None) == (args.destination is None):
-        parser.error("give SOURCE and DESTINATION, or --inspect PATH")
-    # No accelerator is needed, and starting one takes memory from a job that does.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    try:
-        if args.inspect:
-            print(describe(layouts.open_folder(args.inspect, args.context)))
-        else:
-            args.max_memory -= transfer.resident()  # given for the whole process
-            convert(**{k: v for k, v in vars(args).items() if k != "inspect"})
-    except OSError as e:
-        hint = "; the same command continues here" if e.errno == errno.ENOSPC else ""
-        place = f"{e.filename}: " if e.filename else ""
-        print(f"error: {place}{e.strerror or e}{hint}", file=sys.stderr)
-        return 1
-    except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except MemoryError as e:
-        print(f"error: out of memory: {e}; give a smaller --max-memory", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command continues where this one was", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m llama_jax.convert",
-        description="Convert LLaMA weights between Meta, Hugging Face and Orbax, bit for bit.",
-    )
-    arg = parser.add_argument
-    arg("source", nargs="?", type=Path, help="folder of weights; its layout is recognised")
-    arg("destination", nargs="?", type=Path, help="folder to make")
-    arg("--to", choices=list(NAMES), help="what to write (default: orbax, or hf from orbax)")
-    kinds = ["keep", *(d.name for d in FLOATS)]
-    arg("--dtype", choices=kinds, default="keep", help="of the result (default: keep)")
-    arg("--quantize", choices=KINDS, help="the layers' matrices in 8 or 4 bits (Orbax only)")
-    arg("--shards", type=int, metavar="N", help="files (default: Meta 1, HF at most 5 GB each)")
-    arg("--max-memory", type=_memory, default="2GiB", help="of this process (default: 2GiB)")
-    arg("--verify", action="store_true", help="read the result back, compare it with the source")
-    arg("--context", type=int, metavar="T", help="context, which Meta's params.json does not say")
-    arg("--inspect", type=Path, metavar="PATH", help="say what a folder holds and what is odd")
-    return parser
-
-
-def _memory(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory like 2GiB")
-    number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** "_KMGT".index(prefix.upper() or "_"))

@@ -1,8 +1,8 @@
-"""Our checkpoints as pieces: Orbax's arrays, filled and read a few rows at a time through
+"""Our own checkpoints: ``model.json`` and Orbax arrays, read and written by row blocks through
 tensorstore.
 
-Orbax saves what is in memory; a model that is not is declared to it, so that Orbax itself writes
-every line of its metadata and a stock restore reads the result, and the values are filled in
+Orbax only saves arrays that are in memory. To write a larger model, the arrays are declared to
+Orbax, which writes all metadata, so that a stock restore reads the result; the values are written
 afterwards.
 """
 
@@ -13,56 +13,138 @@ from typing import Any
 import numpy as np
 
 from llama_jax.checkpoint.arrays import EVERY_CHUNK, ORBAX, check_item, open_array
+from llama_jax.checkpoint.model_json import read_metadata
 from llama_jax.config import ModelConfig
-from llama_jax.convert.tensors import Unit, rows_of, rows_per_chunk, units
+from llama_jax.convert import sources
+from llama_jax.convert.formats import FLOATS, ConvertError, raise_if_any
+from llama_jax.convert.sources import CheckpointWriter, SourceCheckpoint
+from llama_jax.convert.tensors import LayerTensor, layer_tensors, rows_per_chunk, tensor_specs
+from llama_jax.data import tokenizer_files
 
 
 class OrbaxWeights:
-    """One of our checkpoints: a tensorstore array a row of the table."""
+    """The weights of one of our checkpoints: one tensorstore array for each line of the table.
+
+    Args:
+      folder: the arrays of one step, such as ``steps/0/model``.
+      cfg: the model.
+      quantize: "int8" or "int4" if the matrices are quantised.
+
+    Example:
+      >>> weights = OrbaxWeights(Path("checkpoints/tiny/steps/100/model"), cfg)
+      >>> rows = weights.read(layer_tensors(cfg)[0], 0, 100)
+    """
 
     def __init__(self, folder: Path, cfg: ModelConfig, quantize: str | None = None):
         self.cfg = cfg
-        self.folder = folder
         check_item(folder, {})
-        self.arrays = {r.path: open_array(folder, r.path) for r in rows_of(cfg, quantize)}
+        self.arrays = {s.path: open_array(folder, s.path) for s in tensor_specs(cfg, quantize)}
 
-    def dtype(self, unit: Unit) -> np.dtype:
-        return self.arrays[unit.row.path].dtype.numpy_dtype
+    def dtype(self, tensor: LayerTensor) -> np.dtype:
+        return self.arrays[tensor.spec.path].dtype.numpy_dtype
 
-    def read(self, unit: Unit, start: int, stop: int) -> np.ndarray:
-        """Rows start to stop of a unit."""
-        array = self._of(unit)[start:stop]
-        return np.asarray(array.read().result()).reshape(stop - start, unit.shape(self.cfg)[1])
+    def read(self, tensor: LayerTensor, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop of a tensor."""
+        rows = self._array(tensor)[start:stop].read().result()
+        return np.asarray(rows).reshape(stop - start, tensor.shape(self.cfg)[1])
 
-    def write(self, unit: Unit, start: int, piece: np.ndarray) -> None:
-        """Write rows of a unit; whole chunks, so that nothing has to be read first."""
-        array = self._of(unit)[start : start + len(piece)]
-        array.write(
-            piece.reshape(array.shape), can_reference_source_data_indefinitely=True
-        ).result()
+    def write(self, tensor: LayerTensor, start: int, row_block: np.ndarray) -> None:
+        """Write rows of a tensor; they must be whole chunks, which need not be read first."""
+        array = self._array(tensor)[start : start + len(row_block)]
+        block = row_block.reshape(array.shape)
+        array.write(block, can_reference_source_data_indefinitely=True).result()
 
-    def close(self) -> None:
-        """Nothing is open."""
+    def _array(self, tensor: LayerTensor) -> Any:
+        array = self.arrays[tensor.spec.path]
+        return array if tensor.layer is None else array[tensor.layer]
 
-    def _of(self, unit: Unit) -> Any:
-        array = self.arrays[unit.row.path]
-        return array if unit.layer is None else array[unit.layer]
+
+# Reader -------------------------------------------------------------------------------------------
+
+
+def open_orbax(root: Path, path: Path) -> SourceCheckpoint:
+    """Open one of our checkpoints.
+
+    Args:
+      root: the folder that holds model.json.
+      path: `root`, or one step in it.
+
+    Raises:
+      ConvertError: the checkpoint cannot be used; lists every reason.
+    """
+    cfg, metadata = read_metadata(root)
+    quantize = metadata.get("quantize")
+    step, steps = _find_step(root, path)
+    folder = root / "steps" / str(step) / "model"
+    weights = _open_arrays(folder, cfg, quantize)
+    warnings = [f"step {step} of {', '.join(map(str, steps))}"] if len(steps) > 1 else []
+    where, given = f"{root}/model.json", metadata["token_ids"]
+    token_ids = sources.check_token_ids(given, cfg.vocab_size, where, warnings)
+    # The manifest describes the converted step 0, not later training steps.
+    sha256 = sources.manifest_sha256(root, cfg, quantize) if step == 0 else {}
+    return SourceCheckpoint(
+        "orbax", path, cfg, weights, [folder], token_ids, tokenizer_files.find(root),
+        sources.extras(root), warnings, sha256, quantize,
+    )  # fmt: skip
+
+
+def _find_step(root: Path, path: Path) -> tuple[int, list[int]]:
+    """The step that ``path`` names, or the newest one, and all steps."""
+    folder = root / "steps"
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    steps = sorted(int(n) for n in names if n.isascii() and n.isdigit())
+    given = next(iter(path.resolve().relative_to(root.resolve()).parts[1:]), None)
+    if given is not None and given not in map(str, steps):
+        raise ConvertError(f"{path} is not a finished step of {root}")
+    if not steps:
+        raise ConvertError(f"{folder} holds no finished step")
+    return int(given) if given is not None else steps[-1], steps
+
+
+def _open_arrays(folder: Path, cfg: ModelConfig, quantize: str | None) -> OrbaxWeights:
+    """The arrays of one step, after a check of their names, shapes and dtypes."""
+    metadata = sources.read_settings(folder / "_METADATA", sources.MAX_INDEX_BYTES)
+    try:
+        keys = [v["key_metadata"] for v in metadata["tree_metadata"].values()]
+        have = {"/".join(str(k["key"])[:200] for k in key) for key in keys}
+    except (KeyError, TypeError, AttributeError):
+        raise ConvertError(f"{folder}/_METADATA is damaged: it lists no arrays") from None
+    specs = tensor_specs(cfg, quantize)
+    shapes = {s.path: (cfg.num_layers,) * s.stacked + s.shape(cfg) for s in specs}
+    raise_if_any(sources.check_names(have, set(shapes), folder))
+    weights = OrbaxWeights(folder, cfg, quantize)
+    problems = []
+    for name, array in weights.arrays.items():
+        if array.shape != shapes[name]:
+            problems.append(
+                f"{folder}: {name} has shape {list(array.shape)}, model.json makes it "
+                f"{list(shapes[name])}"
+            )
+        if array.dtype.numpy_dtype not in FLOATS and not name.endswith("/q"):
+            problems.append(
+                f"{folder}: {name} is {array.dtype.name}: only float16, bfloat16 and float32 "
+                "weights are supported"
+            )
+    raise_if_any(problems)
+    return weights
+
+
+# Writer -------------------------------------------------------------------------------------------
 
 
 class _Declared:
-    """An array that will be: shape, dtype and chunks (one layer, a part of its rows), and no
-    value."""
+    """An array without values: shape, dtype, and chunks of some rows of one layer."""
 
-    def __init__(self, unit: Unit, cfg: ModelConfig, dtype: np.dtype):
-        shape = unit.row.shape(cfg)
-        rows = rows_per_chunk(unit, cfg, dtype)
-        stack = unit.layer is not None
-        self.shape = (cfg.num_layers,) * stack + shape
-        self.chunk = (1,) * stack + (rows, *shape[1:])
+    def __init__(self, tensor: LayerTensor, cfg: ModelConfig, dtype: np.dtype):
+        shape = tensor.spec.shape(cfg)
+        rows = rows_per_chunk(tensor, cfg, dtype)
+        stacked = tensor.layer is not None
+        self.shape = (cfg.num_layers,) * stacked + shape
+        self.chunk = (1,) * stacked + (rows, *shape[1:])
         self.dtype = dtype
 
     def create(self, path: Any) -> None:
-        """Make the empty array."""
+        """Create the empty array."""
         import tensorstore as ts
 
         metadata = {
@@ -71,23 +153,31 @@ class _Declared:
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.chunk}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         }
-        spec = {
-            "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{path}/"},
-            "metadata": metadata,
-        } | EVERY_CHUNK
+        kvstore = {"driver": "file", "path": f"{path}/"}
+        spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata} | EVERY_CHUNK
         ts.open(spec, create=True).result()
 
 
-def create(
-    steps: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype], quantize: str | None = None
-) -> OrbaxWeights:
-    """A checkpoint of step 0 whose arrays are all there and empty, made by Orbax itself so that a
-    stock restore reads it.
+def create_writer(
+    folder: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype], quantize: str | None = None
+) -> CheckpointWriter:
+    """Create step 0 of a checkpoint with empty arrays, or open the one of a killed run.
 
-    Orbax writes the metadata; its arrays would have to be in memory, so ours are only declared here
-    and are filled by :meth:`OrbaxWeights.write`.
+    Args:
+      folder: the checkpoint.
+      cfg: the model.
+      dtypes: dtype of each line of the table.
+      quantize: "int8" or "int4" for quantised matrices.
     """
+    arrays = folder / "steps" / "0" / "model"
+    if not (arrays / "_METADATA").exists():
+        _create_arrays(folder / "steps", cfg, dtypes, quantize)
+    return CheckpointWriter(OrbaxWeights(arrays, cfg, quantize))
+
+
+def _create_arrays(
+    steps: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype], quantize: str | None
+) -> None:
     import orbax.checkpoint as ocp
 
     class Declare(ocp.type_handlers.TypeHandler):
@@ -106,25 +196,22 @@ def create(
                 value.create(info.path)
             return []
 
-    tree: dict[str, Any] = {}
-    for unit in units(cfg, quantize):
-        if unit.layer in (None, 0):
-            *parents, name = unit.row.path.split("/")
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[name] = _Declared(unit, cfg, dtypes[unit.row.path])
+    arrays = {
+        t.spec.path: _Declared(t, cfg, dtypes[t.spec.path])
+        for t in layer_tensors(cfg, quantize)
+        if t.layer in (None, 0)
+    }
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     log = logging.getLogger("absl")
     level = log.level
-    log.setLevel(logging.ERROR)  # Orbax warns of what is missing on purpose: values, OCDBT files
+    log.setLevel(logging.ERROR)  # Orbax warns about the missing values
     try:
         registry = ocp.type_handlers.create_type_handler_registry((_Declared, Declare()))
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **ORBAX)
         with ocp.CheckpointManager(
             steps, item_handlers={"model": handler}, options=options
         ) as manager:
-            manager.save(0, args=ocp.args.Composite(model=ocp.args.PyTreeSave(tree)))
+            tree = ocp.args.PyTreeSave(sources.nested(arrays))
+            manager.save(0, args=ocp.args.Composite(model=tree))
     finally:
         log.setLevel(level)
-    return OrbaxWeights(steps / "0" / "model", cfg, quantize)

@@ -1,10 +1,8 @@
 """Load a model: a run of training, converted weights, or weights of Hugging Face or Meta."""
 
-import contextlib
 import fcntl
 import functools
 import hashlib
-import io
 import json
 import os
 import sys
@@ -222,18 +220,19 @@ def _checkpoint_of(folder: Path) -> Path:
         )
     if (folder / "model.json").is_file():
         return folder
-    from llama_jax.convert.layouts import NAMES, open_folder
+    from llama_jax.convert.job import open_folder
+    from llama_jax.convert.sources import NAMES
 
     try:
         found = open_folder(folder)
     except (ValueError, OSError) as e:
         raise ConfigError(f"{folder} cannot be loaded: {e}") from None
-    if found.kind == "orbax":
+    if found.format == "orbax":
         root = next(p for p in folder.resolve().parents if (p / "model.json").is_file())
         raise ConfigError(f"{folder} is one step of a checkpoint: load {root}, its newest")
     if not found.tokenizers:
         raise ConfigError(f"{folder} has no tokenizer (tokenizer.model or tokenizer.json)")
-    return _converted(folder.resolve(), NAMES[found.kind])
+    return _converted(folder.resolve(), NAMES[found.format])
 
 
 def _converted(folder: Path, layout: str) -> Path:
@@ -254,8 +253,7 @@ def _converted(folder: Path, layout: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
         if not converted.exists():
             print(f"converting {folder} ({layout}) once, to {converted}", file=sys.stderr)
-            with contextlib.redirect_stdout(io.StringIO()):
-                convert(folder, converted)
+            convert(folder, converted, log=lambda line: None)
     return converted
 
 

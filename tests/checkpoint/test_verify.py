@@ -20,6 +20,7 @@ from llama_jax.checkpoint.weights import check_weights
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.convert import job as convert
 from llama_jax.convert import logits as verification
+from llama_jax.convert.__main__ import main
 from llama_jax.io import folder_lock
 from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.prepare.tokenizer import train_tokenizer
@@ -142,7 +143,7 @@ def test_other_folders_are_refused(place, tmp_path, capsys):
 
 def convert_error(source: Path, out: Path, capsys) -> str:
     """What the command says; nothing with the destination's name is left."""
-    assert convert.main([str(source), str(out), "--max-memory", "64GiB"]) == 1
+    assert main([str(source), str(out), "--max-memory", "64GiB"]) == 1
     assert not out.exists()
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -20,12 +20,14 @@ from convert_tools import ANY, DTYPES, STORIES, same, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llama_jax.checkpoint.arrays import ORBAX
 from llama_jax.config import MODELS
-from llama_jax.convert import formats, layouts, torch_files, transfer
+from llama_jax.convert import copy, formats, torch_files
 from llama_jax.convert import logits as verification
 from llama_jax.convert import tensors as weights
-from llama_jax.convert.job import convert, main
-from llama_jax.convert.orbax import ORBAX
+from llama_jax.convert.__main__ import main
+from llama_jax.convert.job import convert, create_writer, make_plan, open_folder
+from llama_jax.convert.sources import SourceCheckpoint
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +121,7 @@ def test_round_trips_of_random_shapes(tmp_path_factory, data):
         num_layers=draw(1, 3), ffn_dim=many * draw(1, 9), vocab_size=many * draw(1, 11),
         tie_embeddings=data.draw(st.booleans()),
     )  # fmt: skip
-    files = data.draw(st.integers(1, len(weights.units(cfg))))
+    files = data.draw(st.integers(1, len(weights.layer_tensors(cfg))))
     dtype = DTYPES[data.draw(st.sampled_from(list(DTYPES)))]
     go_round(tmp_path_factory.mktemp("round"), cfg, dtype, many, files, many, draw(0, 1) == 1)
 
@@ -136,7 +138,7 @@ def test_hugging_face_files_of_both_kinds_are_read(tmp_path, suffix, files):
 def test_pieces_smaller_than_a_tensor_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "CHUNK", 100)
     monkeypatch.setattr(weights, "BLOCK", 200)
-    monkeypatch.setattr(transfer, "_LARGEST", 100)
+    monkeypatch.setattr(copy, "_MAX_BLOCK", 100)
     go_round(tmp_path, small(), DTYPES["float32"], 2, 3, 4)
 
 
@@ -149,7 +151,7 @@ def test_dtype_casts_round_to_nearest_even_and_refuse_overflow(tmp_path):
     assert same(restore(out), tools.our_tree(cast, cfg))
     state["norm.weight"] = np.full(cfg.dim, 1e6, np.float32)
     source = tools.make_hf(tmp_path / "large", state, cfg)
-    with pytest.raises(ValueError, match=r"norm holds 1000000.*float16 cannot say"):
+    with pytest.raises(ValueError, match=r"norm holds 1000000.*overflows in float16"):
         convert(source, tmp_path / "none", dtype="float16")
     assert not (tmp_path / "none").exists()
 
@@ -207,10 +209,10 @@ def test_large_records_get_zip64_headers(tmp_path):
         for offset, data in torch_files.headers(plan, dict.fromkeys(plan.sizes, 0) | crc):
             f.seek(offset)
             f.write(data)
-        f.seek(plan.regions["b"].offset)
+        f.seek(plan.slices["b"].offset)
         f.write(b"\1\2\3")
     regions = torch_files.read(path)
-    assert regions == plan.regions
+    assert regions == plan.slices
     assert regions["b"].offset > 1 << 32
     torch = pytest.importorskip("torch")
     assert torch.load(path, weights_only=True, mmap=True)["b"].tolist() == [1, 2, 3]
@@ -269,9 +271,9 @@ def test_a_killed_run_continues_and_trusts_nothing_half_written(tmp_path, to, mo
     target, partial = tmp_path / "out", tmp_path / "out.partial"
     # The kill: a process that writes slowly gets SIGKILL after a few units.
     slow = (
-        "import time, sys; from llama_jax.convert import transfer; from llama_jax.convert "
-        "import main;"
-        "read = transfer._read; transfer._read = lambda *a: time.sleep(0.05) or read(*a);"
+        "import time, sys; from llama_jax.convert import copy;"
+        "from llama_jax.convert.__main__ import main;"
+        "read = copy._read; copy._read = lambda *a: time.sleep(0.05) or read(*a);"
         f"sys.exit(main([{str(source)!r}, {str(target)!r}, '--to', {to!r}]))"
     )
     process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL)
@@ -281,19 +283,17 @@ def test_a_killed_run_continues_and_trusts_nothing_half_written(tmp_path, to, mo
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not target.exists()
-    with pytest.raises(
-        ValueError, match=r"is missing|no folder of weights|not a|cut off|damaged|no finished"
-    ):
-        layouts.open_folder(partial)
+    with pytest.raises(ValueError, match=r"is missing|not a|cut off|damaged|no finished"):
+        open_folder(partial)
     done = [
-        json.loads(line)["unit"]
+        json.loads(line)["tensor"]
         for line in (partial / "progress.jsonl").read_text().splitlines()[1:]
     ]
-    _damage(partial, to, cfg, done[0])
+    _damage(partial, to, source, done[0])
     with (partial / "progress.jsonl").open("a") as f:
-        f.write('{"unit": "blocks/mlp/down/7", "sha2')  # cut off in the middle
-    read, again = transfer._read, []
-    monkeypatch.setattr(transfer, "_read", lambda p, u, *a: again.append(u.name) or read(p, u, *a))
+        f.write('{"tensor": "blocks/mlp/down/7", "sha2')  # cut off in the middle
+    read, again = copy._read, []
+    monkeypatch.setattr(copy, "_read", lambda p, u, *a: again.append(u.name) or read(p, u, *a))
     convert(source, target, to=to)
     assert "continuing" in capsys.readouterr().out
     assert done[0] in again  # damaged
@@ -307,20 +307,17 @@ def test_a_killed_run_continues_and_trusts_nothing_half_written(tmp_path, to, mo
         ]
 
 
-def _damage(partial: Path, to: str, cfg, unit: str) -> None:
-    """Flip a byte of a unit that the record calls finished."""
-    row, _, layer = unit.rpartition("/") if unit[-1].isdigit() else (unit, "", "")
+def _damage(partial: Path, to, source: Path, tensor: str) -> None:
+    """Flip a byte of a tensor that the record calls finished."""
+    row, _, layer = tensor.rpartition("/") if tensor[-1].isdigit() else (tensor, "", "")
     if to == "orbax":
         chunk = partial / "steps/0/model" / row.replace("/", ".") / "c"
         path = next(p for p in (chunk / layer).rglob("*") if p.is_file())
         offset = 3
     else:
-        dtypes = dict.fromkeys((r.path for r in weights.TABLE), DTYPES["bfloat16"])
-        from llama_jax.convert import targets
-
-        target = targets.create(to, partial, cfg, dtypes, None, False)
-        region = target.weights.parts[unit][0].region
-        path, offset = region.path, region.offset
+        plan = make_plan(open_folder(source), partial.with_suffix(""), to, max_memory=64 << 30)
+        location = create_writer(plan).weights.shards[tensor][0].slice
+        path, offset = location.path, location.offset
     with path.open("r+b") as f:
         f.seek(offset)
         byte = f.read(1)
@@ -375,12 +372,12 @@ def test_another_conversion_does_not_continue_a_partial_one(tmp_path, capsys):
 
 def test_two_conversions_of_one_destination_do_not_meet(tmp_path):
     cfg = small()
-    found = layouts.open_folder(
+    found = open_folder(
         tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
     )
-    plan = transfer.Plan(found, tmp_path / "out", "meta", found.dtypes(), None, 2 << 30)
-    with transfer.open_progress(plan), pytest.raises(ValueError, match="another conversion"):
-        transfer.open_progress(plan)
+    plan = copy.Plan(found, tmp_path / "out", "meta", found.dtypes(), None, 2 << 30)
+    with copy.open_progress(plan), pytest.raises(ValueError, match="another conversion"):
+        copy.open_progress(plan)
 
 
 def test_verify_notices_one_bit(tmp_path, monkeypatch):
@@ -388,11 +385,11 @@ def test_verify_notices_one_bit(tmp_path, monkeypatch):
     source = tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
     write = weights.TorchWeights.write
 
-    def flip(self, unit, start, piece):
-        if unit.name == "blocks/attention/k/1":
+    def flip(self, tensor, start, piece):
+        if tensor.name == "blocks/attention/k/1":
             piece = piece.copy()
             piece.view(np.uint8)[0, 0] ^= 1
-        write(self, unit, start, piece)
+        write(self, tensor, start, piece)
 
     monkeypatch.setattr(weights.TorchWeights, "write", flip)
     with pytest.raises(ValueError, match="differ from the source: blocks/attention/k/1"):
@@ -403,10 +400,10 @@ def test_verify_notices_one_bit(tmp_path, monkeypatch):
 CAPPED = """
 import resource, sys
 from pathlib import Path
-from llama_jax.convert import transfer, tensors as weights
-from llama_jax.convert.job import main
-transfer._WORKERS, transfer._LARGEST = 2, int(sys.argv[1])
-weights.CHUNK = transfer._LARGEST
+from llama_jax.convert import copy, tensors as weights
+from llama_jax.convert.__main__ import main
+copy._WORKERS, copy._MAX_BLOCK = 2, int(sys.argv[1])
+weights.CHUNK = copy._MAX_BLOCK
 data = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmData")]
 limit = (int(data[0].split()[1]) << 10) + (64 << 20)  # two threads, their stacks, their pieces
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -440,20 +437,20 @@ def test_pieces_of_published_models_fit_the_default_bound(name, dtype):
     cfg = MODELS[name]
 
     class Any_:
-        dtype = lambda self, unit: DTYPES["float32"]
+        dtype = lambda self, tensor: DTYPES["float32"]
 
-    found = layouts.Found("hf", Path(), cfg, Any_(), [], {}, [], [], [])
+    found = SourceCheckpoint("hf", Path(), cfg, Any_(), [], {}, [], [], [])
     dtypes = dict.fromkeys((r.path for r in weights.TABLE), DTYPES[dtype])
-    plan = transfer.Plan(found, Path(), "meta", dtypes, None, 2 << 30)
-    for unit in weights.units(cfg):
-        rows, columns = unit.shape(cfg)
-        pieces = transfer._pieces(plan, unit, transfer._LARGEST)
+    plan = copy.Plan(found, Path(), "meta", dtypes, None, 2 << 30)
+    for tensor in weights.layer_tensors(cfg):
+        rows, columns = tensor.shape(cfg)
+        pieces = copy._row_blocks(plan, tensor, copy._MAX_BLOCK)
         assert pieces[0][0] == 0
         assert pieces[-1][1] == rows
         assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
         widest = max(stop - start for start, stop in pieces) * columns * 4
-        assert widest <= transfer._LARGEST * 1.1
-        assert 2 * transfer._COPIES * widest < 1.2 * (1 << 30)
+        assert widest <= copy._MAX_BLOCK * 1.1
+        assert 2 * copy._COPIES * widest < 1.2 * (1 << 30)
 
 
 def test_the_command_line(tmp_path, capsys):
@@ -475,7 +472,7 @@ def test_the_command_line(tmp_path, capsys):
     assert main([str(source), str(tmp_path / "out")]) == 1
     assert "exists; remove it" in capsys.readouterr().err
     assert main(["--inspect", str(tmp_path / "out")]) == 0
-    assert "Meta layout, 2 file(s)" in capsys.readouterr().out
+    assert "Meta format, 2 file(s)" in capsys.readouterr().out
     assert main([str(source), str(tmp_path / "o2"), "--max-memory", "1MB"]) == 1
     assert "too little" in capsys.readouterr().err
     assert not (tmp_path / "o2.partial").exists()
@@ -485,10 +482,22 @@ def test_a_process_that_holds_much_may_convert(tmp_path, monkeypatch, capsys):
     """A notebook's own memory is not counted; the command line's bound is on the whole process."""
     cfg = small()
     source = tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
-    monkeypatch.setattr(transfer, "resident", lambda: 100 << 30)
+    monkeypatch.setattr(copy, "resident_bytes", lambda: 100 << 30)
     convert(source, tmp_path / "out")
     assert main([str(source), str(tmp_path / "o2")]) == 1
     assert "--max-memory 2.1 GB is too little: 10" in capsys.readouterr().err
+
+
+def test_output_goes_to_the_log_of_the_caller(tmp_path, capsys):
+    cfg = small()
+    source = tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
+    lines = []
+    convert(str(source), str(tmp_path / "one"), to="meta", verify=True, log=lines.append)
+    assert [line.split(":")[0] for line in lines[:3]] == ["found", "writing", "disk"]
+    assert any(line.startswith("note: params.json cannot hold the context") for line in lines)
+    assert lines[-1].startswith("done: ")
+    convert(source, tmp_path / "two", log=None)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_only_light_modules_are_imported(tmp_path):
@@ -570,6 +579,6 @@ def test_records_lie_where_torch_wants_them(tmp_path):
 def test_crc_of_a_tensor_larger_than_a_piece(tmp_path):
     path, data = tmp_path / "a.pth", np.random.default_rng(0).bytes(9 << 20)
     path.write_bytes(data)
-    region = formats.Region(path, 8, ((9 << 18) - 2,), (1,), DTYPES["float32"])
+    region = formats.TensorSlice(path, 8, ((9 << 18) - 2,), (1,), DTYPES["float32"])
     files = weights.TorchWeights(small(), {}, interleaved=False)
     assert files.checksum(region) == zlib.crc32(data[8:])

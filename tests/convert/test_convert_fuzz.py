@@ -17,7 +17,9 @@ from convert_tools import DTYPES, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_jax.convert import formats, layouts, torch_files
+from llama_jax.convert import formats, torch_files
+from llama_jax.convert.job import open_folder
+from llama_jax.convert.torch_pickle import dump_pickle
 from llama_jax.data import tokenizer_files
 from llama_jax.prepare.tokenizer import train_tokenizer
 
@@ -124,7 +126,7 @@ PARTS = [
 @fuzz
 @given(
     data=st.lists(st.sampled_from(PARTS) | st.sampled_from(OPCODES), max_size=60).map(b"".join)
-    | damaged(torch_files._pickle_state({"a": ((2, 3), DTYPES["float16"])}))
+    | damaged(dump_pickle({"a": ((2, 3), DTYPES["float16"])}))
     | WEIRD.map(pickle.dumps)
     | st.binary()
 )
@@ -147,7 +149,7 @@ def test_any_zip(folders, data):
     middle = whole[1500:-3000]
     content = data.draw(damaged(start)) + middle + data.draw(damaged(end))
     with replaced(path, content), only_our_errors():
-        layouts.open_folder(folders["meta"])
+        open_folder(folders["meta"])
 
 
 @fuzz
@@ -166,7 +168,7 @@ def test_any_safetensors_header(folders, data):
     with replaced(path, head + text + whole[8 + length :]), only_our_errors():
         for region in formats.read_safetensors(path).values():
             formats.view(region, formats.map_file(path)).tobytes()
-        layouts.open_folder(folders["hf"])
+        open_folder(folders["hf"])
 
 
 MANIFEST = b'{"rotary_layout": "half", "tensors": {"embed": {"sha256": ["0"]}}, "model": {}}'
@@ -189,14 +191,14 @@ def test_any_settings(folders, data):
     else:
         content = data.draw(damaged(content) | st.binary())
     with replaced(path, content), only_our_errors():
-        layouts.open_folder(folders[layout])
+        open_folder(folders[layout])
 
 
 @fuzz
 @given(content=st.binary() | st.text().map(str.encode) | damaged(b"{% for m in messages %}"))
 def test_any_template(folders, content):
     with replaced(folders["hf"] / "chat_template.jinja", content), only_our_errors():
-        layouts.open_folder(folders["hf"])
+        open_folder(folders["hf"])
 
 
 @pytest.fixture(scope="module")
@@ -224,5 +226,5 @@ def test_any_tokenizer(tmp_path_factory, sentencepiece_model, data):
 
 def test_the_folders_are_good(folders):
     """Otherwise the tests above would prove nothing."""
-    assert layouts.open_folder(folders["hf"]).tokenizers[0].size == 6
-    assert layouts.open_folder(folders["meta"]).cfg.num_layers == 2
+    assert open_folder(folders["hf"]).tokenizers[0].size == 6
+    assert open_folder(folders["meta"]).cfg.num_layers == 2

@@ -21,7 +21,8 @@ import convert_tools as tools
 from convert_tools import DTYPES, small
 
 from llama_jax.convert import formats, torch_files
-from llama_jax.convert.job import convert, main
+from llama_jax.convert.__main__ import main
+from llama_jax.convert.job import convert
 
 SECONDS, MEMORY = 5, 300 << 20
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
@@ -166,10 +167,10 @@ CASES = {
     "1e8 layers, hf": (settings("hf", num_hidden_layers=10**8), {}, "num_layers=100000000"),
     "1e8 layers, meta": (settings("meta", n_layers=10**8), {}, "num_layers=100000000"),
     "1e8 layers, ours": (settings("orbax", num_layers=10**8), {}, "num_layers=100000000"),
-    "no model": (settings("orbax", model=5), {}, "model.json has no model"),
+    "no model": (settings("orbax", model=5), {}, "model.json is damaged: it has no model"),
     "deep model": (settings("orbax", rope=json.loads("[" * 500 + "]" * 500)), {}, "rope"),
     "100k settings": (settings("orbax", **{f"k{i}": 1 for i in range(50_000)}), {}, "more problem"),
-    "ids a list": (settings("orbax", token_ids=[1]), {}, "token_ids=[1] is not an object"),
+    "ids a list": (settings("orbax", token_ids=[1]), {}, "token_ids must be an object, not [1]"),
     "ids a string": (settings("orbax", token_ids={"eos": "2"}), {}, "eos token id is '2'"),
     "metadata a list": (put("orbax", "steps/0/model/_METADATA", "[]"), {}, "it holds a list"),
     "metadata odd": (
@@ -187,7 +188,7 @@ CASES = {
     "eos 1.5": (settings("hf", eos_token_id=[1.5]), {}, "the eos token id is [1.5]"),
     "eos -7": (settings("hf", eos_token_id=-7), {}, "the eos token id is -7"),
     "eos nested": (settings("hf", eos_token_id=[[1]]), {}, "the eos token id is [[1]]"),
-    "eos outside": (settings("hf", eos_token_id=24), {}, "none of the embedding's 24 rows"),
+    "eos outside": (settings("hf", eos_token_id=24), {}, "but the embedding has 24 rows"),
     "bos a list": (settings("hf", bos_token_id=[1]), {}, "the bos token id is [1]"),
     "9 eos ids": (settings("hf", eos_token_id=[*range(9)]), {}, "an id or at most 8"),
     "tied as a word": (settings("hf", tie_word_embeddings="no"), {}, "neither true nor false"),
@@ -274,7 +275,8 @@ def run(root: Path) -> dict[str, list]:
 
 def test_hostile_sources_are_refused_quickly_in_little_memory(tmp_path):
     command = [sys.executable, __file__, str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    path = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
+    env = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     process = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
     results = json.loads(process.stdout.splitlines()[-1])
@@ -293,7 +295,7 @@ def test_hostile_sources_are_refused_quickly_in_little_memory(tmp_path):
 
 
 def test_values_that_change_nothing_are_taken():
-    from llama_jax.convert import foreign
+    from llama_jax.convert import huggingface
 
     cfg = small()
     same = {
@@ -303,10 +305,10 @@ def test_values_that_change_nothing_are_taken():
         "use_sliding_window": False, "query_pre_attn_scalar": 4, "partial_rotary_factor": 1.0,
         "num_local_experts": 0, "attention_dropout": 0.1, "temperature": 0.7, "dim_model_base": 32,
     }  # fmt: skip
-    read, remarks = foreign.model_from_hf(tools.config_of(cfg) | same, "config.json")
+    read, remarks = huggingface.parse_config(tools.config_of(cfg) | same, "config.json")
     assert (read, remarks) == (cfg, [])
     many = {f"k{i}": 1 for i in range(40)}
-    _, remarks = foreign.model_from_hf(tools.config_of(cfg) | many, "config.json")
+    _, remarks = huggingface.parse_config(tools.config_of(cfg) | many, "config.json")
     assert remarks[0].endswith("and 30 more")
 
 
@@ -319,7 +321,7 @@ def test_reading_stays_within_what_torch_writes(tmp_path):
     assert len(torch_files.read(tmp_path / "a.pth")) == len(state) == 126 * 9 + 3
     assert len(formats.read_safetensors(tmp_path / "a.safetensors")) == len(state)
     plan = torch_files.plan(tmp_path / "a.pth", {k: (w.shape, w.dtype) for k, w in state.items()})
-    assert 8 * len(plan.small["a/data.pkl"]) < torch_files._LARGEST_PICKLE
+    assert 8 * len(plan.small["a/data.pkl"]) < torch_files._MAX_PICKLE_BYTES
 
 
 if __name__ == "__main__":

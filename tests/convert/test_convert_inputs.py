@@ -16,9 +16,10 @@ import pytest
 from convert_tools import ANY, DTYPES, small
 
 from llama_jax.convert import job as convert_module
-from llama_jax.convert import layouts, torch_files
 from llama_jax.convert import tensors as weights
-from llama_jax.convert.job import convert, main
+from llama_jax.convert import torch_files, torch_pickle
+from llama_jax.convert.__main__ import main
+from llama_jax.convert.job import convert, open_folder
 
 F16 = DTYPES["float16"]
 
@@ -52,7 +53,7 @@ def test_no_folder_of_weights(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "notes.txt").write_text("hello")
-    refused(empty, "no folder of weights", "consolidated.*.pth", "found notes.txt")
+    refused(empty, "is not a folder of weights", "consolidated.*.pth", "found notes.txt")
     refused(empty / "notes.txt", "is a file; give the folder")
 
 
@@ -271,7 +272,7 @@ def test_nonsense_pickles_are_errors_of_ours(tmp_path, data):
 
 
 def test_a_pickle_cannot_change_what_the_next_file_means(tmp_path):
-    names = dict(torch_files._NAMES)
+    names = dict(torch_pickle._NAMES)
     for slot in (b"}X\x07\x00\x00\x00__doc__K\x01sb", b"N}X\x05\x00\x00\x00dtypeK\x01s\x86b"):
         for name in (
             b"ctorch._utils\n_rebuild_tensor_v2\n",
@@ -280,7 +281,7 @@ def test_a_pickle_cannot_change_what_the_next_file_means(tmp_path):
         ):
             with pytest.raises(ValueError, match=r"x\.pth"):
                 torch_files.read(with_pickle(tmp_path / "x.pth", b"\x80\x02" + name + slot + b"."))
-    assert names == torch_files._NAMES
+    assert names == torch_pickle._NAMES
     region = torch_files.read(with_pickle(tmp_path / "x.pth", one_tensor()))["a"]
     assert region.dtype == np.float32
 
@@ -425,9 +426,9 @@ def test_tied_weights_that_differ_or_are_missing(tmp_path, cfg, state):
     hf = tools.hf_state(state, cfg)
     equal = hf | {"lm_head.weight": hf["model.embed_tokens.weight"]}
     tools.save_safetensors(source / "model.safetensors", equal)
-    found = layouts.open_folder(source)
+    found = open_folder(source)
     assert found.cfg.tie_embeddings
-    assert "lm_head.weight equals the embedding: tied" in found.remarks
+    assert "lm_head.weight equals the embedding: tied" in found.warnings
     del hf["lm_head.weight"]
     tools.save_safetensors(source / "model.safetensors", hf)
     (source / "config.json").write_text(json.dumps(config))
@@ -479,15 +480,15 @@ def test_a_destination_that_exists(tmp_path, cfg, state, capsys):
     with pytest.raises(ValueError, match="full exists; remove it or choose another name"):
         convert(source, tmp_path / "full")
     assert (tmp_path / "full/file").read_text() == "mine"
-    with pytest.raises(ValueError, match="nowhere does not exist; make it first"):
+    with pytest.raises(ValueError, match="nowhere does not exist; create it first"):
         convert(source, tmp_path / "nowhere/out")
     (tmp_path / "other.partial").mkdir()
     (tmp_path / "other.partial/file").write_text("mine")
-    with pytest.raises(ValueError, match="is no unfinished conversion; rename or"):
+    with pytest.raises(ValueError, match="is not an unfinished conversion; rename or"):
         convert(source, tmp_path / "other")
     (tmp_path / "empty").mkdir()
     convert(source, tmp_path / "empty")
-    assert layouts.open_folder(tmp_path / "empty").kind == "orbax"
+    assert open_folder(tmp_path / "empty").format == "orbax"
 
 
 def test_too_little_disk_before_the_start(tmp_path, cfg, state, monkeypatch):
@@ -518,7 +519,7 @@ def test_a_disk_that_fills_up(tmp_path, cfg, state, monkeypatch, capsys, to):
     assert "No space left on device; the same command continues" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="partial"):
-        layouts.open_folder(tmp_path / "out.partial")
+        open_folder(tmp_path / "out.partial")
     monkeypatch.setattr(kind, "write", real)
     assert main([*command, "--verify"]) == 0
 
@@ -545,14 +546,14 @@ def test_no_read_permission(tmp_path, cfg, state, capsys):
 
 def test_a_source_that_changes_meanwhile(tmp_path, cfg, state, monkeypatch):
     source = tools.make_hf(tmp_path / "hf", state, cfg)
-    write = convert_module._write_settings
+    write = convert_module._write_small_files
 
     def change(plan, sums):
         os.utime(source / "model.safetensors", ns=(1, 1))
         write(plan, sums)
 
-    monkeypatch.setattr(convert_module, "_write_settings", change)
-    with pytest.raises(ValueError, match="hf changed while it was being converted"):
+    monkeypatch.setattr(convert_module, "_write_small_files", change)
+    with pytest.raises(ValueError, match="hf changed during the conversion"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -579,8 +580,8 @@ def test_shard_counts_that_do_not_divide(tmp_path, cfg, state):
     [
         (lambda p: p.symlink_to(p.with_name("real")), "out is a link to"),
         (lambda p: p.symlink_to("nowhere"), "out is a link to nowhere"),
-        (lambda p: p.with_name("out.partial").symlink_to("real"), "no unfinished conversion"),
-        (lambda p: p.with_name("out.partial").write_text("mine"), "no unfinished conversion"),
+        (lambda p: p.with_name("out.partial").symlink_to("real"), "not an unfinished conversion"),
+        (lambda p: p.with_name("out.partial").write_text("mine"), "not an unfinished conversion"),
     ],
 )
 def test_destinations_that_could_not_be_named_at_the_end(tmp_path, cfg, state, make, expected):
@@ -590,7 +591,7 @@ def test_destinations_that_could_not_be_named_at_the_end(tmp_path, cfg, state, m
     with pytest.raises(ValueError, match=expected):
         convert(source, tmp_path / "out")
     for name in (".", "..", "/", str(tmp_path / "real/..")):
-        with pytest.raises(ValueError, match="give the name of a folder to make"):
+        with pytest.raises(ValueError, match="give the name of a folder to create"):
             convert(source, Path(name))
     assert list((tmp_path / "real").iterdir()) == []
 
@@ -602,7 +603,7 @@ def test_somebody_elses_partial_folder_is_left_alone(tmp_path, cfg, state, recor
     theirs.mkdir()
     (theirs / "progress.jsonl").write_bytes(record)
     (theirs / "results.csv").write_text("of a week")
-    with pytest.raises(ValueError, match=r"partial exists and is no unfinished conversion"):
+    with pytest.raises(ValueError, match=r"partial exists and is not an unfinished conversion"):
         convert(source, tmp_path / "out")
     assert (theirs / "progress.jsonl").read_bytes() == record
     assert (theirs / "results.csv").read_text() == "of a week"
@@ -646,8 +647,8 @@ def test_a_damaged_source_is_refused_by_its_manifest(tmp_path, cfg, state, capsy
         path = next(p for p in chunks.rglob("*") if p.is_file())
         offset = 3
     else:
-        part = layouts.open_folder(made).weights.parts["blocks/mlp/up/1"][0]
-        path, offset = part.region.path, part.region.offset
+        part = open_folder(made).weights.shards["blocks/mlp/up/1"][0]
+        path, offset = part.slice.path, part.slice.offset
     with path.open("r+b") as f:
         f.seek(offset)
         byte = f.read(1)
@@ -658,7 +659,7 @@ def test_a_damaged_source_is_refused_by_its_manifest(tmp_path, cfg, state, capsy
     num_shards += [dict(quantize="int4", to="orbax")]
     for way in num_shards:
         with pytest.raises(
-            ValueError, match=r"blocks/mlp/up/1 is not what manifest.json says|blocks.mlp.up/c/1/"
+            ValueError, match=r"blocks/mlp/up/1 differs from manifest.json|blocks.mlp.up/c/1/"
         ):
             convert(made, tmp_path / "out", verify=True, **way)
         assert "verified" not in capsys.readouterr().out

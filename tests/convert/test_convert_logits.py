@@ -17,9 +17,8 @@ from test_convert_settings import ROPES
 from llama_jax import config as cf
 from llama_jax.checkpoint.model_json import read_metadata
 from llama_jax.checkpoint.weights import load_weights
-from llama_jax.convert import layouts
 from llama_jax.convert import logits as verify
-from llama_jax.convert.job import convert
+from llama_jax.convert.job import convert, open_folder
 from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.params import abstract_params, merge, structure
 
@@ -73,9 +72,9 @@ def test_verify_compares_logits_past_2048(tmp_path, capsys, name, schema):
 def test_verify_notices_wrong_settings(tmp_path, wrong):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    found = layouts.open_folder(hf_folder(tmp_path / "hf", SHAPE))
+    found = open_folder(hf_folder(tmp_path / "hf", SHAPE))
     assert "within" in verify.compare_logits(found, found, found.dtypes(), 2 << 30)
-    other = dataclasses.replace(found, kind="meta", cfg=dataclasses.replace(found.cfg, **wrong))
+    other = dataclasses.replace(found, format="meta", cfg=dataclasses.replace(found.cfg, **wrong))
     with pytest.raises(ValueError, match="settings or the rotary layout are wrong"):
         verify.compare_logits(other, found, found.dtypes(), 2 << 30)
 
@@ -83,15 +82,15 @@ def test_verify_notices_wrong_settings(tmp_path, wrong):
 def test_verify_notices_a_wrong_rotary_layout(tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    found = layouts.open_folder(hf_folder(tmp_path / "hf", SHAPE))
-    other = dataclasses.replace(found, kind="meta")
-    other.weights = type(found.weights)(found.cfg, found.weights.parts, interleaved=True)
+    found = open_folder(hf_folder(tmp_path / "hf", SHAPE))
+    other = dataclasses.replace(found, format="meta")
+    other.weights = type(found.weights)(found.cfg, found.weights.shards, interleaved=True)
     with pytest.raises(ValueError, match="settings or the rotary layout are wrong"):
         verify.compare_logits(other, found, found.dtypes(), 2 << 30)
 
 
 def test_verify_without_room_or_torch_says_so(tmp_path, monkeypatch):
-    found = layouts.open_folder(hf_folder(tmp_path / "hf", SHAPE))
+    found = open_folder(hf_folder(tmp_path / "hf", SHAPE))
     if verify.importlib.util.find_spec("torch"):
         assert "more than --max-memory" in verify.compare_logits(found, found, found.dtypes(), 1000)
     monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None)

@@ -14,11 +14,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import llama_jax
+from llama_jax.checkpoint.arrays import ORBAX
 from llama_jax.config import ConfigError, MeshConfig
-from llama_jax.convert import layouts, quantised
 from llama_jax.convert import logits as verification
-from llama_jax.convert.job import convert, main
-from llama_jax.convert.orbax import ORBAX
+from llama_jax.convert import quantize
+from llama_jax.convert.__main__ import main
+from llama_jax.convert.formats import ConvertError
+from llama_jax.convert.job import convert, open_folder
 from llama_jax.generate import load as loading
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import abstract_params
@@ -44,7 +46,7 @@ def folders(tmp_path_factory):
     tools.make_meta(folder / "meta", state, CFG)
     train_tokenizer(TEXT * 50, 300, folder / "meta" / "tokenizer.model")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(quantised, "BLOCK", 1000)  # a matrix is more than one block
+        patched.setattr(quantize, "BLOCK", 1000)  # a matrix is more than one block
         patched.setattr(verification, "compare_logits", lambda *_: "logits compared")
         for kind in (None, "int8", "int4"):
             convert(folder / "meta", folder / str(kind), verify=kind is not None, quantize=kind)
@@ -124,7 +126,7 @@ def test_what_lies_on_the_disk(folders, kind, bits, capsys):
     assert up["q"].nbytes * 8 == CFG.num_layers * CFG.dim * CFG.ffn_dim * bits
     assert up["scale"].shape == (CFG.num_layers, 1, CFG.ffn_dim)
     assert main(["--inspect", str(folder)]) == 0
-    assert f"the layers' matrices {kind}, all else " in capsys.readouterr().out
+    assert f"matrices of the layers {kind}, others " in capsys.readouterr().out
 
 
 def test_it_is_for_sampling(folders, tmp_path, capsys):
@@ -172,21 +174,21 @@ def test_weights_that_are_damaged_or_one_step_of_some(folders, tmp_path):
 
 
 def test_a_stopped_run_continues(folders, tmp_path, monkeypatch):
-    read, done = quantised.Quantizing.read, []
+    read, done = quantize.QuantizedWeights.read, []
 
-    def stops(self, unit, start, stop):
-        done.append(unit.name)
+    def stops(self, tensor, start, stop):
+        done.append(tensor.name)
         if len(done) == 20:
             raise KeyboardInterrupt
-        return read(self, unit, start, stop)
+        return read(self, tensor, start, stop)
 
-    monkeypatch.setattr(quantised.Quantizing, "read", stops)
+    monkeypatch.setattr(quantize.QuantizedWeights, "read", stops)
     with pytest.raises(KeyboardInterrupt):
         convert(folders / "meta", tmp_path / "out", quantize="int8")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(layouts.LayoutError):
-        layouts.open_folder(tmp_path / "out.partial")
-    monkeypatch.setattr(quantised.Quantizing, "read", read)
+    with pytest.raises(ConvertError):
+        open_folder(tmp_path / "out.partial")
+    monkeypatch.setattr(quantize.QuantizedWeights, "read", read)
     convert(folders / "None", tmp_path / "other", quantize="int8")  # from Orbax as well
     convert(folders / "meta", tmp_path / "out", quantize="int8")
     sums = lambda name: json.loads((name / "manifest.json").read_text())["tensors"]

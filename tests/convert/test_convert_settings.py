@@ -15,8 +15,10 @@ import tokenizers
 from convert_tools import DTYPES, small
 
 from llama_jax.config import MODELS, RopeConfig
-from llama_jax.convert import foreign, layouts
-from llama_jax.convert.job import convert
+from llama_jax.convert import huggingface, meta
+from llama_jax.convert.formats import ConvertError
+from llama_jax.convert.job import convert, open_folder
+from llama_jax.convert.tensors import layer_tensors
 from llama_jax.data import tiktoken_text, tokenizer_files
 from llama_jax.model.llama import rope_of
 from llama_jax.prepare.tokenizer import train_tokenizer
@@ -62,7 +64,7 @@ def hf_config(schema: str, table: dict, theta=5e5) -> dict:
 @pytest.mark.parametrize("name", ROPES)
 def test_rope_schemas_of_both_versions(schema, name):
     table, expected = ROPES[name]
-    cfg, _ = foreign.model_from_hf(hf_config(schema, table), "config.json")
+    cfg, _ = huggingface.parse_config(hf_config(schema, table), "config.json")
     assert cfg.rope == RopeConfig(theta=5e5, **expected)
     assert dataclasses.replace(cfg, rope=BASE.rope) == BASE
 
@@ -74,9 +76,9 @@ def test_frequencies_are_those_of_transformers(schema, name):
     pytest.importorskip("torch")
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     given = hf_config(schema, ROPES[name][0])
-    cfg, _ = foreign.model_from_hf(given, "config.json")
-    written = foreign.hf_from_model(cfg, "float32", {})
-    assert foreign.model_from_hf(json.loads(json.dumps(written)), "back")[0] == cfg
+    cfg, _ = huggingface.parse_config(given, "config.json")
+    written = huggingface.make_config(cfg, "float32", {})
+    assert huggingface.parse_config(json.loads(json.dumps(written)), "back")[0] == cfg
     ours = rope_of(cfg, np.int32(100))
     for config in (given, written):
         theirs = llama.LlamaRotaryEmbedding(llama.LlamaConfig(**json.loads(json.dumps(config))))
@@ -86,34 +88,36 @@ def test_frequencies_are_those_of_transformers(schema, name):
 
 @pytest.mark.parametrize("name", ROPES)
 def test_either_version_alone_finds_all_it_needs_in_our_config(name):
-    cfg, _ = foreign.model_from_hf(hf_config("v5", ROPES[name][0]), "config.json")
-    written = foreign.hf_from_model(cfg, "bfloat16", {"bos": 1, "eos": [2, 3]})
+    cfg, _ = huggingface.parse_config(hf_config("v5", ROPES[name][0]), "config.json")
+    written = huggingface.make_config(cfg, "bfloat16", {"bos": 1, "eos": [2, 3]})
     four = {k: v for k, v in written.items() if k not in ("rope_parameters", "dtype")}
     five = {
         k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")
     }
-    assert foreign.model_from_hf(four, "4")[0] == foreign.model_from_hf(five, "5")[0] == cfg
+    assert huggingface.parse_config(four, "4")[0] == huggingface.parse_config(five, "5")[0] == cfg
     assert four["torch_dtype"] == five["dtype"] == "bfloat16"
     assert four["eos_token_id"] == [2, 3]
 
 
 def test_original_context_as_transformers_takes_it():
-    read = lambda config: foreign.model_from_hf(config, "c")[0].rope.original_context
+    read = lambda config: huggingface.parse_config(config, "c")[0].rope.original_context
     table = ROPES["llama3"][0]
     assert read(hf_config("v5", table) | {"original_max_position_embeddings": 512}) == 512
     without = {k: v for k, v in table.items() if not k.startswith("original")}
     assert read(hf_config("v5", without)) == 4096
-    cfg, remarks = foreign.model_from_hf(
+    cfg, remarks = huggingface.parse_config(
         hf_config("v5", ROPES["dynamic"][0] | {"original_max_position_embeddings": 9}), "c"
     )
     assert cfg.rope.original_context is None
     assert "dynamic does not use original_max_position_embeddings" in remarks[0]
-    cfg, remarks = foreign.model_from_hf(hf_config("v5", ROPES["yarn"][0] | {"factor": 2.0}), "c")
+    cfg, remarks = huggingface.parse_config(
+        hf_config("v5", ROPES["yarn"][0] | {"factor": 2.0}), "c"
+    )
     assert cfg.rope.factor == 2.0
     assert "is not max_position_embeddings / original" in remarks[0]
     zeros = ROPES["yarn"][0] | {"beta_fast": 0, "mscale": 0}
-    assert foreign.model_from_hf(hf_config("v5", zeros), "c")[0].rope.beta_fast is None
-    cfg, _ = foreign.model_from_hf(hf_config("v5", ROPES["yarn"][0] | {"factor": None}), "c")
+    assert huggingface.parse_config(hf_config("v5", zeros), "c")[0].rope.beta_fast is None
+    cfg, _ = huggingface.parse_config(hf_config("v5", ROPES["yarn"][0] | {"factor": None}), "c")
     assert cfg.rope.factor == 4.0
 
 
@@ -160,15 +164,15 @@ def test_unsupported_features_are_refused_by_name(tmp_path, change, expected):
 def test_every_reason_at_once_and_unknown_keys_named():
     config = tools.config_of(BASE) | dict(mlp_bias=True, hidden_act="relu")
     with pytest.raises(ValueError, match=r"hidden_act='relu'(.|\n)*mlp_bias=True"):
-        foreign.model_from_hf(config, "config.json")
-    _, remarks = foreign.model_from_hf(tools.config_of(BASE) | {"my_flag": 1}, "config.json")
+        huggingface.parse_config(config, "config.json")
+    _, remarks = huggingface.parse_config(tools.config_of(BASE) | {"my_flag": 1}, "config.json")
     assert remarks == ["config.json: ignored my_flag"]
 
 
 def test_what_transformers_cannot_say_is_not_written(tmp_path):
     rope = RopeConfig(type="dynamic", factor=2.0, original_context=32)
     with pytest.raises(ValueError, match="scales from max_position_embeddings"):
-        foreign.hf_from_model(small(rope=rope), "float32", {})
+        huggingface.make_config(small(rope=rope), "float32", {})
 
 
 WEIRD = [None, "x", [], {}, [1], -1, 0, 1.5, True, 10**30, float("nan"), float("inf"), {"type": 1}]
@@ -176,18 +180,18 @@ WEIRD = [None, "x", [], {}, [1], -1, 0, 1.5, True, 10**30, float("nan"), float("
 
 @pytest.mark.parametrize("weird", WEIRD, ids=repr)
 def test_weird_values_are_errors_of_ours(weird):
-    """Whatever JSON holds, the answer is a config or a SettingsError."""
+    """Whatever JSON holds, the answer is a config or a ConvertError."""
     base = hf_config("v5", ROPES["yarn, all"][0])
     table = base["rope_parameters"]
     trees = [base | {k: weird} for k in [*base, "rope_scaling", "rope_theta", "torch_dtype"]]
     trees += [base | {"rope_parameters": table | {k: weird}} for k in table]
     for tree in trees:
-        with contextlib.suppress(foreign.SettingsError):
-            foreign.model_from_hf(tree, "config.json")
+        with contextlib.suppress(ConvertError):
+            huggingface.parse_config(tree, "config.json")
     params, *more = published("llama3.2-1b")
     for key in [*params, "n_kv_heads", "rope_scaling_factor", "rope_high_freq_factor"]:
-        with contextlib.suppress(foreign.SettingsError):
-            foreign.model_from_meta(params | {key: weird}, *more, "params.json")
+        with contextlib.suppress(ConvertError):
+            meta.parse_params(params | {key: weird}, *more, "params.json")
 
 
 # Meta
@@ -226,7 +230,7 @@ def published(name: str) -> tuple[dict, int, bool, bool]:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_params_are_the_published_models(name):
     params, rows, tied, half = published(name)
-    cfg, remarks = foreign.model_from_meta(params, rows, tied, half, "params.json")
+    cfg, remarks = meta.parse_params(params, rows, tied, half, "params.json")
     assert cfg == MODELS[name]
     assert any("context" in r for r in remarks)
     assert any("32: the size is that of Llama 3.2" in r for r in remarks) == name.startswith(
@@ -237,28 +241,26 @@ def test_published_params_are_the_published_models(name):
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "mini"])
 def test_params_written_read_back(name):
     cfg = MODELS[name]
-    params, _ = foreign.meta_from_model(cfg)
-    back, _ = foreign.model_from_meta(
-        params, cfg.vocab_size, cfg.tie_embeddings, False, "params.json"
-    )
+    params = meta.make_params(cfg)
+    back, _ = meta.parse_params(params, cfg.vocab_size, cfg.tie_embeddings, False, "params.json")
     assert dataclasses.replace(back, context=cfg.context) == cfg
     if name in PUBLISHED:
         assert (
-            foreign.ffn_width(cfg.dim, params["multiple_of"], params.get("ffn_dim_multiplier"))
+            meta.ffn_width(cfg.dim, params["multiple_of"], params.get("ffn_dim_multiplier"))
             == cfg.ffn_dim
         )
 
 
 @pytest.mark.parametrize("width", [1, 97, 171, 172, 1000, 12289])
 def test_any_width_has_settings(width):
-    params, _ = foreign.meta_from_model(small(ffn_dim=width))
-    back, _ = foreign.model_from_meta(params, 24, False, False, "params.json")
+    params = meta.make_params(small(ffn_dim=width))
+    back, _ = meta.parse_params(params, 24, False, False, "params.json")
     assert back.ffn_dim == width
 
 
 def test_remarks_about_params():
     params = published("llama2-7b")[0]
-    read = lambda changes, half=False: foreign.model_from_meta(
+    read = lambda changes, half=False: meta.parse_params(
         params | changes, 32000, False, half, "params.json"
     )
     cfg, remarks = read({"norm_eps": 1e-6})
@@ -279,40 +281,40 @@ def test_what_params_cannot_say_is_not_written():
         (small(rope=RopeConfig(type="yarn", factor=2.0)), "'yarn' has no counterpart"),
         (
             small(rope=dataclasses.replace(llama3, low_freq_factor=2.0)),
-            "cannot say low_freq_factor=2.0",
+            "cannot express low_freq_factor=2.0",
         ),
         (small(rope=dataclasses.replace(llama3, original_context=4096)), "original_context=4096"),
         (small(head_dim=8), "8 * 8 is not 32"),
     ]:
         with pytest.raises(ValueError, match="cannot write Meta's layout") as caught:
-            foreign.meta_from_model(cfg)
+            meta.make_params(cfg)
         assert expected in str(caught.value)
-    params, _ = foreign.meta_from_model(small(rope=dataclasses.replace(llama3, factor=16.0)))
+    params = meta.make_params(small(rope=dataclasses.replace(llama3, factor=16.0)))
     assert (params["use_scaled_rope"], params["rope_scaling_factor"]) == (True, 16.0)
 
 
 @pytest.mark.parametrize("equal", [True, False])
 def test_llama_32_ties_what_is_equal(tmp_path, monkeypatch, equal):
     """Its Meta files may repeat the embedding as output.weight."""
-    monkeypatch.setattr(layouts, "_is_llama_32", lambda cfg: True)
+    monkeypatch.setattr(meta, "_is_llama_32", lambda cfg: True)
     cfg = small()
     state = tools.meta_state(cfg, DTYPES["bfloat16"])
     if equal:
         state["output.weight"] = state["tok_embeddings.weight"]
-    found = layouts.open_folder(tools.make_meta(tmp_path / "meta", state, cfg, 2))
+    found = open_folder(tools.make_meta(tmp_path / "meta", state, cfg, 2))
     assert found.cfg.tie_embeddings == equal
-    assert any(("equals" if equal else "differs") in r for r in found.remarks)
+    assert any(("equals" if equal else "differs") in r for r in found.warnings)
 
 
 def test_a_manifest_that_does_not_fit_is_no_hint(tmp_path):
     cfg = small(context=77)
     state = tools.meta_state(cfg, DTYPES["bfloat16"])
     made = convert(tools.make_hf(tmp_path / "hf", state, cfg), tmp_path / "made", to="meta")
-    assert layouts.open_folder(made).cfg.context == 77
-    assert layouts.open_folder(made, context=99).cfg.context == 99
+    assert open_folder(made).cfg.context == 77
+    assert open_folder(made, context=99).cfg.context == 99
     params = json.loads((made / "params.json").read_text())
     (made / "params.json").write_text(json.dumps(params | {"norm_eps": 1e-6}))
-    found = layouts.open_folder(made)
+    found = open_folder(made)
     assert (found.cfg.context, found.cfg.norm_eps) == (4096, 1e-6)  # a guess
 
 
@@ -439,12 +441,12 @@ def test_special_tokens_of_llama_3_and_later():
 def test_more_tokens_than_rows_are_refused_and_fewer_named(tmp_path):
     cfg = small(vocab_size=24)
     folder = tools.make_meta(tmp_path / "meta", tools.meta_state(cfg, DTYPES["float16"]), cfg)
-    assert "no tokenizer" in layouts.open_folder(folder).remarks[-1]
+    assert "no tokenizer" in open_folder(folder).warnings[-1]
     (folder / "tokenizer.json").write_bytes(HF_TOKENIZER)
-    assert "24 rows, tokenizer.json 6 tokens" in layouts.open_folder(folder).remarks[-1]
+    assert "24 rows, tokenizer.json 6 tokens" in open_folder(folder).warnings[-1]
     (folder / "tokenizer.model").write_bytes(tiktoken_file(50))
     with pytest.raises(ValueError, match="has 306 tokens, the embedding 24 rows only"):
-        layouts.open_folder(folder)
+        open_folder(folder)
 
 
 def test_llama_3_is_cut_along_the_vocabulary(tmp_path):
@@ -453,11 +455,11 @@ def test_llama_3_is_cut_along_the_vocabulary(tmp_path):
     source = tools.make_hf(tmp_path / "hf", state, cfg)
     (source / "tokenizer.model").write_bytes(tiktoken_file(44))
     out = convert(source, tmp_path / "out", to="meta", shards=4, verify=False)
-    found = layouts.open_folder(out)
-    assert found.weights.parts["embed"][1].region.shape == (75, 32)
+    found = open_folder(out)
+    assert found.weights.shards["embed"][1].slice.shape == (75, 32)
     assert found.tokenizers[0].kind == "tiktoken"
     assert (
-        found.weights.read(layouts.units(cfg)[0], 0, 300).tobytes()
+        found.weights.read(layer_tensors(cfg)[0], 0, 300).tobytes()
         == state["tok_embeddings.weight"].tobytes()
     )
 
@@ -515,10 +517,10 @@ def test_a_tokenizer_of_the_parent_folder_must_fit(tmp_path, name, size, taken):
     cfg = small(vocab_size=size)
     folder = tools.make_meta(tmp_path / name, tools.meta_state(cfg, DTYPES["float16"]), cfg)
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(tmp_path / "sp"))
-    found = layouts.open_folder(folder)
+    found = open_folder(folder)
     assert [t.path for t in found.tokenizers] == [tmp_path / "tokenizer.model"] * taken
-    assert any("parent folder" in r or "is not used" in r for r in found.remarks) == (
+    assert any("parent folder" in r or "is not used" in r for r in found.warnings) == (
         name != "weights"
     )
     hf = tools.make_hf(tmp_path / "8B", tools.meta_state(cfg, DTYPES["float16"]), cfg)
-    assert layouts.open_folder(hf).tokenizers == []
+    assert open_folder(hf).tokenizers == []

@@ -62,7 +62,7 @@ def test_source_weights_are_converted_once(
     (converted,) = cache()
     assert out == ""
     assert err == f"converting {source} (Hugging Face) once, to {converted}\n"
-    monkeypatch.setattr(job, "convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(job, "convert", lambda *_, **__: pytest.fail("converted again"))
     monkeypatch.chdir(source.parent)
     assert text_of("hf") == want
     assert capfd.readouterr() == ("", "")
@@ -104,7 +104,7 @@ LOAD = "import sys, llama_jax; llama_jax.load(sys.argv[1])"
 KILLED = """
 import os, signal, sys, llama_jax
 from llama_jax.convert import job
-job._write_settings = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+job._write_small_files = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 llama_jax.load(sys.argv[1])
 """
 

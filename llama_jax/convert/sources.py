@@ -1,0 +1,284 @@
+"""What a folder of weights holds (:class:`SourceCheckpoint`), how a new one is written
+(:class:`CheckpointWriter`), and the checks that the readers of all formats share."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from llama_jax.config import ConfigError, ModelConfig, check_model, to_dict
+from llama_jax.convert.formats import FLOATS, ConvertError, first_names, raise_if_any, short
+from llama_jax.convert.tensors import (
+    LayerTensor,
+    Shard,
+    TorchWeights,
+    Weights,
+    layer_tensors,
+    rows_per_chunk,
+    tensor_specs,
+)
+from llama_jax.data import tokenizer_files
+from llama_jax.data.tokenizer_files import TokenizerFile
+from llama_jax.io import read_json
+
+Format = Literal["meta", "hf", "orbax"]
+NAMES: dict[Format, str] = {"meta": "Meta", "hf": "Hugging Face", "orbax": "Orbax"}
+MAX_STOP_IDS = 8
+"""largest number of ids that end a text; generation compares each token with this many"""
+_MAX_SETTINGS_BYTES = 1 << 20
+MAX_INDEX_BYTES = 12 << 20
+"""size limit of JSON files that list tensors: an index, _METADATA, manifest.json"""
+
+
+@dataclasses.dataclass
+class SourceCheckpoint:
+    """The content of a folder of weights, which is open for reading.
+
+    Example:
+      >>> source = open_folder(Path("Llama-3.2-1B"))
+      >>> source.format, source.cfg.num_layers
+      ('hf', 16)
+    """
+
+    format: Format
+    path: Path
+    cfg: ModelConfig
+    weights: Weights
+    files: list[Path]
+    """files of weights; of an Orbax checkpoint, the folder of its arrays"""
+    token_ids: dict[str, Any]
+    """bos, eos (an id or a list of ids), pad"""
+    tokenizers: list[TokenizerFile]
+    extras: list[Path]
+    """small files to copy: tokenizer settings, chat template, generation settings"""
+    warnings: list[str]
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    """SHA-256 of each tensor according to manifest.json; empty without one"""
+    quantize: str | None = None
+    """"int8" or "int4" if the matrices of the layers are quantised"""
+
+    def dtypes(self) -> dict[str, np.dtype]:
+        """dtype of each line of the table."""
+        specs = tensor_specs(self.cfg, self.quantize)
+        first = (LayerTensor(s, 0 if s.stacked else None) for s in specs)
+        return {t.spec.path: self.weights.dtype(t) for t in first}
+
+
+@dataclasses.dataclass
+class CheckpointWriter:
+    """A new folder of weights whose files have their final size and are still empty."""
+
+    weights: Weights
+    finish_tensor: Callable[[LayerTensor], None] = lambda tensor: None
+    """must be called when a tensor is complete"""
+    finish: Callable[[], None] = lambda: None
+    """writes the headers of files, without which they are not readable"""
+
+
+def replace(cfg: ModelConfig, **fields: Any) -> ModelConfig:
+    """`dataclasses.replace`, with types that mypy accepts for a pydantic dataclass."""
+    return dataclasses.replace(cfg, **fields)  # type: ignore[type-var]
+
+
+def normalized(cfg: ModelConfig) -> ModelConfig:
+    """The same model with an explicit original_context, so that two models can be compared."""
+    if cfg.rope.type not in ("llama3", "yarn", "dynamic") or cfg.rope.original_context:
+        return cfg
+    rope = to_dict(cfg.rope) | {"original_context": cfg.context}
+    return check_model(to_dict(cfg) | {"rope": rope}, "model")
+
+
+def nested(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The nested parameters of arrays by path, such as "blocks/mlp/up"."""
+    tree: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = array
+    return tree
+
+
+class Report:
+    """Problems and warnings found in one settings file, each prefixed with its name.
+
+    Example:
+      >>> report = Report("config.json")
+      >>> report.problem("hidden_size is missing")
+      >>> report.raise_problems()
+    """
+
+    def __init__(self, where: str):
+        self.where = where
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+
+    def problem(self, text: str) -> None:
+        self.problems.append(f"{self.where}: {text}")
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(f"{self.where}: {text}")
+
+    def raise_problems(self) -> None:
+        """Raise one :class:`ConvertError` for all problems."""
+        raise_if_any(self.problems)
+
+    def warn_unknown(self, unknown: Iterable[str]) -> None:
+        """Name the settings that are ignored."""
+        if names := sorted(unknown):
+            self.warn(f"ignored {first_names(names)}")
+
+    def flag(self, tree: dict[str, Any], key: str) -> bool:
+        """A setting that is true or false; absent is false."""
+        if (value := tree.get(key)) is not None and not isinstance(value, bool):
+            self.problem(f"{key}={short(value)} is neither true nor false")
+        return bool(value)
+
+    def check_numbers(self, tree: dict[str, Any], keys: Iterable[str]) -> bool:
+        """Whether the given settings are positive numbers or absent."""
+        wrong = [k for k in keys if tree.get(k) is not None and not is_number(tree[k])]
+        for key in wrong:
+            self.problem(f"{key}={short(tree[key])} is not a positive number")
+        return not wrong
+
+    def model(self, tree: dict[str, Any]) -> ModelConfig:
+        """The checked model; raises :class:`ConvertError` for its problems and the earlier ones."""
+        try:
+            cfg = check_model(tree, self.where)
+        except ConfigError as e:
+            self.problems += str(e).splitlines()
+        except RecursionError:
+            self.problem("damaged: nested too deeply")
+        self.raise_problems()
+        return cfg
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a positive number of a possible size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12
+
+
+def read_settings(path: Path, max_bytes: int = _MAX_SETTINGS_BYTES) -> dict[str, Any]:
+    """A JSON object that must be present."""
+    if not path.exists():
+        raise ConvertError(f"{path} is missing")
+    return read_json(path, max_bytes)
+
+
+def extras(folder: Path) -> list[Path]:
+    """Small files to copy with the weights, after a check that each is readable."""
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        read_settings(generation)
+    return tokenizer_files.extras(folder) + [generation] * generation.exists()
+
+
+def manifest_sha256(folder: Path, cfg: ModelConfig, quantize: str | None = None) -> dict[str, str]:
+    """SHA-256 of each tensor according to our manifest.json; empty without one."""
+    path = folder / "manifest.json"
+    tree = read_settings(path, MAX_INDEX_BYTES) if path.exists() else {}
+    if tree.get("rotary_layout") != "half":  # absent, or written by another program
+        return {}
+    digests = {}
+    for tensor in layer_tensors(cfg, quantize):
+        try:
+            entry = tree["tensors"][tensor.spec.path]["sha256"]
+            digests[tensor.name] = str(entry[tensor.layer or 0])
+        except (KeyError, IndexError, TypeError):
+            raise ConvertError(f"{path} is damaged: it has no SHA-256 of {tensor.name}") from None
+    return digests
+
+
+def check_token_ids(given: Any, rows: int, where: str, warnings: list[str]) -> dict[str, Any]:
+    """Checked bos, eos and pad of any settings; -1 and null mean absent.
+
+    Args:
+      given: the ids by name.
+      rows: rows of the embedding.
+      where: the file, for messages.
+      warnings: a warning is appended for an ignored pad id.
+
+    Raises:
+      ConvertError: an id that is not possible.
+    """
+    if not isinstance(given, dict):
+        raise ConvertError(f"{where}: token_ids={short(given)} is not an object")
+    ids: dict[str, Any] = {}
+    for key, value in given.items():
+        several = value if key == "eos" and isinstance(value, list) else [value]
+        kept = [i for i in several if i is not None and i != -1]
+        if not all(type(i) is int and i >= 0 for i in kept) or len(set(kept)) > MAX_STOP_IDS:
+            expected = f"an id or at most {MAX_STOP_IDS}" if key == "eos" else "an id"
+            raise ConvertError(
+                f"{where}: the {key} token id is {short(value)}, expected {expected}"
+            )
+        outside = [i for i in kept if i >= rows]
+        if outside and key != "pad":
+            raise ConvertError(
+                f"{where}: the {key} token id is {outside[0]}, but the embedding has {rows} rows"
+            )
+        if outside:
+            warnings.append(f"{where}: ignored pad token id {outside[0]}: there are {rows} rows")
+        elif kept:
+            ids[key] = value if several is value else kept[0]
+    return ids
+
+
+def check_tokenizers(source: SourceCheckpoint) -> None:
+    """Compare the sizes of tokenizers with the embedding, and take missing token ids from them."""
+    rows = source.cfg.vocab_size
+    for tokenizer in source.tokenizers:
+        source.token_ids = tokenizer.ids | source.token_ids
+        if tokenizer.size > rows:
+            raise ConvertError(
+                f"{tokenizer.path} has {tokenizer.size} tokens, the embedding {rows} rows only"
+            )
+        if tokenizer.size < rows:
+            source.warnings.append(
+                f"the embedding has {rows} rows, {tokenizer.path.name} {tokenizer.size} tokens"
+            )
+    if not source.tokenizers:
+        where = source.path
+        source.warnings.append(f"no tokenizer (tokenizer.model or tokenizer.json) in {where}")
+
+
+def check_names(have: set[str], need: set[str], where: Path) -> list[str]:
+    """Problems: tensors that are missing, and tensors that do not belong to the model."""
+    ignored = ("rope.freqs", "rotary_emb.inv_freq")
+    extra = [n for n in sorted(have - need) if not n.endswith(ignored)]
+    return [f"{where}: {n} is missing" for n in sorted(need - have)] + [
+        f"{where}: {n[:200]} is not a tensor of this model" for n in extra
+    ]
+
+
+def check_dtypes(cfg: ModelConfig, shards: dict[str, list[Shard]]) -> list[str]:
+    """Problems: dtypes that are not supported, or that differ between layers or shards."""
+    found: dict[str, dict[np.dtype, str]] = {}
+    for tensor in layer_tensors(cfg):
+        for shard in shards[tensor.name]:
+            found.setdefault(tensor.spec.path, {}).setdefault(shard.slice.dtype, tensor.name)
+    problems = [
+        f"{name} is {dtype}: only float16, bfloat16 and float32 weights are supported"
+        for dtypes in found.values()
+        for dtype, name in dtypes.items()
+        if dtype not in FLOATS
+    ]
+    for dtypes in found.values():
+        if len(dtypes) > 1:
+            which = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
+            problems.append(f"layers or shards differ in dtype: {which}")
+    return problems
+
+
+def same_matrix(cfg: ModelConfig, embed: list[Shard], output: list[Shard]) -> bool:
+    """Whether two [V, D] matrices have the same bits."""
+    tensor = layer_tensors(cfg)[0]
+    one, other = (TorchWeights(cfg, {"embed": shards}, False) for shards in (embed, output))
+    step = rows_per_chunk(tensor, cfg, one.dtype(tensor))
+    blocks = [(i, min(i + step, cfg.vocab_size)) for i in range(0, cfg.vocab_size, step)]
+    return one.dtype(tensor) == other.dtype(tensor) and all(
+        one.read(tensor, *b).tobytes() == other.read(tensor, *b).tobytes() for b in blocks
+    )
