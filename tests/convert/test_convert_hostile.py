@@ -208,12 +208,12 @@ for _name in ("config.json", "generation_config.json", "tokenizer_config.json"):
     }
 for _name in ("tokenizer.model", "tokenizer.json"):
     CASES |= {
-        f"{_name} deep": (put("hf", _name, DEEP), {}, f"{_name} is no SentencePiece model"),
+        f"{_name} deep": (put("hf", _name, DEEP), {}, "not a usable tokenizer.json, or is damaged"),
         f"{_name} a pipe": (pipe("hf", _name), {}, f"{_name} is not a regular file"),
-        f"{_name} sparse": (sparse("hf", _name), {}, "at most 50,331,648 are read"),
+        f"{_name} sparse": (sparse("hf", _name), {}, "at most 67,108,864 are read"),
         f"{_name} LFS": (put("hf", _name, LFS), {}, "is a Git LFS pointer"),
         f"{_name} random": (put("hf", _name, bytes(range(256)) * 40), {}, "or is damaged"),
-        f"{_name} empty": (put("hf", _name, b""), {}, "or is damaged"),
+        f"{_name} empty": (put("hf", _name, b""), {}, f"{_name} is empty: it is damaged"),
         f"{_name} of lines": (put("hf", _name, b"\n" * (40 << 20)), {}, "or is damaged"),
         f"{_name} of values": (put("hf", _name, b"[{}," * (10 << 20)), {}, "too many"),
         f"{_name} odd ids": (
