@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int | str | None:
         print("usage: llama-jax VERB ...\n")
         print(*(f"  {verb:{width}}  {what}" for verb, what in VERBS.items()), sep="\n")
         print("\nllama-jax VERB --help describes the arguments of a verb.")
-        return 0 if argv else 2
+        return 0
     if argv[0] not in VERBS:
         print(
             f"error: unknown command {argv[0]!r}; the commands are {', '.join(VERBS)}",

@@ -40,7 +40,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "mutations"
 COPIED = ("llama_jax", "pallas_kernels", "tests", "configs", "notebooks", "benchmarks",
-          "pyproject.toml", "README.md", "requirements.txt")  # fmt: skip
+          "pyproject.toml", "README.md", "requirements.txt", "constraints.txt",
+          "setup.py")  # fmt: skip
 THRESHOLD = 0.97
 TIMEOUT = 300
 """Seconds; a run that takes longer is killed, and counts as caught: the bug made it hang."""

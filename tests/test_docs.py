@@ -125,6 +125,7 @@ def commands(path: Path) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def helps() -> dict[str, str]:
     from llama_jax.__main__ import VERBS
+    from llama_jax.config import help_text
 
     texts = {}
     for verb in VERBS:
@@ -133,6 +134,7 @@ def helps() -> dict[str, str]:
             env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
         )  # fmt: skip
         texts[verb] = done.stdout
+    texts["train"] += help_text("all", 100)
     return texts
 
 
