@@ -76,17 +76,21 @@ def load(
         raise ValueError(f"quantize={quantize!r}: there are 'int8' and 'int4'")
     if dtype is not None and str(dtype) not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: there are 'float32' and 'bfloat16'")
-    source = Path(folder)
-    folder = _checkpoint_of(source)
-    cfg, metadata = read_metadata(folder)
+    devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
+    platform = devices[0].platform
+    weight_dtype = jnp.dtype(dtype or ("float32" if platform == "cpu" else "bfloat16"))
+    compute = ComputeConfig(weight_dtype, PRESETS["fsdp_tensor"], unroll=platform != "tpu")
+    shapes_of = functools.partial(_shapes_of, Path(folder), compute, mesh, devices)
+
+    checkpoint = _checkpoint_of(Path(folder), lambda cfg: shapes_of(cfg, quantize))
+    cfg, metadata = read_metadata(checkpoint)
     try:
-        check_weights(folder)
+        check_weights(checkpoint)
     except ConfigError as e:
-        if folder == source:
+        if checkpoint == Path(folder):
             raise
-        raise ConfigError(
-            f"{e}\n{folder} is converted from {source}: remove it, and load again"
-        ) from e
+        advice = f"{checkpoint} is converted from {folder}: remove it, and load again"
+        raise ConfigError(f"{e}\n{advice}") from e
     stored = metadata.get("quantize")
     if stored is not None and quantize not in (None, stored):
         raise ValueError(
@@ -94,43 +98,47 @@ def load(
             "weights that it was made from"
         )
     quantize = quantize or stored
-    if mesh is not None:
-        _check_mesh(cfg, mesh)
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise ConfigError(
-            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the embedding of "
-            f"{folder} {cfg.vocab_size} rows only: it is another model's tokenizer"
-        )
-    eos_ids = _eos_of(folder, metadata, cfg)
-    template, no_template = _template(folder)
-    devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
-    cpu, tpu = (devices[0].platform == name for name in ("cpu", "tpu"))
-    kind = jnp.dtype(dtype or ("float32" if cpu else "bfloat16"))
-    compute = ComputeConfig(kind, PRESETS["fsdp_tensor"], unroll=not tpu)
-    with use_mesh(mesh):
-        abstract = abstract_params(cfg, compute)
-        _check_memory(folder, abstract, quantize or kind.name, devices)
+    tokenizer = _tokenizer_of(checkpoint, cfg)
+    eos_ids = _eos_of(checkpoint, metadata, cfg)
+    template, no_template = _template(checkpoint)
+    shapes = shapes_of(cfg, quantize)
     _keep_compiled()
-
-    def place(x: Any) -> jax.ShapeDtypeStruct:
-        spec = NamedSharding(mesh, x.sharding.spec) if mesh else SingleDeviceSharding(devices[0])
-        return jax.ShapeDtypeStruct(x.shape, kind, sharding=spec)
-
-    like = jax.tree.map(place, abstract)
     with use_mesh(mesh):
-        if quantize is not None:
-            whole = functools.partial(_quantize_stored, folder)
-            read = whole if stored is None else functools.partial(_read_quantized, folder, cfg)
-            params = _load_quantized(folder, like, quantize, compute.unroll, read)
-        else:
-            params = load_weights(folder, like)
+        if quantize is None:
+            params = load_weights(checkpoint, shapes)
             if compute.unroll:
                 params = unstack_layers(params)
+        else:
+            read = functools.partial(_quantize_stored, checkpoint)
+            if stored is not None:
+                read = functools.partial(_read_quantized, checkpoint, cfg)
+            params = _load_quantized(checkpoint, shapes, quantize, compute.unroll, read)
     return LLM(
         cfg, params, tokenizer, compute,
         eos_ids=eos_ids, mesh=mesh, chat_template=template, no_template=no_template,
     )  # fmt: skip
+
+
+def _shapes_of(
+    folder: Path,
+    compute: ComputeConfig,
+    mesh: jax.sharding.Mesh | None,
+    devices: list[jax.Device],
+    cfg: ModelConfig,
+    quantize: str | None,
+) -> Any:
+    """Shapes, dtypes and places of the weights; raises if they do not fit, before any is read."""
+    if mesh is not None:
+        _check_mesh(cfg, mesh)
+    with use_mesh(mesh):
+        abstract = abstract_params(cfg, compute)
+        _check_memory(folder, abstract, quantize or compute.dtype.name, devices)
+
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        spec = NamedSharding(mesh, x.sharding.spec) if mesh else SingleDeviceSharding(devices[0])
+        return jax.ShapeDtypeStruct(x.shape, compute.dtype, sharding=spec)
+
+    return jax.tree.map(place, abstract)
 
 
 def _load_quantized(
@@ -211,8 +219,8 @@ def _put(x: Any, stack: jax.ShapeDtypeStruct, *spec: Any) -> jax.Array:
     return jax.device_put(x, sharding)
 
 
-def _checkpoint_of(folder: Path) -> Path:
-    """The checkpoint to read: ``folder`` itself, or what it is converted to."""
+def _checkpoint_of(folder: Path, check: Callable[[ModelConfig], Any]) -> Path:
+    """The checkpoint to read: ``folder`` itself, or its conversion, made if ``check`` passes."""
     if not folder.exists():
         raise ConfigError(
             f"{folder} does not exist; `python -m llama_jax.train` makes checkpoints/tiny; for "
@@ -232,6 +240,7 @@ def _checkpoint_of(folder: Path) -> Path:
         raise ConfigError(f"{folder} is one step of a checkpoint: load {root}, its newest")
     if not found.tokenizers:
         raise ConfigError(f"{folder} has no tokenizer (tokenizer.model or tokenizer.json)")
+    check(found.cfg)
     return _converted(folder.resolve(), NAMES[found.format])
 
 
@@ -296,6 +305,16 @@ def _keep_compiled() -> None:
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(_cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _tokenizer_of(folder: Path, cfg: ModelConfig) -> Tokenizer:
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise ConfigError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the embedding of "
+            f"{folder} only {cfg.vocab_size} rows: it is another model's tokenizer"
+        )
+    return tokenizer
 
 
 def _eos_of(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) -> tuple[int, ...] | None:

@@ -63,10 +63,10 @@ def loaded(folder, kind, tensor=1, stored=True, dtype="float32"):
         place = lambda x: jax.ShapeDtypeStruct(
             x.shape, dtype, sharding=NamedSharding(mesh, x.sharding.spec)
         )
-        read = functools.partial(loading._quantized_now, folder / "None")
+        read = functools.partial(loading._quantize_stored, folder / "None")
         if stored:
             folder = folder / kind
-            read = functools.partial(loading._quantized_before, folder, CFG)
+            read = functools.partial(loading._read_quantized, folder, CFG)
         else:
             folder = folder / "None"
         return loading._load_quantized(folder, jax.tree.map(place, like), kind, False, read)

@@ -100,6 +100,13 @@ def test_sources_that_cannot_be_loaded(source, cache, tmp_path):
         llama_jax.load(source)
 
 
+def test_a_source_that_does_not_fit_is_not_converted(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("llama_jax.generate.load.device_memory", lambda *_: 1e4)
+    with pytest.raises(MemoryError, match=r"weights of .*/hf take .* load with quantize="):
+        llama_jax.load(source)
+    assert not (tmp_path / "cache").exists()
+
+
 LOAD = "import sys, llama_jax; llama_jax.load(sys.argv[1])"
 KILLED = """
 import os, signal, sys, llama_jax

@@ -152,7 +152,7 @@ def test_quantised_while_loading_equals_afterwards(checkpoint, kind, tensor):
         )
         like = jax.tree.map(place, like)
         want = quantize(load_weights(folder, like), kind)
-        read = functools.partial(loading._quantized_now, folder)
+        read = functools.partial(loading._quantize_stored, folder)
         stacked = loading._load_quantized(folder, like, kind, False, read)
         unstacked = loading._load_quantized(folder, like, kind, True, read)
         same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
