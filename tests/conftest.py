@@ -1,6 +1,7 @@
-"""Eight simulated CPU devices for the whole session; a test that sets no mesh runs on the first.
+"""Eight simulated CPU devices for all tests; a test that sets no mesh uses the first.
 
-Through the config and not XLA_FLAGS: a program that a test starts keeps its one device.
+The devices come from jax.config and not from XLA_FLAGS, so that a program started by a test has
+one device.
 """
 
 import os
@@ -12,12 +13,12 @@ import pytest
 if jax.config.jax_platforms in (None, "", "cpu"):
     jax.config.update("jax_num_cpu_devices", 8)
 
-# HYPOTHESIS_PROFILE=long: minutes by hand. Without it the same few examples in every run.
+# HYPOTHESIS_PROFILE=long takes minutes per test; the default runs the same few examples every time.
 hypothesis.settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=20_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "quick")
 
-# Files that take longest come first, so that no worker is left with one at the end.
+# The slowest files run first, so that both workers finish at about the same time.
 FIRST = (
     "test_resume",
     "test_convert",
@@ -35,7 +36,7 @@ FIRST = (
     "test_convert_settings",
 )
 
-# Most of the time of these goes into compiling programs that run once, for milliseconds.
+# Files that spend most of their time compiling programs that then run once, for milliseconds.
 RUN_ONCE = (
     "test_rotary_attention",
     "test_rotary_attention_gpu",
@@ -49,6 +50,7 @@ RUN_ONCE = (
     "test_model",
     "test_layers",
     "test_generate",
+    "test_load",
     "test_scores",
     "test_chat",
     "test_plan",
@@ -60,13 +62,13 @@ RUN_ONCE = (
 
 
 def pytest_collection_modifyitems(items):
-    place = {name: i for i, name in enumerate(FIRST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(FIRST)))
+    order = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
-    """XLA's own cheap passes where a program runs once; elsewhere what users get."""
+    """Disables most XLA optimizations in the files of `RUN_ONCE`; others compile as users do."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", request.path.stem in RUN_ONCE)
     yield

@@ -50,3 +50,11 @@ def test_every_direct_dependency_has_an_upper_bound():
     assert "-c constraints.txt" in REQUIREMENTS
     assert names(REQUIREMENTS) <= names(constraints)
     assert all(re.fullmatch(r"#.*|\S+<=[\w.]+", line) for line in constraints)
+
+
+def test_conftest_names_existing_files():
+    """A file that was renamed would lose its place in the order and its quick compilation."""
+    import conftest
+
+    stems = {path.stem for path in ROOT.glob("tests/**/test_*.py")}
+    assert {*conftest.FIRST, *conftest.RUN_ONCE} <= stems
