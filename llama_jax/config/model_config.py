@@ -50,7 +50,7 @@ class RopeConfig:
     beta_slow: float | None = None
     """yarn: frequencies with fewer rotations are fully interpolated (default 1)"""
     attention_factor: float | None = None
-    """yarn: factor on cos and sin; default 0.1 ln(factor) + 1, or from mscale and mscale_all_dim"""
+    """yarn: factor on cos and sin (default 0.1 ln(factor) + 1, or from the mscale fields)"""
     mscale: float | None = None
     """yarn: numerator of the attention factor, 0.1 mscale ln(factor) + 1"""
     mscale_all_dim: float | None = None

@@ -69,26 +69,23 @@ class DataConfig:
     sources: dict[str, SourceConfig]
     """the mixture: one table [data.sources.NAME] with path and weight per source"""
     tokenizer: LocalPath = ""
-    """tokenizer file (SentencePiece, tokenizer.json or tiktoken); empty: that of train.init_from,
-    else a SentencePiece BPE of model.vocab_size pieces is trained on the sources"""
+    """SentencePiece, tokenizer.json or tiktoken file; empty: train.init_from's, else train one"""
     seq_len: Positive
     """T, tokens per training sequence"""
     packing: Literal["concat", "segments"] = "concat"
-    """concat: documents are concatenated and attention crosses their boundaries (as in LLaMA);
-    segments: attention stays inside a document and its positions start at 0"""
+    """attention crosses document boundaries (concat, as in LLaMA) or not (segments)"""
     val_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
-    """fraction of the documents kept for validation (prepared folders have their own split)"""
+    """fraction of documents kept for validation (prepared folders have their own split)"""
     seed: Seed = 0
     """seed of the order of the training sequences"""
     skip_batches: tuple[StepRange, ...] = ()
-    """ranges of training batches to skip, [[first, last], ...], counted from 1; for batches whose
-    loss is not finite"""
+    """training batches to skip, [[first, last], ...] from 1: those whose loss is not finite"""
     prepared: LocalPath = ""
     """folder for the token shards of raw sources; empty: `data` inside the run folder"""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """tokenizer threads; 0: one per CPU core"""
     skip_bad_lines: bool = False
-    """skip and count lines that are not valid JSON or have no text; false: stop with an error"""
+    """skip and count lines that are not valid JSON or have no text; false: raise an error"""
 
     def __post_init__(self):
         if not self.sources:
@@ -113,13 +110,11 @@ class MeshConfig:
     """Device mesh and sharding."""
 
     preset: Literal["fsdp", "fsdp_tensor", "tensor_sequence"] = "fsdp"
-    """sharding rules: fsdp (weights over `fsdp`), fsdp_tensor (also heads and widths over
-    `tensor`), tensor_sequence (also the residual stream over T between matmuls, as in the paper)"""
+    """shard weights (fsdp), and heads and widths (fsdp_tensor), and positions (tensor_sequence)"""
     data: int = 1
     """devices along `data`: data parallelism, each with a full copy of the weights"""
     fsdp: int = -1
-    """devices along `fsdp`: weights are sharded and gathered when used; -1: all remaining
-    devices"""
+    """devices along `fsdp`: weights sharded, gathered when used; -1: all remaining devices"""
     tensor: int = 1
     """devices along `tensor`: heads and feed-forward width are sharded"""
     context: int = 1
@@ -163,28 +158,21 @@ class TrainConfig:
     seed: Seed = 0
     """seed of the initial weights"""
     init_std: Annotated[float, Field(gt=0)] = 0.02
-    """standard deviation of the initial matrices; attention output and feed-forward output get
-    init_std / sqrt(2 L)"""
+    """standard deviation of the initial matrices (attention and MLP outputs: / sqrt(2 L))"""
     init_from: LocalPath = ""
-    """checkpoint to start from (fine-tuning): its weights, tokenizer and chat template; empty:
-    random weights"""
+    """checkpoint to fine-tune: its weights, tokenizer and chat template; empty: random weights"""
     allow_other_tokenizer: bool = False
-    """allow a data.tokenizer that differs from that of train.init_from: token ids change their
-    meaning"""
+    """allow a data.tokenizer unlike that of train.init_from: token ids change their meaning"""
     restart_from: NonNegative = 0
-    """restart once from the checkpoint of this step; newer ones are moved to `set-aside-N` in the
-    run folder; 0: continue from the newest"""
+    """restart once from the checkpoint of this step, newer ones are set aside; 0: the newest"""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype of activations and matmuls; auto: bfloat16 on TPU and GPU, float32 on CPU; weights are
-    always float32"""
+    """dtype of activations and matmuls; auto: bfloat16 on TPU and GPU, float32 on CPU"""
     reduce_dtype: Literal["compute", "float32"] = "compute"
-    """dtype in which gradients are summed over devices: compute (compute_dtype), or float32 (twice
-    the bytes of bfloat16)"""
+    """dtype of gradient sums over devices: that of train.compute_dtype (compute), or float32"""
     remat: Literal["none", "matmuls", "full"] = "none"
-    """what the backward pass recomputes: nothing, everything but the outputs of matmuls (as in the
-    paper), or everything"""
+    """recompute in the backward pass: nothing, all but matmul outputs (as the paper), everything"""
     unroll: bool = False
-    """unroll the loop over layers instead of a scan: faster steps on a CPU, slower compilation"""
+    """unroll the layers instead of a scan: faster steps on a CPU, slower compilation"""
     loss_chunk: NonNegative = 0
     """tokens per device whose logits are in memory at once; 0: all"""
     attention: str = ""
