@@ -103,7 +103,7 @@ def check_recipe(tree: dict[str, Any], where: str, origins: Origins | None = Non
     """
     tree = dict(tree)
     if isinstance(tree.get("model"), dict):
-        tree["model"] = _model_section(tree["model"], where)
+        tree["model"] = _model_section(tree["model"], where, origins or {})
     return _validate(Recipe, tree, where, origins or {})
 
 
@@ -210,21 +210,25 @@ def _set(tree: dict[str, Any], origins: Origins, dotted: str, value: Any) -> Non
         if not isinstance(tree, dict):
             raise ConfigError(f"override {dotted}: {section} is a setting, not a section")
     tree[key] = value
-    origins[*sections, key] = "command line"
+    setting = (*sections, key)
+    replaced = [name for name in origins if name[: len(setting)] == setting]
+    origins.update(dict.fromkeys([*replaced, setting], "command line"))
 
 
-def _model_section(section: dict[str, Any], where: str) -> dict[str, Any]:
+def _model_section(section: dict[str, Any], where: str, origins: Origins) -> dict[str, Any]:
     """The section with the fields of the row of :data:`MODELS` that it names."""
     section = dict(section)
     if (name := section.pop("name", None)) is None:
         return section
     if not isinstance(name, str) or name not in MODELS:
+        where = _origin(("model", "name"), where, origins)
         raise ConfigError(
             f"{where}: model.name={name!r} is not a known model{_nearest(str(name), list(MODELS))}"
         )
     base = to_dict(MODELS[name])
     rope = section.pop("rope", {})
     if not isinstance(rope, dict):
+        where = _origin(("model", "rope"), where, origins)
         raise ConfigError(f"{where}: model.rope must be a section, [model.rope], not {rope!r}")
     keep = base["rope"]
     if rope.get("type", keep["type"]) != keep["type"]:

@@ -82,6 +82,11 @@ def test_errors_name_the_file_that_has_the_setting(write):
     assert any(line.startswith(f"{base}: unknown setting optim.lr") for line in lines)
     assert any(line.startswith(f"{path}: unknown setting train.stepz") for line in lines)
     assert any(line.startswith("command line: mesh.preset='x'") for line in lines)
+    line = error_of(path, "optim={b1=3.0}").splitlines()[0]
+    assert line.startswith("command line: optim.b1=3.0")
+    assert error_of(path, "model.name=x").startswith("command line: model.name='x'")
+    write("base.toml", MINIMAL.replace('"tiny"', '"tinny"'))
+    assert error_of(path).startswith(f"{base}: model.name='tinny'")
 
 
 @pytest.mark.parametrize(
