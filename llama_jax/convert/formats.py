@@ -70,17 +70,12 @@ class TensorSlice(NamedTuple):
 FLOATS = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)]
 # name in safetensors, storage class in torch, numpy dtype
 DTYPES = [
-    ("F16", "HalfStorage", FLOATS[0]),
-    ("BF16", "BFloat16Storage", FLOATS[1]),
-    ("F32", "FloatStorage", FLOATS[2]),
-    ("F64", "DoubleStorage", np.dtype(np.float64)),
-    ("I8", "CharStorage", np.dtype(np.int8)),
-    ("U8", "ByteStorage", np.dtype(np.uint8)),
-    ("I16", "ShortStorage", np.dtype(np.int16)),
-    ("I32", "IntStorage", np.dtype(np.int32)),
-    ("I64", "LongStorage", np.dtype(np.int64)),
-    ("BOOL", "BoolStorage", np.dtype(np.bool_)),
-]
+    ("F16", "HalfStorage", FLOATS[0]), ("BF16", "BFloat16Storage", FLOATS[1]),
+    ("F32", "FloatStorage", FLOATS[2]), ("F64", "DoubleStorage", np.dtype(np.float64)),
+    ("I8", "CharStorage", np.dtype(np.int8)), ("U8", "ByteStorage", np.dtype(np.uint8)),
+    ("I16", "ShortStorage", np.dtype(np.int16)), ("I32", "IntStorage", np.dtype(np.int32)),
+    ("I64", "LongStorage", np.dtype(np.int64)), ("BOOL", "BoolStorage", np.dtype(np.bool_)),
+]  # fmt: skip
 _SAFETENSORS_NAME = {dtype: name for name, _, dtype in DTYPES}
 _SAFETENSORS_DTYPE = {name: dtype for name, _, dtype in DTYPES}
 

@@ -30,13 +30,9 @@ _ROPE = {
     if name not in ("theta", "type")
 }
 _SIZES = {
-    "vocab_size": "vocab_size",
-    "dim": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "ffn_dim": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-}
+    "vocab_size": "vocab_size", "dim": "hidden_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "ffn_dim": "intermediate_size", "norm_eps": "rms_norm_eps",
+}  # fmt: skip
 # Keys that are read elsewhere, or do not affect the weights or the forward pass.
 _IRRELEVANT = {
     "architectures", "model_type", "torch_dtype", "dtype", "bos_token_id", "eos_token_id",
@@ -285,21 +281,8 @@ def open_hf(path: Path, names: list[str]) -> SourceCheckpoint:
     untied = sources.replace(
         cfg, tie_embeddings=cfg.tie_embeddings and "lm_head.weight" not in slices
     )
-    tensors = layer_tensors(untied)
-    problems = sources.check_names(set(slices), {t.hf_name for t in tensors}, path)
-    shards = {}
-    for tensor in tensors:
-        location, shape = slices.get(tensor.hf_name), tensor.torch_shape(cfg)
-        if location is None:
-            continue
-        if location.shape != shape:
-            problems.append(
-                f"{location.path}: {tensor.hf_name} has shape {list(location.shape)}, config.json "
-                f"makes it {list(shape)}"
-            )
-        shards[tensor.name] = [Shard(location, 0, 0)]
-    raise_if_any(problems)
-    raise_if_any(sources.check_dtypes(untied, shards))
+    tensors = {t.hf_name: t for t in layer_tensors(untied)}
+    shards = sources.find_shards(untied, tensors, {path: slices})
     if cfg != untied:
         if not sources.same_matrix(untied, shards["embed"], shards["unembed"]):
             raise ConvertError(
@@ -436,36 +419,29 @@ def _split_evenly(sizes: dict[str, int], count: int) -> list[list[str]]:
     return groups
 
 
-def small_files(
-    source: SourceCheckpoint, dtype: str, log: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-    """Settings and tokenizer files of a Hugging Face folder, by name; files copied from the source
-    are left out.
-
-    Args:
-      source: the weights that are converted.
-      dtype: name of the dtype of the weights.
-      log: receives a note if the tokenizer cannot be expressed as tokenizer.json.
-    """
-    copied = {path.name for path in source.extras}
-    names = {f"{k}_token_id": v for k, v in source.token_ids.items()}
+def small_files(source: SourceCheckpoint, dtype: str) -> tuple[dict[str, Any], list[str]]:
+    """Settings and tokenizer files of a Hugging Face folder by name, without those that are copied
+    from the source, and warnings; `dtype` names the dtype of the weights."""
+    warnings = []
+    ids = {f"{name}_token_id": value for name, value in source.token_ids.items()}
     files = {
         "config.json": make_config(source.cfg, dtype, source.token_ids),
-        "generation_config.json": {"_from_model_config": True, **names},
+        "generation_config.json": {"_from_model_config": True, **ids},
     }
     meta = next((t for t in source.tokenizers if t.kind != "tokenizer.json"), None)
     if meta is not None:
         exact = len(source.tokenizers) > 1  # the source has a tokenizer.json as well
-        if not exact:
-            try:
+        try:
+            if not exact:
                 newer = source.cfg.rope.type == "llama3"
                 files["tokenizer.json"] = tokenizer_files.hf_json(meta, newer)
                 exact = True
-            except ValueError as e:
-                log(
-                    f"note: wrote no tokenizer.json for {meta.path}: {e}; transformers may convert "
-                    "it to one that gives other ids"
-                )
+        except ValueError as e:
+            warnings.append(
+                f"wrote no tokenizer.json for {meta.path}: {e}; transformers may convert it to "
+                "one that gives other ids"
+            )
         settings = tokenizer_files.hf_settings(meta, source.cfg.context, exact)
         files["tokenizer_config.json"] = settings
-    return {name: tree for name, tree in files.items() if name not in copied}
+    copied = {path.name for path in source.extras}
+    return {name: tree for name, tree in files.items() if name not in copied}, warnings

@@ -18,27 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.checkpoint.file_hashes import (
-    MANIFEST,
-    files_below,
-    find_problems,
-    hash_files,
-    listed_files,
-    write_list,
-)  # fmt: skip
+from llama_jax.checkpoint import file_hashes
 from llama_jax.checkpoint.model_json import QUANTIZED, make_metadata, write_metadata
 from llama_jax.config import MODELS, to_dict
-from llama_jax.convert import copy, huggingface, logits, meta, orbax
+from llama_jax.convert import copy, huggingface, logits, meta, orbax, sources
 from llama_jax.convert.copy import DamagedSourceError, Plan, format_bytes
 from llama_jax.convert.formats import FLOATS, ConvertError, first_names, raise_if_any
-from llama_jax.convert.sources import (
-    NAMES,
-    CheckpointWriter,
-    Format,
-    SourceCheckpoint,
-    check_tokenizers,
-    replace,
-)
+from llama_jax.convert.sources import NAMES, CheckpointWriter, Format, SourceCheckpoint
 from llama_jax.convert.tensors import tensor_specs
 from llama_jax.io import atomic_write, sync_folder
 
@@ -157,7 +143,7 @@ def open_folder(path: Path, context: int | None = None) -> SourceCheckpoint:
         )
     if context is not None and source.format != "meta":
         raise ConvertError(f"--context is for Meta folders, which have none; {path} has one")
-    check_tokenizers(source)
+    sources.check_tokenizers(source)
     return source
 
 
@@ -225,7 +211,7 @@ def create_writer(plan: Plan) -> CheckpointWriter:
 def describe(source: SourceCheckpoint) -> str:
     """The content of a folder in some lines of text."""
     cfg = source.cfg
-    known = [n for n, m in MODELS.items() if replace(m, context=cfg.context) == cfg]
+    known = [n for n, m in MODELS.items() if sources.replace(m, context=cfg.context) == cfg]
     rope = {k: v for k, v in to_dict(cfg.rope).items() if v is not None}
     lines = [
         f"found: {source.path}: {NAMES[source.format]} format, {len(source.files)} file(s)",
@@ -278,7 +264,9 @@ def _check_hashes(source: SourceCheckpoint) -> None:
     """Compare the files of one of our checkpoints with their SHA-256 before they are read."""
     step = source.files[0].parent
     root = step.parents[1]
-    raise_if_any(find_problems(root, listed_files(root, int(step.name), "model")))
+    raise_if_any(
+        file_hashes.find_problems(root, file_hashes.listed_files(root, int(step.name), "model"))
+    )
 
 
 def _check_disk(plan: Plan) -> None:
@@ -327,7 +315,7 @@ def _verify(plan: Plan) -> None:
 
 # Small files --------------------------------------------------------------------------------------
 
-_NOT_LISTED = (MANIFEST, "progress.jsonl")
+_NOT_LISTED = (file_hashes.MANIFEST, "progress.jsonl")
 _WEIGHT_FILES = (".pth", ".safetensors", ".safetensors.index.json", "progress.jsonl")
 
 
@@ -352,7 +340,9 @@ def _write_small_files(plan: Plan, digests: dict[str, str]) -> None:
             f"note: params.json cannot hold the context ({source.cfg.context}); manifest.json does"
         )
     else:
-        trees = huggingface.small_files(source, plan.dtypes["embed"].name, plan.log)
+        trees, warnings = huggingface.small_files(source, plan.dtypes["embed"].name)
+        for warning in warnings:
+            plan.log(f"note: {warning}")
     for name, tree in trees.items():
         content = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
         atomic_write(folder / name, content.encode())
@@ -361,8 +351,10 @@ def _write_small_files(plan: Plan, digests: dict[str, str]) -> None:
         "tensors have one sum per layer",
         "tensors": _tensor_entries(plan, digests),
     }
-    files = hash_files(folder, (n for n in files_below(folder) if n not in _NOT_LISTED))
-    write_list(folder / MANIFEST, metadata | tensors | {"files": files})
+    files = file_hashes.hash_files(
+        folder, (n for n in file_hashes.files_below(folder) if n not in _NOT_LISTED)
+    )
+    file_hashes.write_list(folder / file_hashes.MANIFEST, metadata | tensors | {"files": files})
 
 
 def _tensor_entries(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Settings that change the computation in a way that the model does not implement 
 unknown settings are named in a warning.
 """
 
+import functools
 import re
 import zlib
 from pathlib import Path
@@ -15,7 +16,15 @@ from llama_jax.config import MODELS, ModelConfig, check_model
 from llama_jax.convert import formats, sources, torch_files
 from llama_jax.convert.formats import ConvertError, TensorSlice, raise_if_any, short
 from llama_jax.convert.sources import CheckpointWriter, Report, SourceCheckpoint, normalized
-from llama_jax.convert.tensors import TABLE, LayerTensor, Shard, TorchWeights, layer_tensors
+from llama_jax.convert.tensors import (
+    TABLE,
+    LayerTensor,
+    Shard,
+    TorchWeights,
+    layer_tensors,
+    shard_shape,
+    split_shards,
+)
 from llama_jax.data import tokenizer_files
 
 # Settings -----------------------------------------------------------------------------------------
@@ -204,13 +213,13 @@ def open_meta(path: Path, names: list[str], context: int | None) -> SourceCheckp
     """
     params = sources.read_settings(path / "params.json")
     files = _check_files(path, names)
-    tensors = [torch_files.read(f) for f in files]
-    embed = tensors[0].get("tok_embeddings.weight")
+    tensors = {f: torch_files.read(f) for f in files}
+    embed = tensors[files[0]].get("tok_embeddings.weight")
     if embed is None or len(embed.shape) != 2:
         raise ConvertError(f"{files[0]}: tok_embeddings.weight is missing or not a matrix")
     by_vocab = embed.shape[1] == params.get("dim")  # Llama 3; LLaMA 1 and 2 split the width
     rows = embed.shape[0] * (len(files) if by_vocab else 1)
-    has_output = "output.weight" in tensors[0]
+    has_output = "output.weight" in tensors[files[0]]
     float16 = embed.dtype == np.float16
     where = str(path / "params.json")
     cfg, warnings = parse_params(params, rows, not has_output, float16, where)
@@ -226,7 +235,10 @@ def open_meta(path: Path, names: list[str], context: int | None) -> SourceCheckp
     if context is not None:
         cfg = sources.replace(cfg, context=context)
     untied = sources.replace(cfg, tie_embeddings=not has_output)
-    shards = _place_shards(untied, tensors, by_vocab, path)
+    need = {t.meta_name: t for t in layer_tensors(untied)}
+    axis_of = functools.partial(_shard_axis, by_vocab=by_vocab)
+    shards = sources.find_shards(untied, need, tensors, axis_of, "params.json")
+    _check_norms(shards, need)
     if has_output and (hint.tie_embeddings if hint else _is_llama_32(cfg)):
         if sources.same_matrix(untied, shards["embed"], shards["unembed"]):
             cfg = sources.replace(cfg, tie_embeddings=True)
@@ -273,73 +285,24 @@ def _is_llama_32(cfg: ModelConfig) -> bool:
     return cfg.shape("LDV") in [m.shape("LDV") for m in _LLAMA_32]
 
 
-def _place_shards(
-    cfg: ModelConfig, files: list[dict[str, TensorSlice]], by_vocab: bool, path: Path
-) -> dict[str, list[Shard]]:
-    """The shards of each tensor of a model, by the tensor's name.
-
-    Args:
-      cfg: the model.
-      files: the tensors of each file.
-      by_vocab: the embedding is split along the vocabulary, not along the width.
-      path: the folder, for messages.
-    """
-    need = {t.meta_name: t for t in layer_tensors(cfg)}
-    problems, shards = [], {}
-    for i, file in enumerate(files):
-        problems += sources.check_names(set(file), set(need), path / f"consolidated.{i:02d}.pth")
-    raise_if_any(problems)
-    for name, tensor in need.items():
-        whole, axis = tensor.torch_shape(cfg), _shard_axis(tensor, by_vocab)
-        shape = _shard_shape(whole, axis, len(files))
-        for file in files:
-            if file[name].shape != shape:
-                problems.append(
-                    f"{file[name].path}: {name} has shape {list(file[name].shape)}, expected "
-                    f"{list(shape) if shape else f'a part of {list(whole)}'}: a shard of "
-                    f"{len(files)} of the model in params.json (is a shard missing?)"
-                )
-    raise_if_any(problems)
-    for name, tensor in need.items():
-        axis = _shard_axis(tensor, by_vocab)
-        shards[tensor.name] = _shards([file[name] for file in files], axis)
+def _check_norms(shards: dict[str, list[Shard]], tensors: dict[str, LayerTensor]) -> None:
+    """Every shard must hold the same norms."""
+    problems = []
+    for name, tensor in tensors.items():
         if tensor.spec.shard_axis < 0:
-            first, *others = [_read_bytes(s.slice) for s in shards[tensor.name]]
+            mapped = [(s.slice, formats.map_file(s.slice.path)) for s in shards[tensor.name]]
+            first, *others = [formats.view(*m).tobytes() for m in mapped]
             problems += [
-                f"{path}: {tensor.meta_name} differs between shards 00 and {i:02d}; the files are "
-                "not of one model"
+                f"{mapped[0][0].path.parent}: {name} differs between shards 00 and {i:02d}; the "
+                "files are not of one model"
                 for i, other in enumerate(others, 1)
                 if other != first
             ]
-    raise_if_any(problems + sources.check_dtypes(cfg, shards))
-    return shards
-
-
-def _shards(slices: list[TensorSlice], axis: int) -> list[Shard]:
-    """Shards of a tensor that is split along an axis; -1: each shard holds the whole tensor."""
-    shards = []
-    for i, location in enumerate(slices):
-        start = [0, 0]
-        if axis >= 0:
-            start[axis] = i * location.shape[axis]
-        shards.append(Shard(location, *start))
-    return shards
+    raise_if_any(problems)
 
 
 def _shard_axis(tensor: LayerTensor, by_vocab: bool) -> int:
     return 0 if tensor.spec.path == "embed" and by_vocab else tensor.spec.shard_axis
-
-
-def _shard_shape(whole: tuple[int, ...], axis: int, count: int) -> tuple[int, ...] | None:
-    if axis < 0:
-        return whole
-    if whole[axis] % count:
-        return None
-    return tuple(n // count if i == axis else n for i, n in enumerate(whole))
-
-
-def _read_bytes(location: TensorSlice) -> bytes:
-    return formats.view(location, formats.map_file(location.path)).tobytes()
 
 
 # Writer -------------------------------------------------------------------------------------------
@@ -388,7 +351,7 @@ def create_writer(
         tensors["output.weight"] = LayerTensor(TABLE[-1], None)
     shapes = {}
     for name, tensor in tensors.items():
-        shape = _shard_shape(tensor.torch_shape(cfg), _shard_axis(tensor, by_vocab), shards)
+        shape = shard_shape(tensor.torch_shape(cfg), _shard_axis(tensor, by_vocab), shards)
         assert shape is not None
         shapes[name] = (shape, dtypes.get(tensor.spec.path, dtypes["embed"]))
     paths = [folder / f"consolidated.{i:02d}.pth" for i in range(shards)]
@@ -397,7 +360,7 @@ def create_writer(
     for name, tensor in tensors.items():
         slices = [layout.slices[name] for layout in layouts.values()]
         key = "embed" if cfg.tie_embeddings and name == "output.weight" else tensor.name
-        placed.setdefault(key, []).extend(_shards(slices, _shard_axis(tensor, by_vocab)))
+        placed.setdefault(key, []).extend(split_shards(slices, _shard_axis(tensor, by_vocab)))
     weights = TorchWeights(cfg, placed, interleaved=True)
     for path, layout in layouts.items():
         weights.allocate(path, layout.end)

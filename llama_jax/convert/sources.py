@@ -9,7 +9,14 @@ from typing import Any, Literal
 import numpy as np
 
 from llama_jax.config import ConfigError, ModelConfig, check_model, to_dict
-from llama_jax.convert.formats import FLOATS, ConvertError, first_names, raise_if_any, short
+from llama_jax.convert.formats import (
+    FLOATS,
+    ConvertError,
+    TensorSlice,
+    first_names,
+    raise_if_any,
+    short,
+)
 from llama_jax.convert.tensors import (
     LayerTensor,
     Shard,
@@ -17,6 +24,8 @@ from llama_jax.convert.tensors import (
     Weights,
     layer_tensors,
     rows_per_chunk,
+    shard_shape,
+    split_shards,
     tensor_specs,
 )
 from llama_jax.data import tokenizer_files
@@ -254,23 +263,58 @@ def check_names(have: set[str], need: set[str], where: Path) -> list[str]:
     ]
 
 
-def check_dtypes(cfg: ModelConfig, shards: dict[str, list[Shard]]) -> list[str]:
-    """Problems: dtypes that are not supported, or that differ between layers or shards."""
-    found: dict[str, dict[np.dtype, str]] = {}
-    for tensor in layer_tensors(cfg):
-        for shard in shards[tensor.name]:
-            found.setdefault(tensor.spec.path, {}).setdefault(shard.slice.dtype, tensor.name)
-    problems = [
-        f"{name} is {dtype}: only float16, bfloat16 and float32 weights are supported"
-        for dtypes in found.values()
-        for dtype, name in dtypes.items()
-        if dtype not in FLOATS
-    ]
-    for dtypes in found.values():
-        if len(dtypes) > 1:
-            which = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
+def find_shards(
+    cfg: ModelConfig,
+    tensors: dict[str, LayerTensor],
+    files: dict[Path, dict[str, TensorSlice]],
+    axis_of: Callable[[LayerTensor], int] = lambda tensor: -1,
+    settings: str = "config.json",
+) -> dict[str, list[Shard]]:
+    """Find the tensors of a model in torch files, and check their names, shapes and dtypes.
+
+    Args:
+      cfg: the model.
+      tensors: its tensors, by their name in the files.
+      files: the tensors of each file.
+      axis_of: torch axis along which a tensor is split over the files; -1: not split.
+      settings: the file that states the sizes, for messages.
+
+    Returns:
+      The shards of each tensor, by our name.
+
+    Raises:
+      ConvertError: lists every problem.
+    """
+    problems, shards = [], {}
+    dtypes: dict[str, dict[np.dtype, str]] = {}
+    for path, slices in files.items():
+        problems += check_names(set(slices), set(tensors), path)
+    for name, tensor in tensors.items():
+        whole, axis = tensor.torch_shape(cfg), axis_of(tensor)
+        shape = shard_shape(whole, axis, len(files))
+        found = [slices[name] for slices in files.values() if name in slices]
+        hint = f" over {len(files)} shards (is a shard missing?)" if axis >= 0 else ""
+        for location in found:
+            dtypes.setdefault(tensor.spec.path, {}).setdefault(location.dtype, tensor.name)
+            if location.shape != shape:
+                problems.append(
+                    f"{location.path}: {name} has shape {list(location.shape)}, {settings} makes "
+                    f"it {list(shape or whole)}{hint}"
+                )
+        if found and not problems:
+            shards[tensor.name] = split_shards(found, axis)
+    raise_if_any(problems)
+    for kinds in dtypes.values():
+        problems += [
+            f"{name} is {dtype}: only float16, bfloat16 and float32 weights are supported"
+            for dtype, name in kinds.items()
+            if dtype not in FLOATS
+        ]
+        if len(kinds) > 1:
+            which = ", ".join(f"{name} is {dtype}" for dtype, name in kinds.items())
             problems.append(f"layers or shards differ in dtype: {which}")
-    return problems
+    raise_if_any(problems)
+    return shards
 
 
 def same_matrix(cfg: ModelConfig, embed: list[Shard], output: list[Shard]) -> bool:

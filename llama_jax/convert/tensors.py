@@ -187,6 +187,21 @@ class Shard(NamedTuple):
     column: int
 
 
+def shard_shape(whole: tuple[int, ...], axis: int, count: int) -> tuple[int, ...] | None:
+    """Shape of one of `count` shards; -1: not split. None: `count` does not divide the axis."""
+    if axis < 0:
+        return whole
+    shape = tuple(n // count if i == axis else n for i, n in enumerate(whole))
+    return None if whole[axis] % count else shape
+
+
+def split_shards(slices: list[TensorSlice], axis: int) -> list[Shard]:
+    """Shards of a tensor that is split along an axis; -1: each shard holds the whole tensor."""
+    size = slices[0].shape[axis]
+    start = lambda i, a: i * size if a == axis else 0
+    return [Shard(s, start(i, 0), start(i, 1)) for i, s in enumerate(slices)]
+
+
 class TorchWeights:
     """The weights in Meta or Hugging Face files; each tensor has one shard or several.
 

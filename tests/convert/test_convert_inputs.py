@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from convert_tools import ANY, DTYPES, small
 
+from llama_jax.checkpoint import file_hashes
 from llama_jax.convert import job as convert_module
 from llama_jax.convert import tensors as weights
 from llama_jax.convert import torch_files, torch_pickle
@@ -87,7 +88,7 @@ def test_missing_or_broken_params(tmp_path, cfg, state):
         ("dim", 64, ["has shape"]),
         ("n_layers", 3, ["layers.2.attention.wq.weight is missing", "layers.2.ffn_norm.weight is"]),
         ("n_layers", 1, ["layers.1.attention.wq.weight is not a tensor of this model"]),
-        ("n_heads", 16, ["wk.weight has shape [16, 32], expected [8, 32]"]),
+        ("n_heads", 16, ["wk.weight has shape [16, 32], params.json makes it [8, 32]"]),
         ("multiple_of", 7, ["w1.weight has shape [48, 32]", "w2.weight has shape [32, 48]"]),
         ("vocab_size", 25, ["vocab_size=25, but the embedding has 24 rows"]),
         ("n_kv_heads", 3, ["num_heads=8 must be a multiple of num_kv_heads=3"]),
@@ -617,19 +618,19 @@ def test_small_files_cut_off_by_a_full_disk_are_written_again(
     source = tools.make_hf(tmp_path / "hf", state, cfg)
     (source / "tokenizer_config.json").write_text('{"chat_template": "x"}')
     whole = convert(source, tmp_path / "whole", to=to)
-    write_list = convert_module.write_list
+    write_list = file_hashes.write_list
 
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(convert_module, "write_list", full)
+    monkeypatch.setattr(file_hashes, "write_list", full)
     with pytest.raises(OSError, match=r"No space left on device: .*out\.partial"):
         convert(source, tmp_path / "out", to=to)
     partial = tmp_path / "out.partial"
     for path in whole.glob("*.json"):
         (partial / path.name).write_bytes(path.read_bytes()[:7])
     (partial / "generation_config.json.1234.partial").write_text("{")
-    monkeypatch.setattr(convert_module, "write_list", write_list)
+    monkeypatch.setattr(file_hashes, "write_list", write_list)
     out = convert(source, tmp_path / "out", to=to)
     trees = lambda folder: {p.name: json.loads(p.read_text()) for p in folder.glob("*.json")}
     for tree in (made := trees(out)), (expected := trees(whole)):
