@@ -264,9 +264,8 @@ def _check_hashes(source: SourceCheckpoint) -> None:
     """Compare the files of one of our checkpoints with their SHA-256 before they are read."""
     step = source.files[0].parent
     root = step.parents[1]
-    raise_if_any(
-        file_hashes.find_problems(root, file_hashes.listed_files(root, int(step.name), "model"))
-    )
+    files = file_hashes.listed_files(root, int(step.name), "model")
+    raise_if_any(file_hashes.find_problems(root, files))
 
 
 def _check_disk(plan: Plan) -> None:
@@ -315,7 +314,6 @@ def _verify(plan: Plan) -> None:
 
 # Small files --------------------------------------------------------------------------------------
 
-_NOT_LISTED = (file_hashes.MANIFEST, "progress.jsonl")
 _WEIGHT_FILES = (".pth", ".safetensors", ".safetensors.index.json", "progress.jsonl")
 
 
@@ -351,9 +349,8 @@ def _write_small_files(plan: Plan, digests: dict[str, str]) -> None:
         "tensors have one sum per layer",
         "tensors": _tensor_entries(plan, digests),
     }
-    files = file_hashes.hash_files(
-        folder, (n for n in file_hashes.files_below(folder) if n not in _NOT_LISTED)
-    )
+    names = set(file_hashes.files_below(folder)) - {file_hashes.MANIFEST, "progress.jsonl"}
+    files = file_hashes.hash_files(folder, names)
     file_hashes.write_list(folder / file_hashes.MANIFEST, metadata | tensors | {"files": files})
 
 

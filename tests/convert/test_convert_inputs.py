@@ -20,6 +20,7 @@ from llama_jax.convert import job as convert_module
 from llama_jax.convert import tensors as weights
 from llama_jax.convert import torch_files, torch_pickle
 from llama_jax.convert.__main__ import main
+from llama_jax.convert.formats import ConvertError
 from llama_jax.convert.job import convert, open_folder
 
 F16 = DTYPES["float16"]
@@ -44,6 +45,13 @@ def refused(source: Path, *expected: str) -> None:
         assert text in str(caught.value), str(caught.value)
     assert not target.exists()
     assert not (source.parent / "target.partial").exists()
+
+
+def test_long_errors_are_cut():
+    message = str(ConvertError(*(f"{i}: {'x' * 10_000}" for i in range(25))))
+    assert len(message) < 12_000
+    assert message.startswith("0: xxx")
+    assert message.endswith("...\nand 5 more problems")
 
 
 # Meta
