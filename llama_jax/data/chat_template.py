@@ -1,9 +1,6 @@
-"""Chat templates: messages to token ids, as the template of a checkpoint writes them.
+"""Chat templates: messages to token ids by the Jinja template of a checkpoint.
 
-In: Jinja text as Hugging Face keeps it, and messages. Out: ids. Control ids come from the template
-alone: what a message says is text, whatever is written there.
-
-    ChatTemplate(text).encode([{"role": "user", "content": "Hello"}], tokenizer)
+Only the template writes control tokens: the name of a control token in a message is text.
 """
 
 import atexit
@@ -19,23 +16,27 @@ from typing import Any
 from llama_jax.data.tokenizer import BREAK, Tokenizer, check_text
 
 _WORKER = Path(__file__).with_name("template_worker.py")
-_PATIENCE = 60
+_TIMEOUT = 60
 """Seconds until a process without an answer is ended; its CPU time is limited to 2 s."""
 
 
 class ChatTemplate:
-    """A template; each rendering is limited in time, memory and output.
+    """A chat template, rendered with limits on time, memory and output.
 
     Args:
-      source: Jinja text.
-      where: what errors call it.
+      source: Jinja text, as Hugging Face stores it.
+      name: name of the template in error messages.
 
     Raises:
-      ValueError: the text is no template.
+      ValueError: the text is not a template.
+
+    Example:
+      >>> template = ChatTemplate(Path("chat_template.jinja").read_text())
+      >>> ids = template.encode([{"role": "user", "content": "Hello"}], tokenizer)
     """
 
-    def __init__(self, source: str, where: str = "the chat template"):
-        self._source, self._where = source, where
+    def __init__(self, source: str, name: str = "the chat template"):
+        self._source, self._name = source, name
         self._render(None, [])
 
     def encode(
@@ -45,25 +46,26 @@ class ChatTemplate:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[int]:
-        """Ids of a conversation, up to where the model's answer begins.
+        """Ids of a conversation up to the start of the model's answer.
 
-        For messages without control names they are those of transformers. A control id's name in a
-        message, a role or a tool is encoded as text. That holds when the template strips, slices,
-        joins or replaces parts of it, or changes its letter case. While it renders, such a string
-        has a character more inside the name, so that a template that looks for the name does not
-        find it. A template that builds a name of single characters of a message (turned around,
-        every second one), or turns HTML's "&lt;" into "<" (the filter `striptags`), is beyond it.
+        They are those of transformers for messages without names of control tokens. Such a name in
+        a message, a role or a tool is encoded as text, also if the template strips, slices, joins
+        or replaces parts of the message or changes its letter case. While the template renders, the
+        name has an additional character inside, so a template that searches for it does not find
+        it. Not covered: a template that composes a name from single characters of a message (in
+        reverse, or every second one), or decodes HTML's "&lt;" to "<" (the filter `striptags`).
 
         Args:
-          messages: "role", "content", and what else the template reads: JSON values.
-          tokenizer: of the model.
-          tools: descriptions of functions, for templates that take them.
+          messages: dicts with "role", "content" and other keys that the template reads, as JSON
+            values.
+          tokenizer: the model's.
+          tools: descriptions of functions, for templates that use them.
 
         Raises:
-          ValueError: the template refuses the messages, fails, or takes too long or too much
-            memory; a text that cannot be written as UTF-8.
+          ValueError: the template refuses the messages, fails, or needs too much time or memory; a
+            text that is not valid Unicode.
         """
-        # As in transformers: a key without a value is no key.
+        # As in transformers, a key whose value is None is left out.
         messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
         for name, tree in (("messages", messages), ("tools", tools)):
             for text in _strings(tree):
@@ -77,7 +79,7 @@ class ChatTemplate:
             eos_token=tokenizer.mark(tokenizer.eos_id),
         )
         text = self._render(variables, list(tokenizer.controls))
-        check_text(f"what {self._where} writes", text.replace(BREAK, ""))
+        check_text(f"what {self._name} writes", text.replace(BREAK, ""))
         return tokenizer.encode_marked(text)
 
     def _render(self, variables: dict[str, Any] | None, names: list[str]) -> str:
@@ -88,9 +90,9 @@ class ChatTemplate:
             raise ValueError(f"messages must be JSON values: {e}") from None
         answer = _process.ask(line.encode())
         if "refused" in answer:
-            raise ValueError(f"{self._where} refuses these messages: {answer['refused']}")
+            raise ValueError(f"{self._name} refuses these messages: {answer['refused']}")
         if "error" in answer:
-            raise ValueError(f"{self._where} fails: {answer['error']}")
+            raise ValueError(f"{self._name} fails: {answer['error']}")
         return answer["text"]
 
 
@@ -108,7 +110,7 @@ def _strings(tree: Any) -> Iterator[str]:
 
 
 class _Process:
-    """The process that renders; started when it is needed, and again after it has ended."""
+    """The process that renders; started on first use, and again after it has ended."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -123,7 +125,7 @@ class _Process:
             assert popen is not None
             assert popen.stdin is not None
             assert popen.stdout is not None
-            timer = threading.Timer(_PATIENCE, popen.kill)
+            timer = threading.Timer(_TIMEOUT, popen.kill)
             timer.daemon = True
             timer.start()
             try:
@@ -132,7 +134,7 @@ class _Process:
                 out = popen.stdout.readline()
             except BrokenPipeError:
                 out = b""
-            except BaseException:  # Ctrl-C: its answer must not be taken for that of the next
+            except BaseException:  # after Ctrl-C the next request must not read this answer
                 self.close()
                 raise
             finally:
@@ -143,7 +145,7 @@ class _Process:
 
     def _start(self) -> None:
         self.close()
-        # A session of its own: Ctrl-C on the terminal is for the parent.
+        # In a new session, so that Ctrl-C in the terminal does not end it.
         self._popen = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER)],
             stdin=subprocess.PIPE,

@@ -1,13 +1,13 @@
-"""Renders chat templates in a process of its own, with limits on time, memory and output.
+"""The process that renders chat templates, with limits on time, memory and output.
 
-A template comes with a downloaded model: a program of a stranger. Jinja's sandbox keeps it from
-files and from Python's internals, but not from loops or huge texts, and one operation that runs in
-C cannot be stopped from the same process. Here the operating system ends the process instead.
+A downloaded template is untrusted code. Jinja's sandbox keeps it from files and from Python's
+internals, but does not limit loops or the size of texts, and a long operation in C cannot be
+interrupted from its own process. Here the operating system ends the process.
 
-In, on standard input, a line of JSON for each request: ``template``, ``variables`` (none: only
-compile it), ``names`` of control ids and the ``mark`` that breaks them. Out, a line of JSON:
-``text``, ``error`` or ``refused``. ``chat_template`` starts it. It imports nothing of
-llama_jax and no jax: it starts in a tenth of a second.
+``chat_template`` starts it. Each request is a line of JSON on standard input: ``template``,
+``variables`` (null: only compile the template), ``names`` of control tokens, and the ``mark`` that
+is put inside them. Each answer is a line of JSON on standard output: ``text``, ``error`` or
+``refused``. It does not import llama_jax or jax, so it starts in 0.1 s.
 """
 
 import datetime
@@ -26,13 +26,13 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 2
-"""CPU time of a rendering; one of a published model takes a few milliseconds"""
+"""CPU time of a rendering; templates of published models need a few milliseconds."""
 BYTES = 1 << 30
-"""memory of the process"""
+"""Memory of the process."""
 CHARACTERS = 16 << 20
-"""longest output"""
+"""Longest output."""
 
-# Roles that templates write between the marks of a control name ("<|" + role + "|>").
+# Roles that templates insert into the name of a control token ("<|" + role + "|>").
 ROLES = {"system", "developer", "user", "assistant", "model", "tool", "function", "ipython"}
 
 
@@ -41,9 +41,9 @@ class Refused(Exception):
 
 
 class Generation(jinja2.ext.Extension):
-    """``{% generation %} ... {% endgeneration %}``: what the assistant says, rendered as it is."""
+    """``{% generation %} ... {% endgeneration %}`` around the assistant's text changes nothing."""
 
-    tags = {"generation"}  # noqa: RUF012 (the name and type that Jinja asks for)
+    tags = {"generation"}  # noqa: RUF012 (Jinja requires this name and type)
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -63,17 +63,17 @@ def _strftime_now(form: str) -> str:
 
 
 def _unescaped(text: str, mark: str) -> str:
-    """The mark as it was; JSON and Python's `repr` write it out, as they double a backslash."""
+    """Restore marks that JSON or Python's ``repr`` wrote as an escape sequence."""
     escaped = rf"(?<!\\)((?:\\\\)*)\\u{ord(mark):04x}"
     return re.sub(escaped, lambda m: m[1] + mark, text)
 
 
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str, mark: str) -> tuple[jinja2.Template, frozenset[str]]:
-    """The template as transformers makes it, and the words that it knows."""
+    """The template, compiled as transformers does, and the words that occur in it."""
 
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # Jinja's own escapes HTML's characters.
+        # Jinja's own filter also escapes characters of HTML.
         text = json.dumps(
             x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
@@ -92,23 +92,22 @@ def _compiled(source: str, mark: str) -> tuple[jinja2.Template, frozenset[str]]:
 
 
 class Marker:
-    """Breaks control ids' names in the text of messages with a mark.
+    """Puts a mark inside names of control tokens in the text of messages.
 
-    The mark goes inside each name, and where a name could come of the text: it is in other letter
-    case, has white space inside, or is cut between this string and its neighbours.
-    ``Tokenizer.encode_marked`` takes the marks out again. Strings without
-    any of this stay as they are.
+    Also where a template could produce a name from the text: the name is in other letter case, has
+    white space inside, or is split between this string and the text around it. Other strings do
+    not change. ``Tokenizer.encode_marked`` removes the marks.
     """
 
     def __init__(self, names: tuple[str, ...], mark: str, words: frozenset[str]):
         class Text(str):
-            """A text of a message; parts of it are marked again, since they may now form a name:
-            "<think>" taken out of "<|im_<think>end|>"."""
+            """A text of a message, whose parts are marked again: they can form a new name, as
+            "<|im_<think>end|>" without "<think>" does."""
 
-            def __repr__(self) -> str:  # of a list or dict that a template prints
+            def __repr__(self) -> str:  # if a template prints a list or dict
                 return _unescaped(super().__repr__(), mark)
 
-            def __str__(self) -> str:  # the filter `replace` calls str(x).replace
+            def __str__(self) -> str:  # called by the filter `replace`
                 return self
 
             def replace(self, *args: Any) -> str:
@@ -136,14 +135,14 @@ class Marker:
         self._longest = max(map(len, self._folded), default=0)
 
     def marked(self, value: Any) -> Any:
-        """The same tree of lists and dicts with each string marked."""
+        """A copy of nested lists and dicts with all strings marked."""
         if isinstance(value, str):
-            return self._text(self._broken(value))
+            return self._text(self._marked_text(value))
         if isinstance(value, dict):
             return {self.marked(k): self.marked(v) for k, v in value.items()}
         return [self.marked(v) for v in value] if isinstance(value, list) else value
 
-    def _broken(self, text: str) -> str:
+    def _marked_text(self, text: str) -> str:
         mark = self._mark
         text = self._names.sub(lambda m: m[0][0] + mark + m[0][1:], text)
         folded = _fold(text)
@@ -151,7 +150,7 @@ class Marker:
             return mark.join(["", *text, ""])
         lengths = range(1, min(len(folded), self._longest) + 1)
         inside = folded and text not in self._words and any(folded in n for n in self._folded)
-        # Inside the white space at the ends, which templates strip.
+        # Inside of white space at the ends, because templates strip it.
         before, after = len(text) - len(text.lstrip()), len(text.rstrip())
         if inside or any(folded[-k:] in self._heads for k in lengths):
             text = text[:after] + mark + text[after:]
@@ -161,13 +160,13 @@ class Marker:
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern:
-    """A pattern of names, the longest first; one that matches nothing if there are none."""
+    """A pattern that matches any of the names, the longest first; nothing if there are none."""
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _fold(text: str) -> str:
-    """Without what templates may change: white space and letter case."""
+    """The text without differences that templates may remove: white space and letter case."""
     return "".join(text.split()).upper().lower()
 
 
@@ -177,7 +176,7 @@ def _marker(names: tuple[str, ...], mark: str, words: frozenset[str]) -> Marker:
 
 
 def answer(request: dict[str, Any]) -> dict[str, str]:
-    """One request; errors of a template in one line."""
+    """Answer one request; errors of a template in one line."""
     try:
         template, words = _compiled(request["template"], request["mark"])
         if request["variables"] is None:
@@ -210,11 +209,11 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
 
 def _one_line(text: str) -> str:
     text = " ".join(text.split())[:300]
-    return text.encode(errors="backslashreplace").decode()  # half a character cannot be printed
+    return text.encode(errors="backslashreplace").decode()  # lone surrogates cannot be printed
 
 
 def _limit(resource_kind: int, value: int) -> None:
-    """Set a soft limit, below the one that the system has set."""
+    """Set a soft limit, at most the hard limit of the system."""
     hard = resource.getrlimit(resource_kind)[1]
     resource.setrlimit(
         resource_kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard)
