@@ -1,8 +1,9 @@
 """LLaMA in JAX and Flax: train, convert, generate. Importing this package does not import jax.
 
-Example:
-  llm = llama_jax.load("checkpoints/tiny")
-  llm.generate("def main(", max_new_tokens=64, sampling=llama_jax.Sample(temperature=0.8))
+Example::
+
+    llm = llama_jax.load("checkpoints/tiny")
+    llm.generate("def main(", max_new_tokens=64, sampling=llama_jax.Sample(temperature=0.8))
 """
 
 import importlib

@@ -19,13 +19,14 @@ class Chat:
     After an error, Ctrl-C, or a stream that is not read to its end, the conversation is as it was
     before this turn, and can continue.
 
-    Example:
-      chat = llm.chat(system="Answer in one sentence.")
-      chat.say("Who wrote Faust?")
-      for piece in chat.stream("When?", stop=["\\n\\n"]):
-          print(piece, end="")
-      chat.retry(sampling=llama_jax.Sample(temperature=0.8))
-      chat.undo()
+    Example::
+
+        chat = llm.chat(system="Answer in one sentence.")
+        chat.say("Who wrote Faust?")
+        for piece in chat.stream("When?", stop=["\\n\\n"]):
+            print(piece, end="")
+        chat.retry(sampling=llama_jax.Sample(temperature=0.8))
+        chat.undo()
 
     Raises:
       ValueError: the model has no chat template, or an invalid one.
@@ -107,6 +108,8 @@ class Chat:
 
     def retry(self, **arguments: Any) -> str:
         """Answer the last message again, in place of the last answer.
+
+        To stream the new answer: ``chat.stream(chat.undo(), seed=1)``.
 
         Args:
           **arguments: of :meth:`say`. The default is those of the last turn, with the next seed; a

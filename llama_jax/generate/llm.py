@@ -1,7 +1,6 @@
 """A model that generates, streams, scores and chats."""
 
 import dataclasses
-import numbers
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -30,6 +29,7 @@ from llama_jax.generate.sampler import (
     check_integer,
     check_options,
     check_top_logprobs,
+    is_integer,
 )
 from llama_jax.model.llama import ComputeConfig, KVCache
 
@@ -49,13 +49,14 @@ class LLM:
     logits of a batch differ from those of a single sequence in the last bits, because matrix
     products of another shape do.)
 
-    Example:
-      llm = llama_jax.load("checkpoints/tiny")
-      llm.generate("def main(", max_new_tokens=64)
-      llm.generate(["class ", "import "], sampling=llama_jax.Sample(temperature=0.8), seed=1)
-      for piece in llm.stream("def main("):
-          print(piece, end="")
-      llm.score("for i in range(10):")  # coloured text in a notebook
+    Example::
+
+        llm = llama_jax.load("checkpoints/tiny")
+        llm.generate("def main(", max_new_tokens=64)
+        llm.generate(["class ", "import "], sampling=llama_jax.Sample(temperature=0.8), seed=1)
+        for piece in llm.stream("def main("):
+            print(piece, end="")
+        llm.score("for i in range(10):")  # coloured text in a notebook
     """
 
     def __init__(
@@ -408,9 +409,8 @@ def _split(prompts: Any) -> tuple[bool, list[Any]]:
 
 
 def _is_ids(prompt: Any) -> bool:
-    integer = lambda i: isinstance(i, numbers.Integral) and not isinstance(i, bool)
     sequence = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes)
-    return sequence and all(map(integer, prompt))
+    return sequence and all(map(is_integer, prompt))
 
 
 def _named(items: list[Any], kind: str = "prompt") -> Iterator[tuple[str, Any]]:
@@ -428,8 +428,7 @@ def check_eos(eos_ids: Any, cfg: ModelConfig) -> tuple[int, ...]:
     several = isinstance(eos_ids, Sequence) and not isinstance(eos_ids, str)
     ids: list[Any] = list(eos_ids) if several else [eos_ids]
     for i in ids:
-        integer = isinstance(i, numbers.Integral) and not isinstance(i, bool)
-        if not integer or not 0 <= i < cfg.vocab_size:
+        if not is_integer(i) or not 0 <= i < cfg.vocab_size:
             raise ValueError(
                 f"the end-of-text id {i!r:.60} must be a whole number from 0 to "
                 f"{cfg.vocab_size - 1}, an id of the model"

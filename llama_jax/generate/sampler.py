@@ -21,8 +21,9 @@ MAX_TOP_LOGPROBS = 20
 class Greedy:
     """Always take the likeliest token.
 
-    Example:
-      llm.generate("Once upon a time", sampling=llama_jax.Greedy())
+    Example::
+
+        llm.generate("Once upon a time", sampling=llama_jax.Greedy())
     """
 
 
@@ -34,8 +35,9 @@ class Sample:
     the same tokens as Hugging Face's ``generate``: tokens as likely as the last one that top_k
     keeps are kept too.
 
-    Example:
-      llm.generate("Once upon a time", sampling=llama_jax.Sample(temperature=0.8, top_p=0.95))
+    Example::
+
+        llm.generate("Once upon a time", sampling=llama_jax.Sample(temperature=0.8, top_p=0.95))
 
     Raises:
       ValueError: a setting is outside its range; the message names it.
@@ -71,10 +73,14 @@ class Sample:
             check_integer("top_k", self.top_k, 1)
 
 
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer of Python or NumPy; True and False are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_integer(name: str, value: Any, minimum: int) -> None:
     """Raise ValueError unless ``value`` is an integer of at least ``minimum``."""
-    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not integer or value < minimum:
+    if not is_integer(value) or value < minimum:
         raise ValueError(f"{name}={value!r} must be a whole number, {minimum} or more")
 
 

@@ -37,10 +37,11 @@ TOKENS_PER_CALL = 4096
 class Scores:
     """Log-probability and entropy of each token of a text.
 
-    Example:
-      scores = llm.score("for i in range(10):")
-      scores.perplexity
-      scores.plot()
+    Example::
+
+        scores = llm.score("for i in range(10):")
+        scores.perplexity
+        scores.plot()
     """
 
     pieces: tuple[str, ...]

@@ -501,6 +501,9 @@ def test_the_command_line(llm, monkeypatch, capsys):
         assert main(["x", "the cat", "--json", *compute]) == 0
         assert json.loads(capsys.readouterr().out)["text"] == text
     assert texts[0] != texts[1]
+    assert main(["x", "the cat", "--top-logprobs", "2", "--max-new-tokens", "4"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert [len(top) for top in line["top_logprobs"]] == [2] * len(line["ids"])
     assert main(["x", "cat " * 400]) == 2
     assert "error: the prompt has" in capsys.readouterr().err
 
@@ -512,7 +515,8 @@ def test_the_command_line(llm, monkeypatch, capsys):
         (["--top-p", "2"], "top_p=2.0 must be a number"),
         (["--max-new-tokens", "0"], "max_new_tokens=0 must be a whole number"),
         (["--seed", "-1"], "seed=-1 must be"), (["--seed", str(2**70)], "must be less than 2**32"),
-        (["--n", "0"], "n=0 must be"), (["--stop", ""], "must be texts that are not empty"),
+        (["--n", "0"], "n=0 must be"), (["--top-logprobs", "99"], "top_logprobs=99 must be at"),
+        (["--stop", ""], "must be texts that are not empty"),
         (["--dtype", "int3"], "invalid choice: 'int3'"), (["--sed", "1", "y"], "unrecognized"),
     ):  # fmt: skip
         try:
