@@ -516,7 +516,7 @@ def test_the_plan_on_the_terminal(recipe, capsys, tmp_path):
 @pytest.mark.parametrize(
     "args",
     [
-        ["configs/tiny.toml", "--on", "cpu:1"],
+        ["configs/tiny.toml", "--on", "cpu:8"],
         ["llama-7b", "--inference", "--on", "h100:1"],
         ["--budget", "1e22"],
     ],
