@@ -1,11 +1,11 @@
-"""The train step compiled for TPUs, beside MaxText's own ahead-of-time figures.
+"""The train step compiled for TPUs against MaxText's ahead-of-time numbers.
 
     JAX_PLATFORMS=cpu python -m benchmarks.aot_vs_peer [ROW ...]
 
-Same model, topology, batch, sequence and recomputation; pure FSDP, float32 weights and optimizer,
-bfloat16 compute. The peer's column: MaxText e591f30, compiled by its `train_compile` for the same
-topologies with splash attention; cycles and bytes counted by the walk of `planning.hlo`. Each row
-is compiled in a process of its own. Kept in results/aot_vs_peer.json.
+Same model, topology, batch, sequence length and recomputation; pure FSDP, float32 weights and
+optimizer, bfloat16 compute. The peer is MaxText e591f30, compiled by its `train_compile` for the
+same topologies with splash attention; `llama_jax.plan.hlo` counts cycles and bytes of both. Each
+row is compiled in its own process. Result: results/aot_vs_peer.json.
 """
 
 import json
@@ -13,12 +13,13 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results/aot_vs_peer.json"
+from benchmarks.common import RESULTS, ROOT
 
-# name: recipe, machine, overrides; the peer's peak GB, Mcycles (of them products), collective GB.
+FILE = RESULTS / "aot_vs_peer.json"
+
+# name: size, machine, batch, sequence length, remat; the peer's peak GB, Mcycles, Mcycles of
+# matmuls, collective GB.
 ROWS = {
     "7B v5p-8 full": ("7b", "v5p:2x2x2", 8, 4096, "full", (17.27, 1307, 934, 43.0)),
     "7B v5p-8 matmuls": ("7b", "v5p:2x2x2", 8, 4096, "matmuls", (26.92, 1337, 756, 44.0)),
@@ -28,31 +29,32 @@ ROWS = {
 
 
 def measure(name: str) -> dict:
-    """One row, compiled here."""
-    from llama_jax.plan.__main__ import prepare_jax
+    """Compile one row in this process."""
+    from llama_jax.plan.command import prepare_jax
 
     prepare_jax(1)
     from llama_jax.config import load_recipe
     from llama_jax.plan.compile import compile_step
-    from llama_jax.plan.machines import machine
-    from llama_jax.plan.report import recomputed
+    from llama_jax.plan.machines import parse_machine
+    from llama_jax.plan.report import recomputed_flops
 
-    size, on, batch, seq_len, remat, _ = ROWS[name]
+    size, machine, batch, seq_len, remat, _ = ROWS[name]
     settings = {"train.batch_size": batch, "train.gradient_accumulation": 1, "train.remat": remat}
     settings |= {"data.seq_len": seq_len, "model.context": seq_len}
     overrides = [f"{k}={v}" for k, v in settings.items()]
     recipe = load_recipe(ROOT / f"configs/llama-{size}-tpu.toml", overrides)
-    c = compile_step(recipe, machine(on))
+    c = compile_step(recipe, parse_machine(machine))
     assert c.cost is not None, f"{name} does not fit: {c.memory.peak / 1e9:.1f} GB"
     tokens = batch * seq_len / c.machine.devices
-    own = recipe.model.flops_per_token(seq_len) * tokens
+    model_flops = recipe.model.flops_per_token(seq_len) * tokens
+    recomputed = recomputed_flops(recipe) * tokens
     return {
         "peak_gb": c.memory.peak / 1e9,
         "mcycles": c.cost.cycles / 1e6,
-        "product_mcycles": c.cost.product_cycles / 1e6,
+        "matmul_mcycles": c.cost.matmul_cycles / 1e6,
         "collective_gb": {k: v / 1e9 for k, v in c.cost.by_kind().items()},
-        "operations_over_model": c.cost.flops / own,
-        "operations_over_model_and_recomputed": c.cost.flops / (own + recomputed(recipe) * tokens),
+        "flops_over_model": c.cost.flops / model_flops,
+        "flops_over_model_and_recomputed": c.cost.flops / (model_flops + recomputed),
         "kernels": dict(c.cost.kernels),
         "compile_s": c.seconds,
         "rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -63,25 +65,25 @@ def main() -> None:
     if sys.argv[1:2] == ["--one"]:
         print(json.dumps(measure(sys.argv[2])))
         return
-    import importlib.metadata as about
+    from importlib.metadata import version
 
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+    rows = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
     for name in sys.argv[1:] or ROWS:
         command = [sys.executable, "-m", "benchmarks.aot_vs_peer", "--one", name]
         run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         ours = json.loads(run.stdout.splitlines()[-1])
-        peak, cycles, products, moved = ROWS[name][-1]
-        peer = {"peak_gb": peak, "mcycles": cycles, "product_mcycles": products}
-        versions = {p: about.version(p) for p in ("jax", "libtpu")}
-        kept["rows"][name] = {"ours": ours, "peer": peer | {"collective_gb": moved}}
-        kept["rows"][name] |= {"versions": versions, "date": time.strftime("%Y-%m-%d")}
-        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+        peak, cycles, matmuls, moved = ROWS[name][-1]
+        peer = {"peak_gb": peak, "mcycles": cycles, "matmul_mcycles": matmuls}
+        versions = {p: version(p) for p in ("jax", "libtpu")}
+        rows["rows"][name] = {"ours": ours, "peer": peer | {"collective_gb": moved}}
+        rows["rows"][name] |= {"versions": versions, "date": time.strftime("%Y-%m-%d")}
+        FILE.write_text(json.dumps(rows, indent=1) + "\n")
         total = sum(ours["collective_gb"].values())
         print(
             f"{name}: peak {ours['peak_gb']:.2f} GB (peer {peak}), {ours['mcycles']:,.0f} Mcycles "
-            f"({cycles:,}), collectives {total:.1f} GB ({moved}), operations "
-            f"{ours['operations_over_model']:.2f} x the model's "
-            f"({ours['operations_over_model_and_recomputed']:.3f} x with what is recomputed); "
+            f"({cycles:,}), collectives {total:.1f} GB ({moved}), FLOPs "
+            f"{ours['flops_over_model']:.2f} x the model's "
+            f"({ours['flops_over_model_and_recomputed']:.3f} x including recomputation); "
             f"compiled in {ours['compile_s']:.0f} s, {ours['rss_gib']:.1f} GiB"
         )
 

@@ -1,47 +1,37 @@
-"""How much a step slows down while a checkpoint is written.
+"""How much does a training step slow down while a checkpoint is written?
 
     python -m benchmarks.async_save [--rounds 4]
 
-Trains the `small` shape (34M parameters, 0.4 GB of weights and optimizer) on the CPU, with 2,048
-and with 8,192 tokens a step. A round is steps without a save, then a save and the steps until it is
-written. Reported for each: median step without a save, how long the call of `save` blocks, and the
-mean of the steps while it writes. Result: benchmarks/results/async_save.json.
+Trains the `small` model (34M parameters, 0.4 GB of weights and optimizer) on the CPU with 2,048 and
+8,192 tokens per step. A round: steps without a save, then a save and the steps until it is written.
+Result, benchmarks/results/async_save.json: seconds of the steps without a save, of the blocking
+call to `save`, and of the steps during the save.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import tqdm
 
+from benchmarks.common import ROOT, environment, write
 from llama_jax.checkpoint.checkpoints import Checkpoints
 from llama_jax.config import load_recipe
 from llama_jax.data.batch import Batch
 from llama_jax.model.sharding import make_mesh
 from llama_jax.train.step import execution, init_state, make_train_step
 
-ROOT = Path(__file__).parent.parent
-
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--quiet-steps", type=int, default=3)
     arguments = parser.parse_args()
-    result = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "tokens a step": {},
-    }
+    result = {**environment(), "tokens_per_step": {}}
     for gradient_accumulation in (1, 4):
         rounds = measure(gradient_accumulation, arguments.rounds, arguments.quiet_steps)
         slowdowns = [
@@ -51,19 +41,19 @@ def main() -> None:
         ]
         tokens = 2048 * gradient_accumulation
         print(
-            f"{tokens} tokens a step: {statistics.median(slowdowns):+.1%} while a save is "
-            f"under way ({min(slowdowns):+.1%} to {max(slowdowns):+.1%})"
+            f"{tokens} tokens per step: {statistics.median(slowdowns):+.1%} during a save "
+            f"({min(slowdowns):+.1%} to {max(slowdowns):+.1%})"
         )
-        result["tokens a step"][tokens] = {
+        result["tokens_per_step"][tokens] = {
             "slowdown_median": round(statistics.median(slowdowns), 4),
             "slowdown_range": [round(min(slowdowns), 4), round(max(slowdowns), 4)],
             "rounds": rounds,
         }
-    (ROOT / "benchmarks/results/async_save.json").write_text(json.dumps(result, indent=1) + "\n")
+    write("async_save", result)
 
 
 def measure(gradient_accumulation: int, count: int, quiet_steps: int) -> list[dict]:
-    """Seconds of ``count`` rounds: steps before, the call of save, steps while it writes."""
+    """Seconds of ``count`` rounds: steps before, the call to `save`, steps during the save."""
     settings = [
         "model.name=small",
         f"train.gradient_accumulation={gradient_accumulation}",
@@ -88,7 +78,7 @@ def measure(gradient_accumulation: int, count: int, quiet_steps: int) -> list[di
         train(), train()
         rounds = []
         checkpoints = Checkpoints(folder, 1)
-        for number in tqdm.trange(count, desc=f"accumulate {gradient_accumulation}"):
+        for number in tqdm.trange(count, desc=f"{gradient_accumulation} microbatches"):
             quiet = [train() for _ in range(quiet_steps)]
             start = time.perf_counter()
             checkpoints.save(number, *state, {"step": number})

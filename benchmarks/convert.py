@@ -1,11 +1,11 @@
-"""How fast is conversion against `cp` on the same disk in the same run, and how much memory?
-
-Makes a Meta checkpoint of random float16 weights in the shape of a published model, then copies
-and converts it, each command in a process of its own, the rounds interleaved. Prints a line a
-command: median and range of GB/s, of the ratio to `cp` in the same round, and peak resident memory
-above an idle import.
+"""Speed and memory of conversion against `cp` on the same disk.
 
     python -m benchmarks.convert --model llama-7b --dir /big/disk --rounds 3
+
+Makes a Meta checkpoint of random float16 weights in the shape of a published model, then copies and
+converts it. Each command is its own process; the commands of a round follow each other. Prints a
+line per command: median and range of GB/s, of the ratio to `cp` in the same round, and peak
+resident memory beyond that of the imports.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from llama_jax.config import MODELS, ModelConfig
 from llama_jax.convert import meta
 from llama_jax.convert.tensors import layer_tensors, rows_per_chunk
 
-COMMANDS = {  # name: source, then what to write
+COMMANDS = {  # name: (source folder, format to write)
     "meta to orbax": ("source", "orbax"),
     "orbax to hf": ("orbax", "hf"),
     "hf to meta": ("hf", "meta"),
@@ -35,7 +35,7 @@ COMMANDS = {  # name: source, then what to write
 
 
 def make_source(folder: Path, cfg: ModelConfig) -> int:
-    """A Meta folder of random float16 weights; returns their bytes."""
+    """Write a Meta folder of random float16 weights; returns their bytes."""
     folder.mkdir()
     dtypes = {t.spec.path: np.dtype(np.float16) for t in layer_tensors(cfg)}
     writer = meta.create_writer(folder, cfg, dtypes, 1, False)
@@ -53,7 +53,7 @@ def make_source(folder: Path, cfg: ModelConfig) -> int:
 
 
 def run(command: list[str]) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of a command; its output is shown only when it fails."""
+    """(seconds, peak resident bytes) of a command; its output is shown only if it fails."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -67,7 +67,7 @@ def run(command: list[str]) -> tuple[float, int]:
 
 
 def measure(args: argparse.Namespace, place: Path) -> None:
-    """Every command, every round; then the table."""
+    """Run all commands in every round and print the table."""
     size = make_source(place / "source", MODELS[args.model])
     idle = run([sys.executable, "-c", "import llama_jax.convert.job, orbax.checkpoint"])[1]
     convert = [sys.executable, "-m", "llama_jax.convert", "--max-memory", args.max_memory]
@@ -107,7 +107,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="llama-7b", choices=list(MODELS))
-    parser.add_argument("--dir", type=Path, help="where to work: three times the model's bytes")
+    parser.add_argument("--dir", type=Path, help="working folder with space for three copies")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-memory", default="2GiB")
     args = parser.parse_args()

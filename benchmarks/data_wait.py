@@ -1,7 +1,7 @@
-"""What share of a training step is spent waiting for data?
+"""What fraction of a training step is spent waiting for data?
 
-A step is a chain of matrix products that keeps every core busy for about the time asked for;
-before each the loop takes a batch, and the time that takes is the wait. The embedded sources.
+A simulated step keeps every core busy with matmuls for a fixed time. Before each step the loop
+takes a batch; the time that this takes is the wait. Data: the embedded sources.
 
     python -m benchmarks.data_wait      writes benchmarks/results/data_wait.json
 """
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.tokenise import machine, spread, write
+from benchmarks.common import environment, spread, write
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data.mixture import Mixture, TrainData, open_mixture
 from llama_jax.prepare.mixture import prepare_mixture
@@ -25,7 +25,7 @@ SHAPES = ((8, 256), (64, 2048), (512, 2048))
 
 
 def main() -> None:
-    """Measure each batch shape and packing, and write the result."""
+    """Measure each batch shape and packing."""
     sources = {
         "code": SourceConfig(path="python:code", weight=0.7),
         "prose": SourceConfig(path="python:prose", weight=0.3),
@@ -44,11 +44,12 @@ def main() -> None:
                     "step_ms": spread([1e3 * r["step"] for r in runs]),
                 }
     question = f"time in next(data) of {STEPS} steps that keep all cores busy"
-    write("data_wait", {"question": question, "batches": results, **machine()})
+    print(results)
+    write("data_wait", {"question": question, "batches": results, **environment()})
 
 
 def busy_step(seconds: float) -> Any:
-    """A function that computes on all cores for about that time."""
+    """A function that computes on all cores for about ``seconds``."""
     x = np.full((1024, 1024), 1e-3, np.float32)
     once = jax.jit(lambda a, n: jax.lax.fori_loop(0, n, lambda _, y: y @ a, a))
     once(x, 1).block_until_ready()
@@ -59,7 +60,7 @@ def busy_step(seconds: float) -> Any:
 
 
 def measure(mixture: Mixture, cfg: DataConfig, batch_size: int, step: Any) -> dict[str, float]:
-    """Share of the time spent waiting, the longest wait and the mean step, without the first."""
+    """Fraction of time spent waiting, longest wait and mean step, after the first step."""
     data = TrainData(mixture, cfg, batch_size)
     next(data)
     step()

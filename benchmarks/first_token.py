@@ -1,12 +1,12 @@
-"""How long until a fresh process prints its first token? 110M parameters, on this machine's CPU.
+"""Time until a new process prints its first token: 110M parameters, on this machine's CPU.
 
     pip install -e '.[check]' && python -m benchmarks.first_token [--rounds 7]
 
-Random weights with a 32,000 piece tokenizer trained on Python's library, as our checkpoint and as
-Hugging Face's, converted from ours. The time is of the whole process, `python` to its end, for one
-new token of a short prompt: `python -m llama_jax.generate` with an empty compilation cache (once)
-and with the one that this left, and transformers' `generate`, taking turns. The files have just
-been written, so they come from memory. Result: benchmarks/results/first_token.json.
+Random weights with a tokenizer of 32,000 pieces trained on Python's library, as our checkpoint and
+converted to the Hugging Face format. Measured: the wall time of a whole process that generates one
+token from a short prompt. `python -m llama_jax.generate` with an empty compilation cache (once),
+then with the cache from that first run, taking turns with transformers' `generate`. The files have
+just been written, so they are in the page cache. Result: benchmarks/results/first_token.json.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.tokenise import machine, write
+from benchmarks.common import environment, write
 from llama_jax.checkpoint.checkpoints import Checkpoints
 from llama_jax.checkpoint.model_json import write_model_files
 from llama_jax.config import MODELS
@@ -42,7 +42,7 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False, 
 
 
 def make(folder: Path) -> Path:
-    """The checkpoint."""
+    """Write a checkpoint with random weights."""
     cfg = MODELS[MODEL]
     folder.mkdir()
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py"))
@@ -58,14 +58,14 @@ def make(folder: Path) -> Path:
 
 
 def seconds(command: list[str], env: dict[str, str]) -> float:
-    """Of a whole process."""
+    """Wall time of a Python process."""
     start = time.perf_counter()
     subprocess.run([sys.executable, *command], env=env, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
@@ -88,7 +88,7 @@ def main() -> None:
         print(f"{name:13} {statistics.median(times):.1f} s ({min(times):.1f} to {max(times):.1f})")
     question = "seconds of a process that prints one new token, 110M parameters, float32"
     result = {"cold": [cold], "warm": warm, "transformers": peer}
-    write("first_token", {"question": question, **result, **machine()})
+    write("first_token", {"question": question, **result, **environment()})
 
 
 if __name__ == "__main__":

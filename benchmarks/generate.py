@@ -1,23 +1,20 @@
-"""Greedy generation on the CPU against Hugging Face `generate` and llama.cpp, float32, in one run.
+"""Greedy generation on the CPU against Hugging Face `generate` and llama.cpp, float32.
 
     pip install -e '.[check]' llama-cpp-python gguf && python -m benchmarks.generate [--rounds 5]
 
-All three run the same random weights at 15M and 110M parameters: a prompt of 16 tokens, 256 new
-ones, batch 1 and 8, each in a process of its own with the same allocator settings and all cores,
-taking turns. A round is one generation, prompt included, after one to warm up. llama.cpp runs in
-its C interface with a float32 cache; the likeliest token is taken by numpy. Reported: median
-tokens/s over the rounds, their range, the median of the rounds' ratios, and how many of the ids
-are llama_jax's. Result: benchmarks/results/generate.json.
+All three run the same random weights with 15M and 110M parameters: a prompt of 16 tokens, 256 new
+tokens, batch 1 and 8, each in its own process with the same allocator settings and all cores. They
+take turns: a round is one generation including the prompt, after one warm-up. llama.cpp is called
+through its C interface, with a float32 cache; numpy takes the argmax. Printed: median tokens/s over
+the rounds, their range, the median of the rounds' ratios, and the fraction of ids equal to
+llama_jax's. Result: benchmarks/results/generate.json.
 """
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,16 +22,15 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.train_step import ALLOCATOR
+from benchmarks.common import Worker, environment, take_turns, write
 from llama_jax.config import MODELS
 
-ROOT = Path(__file__).parent.parent
 SHAPES, BATCHES, SIDES = ("stories15m", "stories110m"), (1, 8), ("jax", "torch", "llama.cpp")
 PROMPT, NEW, CONTEXT = 16, 256, 512
 
 
 def random_weights(cfg) -> dict:
-    """The same numbers in every process: {"embed", "q", ... "norm"}, layers stacked."""
+    """The same weights in every process, {"embed", "q", ...}, layers stacked."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape, np.float32) * np.float32(0.02)
     letters = dict(embed="VD", q="LDQ", k="LDE", v="LDE", o="LQD", gate="LDF", up="LDF", down="LFD")
@@ -47,7 +43,7 @@ def prompts(cfg, batch: int) -> np.ndarray:
 
 
 def jax_generate(cfg, batch: int):
-    """llama_jax, as `LLM.generate` runs it, without the text."""
+    """llama_jax as `LLM.generate` runs it, without detokenisation."""
     import jax
     import jax.numpy as jnp
 
@@ -148,7 +144,7 @@ def _write_gguf(path: Path, cfg) -> None:
     for i in range(cfg.num_layers):
         for short, name in names.items():
             x = w[short][i].T
-            if short in "qk":  # pairs (i, i + H/2) become neighbours
+            if short in "qk":  # pairs (i, i + H/2) become adjacent
                 x = x.reshape(-1, 2, H // 2, cfg.dim).swapaxes(1, 2).reshape(x.shape)
             file.add_tensor(f"blk.{i}.{name}.weight", np.ascontiguousarray(x))
         for name in ("attn_norm", "ffn_norm"):
@@ -160,7 +156,7 @@ def _write_gguf(path: Path, cfg) -> None:
 
 
 def cpp_generate(cfg, batch: int):
-    """llama.cpp, all rows in one batch a step."""
+    """llama.cpp, all sequences in one batch per step."""
     import llama_cpp as cpp
 
     cpp.llama_backend_init()
@@ -180,7 +176,7 @@ def cpp_generate(cfg, batch: int):
     first = prompts(cfg, batch)
 
     def step(ids_BT, start):
-        """Likeliest next ids of each row."""
+        """The argmax of each sequence's next-token logits."""
         B, T = ids_BT.shape
         batch_of.n_tokens = B * T
         for i, (b, t) in enumerate(np.ndindex(B, T)):
@@ -203,9 +199,9 @@ def cpp_generate(cfg, batch: int):
 
 
 def worker(side: str, shape: str, batch: str) -> None:
-    """Generate for each line on standard input; answer with seconds. The ids go out first."""
+    """Generate once per line on standard input and print the seconds; the ids come first."""
     make = {"jax": jax_generate, "torch": torch_generate, "llama.cpp": cpp_generate}[side]
-    # The tables end at a context that 15M's prompt and new tokens pass.
+    # The 15M model's own context is too short for prompt and new tokens.
     generate = make(dataclasses.replace(MODELS[shape], context=CONTEXT), int(batch))
     print("ready", json.dumps(np.asarray(generate()).tolist()), flush=True)
     for _ in sys.stdin:
@@ -214,34 +210,17 @@ def worker(side: str, shape: str, batch: str) -> None:
         print(time.perf_counter() - start, flush=True)
 
 
-def start(side: str, shape: str, batch: int) -> tuple[subprocess.Popen, np.ndarray]:
-    """A worker, warmed up, and its ids."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.generate", "--worker", side, shape, str(batch)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        cwd=ROOT, env=os.environ | ALLOCATOR | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("ready "):
-            return process, np.array(json.loads(line[6:]))
-    sys.exit(f"the {side} worker ended with code {process.wait()}")
-
-
 def compare(shape: str, batch: int, sides: list[str], rounds: int) -> dict:
-    """Tokens/s of each side, round by round; prints a line a side."""
-    workers = {side: start(side, shape, batch) for side in sides}
-    rates: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side, (process, _) in workers.items():
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            rates[side].append(batch * NEW / float(process.stdout.readline()))
-    for process, _ in workers.values():
-        process.stdin.close()
-        process.wait()
+    """Tokens/s of each side, round by round; prints a line per side."""
+    workers = {side: Worker("benchmarks.generate", side, shape, str(batch)) for side in sides}
+    ids = {side: np.array(worker.ready) for side, worker in workers.items()}
+    rates = {
+        side: [batch * NEW / seconds for seconds in values]
+        for side, values in take_turns(workers, rounds).items()
+    }
     result = {}
     for side, values in rates.items():
-        same = float((workers[side][1] == workers["jax"][1]).mean())
+        same = float((ids[side] == ids["jax"]).mean())
         ratios = [j / x for j, x in zip(rates["jax"], values, strict=True)]
         ratio = statistics.median(ratios)
         result[side] = {"tokens_per_second": values, "jax_over_it": ratios, "same_ids": same}
@@ -255,7 +234,7 @@ def compare(shape: str, batch: int, sides: list[str], rounds: int) -> dict:
 
 
 def main() -> None:
-    """Measure, print a table, keep it."""
+    """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
@@ -265,21 +244,12 @@ def main() -> None:
         return worker(*arguments.worker)
     packages = ["jax", "flax", "torch", "transformers"]
     packages += ["llama-cpp-python"] if "llama.cpp" in arguments.sides else []
-    versions = {p: importlib.metadata.version(p) for p in packages}
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "?")
-    result = {
-        "machine": f"{cpu}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+    result = environment(tuple(packages))
     for shape in SHAPES:
         for batch in BATCHES:
             cases = compare(shape, batch, arguments.sides, arguments.rounds)
             result[f"{shape}, batch {batch}"] = cases
-    out = ROOT / "benchmarks/results/generate.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{result['machine']}, Python {result['python']}, {versions} -> {out.relative_to(ROOT)}")
+    write("generate", result)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What do 8 and 4 bits a weight cost in perplexity?
+"""Perplexity with int8 and int4 weights against float32.
 
-    python -m llama_jax.train                        # a run to measure: checkpoints/tiny
-    python -m benchmarks.quantised_perplexity [RUN]  # the result lands in benchmarks/results
+    python -m llama_jax.train                        # trains the model: checkpoints/tiny
+    python -m benchmarks.quantised_perplexity [RUN]  # writes results/quantised_perplexity.json
 
-The held-out tokens of the run's own sources, in float32 and with the layers' matrices quantised.
+Measured on the validation split of the run's own sources; the layers' matrices are quantised.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from benchmarks.tokenise import machine, write
+from benchmarks.common import environment, write
 from llama_jax.checkpoint.weights import load_weights
 from llama_jax.config import load_recipe
 from llama_jax.data.mixture import Mixture, eval_batches, open_mixture
@@ -27,7 +27,7 @@ BATCH = 8
 
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, default=Path("checkpoints/tiny"))
     run = parser.parse_args().run
@@ -46,13 +46,13 @@ def main() -> None:
         for name, value in perplexity.items():
             against = value / result["float32"]["perplexity"][name] - 1
             print(f"{kind:8} {name:6} perplexity {value:.3f} ({against:+.2%})")
-    question = "perplexity of held-out tokens, weights in float32, int8 and int4"
+    question = "perplexity of validation tokens, weights in float32, int8 and int4"
     model = f"{cfg.num_layers} layers, D {cfg.dim}, V {cfg.vocab_size}"
-    write("quantised_perplexity", {"question": question, "model": model, **result, **machine()})
+    write("quantised_perplexity", {"question": question, "model": model, **result, **environment()})
 
 
 def loss(recipe, mixture: Mixture, source: str, step) -> float:
-    """Mean nats a token over the whole held-out split."""
+    """Mean nats/token over the whole validation split of a source."""
     total = count = 0.0
     for batch in eval_batches(mixture, recipe.data, BATCH, 10**6, source):
         total += float(step(jax.tree.map(lambda x: x[None], batch)))

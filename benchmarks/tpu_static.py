@@ -1,9 +1,9 @@
-"""Bundles of our attention on a TPU beside splash attention's, counted without one.
+"""Instruction bundles of our TPU attention and of splash attention, counted without a TPU.
 
-Compiles our kernel and splash attention for a v5p at the heads of Llama 3 8B and T = 4096, and
-counts the bundles of each loop of libtpu's schedule times the loop's turns
-(`benchmarks.kernels.schedule`). Splash is told rotated queries and keys, so the count of its
-rotary is not in it. Our kernels at all shapes: ``python -m benchmarks.kernels``.
+Compiles our kernel and splash attention for a v5p with the heads of Llama 3 8B and T = 4096, and
+multiplies the bundles of each loop in libtpu's schedule by the loop's iterations
+(`benchmarks.kernels.schedule`). Splash attention gets rotated queries and keys, so its count does
+not include the rotation. All shapes of our kernels: ``python -m benchmarks.kernels``.
 
     python -m benchmarks.tpu_static      writes benchmarks/results/tpu_static.json
 """
@@ -16,17 +16,17 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from benchmarks.common import environment, write
 from benchmarks.kernels.schedule import Blocks, Loop, a_head, by_loop, compiler_options, take
-from benchmarks.tokenise import machine, write
 
 CHIP, T, G, H = "v5p", 4096, 4, 128
 SPLASH_BLOCK = 1024
 
 
 def main() -> None:
-    """Compile each kernel, count, print and keep."""
+    """Compile each kernel, count, and write the result."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    arguments.add_argument("--compile", choices=COMPILED, help="only compile this one, here")
+    arguments.add_argument("--compile", choices=COMPILED, help="compile this one and exit")
     args = arguments.parse_args()
     if args.compile:
         compile_both_ways(args.compile)
@@ -44,7 +44,7 @@ def main() -> None:
     shape = dict(chip=CHIP, T=T, queries_a_key_head=G, H=H, dtype="bfloat16", causal=True)
     compiler = f"libtpu {importlib.metadata.version('libtpu')}"
     result = {
-        "machine": machine(),
+        "machine": environment(),
         "compiler": compiler,
         "shape": shape,
         "bundles_a_head": counts,
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def ours(kernels: dict[str, Sequence[Loop]]) -> dict:
-    """Bundles a query head, whose keys and queries are in VMEM whole."""
+    """Bundles per query head, when all its keys and queries are in VMEM."""
     found: dict = {"loops": {}}
     for way in ("forward", "backward"):
         loops = next(x for name, x in kernels.items() if f"attention_{way}" in name)
@@ -67,7 +67,7 @@ def ours(kernels: dict[str, Sequence[Loop]]) -> dict:
 
 
 def splash(kernels: dict[str, list[Loop]]) -> dict:
-    """Bundles a query head: the grid's body, whose inner loop is unrolled, for each block run."""
+    """Bundles per query head: the grid's body, with its inner loop unrolled, once per block."""
     n = T // SPLASH_BLOCK
     bodies = {name: loops[0].stop - loops[0].start for name, loops in kernels.items()}
     total = {name: body * n * (n + 1) // 2 for name, body in bodies.items()}
@@ -76,7 +76,7 @@ def splash(kernels: dict[str, list[Loop]]) -> dict:
 
 
 def schedules(name: str) -> dict[str, list[Loop]]:
-    """The loops of each Pallas kernel of a program, compiled in a process of its own."""
+    """The loops of each Pallas kernel of a program, compiled in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.tpu_static", "--compile", name]
         env = os.environ | compiler_options(folder)
@@ -90,7 +90,7 @@ def schedules(name: str) -> dict[str, list[Loop]]:
 
 
 def compile_both_ways(name: str) -> None:
-    """Forward and backward of one key head and its queries, for one chip."""
+    """Compile forward and backward of one key head and its query heads, for one chip."""
     import jax
     import jax.numpy as jnp
     import numpy as np

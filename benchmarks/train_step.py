@@ -1,35 +1,22 @@
-"""A training step on the CPU against Hugging Face + torch, float32, in one run.
+"""A training step on the CPU against Hugging Face transformers with PyTorch, float32.
 
     pip install -e '.[check]' && python -m benchmarks.train_step [--rounds 5]
 
-Both train the same LLaMA (AdamW, clip 1.0, batch 8 x 256) in a process of their own with the same
-allocator settings,
-taking turns; a round is 5 steps after 2 to warm up. Reported: median milliseconds a step over the
-rounds, their range, and
-the median of the rounds' ratios. Result: benchmarks/results/train_step.json.
+Both train the same LLaMA (AdamW, gradient norm clipped to 1.0, batch 8 x 256), each in its own
+process with the same allocator settings. They take turns: a round is 5 steps, after 2 warm-up
+steps. Printed: median milliseconds per step over the rounds, their range, and the median of the
+rounds' ratios. Result: benchmarks/results/train_step.json.
 """
 
 import argparse
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.common import ROOT, Worker, environment, take_turns, write
+
 SHAPES = ("small", "mini")
 B, T = 8, 256
-# glibc gives large buffers back to the kernel and faults them in again each step; kept, both sides
-# are faster.
-ALLOCATOR = {
-    "MALLOC_ARENA_MAX": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:"
-    "glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1",
-}
 
 
 def jax_steps(shape: str):
@@ -59,7 +46,7 @@ def jax_steps(shape: str):
 
 
 def torch_steps(shape: str):
-    """The same with transformers, eager."""
+    """The same with transformers and eager PyTorch."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -90,11 +77,11 @@ def torch_steps(shape: str):
 
 
 def worker(side: str, shape: str) -> None:
-    """Train a round for each line on standard input; answer with the milliseconds of its steps."""
+    """Train a round per line on standard input; print the median milliseconds of its steps."""
     train = {"jax": jax_steps, "torch": torch_steps}[side](shape)
     for _ in range(2):
         train()
-    print("ready", flush=True)
+    print("ready null", flush=True)
     for _ in sys.stdin:
         times = []
         for _ in range(5):
@@ -104,63 +91,31 @@ def worker(side: str, shape: str) -> None:
         print(statistics.median(times), flush=True)
 
 
-def start(side: str, shape: str) -> subprocess.Popen:
-    """A worker, warmed up."""
-    process = subprocess.Popen(
-        [sys.executable, __file__, "--worker", side, shape],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | ALLOCATOR | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    while process.stdout.readline().strip() != "ready":
-        if process.poll() is not None:
-            sys.exit(f"the {side} worker ended with code {process.returncode}")
-    return process
-
-
 def main() -> None:
-    """Measure, print a table, keep it."""
+    """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--worker", nargs=2)
     arguments = parser.parse_args()
     if arguments.worker:
         return worker(*arguments.worker)
-    versions = {
-        p: importlib.metadata.version(p) for p in ("jax", "flax", "optax", "torch", "transformers")
-    }
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "?")
-    result = {
-        "machine": f"{cpu}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+    result = environment(("jax", "flax", "optax", "torch", "transformers"))
     for shape in SHAPES:
-        workers = {side: start(side, shape) for side in ("jax", "torch")}
-        times: dict[str, list[float]] = {side: [] for side in workers}
-        for _ in range(arguments.rounds):
-            for side, process in workers.items():
-                process.stdin.write("go\n")
-                process.stdin.flush()
-                times[side].append(float(process.stdout.readline()))
-        for process in workers.values():
-            process.stdin.close()
-            process.wait()
+        workers = {side: Worker("benchmarks.train_step", side, shape) for side in ("jax", "torch")}
+        times = take_turns(workers, arguments.rounds)
         ratios = [t / j for j, t in zip(times["jax"], times["torch"], strict=True)]
         result[shape] = {"ms": times, "ratio": ratios}
         for side, ms in times.items():
-            middle = statistics.median(ms)
+            median = statistics.median(ms)
             print(
-                f"{shape:6} {side:6} {middle:8.1f} ms ({min(ms):.1f}-{max(ms):.1f}), "
-                f"{B * T / middle * 1e3:8,.0f} tokens/s"
+                f"{shape:6} {side:6} {median:8.1f} ms ({min(ms):.1f}-{max(ms):.1f}), "
+                f"{B * T / median * 1e3:8,.0f} tokens/s"
             )
         print(
             f"{shape:6} tokens/s against torch: {statistics.median(ratios):.2f} "
             f"({min(ratios):.2f}-{max(ratios):.2f})"
         )
-    out = ROOT / "benchmarks/results/train_step.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{result['machine']}, Python {result['python']}, {versions} -> {out.relative_to(ROOT)}")
+    write("train_step", result)
 
 
 if __name__ == "__main__":
