@@ -54,6 +54,7 @@ RUN_ONCE = (
     "test_scores",
     "test_chat",
     "test_plan",
+    "test_hlo",
     "test_quantize",
     "test_convert_quantised",
     "test_sampling",

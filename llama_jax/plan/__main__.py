@@ -1,7 +1,7 @@
 """Plan a run before renting a machine: does it fit, how fast can it be, what does it cost?
 
     python -m llama_jax.plan RECIPE.toml --on v5p:8x8x8 [section.key=value ...]
-    python -m llama_jax.plan RECIPE.toml --on h100:64 --search
+    python -m llama_jax.plan RECIPE.toml --on h100:64 --search --output best.toml
     python -m llama_jax.plan llama-7b --inference --on h200:1 --dtype int8 --batch 16
     python -m llama_jax.plan --table
     python -m llama_jax.plan --budget 1e22 --inference-tokens 1e12
@@ -18,7 +18,7 @@ import re
 import sys
 from pathlib import Path
 
-from llama_jax.config import ConfigError, recipe_names
+from llama_jax.config import ConfigError, recipe_names, to_toml
 from llama_jax.plan import energy, inference, scaling_laws
 from llama_jax.plan.command import plan_inference, plan_training
 from llama_jax.plan.machines import EXAMPLES, PlanError
@@ -59,13 +59,18 @@ def _run(args: argparse.Namespace) -> int:
             print(f"saved: {args.output}")
         return 0
     target, *overrides = args.target
+    recipe = None
     if args.inference:
         dtype, batch = args.dtype or "bfloat16", args.batch or 1
         plan = plan_inference(target, args.on, dtype, args.context, batch)
     else:
-        plan = plan_training(target, overrides, args.on, args.search, args.power, args.price)
+        plan, recipe = plan_training(
+            target, overrides, args.on, args.search, args.power, args.price
+        )
     if args.output:
-        args.output.write_text(json.dumps(plan, indent=1) + "\n")
+        as_recipe = recipe and args.output.suffix == ".toml"
+        text = to_toml(recipe) if as_recipe else json.dumps(plan, indent=1) + "\n"
+        args.output.write_text(text, encoding="utf-8")
         print(f"saved: {args.output}")
     return 0 if plan["fits"] else 1
 
@@ -119,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a recipe and overrides; with --inference, a model such as llama-7b",
     )
     arg("--on", metavar="MACHINE", help="chip and number or topology")
-    arg("--search", action="store_true", help="try meshes, microbatches and remat; write the best")
+    arg("--search", action="store_true", help="vary mesh, microbatches and remat; plan the fastest")
     arg("--inference", action="store_true", help="plan generation with a model, not training")
     arg("--dtype", choices=inference.DTYPES, help="with --inference: of the weights (bfloat16)")
     arg("--context", type=_count, metavar="S", help="with --inference: positions per sequence")
@@ -133,7 +138,10 @@ def _parser() -> argparse.ArgumentParser:
         help="with --budget: tokens that the trained model will process",
     )  # fmt: skip
     arg("--paper", action="store_true", help="the LLaMA paper's carbon table, recomputed")
-    arg("--output", type=_file, metavar="FILE", help="write JSON (--budget: a picture)")
+    arg(
+        "--output", type=_file, metavar="FILE",
+        help="write the plan (JSON), its recipe (FILE.toml), or with --budget a picture",
+    )  # fmt: skip
     return parser
 
 

@@ -5,12 +5,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from llama_jax.config import ConfigError, Recipe, load_recipe, to_toml
+from llama_jax.config import ConfigError, Recipe, load_recipe
 from llama_jax.plan import inference
 from llama_jax.plan.machines import Machine, PlanError, parse_machine
 
@@ -43,17 +42,19 @@ def plan_training(
     search: bool = False,
     watts: float | None = None,
     price: float | None = None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Recipe]:
     """Compile a recipe's train step for a machine and report what it costs.
 
     Args:
       path: the recipe.
       overrides: settings as section.key=value.
       on: name of the machine.
-      search: compile several meshes, microbatches and remat; write the fastest that fits as a
-        recipe in the working directory.
+      search: compile several meshes, microbatches and remat; report the fastest that fits.
       watts: power of a chip; None: the table's.
       price: money per chip-hour.
+
+    Returns:
+      (values of the plan, the recipe as compiled: adapted to the machine, or found by the search).
 
     Raises:
       PlanError: no such machine, or its compiler is not installed or fails.
@@ -71,7 +72,9 @@ def plan_training(
         else:
             print(f"compiling {path} for {machine.name} ...", file=sys.stderr, flush=True)
             compiled = compile_step(recipe, machine)
-        adapted = [f"{k}={v}" for k, v in changed_settings(recipe, compiled.recipe).items()]
+        changes = changed_settings(recipe, compiled.recipe)
+    if compiled.recipe.train.remat != recipe.train.remat:
+        changes["train.remat"] = compiled.recipe.train.remat
     recipe, train = compiled.recipe, compiled.recipe.train
     sizes = " x ".join(f"{a} {n}" for a, n in compiled.mesh.items() if n > 1) or "one device"
     title = (
@@ -80,22 +83,21 @@ def plan_training(
         f"{train.batch_size} sequences of {recipe.data.seq_len} tokens per step, "
         f"{train.gradient_accumulation} microbatch(es)"
     )
-    if adapted and not search:
-        title += "\nadapted to the machine, as training does: " + ", ".join(adapted)
+    if changes:
+        source = "found by the search" if search else "adapted to the machine, as training does"
+        title += f"\n{source}: " + " ".join(f"{k}={v}" for k, v in changes.items())
     f = metrics(compiled, watts, price)
     print(to_text(f, title, machine.rates()))
-    return {"recipe": path, "overrides": overrides} | f
+    return {"recipe": path, "overrides": overrides} | f, recipe
 
 
 def _search(recipe: Recipe, machine: Machine, path: str) -> Any:
-    """The fastest plan that fits, its recipe written; or the one with the lowest peak memory."""
+    """The fastest plan that fits; if none does, the one with the lowest peak memory."""
     from llama_jax.plan.search import search
 
     fitting, nearest = search(recipe, machine, lambda text: tqdm.write(text, file=sys.stderr))
     if fitting:
-        out = Path(f"{Path(path).stem}-{machine.name.replace(':', '-')}.toml")
-        out.write_text(to_toml(fitting[0].recipe), encoding="utf-8")
-        print(f"fastest of {len(fitting)} that fit; recipe written: {out}\n")
+        print(f"the fastest of {len(fitting)} that fit:\n")
         return fitting[0]
     if nearest is None:
         raise PlanError(

@@ -1,9 +1,8 @@
-"""Plans: counts of FLOPs and bytes, memory, machines, costs, and error messages."""
+"""Plans of training: memory, machines, search, the command and its error messages."""
 
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import random
 import re
@@ -11,21 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from llama_jax.chips import CHIPS, can_compile, wraps
-from llama_jax.config import MODELS, ConfigError, load_recipe
-from llama_jax.model.llama import ComputeConfig
-from llama_jax.model.params import abstract_params
-from llama_jax.model.quantize import weight_bytes
+from llama_jax.config import ConfigError, load_recipe
 from llama_jax.plan import __main__ as plan
-from llama_jax.plan import energy, hlo, inference, scaling_laws, search
+from llama_jax.plan import search
 from llama_jax.plan.compile import compile_step, peak_bytes
-from llama_jax.plan.hlo_text import first_group
 from llama_jax.plan.machines import PlanError, devices, parse_machine
 from llama_jax.train import loop
 from llama_jax.train.__main__ import main
@@ -65,121 +56,7 @@ def recipe(tmp_path):
     return tmp_path / "recipe.toml"
 
 
-# Counts from HLO ---------------------------------------------------------------------------------
-
-
-def compiled_text(function, *shapes):
-    args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
-    return jax.jit(function).lower(*args).compile().as_text()
-
-
-def test_flops_count_once_per_loop_iteration():
-    def inner(x, w):
-        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=7)[0]
-
-    def outer(x, w):
-        return jax.lax.scan(lambda x, _: (inner(x, w) + 1, None), x, length=5)[0]
-
-    cost = hlo.count(compiled_text(outer, (16, 32), (32, 32)))
-    assert cost.flops == 5 * 7 * 2 * 16 * 32 * 32
-
-
-UNROLLED = """
-%cond (p: (s32[], f32[4,4])) -> pred[] {
-  %p = (s32[], f32[4,4]{1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%p), index=0
-  %n = s32[] constant(10)
-  ROOT %less = pred[] compare(%i, %n), direction=LT
-}
-%body (p: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
-  %p = (s32[], f32[4,4]{1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%p), index=0
-  %x = f32[4,4]{1,0} get-tuple-element(%p), index=1
-  %two = s32[] constant(2)
-  %next = s32[] add(%i, %two)
-  %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-  ROOT %t = (s32[], f32[4,4]{1,0}) tuple(%next, %y)
-}
-ENTRY %main (a: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
-  %a = (s32[], f32[4,4]{1,0}) parameter(0)
-  ROOT %w = (s32[], f32[4,4]{1,0}) while(%a), condition=%cond, body=%body
-}
-"""
-
-
-def test_a_loop_unrolled_by_two():
-    """From 0 to 10 in steps of 2: five iterations."""
-    assert hlo.count(UNROLLED).flops == 5 * 2 * 4 * 4 * 4
-
-
-def test_flops_of_every_form_of_matmul():
-    forms = [
-        (lambda a, b: jnp.einsum("bmk,bkn->bmn", a, b), (5, 7, 11), (5, 11, 13), 5 * 7 * 11 * 13),
-        (lambda a, b: jnp.einsum("mk,nk->nm", a, b), (7, 11), (13, 11), 7 * 11 * 13),
-        (lambda a, b: jnp.einsum("mjk,jkn->mn", a, b), (7, 3, 11), (3, 11, 13), 7 * 33 * 13),
-        (lambda a, b: jnp.einsum("abmk,abnk->abmn", a, b), (2, 3, 7, 5), (2, 3, 9, 5), 6 * 315),
-    ]
-    for function, left, right, products in forms:
-        assert hlo.count(compiled_text(function, left, right)).flops == 2 * products
-
-
-def test_a_matmul_that_the_tpu_compiler_writes_as_a_convolution():
-    line = (
-        "ENTRY %main (a: f32[4,8,16]) -> f32[4,8,32] {\n"
-        "  %a = f32[4,8,16]{2,1,0:T(8,128)} parameter(0)\n"
-        "  %b = f32[4,16,32]{2,1,0:T(8,128)} parameter(1)\n"
-        "  ROOT %c = f32[4,8,32]{2,1,0:T(8,128)} convolution(%a, %b), window={size=4 stride=3 "
-        'pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf, backend_config={"estimated_cycles":"77"}\n'
-        "}\n"
-    )
-    cost = hlo.count(line)
-    assert (cost.flops, cost.cycles, cost.matmul_cycles) == (2 * 4 * 8 * 16 * 32, 77, 77)
-
-
-def test_collectives_count_the_bytes_of_whole_arrays():
-    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
-        x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, P("a", "b")))
-
-        run = jax.shard_map(
-            lambda x: jax.lax.scan(
-                lambda x, _: (
-                    x + jnp.sum(jax.lax.all_gather(x, "b", axis=1, tiled=True))
-                    + jax.lax.psum(x, "a"),
-                    None,
-                ),
-                x, length=3,
-            )[0],
-            out_specs=P("a", "b"), check_vma=False,
-        )  # fmt: skip
-        cost = hlo.count(jax.jit(run).lower(x).compile().as_text())
-    found = {(c.kind, c.group): size for c, size in cost.collectives.items()}
-    # Three iterations: each device has 4 x 16 of 8 x 64 values, a row of the mesh 4 x 64.
-    assert found == {
-        ("all-gather", (0, 1, 2, 3)): 3 * 4 * 64 * 4,
-        ("all-reduce", (0, 4)): 3 * 4 * 16 * 4,
-    }
-
-
-@pytest.mark.parametrize(
-    ("text", "group"),
-    [
-        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", (0, 4)),
-        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
-        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
-        ("replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}", tuple(range(8))),
-        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
-        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1':(2)2}", (0, 1)),
-        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1':(1)2}", (0, 2)),
-        ("source_target_pairs={{3,1},{1,3}}", (3, 1)),
-        ("replica_groups={}", ()),
-    ],
-)
-def test_device_groups_in_every_notation(text, group):
-    assert first_group(f"%x = f32[8] all-reduce(%y), {text}, to_apply=%add") == group
-
-
-# Predicted memory --------------------------------------------------------------------------------
+# Predicted memory ---------------------------------------------------------------------------------
 
 
 def test_planned_memory_is_that_of_the_run(recipe, monkeypatch):
@@ -202,7 +79,8 @@ def test_planned_memory_is_that_of_the_run(recipe, monkeypatch):
     assert 0 < state < planned.memory.peak
 
 
-# Machines ----------------------------------------------------------------------------------------
+# Machines -----------------------------------------------------------------------------------------
+
 
 ENV = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
 # Plans use no network: any connection fails.
@@ -385,108 +263,7 @@ def test_a_mesh_that_does_not_match_says_both(recipe, capsys):
         compile_step(load_recipe(recipe, ["train.batch_size=12"]), parse_machine("cpu:8"))
 
 
-# Arithmetic --------------------------------------------------------------------------------------
-
-TABLE_15 = {  # GPU-hours, MWh, tCO2eq as printed
-    "OPT-175B": (809_472, 356, 137),
-    "BLOOM-175B": (1_082_880, 475, 183),
-    "LLaMA-7B": (82_432, 36, 14),
-    "LLaMA-13B": (135_168, 59, 23),
-    "LLaMA-33B": (530_432, 233, 90),
-    "LLaMA-65B": (1_022_362, 449, 173),
-}
-
-
-def test_table_15_of_the_paper():
-    """Within the paper's rounding: it truncates MWh (and prints 475 for BLOOM's 476.5)."""
-    rows = {r["model"]: r for r in energy.paper_table()}
-    assert rows.keys() == TABLE_15.keys()
-    for name, (hours, mwh, carbon) in TABLE_15.items():
-        assert rows[name]["gpu_hours"] == hours
-        assert mwh <= rows[name]["mwh"] < mwh + (2 if name == "BLOOM-175B" else 1)
-        assert abs(rows[name]["tco2eq"] - carbon) <= 0.5
-
-
-def test_65b_at_the_papers_speed():
-    assert energy.chip_hours(1.4e12, 380, 2048) == pytest.approx(1_022_362, rel=0.002)
-
-
-@pytest.mark.parametrize("flop", [1e19, 1e22, 5.76e23])
-def test_the_optimum_is_a_minimum(flop):
-    N, D = scaling_laws.LAW.optimum(flop)
-    assert pytest.approx(flop) == 6 * N * D
-    least = scaling_laws.LAW.loss(N, D)
-    for factor in (0.9, 0.99, 1.01, 1.1):
-        assert scaling_laws.LAW.loss(N * factor, flop / 6 / N / factor) > least
-
-
-def test_inference_tokens_make_the_best_model_smaller():
-    optimal, same = scaling_laws.choices(1e22, 0)
-    assert pytest.approx(optimal.N, rel=1e-3) == same.N
-    sizes = [scaling_laws.choices(1e22, n)[1] for n in (1e10, 1e12, 1e14)]
-    assert optimal.N > sizes[0].N > sizes[1].N > sizes[2].N
-    for choice, n in zip(sizes, (1e10, 1e12, 1e14), strict=True):
-        assert scaling_laws.LAW.loss(choice.N, choice.D) == pytest.approx(optimal.loss)
-        assert choice.training + choice.inference <= optimal.training + 2 * optimal.N * n
-    assert scaling_laws.LAW.tokens(1e6, optimal.loss) == math.inf
-
-
-def test_minimum_cost_counts_two_flops_per_inference_token():
-    optimal, cheap = scaling_laws.choices(1e22, 1e12)
-    cost = lambda n: 6 * n * scaling_laws.LAW.tokens(n, optimal.loss) + 2 * n * 1e12
-    assert cost(cheap.N) == pytest.approx(cheap.training + cheap.inference)
-    assert cost(cheap.N * 0.97) > cost(cheap.N) < cost(cheap.N * 1.03)
-
-
-def test_the_optimum_for_chinchillas_budget_is_near_chinchilla():
-    """The paper's result: 70B parameters, 1.4T tokens, 20 tokens per parameter."""
-    N, D = scaling_laws.LAW.optimum(6 * 70e9 * 1.4e12)
-    assert 0.8 < N / 70e9 < 1.25
-    assert 15 < D / N < 26
-
-
-# Inference ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", inference.DTYPES)
-@pytest.mark.parametrize("name", ["llama-7b", "llama3.1-70b", "stories260k"])
-def test_weight_bytes_are_those_of_quantized_weights(name, kind):
-    cfg = MODELS[name]
-    abstract = abstract_params(cfg, ComputeConfig(jnp.bfloat16))
-    assert inference.weight_bytes(cfg, kind) == weight_bytes(abstract, kind)
-
-
-def test_the_largest_batch_and_context_just_fit():
-    cfg, on = MODELS["llama-13b"], parse_machine("h100:2")
-    for batch in (1, 40):
-        f = inference.plan(cfg, on, "int8", 2048, batch)
-        most = f["largest_batch"]
-        assert inference.plan(cfg, on, "int8", 2048, most - 1)["fits"]
-        assert not inference.plan(cfg, on, "int8", 2048, most + 1)["fits"]
-    assert inference.plan(cfg, on, "int8", f["largest_context"], 40)["fits"]
-    # Short sequences: the activations are as large as several of their caches.
-    f = inference.plan(cfg, on, "int8", 16, 40)
-    left = f["available"] - f["weights"] - f["activations"]
-    assert f["largest_batch"] == int(left // (f["cache"] / 40))
-    # One sequence: bound by reading weights and cache once, on two devices.
-    one = inference.plan(cfg, on, "bfloat16", 2048, 1)
-    moved = 2 * 13_015_864_320 + 2 * 2 * 40 * 40 * 128 * 2048
-    assert one["tokens_per_second"] == pytest.approx(2 * 3352.32e9 / moved)
-    assert one["bound_by"] == "memory"
-
-
-def test_65b_inference_on_common_gpus(capsys):
-    assert plan.main(["llama-65b", "--inference", "--on", "rtx4090:1", "--dtype", "int4"]) == 1
-    assert "DOES NOT FIT" in capsys.readouterr().out
-    assert plan.main(["llama-65b", "--inference", "--on", "h100:1", "--dtype", "int8"]) == 0
-    assert "FITS" in capsys.readouterr().out
-    assert plan.main(["--table"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("llama-65b") for line in lines)
-    assert max(map(len, lines)) <= 120
-
-
-# The command -------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 def test_the_papers_table_and_a_budget_on_the_terminal(capsys, tmp_path):
@@ -588,20 +365,27 @@ def test_wrong_arguments_say_what_to_do(args, message, capsys, monkeypatch):
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax's CUDA plugin"
 )
-def test_a_search_writes_the_fastest_recipe_that_fits(recipe, capfd, monkeypatch, tmp_path):
+def test_a_search_finds_the_fastest_recipe_that_fits(recipe, capfd, monkeypatch, tmp_path):
     monkeypatch.setattr(search, "MAX_COMPILED", 2)
     monkeypatch.chdir(tmp_path)
-    out = tmp_path / "plan.json"
+    plans = []
+    train = plan.plan_training
+    monkeypatch.setattr(plan, "plan_training", lambda *a: plans.append(train(*a)) or plans[-1])
+    out = tmp_path / "best.toml"
     assert plan.main([str(recipe), "--on", "h100:2", "--search", "--output", str(out)]) == 0
-    made = load_recipe(tmp_path / "recipe-h100-2.toml")
-    found = json.loads(out.read_text())
+    made, found = load_recipe(out), plans[0][0]
+    output = capfd.readouterr()
+    settings = re.search(r"found by the search: (.*)", output.out)
+    assert settings is not None
+    assert load_recipe(recipe, settings[1].split()) == made  # the settings reproduce the recipe
+    assert set(tmp_path.iterdir()) == {recipe, out}
     assert (found["gradient_accumulation"], found["remat"]) == (
         made.train.gradient_accumulation,
         made.train.remat,
     )
     assert made.train.batch_size == 16
     assert found["run"]["mwh"] > 0
-    tried = [float(s) for s in re.findall(r": ([\d.e-]+) s per step", capfd.readouterr().err)]
+    tried = [float(s) for s in re.findall(r": ([\d.e-]+) s per step", output.err)]
     assert len(tried) == 2
     assert found["time"]["step"] == pytest.approx(min(tried), rel=0.01)
 
