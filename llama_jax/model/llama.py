@@ -1,11 +1,7 @@
-"""LLaMA in Flax NNX: the only forward pass, for training, prefill and decoding.
+"""LLaMA in Flax NNX: the one forward pass for training, prefill and decoding.
 
-In: token ids [B, T], and for decoding a :class:`KVCache`. Out: logits [B, T, V]. RMSNorm before
-each sub-layer, SwiGLU, rotary attention with grouped queries; layers stacked along L. Source: arXiv
-2302.13971, section 2.2.
-
-    llama = Llama(MODELS["tiny"], Execution(jnp.float32), nnx.Rngs(0))
-    logits_BTV = llama(tokens_BT)
+RMSNorm before each sub-layer, SwiGLU, grouped-query attention with rotary embedding (arXiv
+2302.13971, section 2.2). The parameters of the layers are stacked along L.
 """
 
 import dataclasses
@@ -15,12 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig
+from llama_jax.model.rope import rope_of
 from llama_jax.model.sharding import (
     PRESETS,
     Rules,
@@ -37,45 +33,69 @@ from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How a model is computed, as opposed to what it computes."""
+    """How a model is computed; what it computes is :class:`ModelConfig`.
+
+    Example:
+      compute = ComputeConfig(jnp.dtype("bfloat16"), unroll=True)
+    """
 
     dtype: jnp.dtype
     """of activations and matrix products; weights are cast to it where they are used"""
     rules: Rules = PRESETS["fsdp"]
-    """sharding, when a mesh is set"""
+    """sharding rules, used when a mesh is set"""
     remat: Literal["none", "matmuls", "full"] = "none"
     """what the backward pass recomputes, see TrainConfig.remat"""
     unroll: bool = False
-    """layers one after the other instead of a scan"""
+    """a Python loop over the layers instead of a scan"""
     attention: str | None = None
-    """implementation of the attention; None: the best for the platform"""
+    """attention implementation by name; None: the first one that the platform supports"""
     reduce_float32: bool = False
-    """gradients of weights are summed over devices in float32, and not in ``dtype``"""
+    """sum weight gradients over devices in float32 instead of ``dtype``"""
 
 
 class KVCache(NamedTuple):
-    """Rotated keys and values of the positions seen so far; dead slots hold anything."""
+    """Rotated keys, and values, of all layers. Positions beyond a row's length hold arbitrary data.
+
+    Example:
+      cache = KVCache.empty(cfg, batch=1, cache_len=256, dtype=jnp.dtype("float32"))
+      logits_BTV, cache = llama(tokens_BT, cache=cache)
+    """
 
     k_LBKSH: jax.Array
     v_LBKSH: jax.Array
     lengths_B: jax.Array
-    """int32, live positions of each row"""
+    """int32, number of valid positions of each row"""
 
     @classmethod
-    def empty(cls, cfg: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
-        """A cache for ``slots`` positions a row."""
+    def empty(cls, cfg: ModelConfig, batch: int, cache_len: int, dtype: jnp.dtype) -> "KVCache":
+        """A cache without valid positions.
+
+        Args:
+          cfg: the model.
+          batch: number of rows, B.
+          cache_len: positions per row, S.
+          dtype: of keys and values.
+        """
         L, K, H = cfg.shape("LKH")
-        zeros = jnp.zeros((L, batch, K, slots, H), dtype)
+        zeros = jnp.zeros((L, batch, K, cache_len, H), dtype)
         return cls(zeros, zeros, jnp.zeros(batch, jnp.int32))
 
 
+class AttentionInputs(NamedTuple):
+    """The inputs of attention that are the same for every layer."""
+
+    rope: Rope
+    positions_BT: jax.Array | None
+    segment_ids_BT: jax.Array | None
+
+
 class Attention(nnx.Module):
-    """Grouped-query attention with the rotary embedding: x_BTD -> [B, T, D]."""
+    """Grouped-query attention with rotary embedding, [B, T, D] -> [B, T, D]."""
 
     def __init__(self, cfg: ModelConfig, compute: ComputeConfig, init_std: float, rngs: nnx.Rngs):
         w = functools.partial(_weight, cfg, compute.rules, rngs)
-        # Heads side by side, as matrices: on a TPU, H = 64 or few heads as axes of their own would
-        # be padded, and [D, N, H] turned whole before each product.
+        # Matrices with flattened heads: a TPU would pad separate axes N and H where H = 64 or N is
+        # small, and transpose all of [D, N, H] before each product.
         self.q = w("DQ", init_std)
         self.k = w("DE", init_std)
         self.v = w("DE", init_std)
@@ -84,9 +104,9 @@ class Attention(nnx.Module):
         Q, E = cfg.shape("QE")
         self.bounds = Q, Q + E
 
-    def __call__(self, x_BTD, where: "Where", cache=None, layer=None):
+    def __call__(self, x_BTD, attn_inputs: AttentionInputs, cache=None, layer=None):
         q_BTNH, k_BTKH, v_BTKH = map(self._heads, self._qkv(x_BTD))
-        out_BTNH, cache = _attend(self.compute, q_BTNH, k_BTKH, v_BTKH, where, cache, layer)
+        out_BTNH, cache = _attend(self.compute, q_BTNH, k_BTKH, v_BTKH, attn_inputs, cache, layer)
         return _project(self.compute, out_BTNH, self.o, "QD", "BTD"), cache
 
     def _qkv(self, x_BTD):
@@ -106,7 +126,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)); arXiv 2002.05202."""
+    """SwiGLU, down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
 
     def __init__(self, cfg: ModelConfig, compute: ComputeConfig, init_std: float, rngs: nnx.Rngs):
         w = functools.partial(_weight, cfg, compute.rules, rngs)
@@ -126,7 +146,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: x = x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, cfg: ModelConfig, compute: ComputeConfig, init_std: float, rngs: nnx.Rngs):
         self.attention_norm = _weight(cfg, compute.rules, rngs, "D", None)
@@ -135,29 +155,35 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg, compute, init_std, rngs)
         self.eps = cfg.norm_eps
 
-    def __call__(self, x_BTD, where: "Where", cache=None, layer=None):
+    def __call__(self, x_BTD, attn_inputs: AttentionInputs, cache=None, layer=None):
         whole = self.attention.compute.rules.activation_without_tensor("BTD")
         normed_BTD = reshard(rms_norm(x_BTD, self.attention_norm[...], self.eps), whole)
-        out_BTD, cache = self.attention(normed_BTD, where, cache, layer)
+        out_BTD, cache = self.attention(normed_BTD, attn_inputs, cache, layer)
         x_BTD = x_BTD + out_BTD
         normed_BTD = reshard(rms_norm(x_BTD, self.mlp_norm[...], self.eps), whole)
         return x_BTD + self.mlp(normed_BTD), cache
 
 
-class Where(NamedTuple):
-    """What attention needs to know of the positions, the same for every layer."""
-
-    rope: Rope
-    positions_BT: jax.Array | None
-    segment_ids_BT: jax.Array | None
-
-
 class Llama(nnx.Module):
-    """Embedding, L blocks, a final norm, and the output matrix (the embedding again when tied)."""
+    """Embedding, L blocks, a final norm, and the output matrix (the embedding again when tied).
+
+    Example:
+      llama = Llama(MODELS["tiny"], ComputeConfig(jnp.dtype("float32")), nnx.Rngs(0))
+      logits_BTV = llama(tokens_BT)
+    """
 
     def __init__(
         self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs, init_std: float = 0.02
     ):
+        """Random float32 parameters.
+
+        Args:
+          cfg: the model.
+          compute: how it is computed.
+          rngs: random keys of the parameters.
+          init_std: standard deviation of matrices; those that write to the residual stream get it
+            divided by sqrt(2 * L).
+        """
         self.embed = _weight(cfg, compute.rules, rngs, "VD", init_std)
 
         @nnx.split_rngs(splits=cfg.num_layers)
@@ -173,7 +199,7 @@ class Llama(nnx.Module):
         self.compute = compute
 
     def __call__(self, tokens_BT, **kwargs):
-        """Logits [B, T, V] float32; with a cache, (logits, cache). Arguments as :meth:`hidden`."""
+        """Logits [B, T, V] in float32; with a cache, (logits, cache). Arguments: :meth:`hidden`."""
         hidden = self.hidden(tokens_BT, **kwargs)
         if isinstance(hidden, tuple):
             return self.logits(hidden[0]), hidden[1]
@@ -189,30 +215,36 @@ class Llama(nnx.Module):
         counts_B=None,
         rope_length=None,
     ):
-        """Normed output of the last layer, [B, T, D] in the compute dtype.
+        """The last layer's output after the final norm.
 
         Args:
-          tokens_BT: int32 ids.
-          positions_BT: int32 rotary positions; default: 0 to T - 1, or from the cache's lengths on.
-          segment_ids_BT: int32; attention stays inside runs of one id.
-          cache: keys and values of earlier positions. The new ones are appended, and (hidden,
-            cache) is returned; ``positions_BT`` and ``segment_ids_BT`` do not go with it. The
-            caller keeps ``lengths_B + T`` within the cache's slots. Donated, or carried through a
-            loop, it is changed in place.
-          counts_B: int32, 0 to T, with a cache: how many tokens of each row are real, from the
-            first on; the row's length grows by that many. The rest is padding, whose hidden states
-            mean nothing. Default: all T.
-          rope_length: int32 scalar, the length that dynamic rotary frequencies follow; the other
-            types ignore it. Default: up to the last real token of ``tokens_BT``. Without a cache,
-            padding at the end counts unless this says otherwise.
+          tokens_BT: int32 token ids.
+          positions_BT: int32 rotary positions. Default: from 0, or from the lengths of the cache.
+          segment_ids_BT: int32; a token attends only to tokens with the same segment id.
+          cache: keys and values of earlier positions; those of ``tokens_BT`` are appended. Excludes
+            ``positions_BT`` and ``segment_ids_BT``. The caller ensures that ``lengths_B + T`` is at
+            most the cache length. A cache that is donated or carried through a loop is updated in
+            place.
+          counts_B: int32, 0 to T, only with a cache: number of real tokens of each row, which come
+            first and are added to the row's length. The rest is padding, whose outputs are
+            undefined. Default: T.
+          rope_length: int32 scalar, the sequence length for dynamic rotary frequencies; other types
+            ignore it. Default: up to the last real token of ``tokens_BT``. Without a cache,
+            padding at the end counts as real.
+
+        Returns:
+          [B, T, D] in the compute dtype; with a cache, that and the new cache.
+
+        Raises:
+          ValueError: positions or segment ids together with a cache, or ``counts_B`` without one.
         """
         if cache is not None and (positions_BT is not None or segment_ids_BT is not None):
             raise ValueError(
                 "with a cache, positions follow from its lengths: "
-                "give no positions_BT or segment_ids_BT"
+                "pass neither positions_BT nor segment_ids_BT"
             )
         if cache is None and counts_B is not None:
-            raise ValueError("counts_B says how a cache grows: give a cache")
+            raise ValueError("counts_B counts the tokens that a cache gets: pass a cache too")
         B, T = tokens_BT.shape
         if positions_BT is None:
             start = 0 if cache is None else cache.lengths_B[:, None]
@@ -224,9 +256,9 @@ class Llama(nnx.Module):
             real_BT = jnp.arange(T) < (T if counts_B is None else counts_B[:, None])
             last = jnp.max(jnp.where(real_BT, positions_BT, 0))
         positions_BT = reshard(positions_BT, self.compute.rules.activation_without_tensor("BT"))
-        where = Where(rope_of(self.cfg, last), positions_BT, segment_ids_BT)
+        attn_inputs = AttentionInputs(rope_of(self.cfg, last), positions_BT, segment_ids_BT)
         x_BTD = _embed(self.compute, self.embed[...], tokens_BT)
-        x_BTD, cache = self._layers(x_BTD, where, cache)
+        x_BTD, cache = self._layers(x_BTD, attn_inputs, cache)
         if cache is not None:
             grown_B = cache.lengths_B + (T if counts_B is None else counts_B)
             cache = cache._replace(lengths_B=grown_B)
@@ -235,28 +267,28 @@ class Llama(nnx.Module):
         return x_BTD if cache is None else (x_BTD, cache)
 
     def logits(self, x_BTD):
-        """Output matrix product: [B, T, D] -> [B, T, V] float32."""
+        """Product with the output matrix, [B, T, D] -> [B, T, V] in float32."""
         w = jnp.swapaxes(self.embed[...], 0, 1) if self.cfg.tie_embeddings else self.unembed[...]
-        # float32: the softmax over V that follows loses small probabilities in bfloat16.
+        # float32: in bfloat16 the softmax over V would lose small probabilities.
         return _project(self.compute, x_BTD, w, "DV", "BTV", jnp.float32)
 
     def layers(self) -> list[Block]:
-        """The layers one by one."""
+        """The L blocks, sliced from the stack where they are stacked."""
         if isinstance(self.blocks, nnx.List):
             return list(self.blocks)
         graphdef, state = nnx.split(self.blocks)
         return [nnx.merge(graphdef, layer) for layer in unstack(state)]
 
-    def _layers(self, x_BTD, where: Where, cache: KVCache | None):
+    def _layers(self, x_BTD, attn_inputs: AttentionInputs, cache: KVCache | None):
         def body(carry, block_and_index):
             x, cache = carry
             block, layer = block_and_index
-            return block(x, where, cache, layer), None
+            return block(x, attn_inputs, cache, layer), None
 
         body = _remat(body, self.compute.remat)
         L = self.cfg.num_layers
         if self.compute.unroll or isinstance(self.blocks, nnx.List):
-            body = body if cache is None else jax.jit(body)  # sampling: traced once for all layers
+            body = body if cache is None else jax.jit(body)  # decoding: traced once for all layers
             carry = (x_BTD, cache)
             for i, block in enumerate(self.layers()):
                 carry, _ = body(carry, (block, jnp.int32(i)))
@@ -266,87 +298,30 @@ class Llama(nnx.Module):
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over D; arXiv 1910.07467.
+    """x / sqrt(mean(x^2) + eps) * scale over D, arXiv 1910.07467.
 
-    Statistics and product in float32, as Meta's.
+    Args:
+      x_BTD: any floating dtype, which is also the result's.
+      scale_D: the learned scale.
+      eps: added to the mean square.
     """
+    # float32: in bfloat16 the mean square loses too many bits.
     x = x_BTD.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    # Rounded before the scale, as the published models were trained.
+    # Rounded before the product with the scale, as in Meta's code that trained the models.
     return (x.astype(x_BTD.dtype) * scale_D).astype(x_BTD.dtype)
-
-
-def rope_of(cfg: ModelConfig, last_position: jax.Array | None = None) -> Rope:
-    """Rotary frequencies of a model, [H // 2] float32 radians a position; the factor on cos, sin.
-
-    The types are those of Hugging Face's ``rope_parameters``, with its formulas: linear (arXiv
-    2306.15595), dynamic (NTK by the current length; needs ``last_position``, a scalar), llama3
-    (Llama 3.1), yarn (arXiv 2309.00071).
-    """
-    rope, H = cfg.rope, cfg.head_dim
-    exponent = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
-    inv_freq = (1.0 / np.power(np.float32(rope.theta), exponent)).astype(np.float32)
-    scale = 1.0
-    original = rope.original_context or cfg.context
-    if rope.type == "linear":
-        inv_freq = inv_freq / np.float32(rope.factor)
-    elif rope.type == "llama3":
-        inv_freq = _llama3_frequencies(inv_freq, rope, original)
-    elif rope.type == "yarn":
-        inv_freq, scale = _yarn_frequencies(inv_freq, rope, H, original)
-    elif rope.type == "dynamic":
-        if last_position is None or rope.factor is None:
-            raise ValueError("rope.type='dynamic' needs last_position, a scalar, and rope.factor")
-        length = jnp.maximum(last_position + 1, original).astype(jnp.float32)
-        stretch = rope.factor * length / original - (rope.factor - 1)
-        theta = rope.theta * stretch ** (H / (H - 2))
-        inv_freq = 1.0 / theta**exponent
-    return Rope(jnp.asarray(inv_freq, jnp.float32), jnp.float32(scale))
-
-
-def _llama3_frequencies(inv_freq, rope, original):
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    wavelength = 2 * math.pi / inv_freq
-    smooth = (original / wavelength - low) / (high - low)
-    between = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
-    stretched = np.where(wavelength > original / low, inv_freq / rope.factor, between)
-    return np.where(wavelength < original / high, inv_freq, stretched)
-
-
-def _yarn_frequencies(inv_freq, rope, H, original):
-    beta_fast = 32.0 if rope.beta_fast is None else rope.beta_fast
-    beta_slow = 1.0 if rope.beta_slow is None else rope.beta_slow
-
-    def dim_of(rotations):  # the pair that turns this many times over the original context
-        return H * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
-
-    low, high = dim_of(beta_fast), dim_of(beta_slow)
-    if rope.truncate is not False:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, H - 1)
-    high = high + 0.001 if low == high else high  # as the reference, against a division by zero
-    ramp = np.clip((np.arange(H // 2, dtype=np.float32) - low) / (high - low), 0, 1)
-    mixed = inv_freq / rope.factor * ramp + inv_freq * (1 - ramp)
-    magnitude = lambda m: 0.1 * m * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
-    if rope.attention_factor is not None:
-        scale = rope.attention_factor
-    elif rope.mscale and rope.mscale_all_dim:
-        scale = magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
-    else:
-        scale = magnitude(1.0)
-    return mixed, scale
 
 
 def _weight(
     cfg: ModelConfig, rules: Rules, rngs: nnx.Rngs, letters: str, std: float | None
 ) -> nnx.Param:
-    """A float32 weight: normal with standard deviation ``std``; ones (a norm's scale) for None."""
+    """A float32 weight: normal with standard deviation ``std``, ones (a norm's scale) for None."""
     shape = cfg.shape(letters)
     if std is None:
         value = jnp.ones(shape)
     else:
         value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    if jax.sharding.get_abstract_mesh().empty:
+    if no_mesh():
         return nnx.Param(value)
     return nnx.Param(value, out_sharding=rules.weight(letters))
 
@@ -374,14 +349,13 @@ def _embed(compute: ComputeConfig, embed_VD, tokens_BT):
 
 
 def _project(compute: ComputeConfig, x, w, w_letters: str, out_letters: str, out_dtype=None):
-    """Matrix product of activations (B, T, ...) and a weight (in, out), [B, T, out].
+    """Matrix product of activations [B, T, ...] and a weight [in, out], giving [B, T, out].
 
-    The weight is cast, then gathered over ``fsdp``. Where no axis splits T, the product is one of
-    two dimensions over B * T tokens: the form that every platform's matrix library is tuned for, in
-    the backward pass too.
+    The weight is cast and then gathered over ``fsdp``. Where T is not sharded, B and T are
+    flattened: matrix libraries are fastest for products of two matrices, also in the backward pass.
     """
     B, T = x.shape[:2]
-    # A weight of the model, or a matrix made of one; either may stand for small integers.
+    # An array or a QuantizedWeight, inside an nnx.Variable or not.
     w = w.get_value() if isinstance(w, nnx.Variable) else w
     product = functools.partial(jnp.einsum, preferred_element_type=out_dtype or compute.dtype)
     if no_mesh():
@@ -398,8 +372,7 @@ def _project(compute: ComputeConfig, x, w, w_letters: str, out_letters: str, out
         w = gather_float32_gradient(w, gathered, compute.dtype)
     else:
         w = gather(w.astype(compute.dtype), gathered)
-    # Over heads or widths that lie on several devices, each has a partial sum; it is summed into
-    # the sharding wanted.
+    # With the input axis sharded each device has a partial sum; reshard adds them up.
     partial = frozenset({w_in} if w_in else ())
     x = x.reshape(B, T, -1, out_sharding=P(*tokens, w_in))
     if flat:
@@ -411,34 +384,36 @@ def _project(compute: ComputeConfig, x, w, w_letters: str, out_letters: str, out
     return checkpoint_name(reshard(y, out), "matmul")
 
 
-def _attend(compute: ComputeConfig, q, k, v, where: Where, cache: KVCache | None, layer):
-    """The kernel on each device's own heads and queries.
+def _attend(
+    compute: ComputeConfig, q, k, v, attn_inputs: AttentionInputs, cache: KVCache | None, layer
+):
+    """The attention kernel, on each device for its own heads and queries.
 
-    Keys of a sequence split over ``context`` are gathered.
+    Keys and values that are sharded over ``context`` are gathered.
     """
 
     def train(q, k, v, positions, kv_positions, segments, kv_segments, rope):
         offset = first_position(q.shape[1])
         if q.shape[1] == k.shape[1]:
-            kv_segments = None  # the queries' own; some kernels can only do that
+            kv_segments = None  # equal to the queries' ids; some kernels support only that
         return rotary_attention(
             q, k, v, positions, rope, kv_positions_BS=kv_positions, segment_ids_BT=segments,
             kv_segment_ids_BS=kv_segments, q_offset=offset, implementation=compute.attention,
         )  # fmt: skip
 
-    act = compute.rules.activation
-    positions, segments = where.positions_BT, where.segment_ids_BT
+    spec = compute.rules.activation
+    rope, positions, segments = attn_inputs
     if cache is not None:
-        heads, stack = act("BTNH"), act("LBKSH")
-        new = (q, k, v, cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, where.rope)
-        specs = (heads, act("BTKH"), act("BTKH"), stack, stack, P(), act("B"), P())
+        heads, stack = spec("BTNH"), spec("LBKSH")
+        args = (q, k, v, cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, rope)
+        in_specs = (heads, spec("BTKH"), spec("BTKH"), stack, stack, P(), spec("B"), P())
         out_specs = (heads, stack, stack)
-        out, *stacks = _on_each_device(rotary_decode_attention, new, specs, out_specs)
+        out, *stacks = _on_each_device(rotary_decode_attention, args, in_specs, out_specs)
         return out, cache._replace(k_LBKSH=stacks[0], v_LBKSH=stacks[1])
-    args = (q, k, v, positions, positions, segments, segments, where.rope)
-    BT, BS = compute.rules.activation_without_tensor("BT"), act("BS")
-    in_specs = (act("BTNH"), act("BSKH"), act("BSKH"), BT, BS, BT, BS, P())
-    return _on_each_device(train, args, in_specs, act("BTNH")), None
+    args = (q, k, v, positions, positions, segments, segments, rope)
+    BT, BS = compute.rules.activation_without_tensor("BT"), spec("BS")
+    in_specs = (spec("BTNH"), spec("BSKH"), spec("BSKH"), BT, BS, BT, BS, P())
+    return _on_each_device(train, args, in_specs, spec("BTNH")), None
 
 
 def _on_each_device(function, args, in_specs, out_specs):
@@ -448,8 +423,7 @@ def _on_each_device(function, args, in_specs, out_specs):
         jax.tree.map(functools.partial(reshard, spec=spec), arg)
         for arg, spec in zip(args, in_specs, strict=True)
     ]
-    # Kernels say nothing of what varies over which axis (check_vma), and every axis an output
-    # varies over is in its spec.
+    # Kernels do not declare over which mesh axes their outputs vary (check_vma); the out_specs do.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
 
@@ -458,16 +432,16 @@ def _remat(body, policy: str):
         return body
     policies = {
         "full": None,
-        # Products with weights are kept; attention's own are recomputed (the paper, section 2.4).
+        # Keeps products with weights; those inside attention are recomputed (paper, section 2.4).
         "matmuls": jax.checkpoint_policies.save_only_these_names("matmul"),
     }
     return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
 
 
 def unstack(tree_L: Any) -> list[Any]:
-    """A tree of arrays stacked along L as one tree per layer."""
+    """Splits a tree of arrays that are stacked along L into one tree per layer."""
     leaves, treedef = jax.tree.flatten(tree_L)
-    # `split` and not indexing: its gradient is one concatenation, not L sums of padded zeros.
+    # The gradient of lax.split is one concatenation; that of indexing is L sums of padded arrays.
     split = [jax.lax.split(w, [1] * w.shape[0]) for w in leaves]
     layers = zip(*split, strict=True)
     return [jax.tree.unflatten(treedef, [x.squeeze(0) for x in layer]) for layer in layers]

@@ -1,12 +1,9 @@
-"""Weight-only quantisation for generation: the matrices of the layers in 8 or 4 bits.
+"""Weight-only quantisation for generation: the layers' matrices in int8 or int4.
 
-In: the weights of a model. Out: the same tree with each layer's matrix as a
-:class:`QuantizedWeight`, which the model multiplies like any other. Embedding, norms and output
-matrix stay as they are: they are few, and the loss feels them most.
-
-int8 has one scale for each output (LLM.int8(), arXiv 2208.07339, without its outliers); int4 one
-for each output and group of up to 64 inputs (as GPTQ, arXiv 2210.17323, without its error
-feedback). Both are symmetric: round(w / scale), scale = largest times 1 / 127 or 1 / 7.
+int8 has one scale per output (LLM.int8(), arXiv 2208.07339, without outliers); int4 one per output
+and group of up to 64 inputs (as GPTQ, arXiv 2210.17323, without error feedback). Both are
+symmetric: round(w / scale) with scale = max |w| / 127 or / 7. Embedding, norms and output matrix
+are not quantised: they are small, and the loss is most sensitive to them.
 """
 
 import dataclasses
@@ -25,7 +22,7 @@ KINDS = tuple(MAX_INTEGER)
 GROUP = 64
 """inputs that share a scale in int4, at most"""
 MATRICES = ("attention", "mlp")
-"""parts of a layer whose weights are all matrices"""
+"""modules of a layer whose weights are all matrices"""
 
 
 @functools.partial(
@@ -33,10 +30,14 @@ MATRICES = ("attention", "mlp")
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix (in, out) as small integers times scales.
+    """A matrix [in, out] as integers times scales, used like an array in products.
 
-    ``q`` is [in, out] with a ``scale`` [1, out] in float32; or, ``grouped``, [groups, inputs of a
-    group, out] with [groups, 1, out]. Layers may be stacked in front of both.
+    ``q`` is [in, out] with a float32 ``scale`` [1, out]; if ``grouped``, ``q`` is [groups, inputs
+    of a group, out] with a ``scale`` [groups, 1, out]. Both may have a leading axis of layers.
+
+    Example:
+      w = quantize_weight(w_IO, "int8")
+      y = x @ w.astype(jnp.bfloat16)
     """
 
     q: jax.Array
@@ -44,7 +45,7 @@ class QuantizedWeight:
     grouped: bool
 
     def astype(self, dtype: jnp.dtype) -> jax.Array:
-        """The weight of one layer, [in, out]; a product's compiler fuses this into its operand."""
+        """The matrix of one layer, [in, out]; XLA fuses this into the product that uses it."""
         w = self.q.astype(dtype) * self.scale.astype(dtype)
         if not self.grouped:
             return w
@@ -54,20 +55,20 @@ class QuantizedWeight:
 
 @functools.partial(jax.jit, static_argnames="kind")
 def quantize_weight(w_IO: jax.Array, kind: str) -> QuantizedWeight:
-    """One matrix (in, out)."""
+    """Quantises one matrix [in, out] to ``kind``, "int8" or "int4"."""
     w = w_IO.astype(jnp.float32)
     dtype = jnp.int8
     if kind == "int4":
         dtype = jnp.int4
         inputs, out = jax.typeof(w).sharding.spec
-        # The widest group that divides what a device has of the inputs.
+        # The largest group that divides a device's share of the inputs.
         group = math.gcd(w.shape[0] // (1 if no_mesh() else num_shards(inputs)), GROUP)
         w = _reshape(w, (-1, group, w.shape[1]), (inputs, None, out))
     scale = scale_of(max_abs(w), kind)
     return QuantizedWeight(to_integers(w, scale, dtype), scale, kind == "int4")
 
 
-# The arithmetic, for arrays of JAX and, in conversion, of NumPy, with the same bits.
+# The arithmetic, for JAX and (in conversion) NumPy arrays, with bit-identical results.
 
 
 def max_abs(w_IO: Any) -> Any:
@@ -77,9 +78,9 @@ def max_abs(w_IO: Any) -> Any:
 
 
 def scale_of(max_abs_O: Any, kind: str) -> Any:
-    """The scale for weights of this largest magnitude; 1 for zeros."""
+    """The scale of weights with this maximal magnitude; 1 if all are zero."""
     xp = max_abs_O.__array_namespace__()
-    # A product, here and below: XLA replaces such divisions by products, which rounds differently.
+    # Products, here and below: XLA turns these divisions into products, which round differently.
     return xp.where(max_abs_O == 0, 1, max_abs_O * (1 / MAX_INTEGER[kind]))
 
 
@@ -110,17 +111,26 @@ def unpack(packed: np.ndarray, rows: int) -> np.ndarray:
 def from_stored(
     q: np.ndarray, scale: np.ndarray, kind: str, inputs: int, devices: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``q`` (int8) and ``scale`` of a matrix of a quantised checkpoint, for so many devices along
-    its ``inputs``.
+    """The arrays of a :class:`QuantizedWeight` from those of a quantised checkpoint.
 
-    A group of int4 that would lie on two devices becomes two with the same scale.
+    A group of int4 that would lie on two devices becomes two groups with the same scale.
+
+    Args:
+      q: int8 [in, out]; for int4 packed, uint8 [in / 2, out].
+      scale: float32 [1, out]; for int4 [groups, out].
+      kind: "int8" or "int4".
+      inputs: number of inputs.
+      devices: number of shards along the inputs.
+
+    Returns:
+      ``q`` in int8, and ``scale``.
     """
     if kind == "int8":
         return q, scale
     q = unpack(q, inputs)
-    had = inputs // len(scale)
-    group = math.gcd(inputs // devices, had)
-    scale = np.repeat(scale, had // group, axis=0)[:, None]
+    stored = inputs // len(scale)
+    group = math.gcd(inputs // devices, stored)
+    scale = np.repeat(scale, stored // group, axis=0)[:, None]
     return q.reshape(-1, group, q.shape[1]), scale
 
 
@@ -131,29 +141,38 @@ def _reshape(w: jax.Array, shape: tuple[int, ...], spec: tuple) -> jax.Array:
 
 
 def quantize(params: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The weights of a model with the layers' matrices in 8 or 4 bits.
+    """The parameters of a model with the layers' matrices quantised.
 
-    Each matrix is quantised where it lies, one layer at a time, and let go if the caller holds no
-    other reference: to fit a small accelerator, give weights in host memory and move the result.
+    Each matrix is quantised on its device, one layer at a time, and freed if the caller holds no
+    other reference. For a small accelerator, pass parameters in host memory and move the result.
+
+    Args:
+      params: stacked parameters.
+      kind: "int8" or "int4".
 
     Raises:
-      ValueError: no such kind.
+      ValueError: another kind.
     """
     if kind not in KINDS:
         raise ValueError(f"quantize={kind!r}: there are 'int8' and 'int4'")
     one = functools.partial(quantize_weight, kind=kind)
     stack = jax.jit(functools.partial(jax.lax.map, one))
     blocks = dict(params["blocks"])
-    for room in MATRICES:
-        blocks[room] = dict(blocks[room])
-        for name in list(blocks[room]):
-            blocks[room][name] = stack(blocks[room].pop(name))
+    for module in MATRICES:
+        blocks[module] = dict(blocks[module])
+        for name in list(blocks[module]):
+            blocks[module][name] = stack(blocks[module].pop(name))
     return {**params, "blocks": blocks}
 
 
 def weight_bytes(abstract_params: Any, kind: str) -> int:
-    """Bytes of a model's weights (arrays or shapes of them) as "float32", "bfloat16", "int8" or
-    "int4"; in the last two, what is not quantised is bfloat16."""
+    """Bytes of a model's parameters, given as arrays or shapes, in another number format.
+
+    Args:
+      abstract_params: stacked parameters, not quantised.
+      kind: "float32", "bfloat16", "int8" or "int4"; with the last two, weights that are not
+        quantised are bfloat16.
+    """
     if kind in KINDS:
         abstract_params = jax.eval_shape(lambda p: quantize(p, kind), abstract_params)
     floating = jnp.dtype("float32" if kind == "float32" else "bfloat16")
@@ -167,11 +186,11 @@ def weight_bytes(abstract_params: Any, kind: str) -> int:
 
 
 def bytes_of(params: Any) -> int:
-    """Bytes that weights take as they are; two numbers of 4 bits take one."""
+    """Bytes of an array tree; two int4 numbers take one byte."""
     bits = lambda x: 4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize
     return sum(x.size * bits(x) for x in jax.tree.leaves(params)) // 8
 
 
 def is_quantized(x: Any) -> bool:
-    """Whether ``x`` stands for a whole matrix."""
+    """Whether ``x`` is a quantised matrix, for ``is_leaf``."""
     return isinstance(x, QuantizedWeight)

@@ -1,16 +1,15 @@
-"""Where arrays live: the mesh, and the one table from letters to mesh axes.
+"""The mesh, and the sharding rules, which map the letters of a shape to mesh axes.
 
-A *sharding rule* maps a letter of a shape (D, N, F, ...) to mesh axes. A weight's sharding is
-``rules.weight("DF")``, an activation's ``rules.act("BTNH")``; nothing else in the project names a
-mesh axis. The axes:
+The sharding of a weight is ``rules.weight("DF")``, that of an activation
+``rules.activation("BTNH")``. The mesh axes:
 
-  data     whole copies of the model; only gradients cross it
-  fsdp     weights and optimizer sharded, each layer gathered when it is used
-  tensor   heads, feed-forward width and vocabulary split
-  context  sequence positions split
+  data     copies of the model; only gradients are communicated
+  fsdp     weights and optimizer state are sharded; each layer is gathered when it is used
+  tensor   heads, feed-forward width and vocabulary are sharded
+  context  sequence positions are sharded
 
-The mesh has explicit axis types: a sharding is part of an array's type, and an ambiguous product is
-an error.
+The axis types are explicit: the sharding is part of an array's type, and JAX rejects an ambiguous
+product.
 """
 
 import contextlib
@@ -34,21 +33,26 @@ AXES = ("data", "fsdp", "tensor", "context")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Letters to mesh axes, for weights and for activations."""
+    """Mesh axes of each letter, for weights and for activations.
+
+    Example:
+      rules = PRESETS["fsdp_tensor"]
+      w_DF = jax.device_put(w_DF, NamedSharding(mesh, rules.weight("DF")))
+    """
 
     weights: tuple[tuple[str, tuple[str, ...]], ...]
     acts: tuple[tuple[str, tuple[str, ...]], ...]
 
     def weight(self, letters: str) -> P:
-        """Sharding of a stored weight. A vector (a norm's scale) is small: all devices have all."""
+        """Sharding of a stored weight; a vector (a norm's scale) is replicated."""
         return _spec(letters, dict(self.weights)) if len(letters.lstrip("L")) > 1 else P()
 
     def weight_without_fsdp(self, letters: str, tokens: Iterable[Any]) -> P:
-        """Sharding of a weight while it is used: whole over ``fsdp``.
+        """Sharding of a weight while it is used: gathered over ``fsdp``.
 
-        ``tokens`` are the axes that split the tokens it is used on. Its gradient arrives as one
-        partial sum for each of them (``reduced``), summed into the stored shards by
-        :func:`gather`.
+        ``tokens`` are the spec entries of the tokens that it is used on. Over their axes its
+        gradient arrives as partial sums (``reduced``), which :func:`gather` adds up into the stored
+        shards.
         """
         rules = {k: tuple(a for a in axes if a != "fsdp") for k, axes in self.weights}
         return _spec(letters, rules, reduced=frozenset(a for entry in tokens for a in _axes(entry)))
@@ -56,86 +60,92 @@ class Rules:
     def activation(self, letters: str) -> P:
         """Sharding of an activation.
 
-        An axis serves one letter: widths take ``tensor`` before positions do.
+        Each mesh axis shards one letter; widths take ``tensor`` before positions do.
         """
         return _spec(letters, dict(self.acts))
 
     def activation_without_tensor(self, letters: str) -> P:
-        """Sharding of an activation that meets a weight split over ``tensor``: whole over it."""
+        """Sharding of an activation that a weight sharded over ``tensor`` is multiplied with."""
         rules = {k: tuple(a for a in axes if a != "tensor") for k, axes in self.acts}
         return _spec(letters, rules)
 
 
 def num_shards(axes: tuple[str, ...] | str | None) -> int:
-    """Into how many parts an entry of a spec divides its axis on the mesh that is set."""
+    """Number of shards of an array axis with this spec entry, on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[a] for a in _axes(axes))
 
 
 def is_sharded(axes: tuple[str, ...] | str | None) -> bool:
-    """Whether an entry of a spec divides its axis on the mesh that is set."""
+    """Whether an array axis with this spec entry has several shards on the current mesh."""
     return num_shards(axes) > 1
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """The context in which arrays lie on ``mesh``; for None, one that changes nothing."""
+    """Context manager that sets ``mesh``; None leaves the current one."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def no_mesh() -> bool:
-    """True where no mesh is set: a notebook on one device, where arrays carry no sharding."""
+    """Whether no mesh is set, as in a notebook on one device; arrays then have no sharding."""
     return jax.sharding.get_abstract_mesh().empty
 
 
 def reshard(x: jax.Array, spec: P) -> jax.Array:
-    """`jax.sharding.reshard` where a mesh is set."""
+    """`jax.sharding.reshard` if a mesh is set."""
     return x if no_mesh() else jax.sharding.reshard(x, spec)
 
 
-def gather(w_IO: jax.Array, whole: P) -> jax.Array:
-    """A stored weight of two axes, whole over ``fsdp`` as :meth:`Rules.gathered` says.
+def gather(w_IO: jax.Array, gathered: P) -> jax.Array:
+    """A stored matrix in the sharding of :meth:`Rules.weight_without_fsdp`.
 
-    Written for its gradient, which takes the same steps back: summed over ``fsdp`` straight into
-    shards, and only these summed over the axes that hold copies (``data``, ``context``). In one
-    step the partitioner sums the whole matrix over all of them. The shards are rows, of the
-    transpose where need be: XLA for TPU makes a reduce-scatter of a sum cut into rows, not into
-    columns.
+    Two steps, for the sake of the gradient, which takes them backwards: it is summed over ``fsdp``
+    into shards, and only the shards are summed over ``data`` and ``context``. In one step, the
+    partitioner would sum the whole matrix over all axes. The shards are rows, of the transpose if
+    necessary: XLA for TPU emits a reduce-scatter only for rows.
     """
     stored = jax.typeof(w_IO).sharding.spec
-    turn = "fsdp" in _axes(stored[1])
-    w = jnp.swapaxes(w_IO, 0, 1) if turn else w_IO
-    order = slice(None, None, -1) if turn else slice(None)
-    w = reshard(w, P(*stored[order], reduced=whole.reduced - {"fsdp"}))
-    w = reshard(w, P(*whole.partitions[order], reduced=whole.reduced))
-    return jnp.swapaxes(w, 0, 1) if turn else w
+    transposed = "fsdp" in _axes(stored[1])
+    w = jnp.swapaxes(w_IO, 0, 1) if transposed else w_IO
+    order = slice(None, None, -1) if transposed else slice(None)
+    w = reshard(w, P(*stored[order], reduced=gathered.reduced - {"fsdp"}))
+    w = reshard(w, P(*gathered.partitions[order], reduced=gathered.reduced))
+    return jnp.swapaxes(w, 0, 1) if transposed else w
 
 
-def gather_float32_gradient(w_IO: jax.Array, whole: P, dtype: jnp.dtype) -> jax.Array:
-    """``gather(w_IO.astype(dtype), whole)`` for a float32 weight, whose gradient is converted to
-    float32 before it is summed over devices."""
+def gather_float32_gradient(w_IO: jax.Array, gathered: P, dtype: jnp.dtype) -> jax.Array:
+    """``gather(w_IO.astype(dtype), gathered)``, whose gradient is summed over devices in float32.
+
+    Args:
+      w_IO: float32.
+      gathered: as for :func:`gather`.
+      dtype: of the result.
+    """
     kind = jax.typeof(w_IO)
 
     @jax.custom_vjp
     def cast_and_gather(w):
-        return gather(w.astype(dtype), whole)
+        return gather(w.astype(dtype), gathered)
 
     def backward(_, gradient):
         zeros = jnp.zeros(kind.shape, jnp.float32, out_sharding=kind.sharding)
-        return jax.vjp(lambda w: gather(w, whole), zeros)[1](gradient.astype(jnp.float32))
+        return jax.vjp(lambda w: gather(w, gathered), zeros)[1](gradient.astype(jnp.float32))
 
     cast_and_gather.defvjp(lambda w: (cast_and_gather(w), None), backward)
     return cast_and_gather(w_IO)
 
 
 def all_gather_columns(w_IO: jax.Array, axis: Any, dtype: jnp.dtype, float32: bool) -> jax.Array:
-    """A device's columns of a float32 weight to all columns in ``dtype``, inside `shard_map`.
+    """All columns of a weight from each device's own, inside `shard_map`.
 
     Args:
-      axis: mesh axis that splits the columns.
-      float32: the gradient is summed over devices in float32, and not in ``dtype``.
+      w_IO: the device's columns, float32.
+      axis: mesh axis that shards the columns.
+      dtype: of the result.
+      float32: sum the gradient over devices in float32 instead of ``dtype``.
     """
 
-    def all_columns(w):  # as rows of the transpose, see gather
+    def all_columns(w):  # rows of the transpose, see gather
         w = jax.lax.all_gather(jnp.swapaxes(w, 0, 1), axis, axis=0, tiled=True)
         return jnp.swapaxes(w, 0, 1)
 
@@ -156,13 +166,13 @@ def all_gather_columns(w_IO: jax.Array, axis: Any, dtype: jnp.dtype, float32: bo
 
 
 def first_position(T: int) -> jax.Array | int:
-    """Where a device's own T positions start in the whole sequence, inside `shard_map`."""
-    # The number 0 where nothing is split: some kernels can only do that.
+    """Index in the whole sequence of the first of a device's T positions, inside `shard_map`."""
+    # The constant 0 if T is not sharded: some kernels support only that.
     split = not no_mesh() and is_sharded("context")
     return jax.lax.axis_index("context") * T if split else 0
 
 
-# Letters of an activation in the order in which they claim a mesh axis.
+# Order in which the letters of an activation take mesh axes.
 _PRIORITY = "NKQEFVBT"
 
 
@@ -194,21 +204,22 @@ PRESETS = {
 def make_mesh(
     cfg: MeshConfig, devices: Sequence[jax.Device] | None = None, host_is_slice: bool = False
 ) -> Mesh:
-    """The mesh of ``cfg``: axes :data:`AXES`, explicit.
+    """A mesh with the axes :data:`AXES`, of explicit type.
 
-    Devices of one *slice* have fast links: the chips of a TPU slice, GPUs joined by NVLink (of one
-    host, in most clusters). Several slices are joined by the slower data-center network. They lie
-    along ``data`` as far as its size allows, the rest along ``fsdp``.
+    A *slice* is a group of devices with a fast interconnect: a TPU slice, or GPUs connected by
+    NVLink (in most clusters, those of one host). Slices are connected by the slower data-center
+    network (DCN). The mesh places them along ``data`` as far as its size allows, and the rest along
+    ``fsdp``.
 
     Args:
-      cfg: the sizes; one may be -1, all devices that are left.
-      devices: default: all of this job's. Their `slice_index` says which slice each belongs to.
-      host_is_slice: the devices of each process are a slice, whatever their `slice_index` says (for
-        devices compiled for and not present, which all have 0).
+      cfg: the sizes; one may be -1, which stands for all remaining devices.
+      devices: default: all devices of this job. `slice_index` is the slice of each.
+      host_is_slice: take each process's devices as a slice instead; absent devices that programs
+        are compiled for all have slice_index 0.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, would place ``tensor`` or
-        ``context`` across slices, or cannot be placed on the chips' grid.
+      ConfigError: the product of the sizes is not the number of devices, ``tensor`` or ``context``
+        would cross slices, or JAX cannot place the mesh on the chips' topology.
     """
     devices = jax.devices() if devices is None else devices
     sizes = _mesh_sizes(cfg, len(devices))
@@ -229,16 +240,16 @@ def make_mesh(
                 allow_split_physical_axes=True,
             )
     except (AssertionError, NotImplementedError, TypeError, ValueError) as e:
-        # jax 0.10 drops prime factors of some sizes (10, 14, 28), so it finds no place for them.
+        # jax 0.10 drops prime factors of some sizes (10, 14, 28) and then fails to place them.
         raise ConfigError(
-            f"JAX cannot place a mesh of {_text(sizes)} on the grid of these chips; take other "
-            "sizes, such as powers of two"
+            f"JAX cannot place a mesh of {_text(sizes)} on the topology of these chips; choose "
+            "other sizes, such as powers of two"
         ) from e
     return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def slice_ids(devices: Iterable[Any], host_is_slice: bool = False) -> list[int]:
-    """Which slice each device belongs to; see :func:`make_mesh`."""
+    """The slice of each device, see :func:`make_mesh`."""
     if host_is_slice:
         return [d.process_index for d in devices]
     return [getattr(d, "slice_index", 0) for d in devices]
@@ -246,37 +257,36 @@ def slice_ids(devices: Iterable[Any], host_is_slice: bool = False) -> list[int]:
 
 def _mesh_sizes(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
-    asked = _text(sizes)
+    requested = _text(sizes)
     if any(n == 0 or n < -1 for n in sizes.values()) or list(sizes.values()).count(-1) > 1:
         raise ConfigError(
-            f"{asked}: sizes are positive, and at most one may be -1 (all that is left)"
+            f"{requested}: sizes must be positive; one may be -1 (all remaining devices)"
         )
     fixed = math.prod(n for n in sizes.values() if n > 0)
     sizes = {a: num_devices // fixed if n == -1 else n for a, n in sizes.items()}
     if math.prod(sizes.values()) != num_devices:
         raise ConfigError(
-            f"{asked} does not fit {num_devices} device{'s' * (num_devices > 1)}: "
+            f"{requested} does not fit {num_devices} device{'s' * (num_devices > 1)}: "
             f"the product must be {num_devices}"
         )
     if cfg.preset == "fsdp" and sizes["tensor"] > 1:
         raise ConfigError(
-            f'mesh.tensor={sizes["tensor"]} has no use under mesh.preset="fsdp"; '
-            'take "fsdp_tensor" or "tensor_sequence"'
+            f'mesh.tensor={sizes["tensor"]} has no effect with mesh.preset="fsdp"; '
+            'choose "fsdp_tensor" or "tensor_sequence"'
         )
     return sizes
 
 
 def _slices_along(sizes: dict[str, int], slices: int) -> dict[str, int]:
-    """How many slices lie along each axis of the mesh: as many as possible along ``data``."""
+    """Number of slices along each mesh axis: as many as possible along ``data``."""
     data = math.gcd(sizes["data"], slices)
     rest = slices // data
     if sizes["fsdp"] % rest:
         inside = math.prod(sizes.values()) // slices
         raise ConfigError(
-            f"mesh.tensor={sizes['tensor']} x mesh.context={sizes['context']} would lie across "
-            f"slices: there are {slices} slices of {inside} devices (a slice: a TPU slice, or the "
-            "GPUs of one host); take sizes whose product divides "
-            f"{inside}; data and fsdp may cross slices"
+            f"mesh.tensor={sizes['tensor']} x mesh.context={sizes['context']} would cross slices: "
+            f"there are {slices} slices of {inside} devices (a TPU slice, or the GPUs of one "
+            f"host); choose sizes whose product divides {inside}; data and fsdp may cross slices"
         )
     return {"data": data, "fsdp": rest, "tensor": 1, "context": 1}
 
@@ -284,21 +294,24 @@ def _slices_along(sizes: dict[str, int], slices: int) -> dict[str, int]:
 def mesh_for(
     recipe: Recipe, devices: Sequence[jax.Device] | None = None, host_is_slice: bool = False
 ) -> tuple[Recipe, Mesh]:
-    """The mesh of a recipe on these devices, and the recipe with what was adapted to them.
+    """The mesh of a recipe, and the recipe adapted to the devices.
 
-    On more devices than the model or the batch divides, a recipe that leaves ``mesh.fsdp`` open
-    (-1) gets more copies of the model (``mesh.data``, a multiple of the recipe's) and fewer
-    microbatches (``train.gradient_accumulation``). The batch size per step stays the same, and no
-    device holds more of its rows at once. :func:`changed_settings` says what was adapted.
+    Where the devices do not divide the model or the batch, a recipe with ``mesh.fsdp=-1`` gets more
+    copies of the model (``mesh.data``, a multiple of the recipe's) and fewer microbatches
+    (``train.gradient_accumulation``). The batch size per step stays the same, and no device holds
+    more rows at a time. :func:`changed_settings` lists the adapted settings.
 
     Args:
       recipe: what to train.
       devices: as for :func:`make_mesh`.
       host_is_slice: as for :func:`make_mesh`.
 
+    Returns:
+      The adapted recipe and the mesh.
+
     Raises:
-      ConfigError: the mesh cannot be built, or does not divide the run; with settings that work,
-        where there are any.
+      ConfigError: the mesh cannot be made, or does not divide the model and the batch; the message
+        has settings that work, if any do.
     """
     devices = jax.devices() if devices is None else devices
     adaptable = False
@@ -341,7 +354,7 @@ def changed_settings(recipe: Recipe, other: Recipe) -> dict[str, Any]:
 
 
 def _alternatives(recipe: Recipe, num_devices: int) -> Iterator[Recipe]:
-    """The recipe with other mesh sizes and parts that divide the run, least changed first."""
+    """Recipes with other mesh sizes and numbers of microbatches, the least changed first."""
     given, train, model = recipe.mesh, recipe.train, recipe.model
     found = []
     for tensor, context in itertools.product(_divisors(num_devices), repeat=2):
@@ -350,8 +363,10 @@ def _alternatives(recipe: Recipe, num_devices: int) -> Iterator[Recipe]:
         rows = num_devices // (tensor * context)
         if train.batch_size % rows:
             continue
-        # Of the parts that leave each device a whole number of rows, the most: least memory.
-        parts = [n for n in _divisors(train.batch_size // rows) if n <= train.gradient_accumulation]
+        # The most microbatches that leave each device a whole number of rows: least memory.
+        accumulation = max(
+            n for n in _divisors(train.batch_size // rows) if n <= train.gradient_accumulation
+        )
         preset = "tensor_sequence" if tensor > 1 and given.preset == "fsdp" else given.preset
         for data in _divisors(rows):
             sizes = dict(data=data, fsdp=rows // data, tensor=tensor, context=context)
@@ -359,7 +374,7 @@ def _alternatives(recipe: Recipe, num_devices: int) -> Iterator[Recipe]:
             other = dataclasses.replace(
                 recipe,
                 mesh=MeshConfig(preset=preset, **written),
-                train=dataclasses.replace(train, gradient_accumulation=parts[-1]),
+                train=dataclasses.replace(train, gradient_accumulation=accumulation),
             )
             if not _undivided(other, sizes):
                 changes = [tensor != given.tensor, context != given.context, tensor * context]
@@ -373,13 +388,13 @@ def _divisors(n: int) -> list[int]:
 
 
 def check_fits(recipe: Recipe, mesh: Mesh) -> None:
-    """Raise a :class:`ConfigError` that lists each size of the recipe the mesh does not divide."""
+    """Raises a :class:`ConfigError` that lists the sizes that the mesh does not divide."""
     if problems := _undivided(recipe, mesh.shape):
-        raise ConfigError("the mesh does not divide the run:\n  " + "\n  ".join(problems))
+        raise ConfigError("the mesh does not divide these sizes:\n  " + "\n  ".join(problems))
 
 
 def _undivided(recipe: Recipe, mesh: Mapping[str, int]) -> list[str]:
-    """A line for each size of the recipe that a mesh of these sizes does not divide."""
+    """One line per size of the recipe that a mesh of these sizes does not divide."""
     rules, model, train = PRESETS[recipe.mesh.preset], recipe.model, recipe.train
     micro = train.batch_size // train.gradient_accumulation
     sizes = {
@@ -394,9 +409,9 @@ def _undivided(recipe: Recipe, mesh: Mapping[str, int]) -> list[str]:
                 num_shards = math.prod(mesh[a] for a in _axes(axes))
                 size, name = sizes[letter]
                 if size % num_shards:
-                    split = " x ".join(_axes(axes))
+                    shards = " x ".join(_axes(axes))
                     problems.append(
-                        f"{name}={size} is not a multiple of {num_shards} ({split} of the mesh)"
+                        f"{name}={size} is not a multiple of {num_shards} ({shards} of the mesh)"
                     )
     return problems
 

@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ConfigError, Recipe
 from llama_jax.data.batch import Batch
-from llama_jax.model.llama import ComputeConfig, Llama, rope_of
+from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.params import Params, merge, params_of, structure
+from llama_jax.model.rope import rope_of
 from llama_jax.model.sharding import PRESETS, first_position, no_mesh, reshard
 from llama_jax.train.optim import make_optimizer, make_schedule
 from pallas_kernels import rotary_attention

@@ -20,7 +20,7 @@ from llama_jax.convert.formats import ConvertError
 from llama_jax.convert.job import convert, open_folder
 from llama_jax.convert.tensors import layer_tensors
 from llama_jax.data import tiktoken_text, tokenizer_files
-from llama_jax.model.llama import rope_of
+from llama_jax.model.rope import rope_of
 from llama_jax.prepare.tokenizer import train_tokenizer
 
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.kernels.compiled import bytes_around
 from llama_jax.chips import topology
 from llama_jax.config import MeshConfig
-from llama_jax.model.llama import Attention, ComputeConfig, Where, rope_of
+from llama_jax.model.llama import Attention, AttentionInputs, ComputeConfig
+from llama_jax.model.rope import rope_of
 from llama_jax.model.sharding import PRESETS, make_mesh
 
 # Heads of 64 for the kernel; two documents a row that end at different places.
@@ -70,8 +71,8 @@ def _layer(device, B, T):
         ids = of(jax.ShapeDtypeStruct((B, T), jnp.int32), jnp.int32)
 
         def both_ways(state, x_BTD, d_out, positions, segments):
-            where = Where(rope_of(cfg), positions, segments)
-            run = lambda state, x: nnx.merge(graph, state)(x, where)[0]
+            attn_inputs = AttentionInputs(rope_of(cfg), positions, segments)
+            run = lambda state, x: nnx.merge(graph, state)(x, attn_inputs)[0]
             out, pull = jax.vjp(run, state, x_BTD)
             return out, *pull(jax.sharding.reshard(d_out, jax.typeof(out).sharding.spec))
 

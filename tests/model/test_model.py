@@ -14,8 +14,9 @@ from flax import nnx
 from make_golden import GOLDEN, golden_of, sample
 
 from llama_jax.config import MODELS, ModelConfig, RopeConfig
-from llama_jax.model.llama import ComputeConfig, KVCache, Llama, rms_norm, rope_of
+from llama_jax.model.llama import ComputeConfig, KVCache, Llama, rms_norm
 from llama_jax.model.params import abstract_params, merge, params_of, structure, unstack_layers
+from llama_jax.model.rope import rope_of
 from pallas_kernels import Rope
 from pallas_kernels.rotary_attention import rotate
 
@@ -296,7 +297,9 @@ def test_cache_takes_no_positions():
     tokens = jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(ValueError, match="positions follow from its lengths"):
         build(tokens, cache=cache, positions_BT=tokens)
-    with pytest.raises(ValueError, match="counts_B says how a cache grows: give a cache"):
+    with pytest.raises(
+        ValueError, match="counts_B counts the tokens that a cache gets: pass a cache too"
+    ):
         build(tokens, counts_B=jnp.ones(1, jnp.int32))
 
 
