@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 
 from benchmarks.common import environment, write
-from benchmarks.kernels.schedule import Blocks, Loop, a_head, by_loop, compiler_options, take
+from benchmarks.kernels.schedule import Blocks, Loop, by_loop, compiler_options, per_head, take
 
 CHIP, T, G, H = "v5p", 4096, 4, 128
 SPLASH_BLOCK = 1024
@@ -47,7 +47,7 @@ def main() -> None:
         "machine": environment(),
         "compiler": compiler,
         "shape": shape,
-        "bundles_a_head": counts,
+        "bundles_per_head": counts,
         **compared,
     }
     write("tpu_static", result)
@@ -62,7 +62,7 @@ def ours(kernels: dict[str, Sequence[Loop]]) -> dict:
     for way in ("forward", "backward"):
         loops = next(x for name, x in kernels.items() if f"attention_{way}" in name)
         found["loops"][way] = by_loop(way, loops)
-        found[way] = a_head(way, found["loops"][way], Blocks(G, T // 512, 1, (1, 1)))
+        found[way] = per_head(way, found["loops"][way], Blocks(G, T // 512, 1, (1, 1)))
     return found
 
 

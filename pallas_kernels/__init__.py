@@ -1,6 +1,6 @@
-"""Rotary attention for TPU and GPU. Needs jax alone; usable without the rest of this project.
+"""Attention with rotary embedding for TPU, GPU and CPU. Depends on JAX only.
 
-``from pallas_kernels import Rope, rotary_attention, rotary_decode_attention``
+from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
 """
 
 from pallas_kernels.rotary_attention import Rope, rotary_attention

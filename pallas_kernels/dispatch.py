@@ -1,4 +1,4 @@
-"""Which implementation runs: the platform being compiled for, an ordered choice, its errors."""
+"""Chooses the implementation of an operation for the platform that is compiled for."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,16 +7,17 @@ import jax
 
 
 def platform() -> str:
-    """The platform being compiled for: the mesh's where one is set, else this process's default.
+    """The platform that is compiled for: that of the mesh if one is set, else JAX's default.
 
-    A step compiled on a laptop for a TPU has a TPU mesh, while `jax.default_backend()` says cpu.
+    In a program compiled on a laptop for a TPU, the mesh has TPU devices, while
+    `jax.default_backend()` is "cpu".
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
 
 
 def device_kind() -> str:
-    """The kind of chip being compiled for, as :func:`platform` finds it."""
+    """The kind of chip that is compiled for, found as in :func:`platform`."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
@@ -28,16 +29,21 @@ def call(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run the implementation asked for by name, or the first of the table that can do it here.
+    """Runs the named implementation, or else the first in the table that supports the arguments.
 
-    The table maps a name to (platforms, function), best first. A function that cannot do what is
-    asked raises NotImplementedError: the next one is tried, but never in place of one asked for by
-    name.
+    Args:
+      op: name of the operation, for messages.
+      table: name -> (platforms, function), best first. A function raises NotImplementedError for
+        arguments that it does not support; then the next one is tried.
+      implementation: a name, which is never replaced by another implementation; None: any. A CPU
+        runs every implementation, kernels in Pallas' interpreter.
+      *args: passed to the function.
+      **kwargs: passed to the function.
 
     Raises:
-      ValueError: no implementation of that name.
-      NotImplementedError: the named one cannot do this, or not here; the message says why. (On a
-        CPU kernels run in Pallas' interpreter; those that cannot say so themselves.)
+      ValueError: no implementation has this name.
+      NotImplementedError: the named implementation, or every one of the platform, does not support
+        the arguments; the message says why.
     """
     if implementation is not None:
         if implementation not in table:
@@ -57,4 +63,6 @@ def call(
             except NotImplementedError as e:
                 reasons.append(f"{name}: {e}")
     why = "; ".join(reasons)
-    raise NotImplementedError(f"{op}: nothing for platform {platform()!r} can do this; {why}")
+    raise NotImplementedError(
+        f"{op}: no implementation for platform {platform()!r} supports this; {why}"
+    )

@@ -1,10 +1,10 @@
-"""Where a block of an attention kernel must look, worked out by XLA before the kernel runs."""
+"""Ranges of blocks that attention kernels visit, computed by XLA before the kernel runs."""
 
 import jax
 import jax.numpy as jnp
 
 
-def ranges(
+def block_ranges(
     of: str,
     block_q: int,
     block_k: int,
@@ -15,19 +15,27 @@ def ranges(
     q_ids_BT: jax.Array | None,
     k_ids_BS: jax.Array | None,
 ) -> jax.Array:
-    """int32 [B, blocks, 4] of (start, clear, masked, stop), counted in blocks of the other side.
+    """For each block of queries the range of key blocks to visit, or the other way round.
 
-    Exact about order. About documents, blocks whose ranges of ids do not meet are left out, which
-    is exact where ids rise along the sequence, and never too little where they do not.
+    The causal bound is exact. With segment ids, blocks are skipped if their ranges of ids do not
+    overlap: exact for ids that increase along the sequence, otherwise some fully masked blocks are
+    visited.
 
     Args:
-      of: "q": for a block of queries, the blocks of keys that any of them may see are within start
-        to stop, and all of them see all of clear to masked. "k": the same of queries that see a
+      of: "q": ranges of key blocks for each block of queries. "k": ranges of query blocks for each
         block of keys.
-      shape: (B, T, S), multiples of the blocks.
-      keys: keys from here on are padding, seen by nobody.
-      causal, offset: query t sees key s only if s <= t + offset.
-      q_ids_BT, k_ids_BS: a query sees keys of its own id only.
+      block_q: queries per block.
+      block_k: keys per block.
+      shape: (B, T, S), multiples of the block sizes.
+      keys: number of keys; the rest of S is padding.
+      causal: query t attends to key s only if s <= t + offset.
+      offset: see ``causal``.
+      q_ids_BT: segment ids of the queries, or None.
+      k_ids_BS: segment ids of the keys, or None.
+
+    Returns:
+      int32 [B, blocks, 4] of (start, full_start, full_stop, stop). Blocks outside start to stop are
+      fully masked; in those from full_start to full_stop nothing is masked.
     """
     B, T, S = shape
     first_q = jnp.arange(0, T, block_q)[None, :, None]
@@ -50,8 +58,8 @@ def ranges(
     index = jnp.arange(n, dtype=jnp.int32)
     stop = jnp.max(jnp.where(some, index + 1, 0), axis=2)
     start = jnp.minimum(jnp.min(jnp.where(some, index, n), axis=2), stop)
-    clear = jnp.min(jnp.where(every, index, stop[..., None]), axis=2)
-    masked = ~every & (index >= clear[..., None])
-    masked = jnp.min(jnp.where(masked, index, stop[..., None]), axis=2)
-    found = jnp.stack([start, clear, masked, stop], axis=2)
-    return jnp.broadcast_to(found, (B, *found.shape[1:]))
+    full_start = jnp.min(jnp.where(every, index, stop[..., None]), axis=2)
+    partial = ~every & (index >= full_start[..., None])
+    full_stop = jnp.min(jnp.where(partial, index, stop[..., None]), axis=2)
+    ranges = jnp.stack([start, full_start, full_stop, stop], axis=2)
+    return jnp.broadcast_to(ranges, (B, *ranges.shape[1:]))

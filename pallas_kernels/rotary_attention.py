@@ -1,10 +1,8 @@
-"""Attention with the rotary embedding inside: signature, reference and choice of implementation.
+"""Attention with rotary embedding: public function, reference implementation and dispatch.
 
 Letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N // K,
-H head dimension.
-
-Source: RoFormer (arXiv 2104.09864) for the rotation, in the half-split pairing (i, i + H/2) of
-GPT-NeoX and Hugging Face; grouped queries as in arXiv 2305.13245.
+H head dimension. The rotation is that of RoFormer (arXiv 2104.09864) with the pairs (i, i + H/2),
+as in GPT-NeoX and Hugging Face; grouped queries as in arXiv 2305.13245.
 """
 
 import functools
@@ -17,12 +15,16 @@ from pallas_kernels import dispatch
 
 
 class Rope(NamedTuple):
-    """A rotary embedding: pair i of a head turns by position * inv_freq_H2[i], times scale."""
+    """A rotary embedding: pair i is rotated by the angle position * inv_freq_H2[i], then scaled.
+
+    Example:
+      rope = Rope(10000.0 ** (-jnp.arange(0, H, 2) / H), 1.0)
+    """
 
     inv_freq_H2: jax.Array
-    """[H // 2] float32, radians a position"""
+    """[H // 2] float32, radians per position"""
     scale: jax.Array | float
-    """a number that multiplies the turned pair, 1 for all but yarn; applied to q and to k"""
+    """factor on rotated queries and on rotated keys; 1 except for yarn"""
 
 
 def rotary_attention(
@@ -40,34 +42,32 @@ def rotary_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Softmax attention of rotated queries over rotated keys; differentiable in q, k and v.
+    """Softmax attention with rotary embedding; differentiable in q, k and v.
 
     Args:
-      q_BTNH: queries before rotation, float32 or bfloat16.
-      k_BSKH: keys before rotation; K divides N, query head n reads key head n // G.
+      q_BTNH: queries before rotation, float32, bfloat16 or float16.
+      k_BSKH: keys before rotation; K divides N, and query head n reads key head n // G.
       v_BSKH: values.
-      positions_BT: int32, what each query is rotated by: any value, there is no table to leave.
+      positions_BT: int32 rotary positions of the queries, of any value.
       rope: frequencies, see :class:`Rope`.
-      kv_positions_BS: int32, what each key is rotated by; default: ``positions_BT`` (S = T).
-      segment_ids_BT: int32; a query sees keys of its own id only (packed documents; padding has an
-        id of its own). Default: one document.
-      kv_segment_ids_BS: ids of the keys; default: ``segment_ids_BT`` (S = T).
+      kv_positions_BS: int32 rotary positions of the keys; default: ``positions_BT`` (S = T).
+      segment_ids_BT: int32; a query attends only to keys with its segment id (packed documents;
+        padding has an id of its own). Default: no segments.
+      kv_segment_ids_BS: segment ids of the keys; default: ``segment_ids_BT`` (S = T).
       q_offset: index of query 0 among the keys, for a shard of a longer sequence.
-      causal: query t sees key s only if s <= t + q_offset. Order is that of the array, not of the
-        positions.
+      causal: query t attends to key s only if s <= t + q_offset, by index, not by position.
       scale: factor on the scores; default: H ** -0.5.
       implementation: "tpu", "cudnn", "gpu" or "xla"; default: the first of them, in this order,
-        that runs on the platform and can do it. On a GPU cuDNN comes before our own kernel, whose
-        speed has not been measured. On a CPU "tpu" and "gpu", named, run in Pallas' interpreter.
+        that runs on the platform and supports the arguments. cuDNN precedes our GPU kernel, whose
+        speed has not been measured. On a CPU, "tpu" and "gpu" run in Pallas' interpreter.
 
     Returns:
-      [B, T, N, H] in q's dtype. Scores, softmax and sums are float32. A query that sees no key
-      gives zeros. What a query does not see must be finite all the same: it may share a block,
-      where its weight is 0.
+      [B, T, N, H] in q's dtype; scores, softmax and sums are float32. The output of a fully masked
+      query is zero. Masked keys and values must be finite: they may enter a product with weight 0.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
-      NotImplementedError: the implementation named cannot do this.
+      ValueError: shapes or dtypes do not match, or the implementation is unknown.
+      NotImplementedError: the named implementation does not support the arguments.
     """
     _check(q_BTNH, k_BSKH, v_BSKH, positions_BT, rope)
     _check_numbers("q_offset", q_offset, ())
@@ -75,13 +75,15 @@ def rotary_attention(
         if k_BSKH.shape[1] != q_BTNH.shape[1]:
             raise ValueError(
                 f"{k_BSKH.shape[1]} keys for {q_BTNH.shape[1]} queries: "
-                "give kv_positions_BS when S and T differ"
+                "pass kv_positions_BS when S and T differ"
             )
         kv_positions_BS = positions_BT
     if kv_segment_ids_BS is None:
         kv_segment_ids_BS = segment_ids_BT
     if (segment_ids_BT is None) != (kv_segment_ids_BS is None):
-        raise ValueError("kv_segment_ids_BS without segment_ids_BT: give the queries' ids too")
+        raise ValueError(
+            "kv_segment_ids_BS without segment_ids_BT: pass the segment ids of the queries too"
+        )
     _check_numbers("kv_positions_BS", kv_positions_BS, k_BSKH.shape[:2])
     if segment_ids_BT is not None:
         _check_numbers("segment_ids_BT", segment_ids_BT, q_BTNH.shape[:2])
@@ -95,8 +97,17 @@ def rotary_attention(
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
-    """Turn each pair (i, i + H/2) by position * inv_freq[i]; float32 inside, x's dtype out."""
-    # float32: a bfloat16 angle is off by a whole turn beyond position 256.
+    """Rotates each pair (i, i + H/2) by the angle position * inv_freq[i].
+
+    Args:
+      x_BTNH: queries or keys.
+      positions_BT: int32.
+      rope: frequencies and scale.
+
+    Returns:
+      [B, T, N, H] in x's dtype, computed in float32.
+    """
+    # float32: beyond position 256, rounding to bfloat16 changes the angle by a radian or more.
     angle_BT1h = (positions_BT.astype(jnp.float32)[..., None] * rope.inv_freq_H2)[:, :, None]
     cos, sin = jnp.cos(angle_BT1h) * rope.scale, jnp.sin(angle_BT1h) * rope.scale
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
@@ -111,10 +122,17 @@ def masked_attention(
     mask_BTS: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """Grouped-query softmax attention under a boolean mask (broadcast over B), float32 inside.
+    """Grouped-query softmax attention with a boolean mask, computed in float32.
 
-    The backward pass keeps q, k, v, the output and one number a query, and computes the scores
-    again, as FlashAttention does (arXiv 2205.14135).
+    The backward pass recomputes the scores from q, k, v, the output and the log-sum-exp, as
+    FlashAttention does (arXiv 2205.14135).
+
+    Args:
+      q_BTNH: queries.
+      k_BSKH: keys.
+      v_BSKH: values.
+      mask_BTS: True where a query attends to a key; B may be 1. None: everywhere.
+      scale: factor on the scores.
     """
     return _masked_attention_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale)[0]
 
@@ -122,24 +140,24 @@ def masked_attention(
 def _masked_attention_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale):
     q, k, v = _rows(q_BTNH, k_BSKH), _rows(k_BSKH, k_BSKH), _rows(v_BSKH, k_BSKH)
     scores = _scores(q, k, mask_BTS, scale, q_BTNH.shape[0])
-    # A query that sees nothing has only -inf: the lower bound makes its exponentials 0, not NaN.
-    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - top).astype(v.dtype)
-    # The softmax's divisor is one more column of the values: a column of a matrix product, not a
-    # pass over the scores.
+    # All scores of a fully masked query are -inf; with a finite m, exp gives 0 instead of NaN.
+    m = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - m).astype(v.dtype)
+    # The sum of the weights is computed as one more column of the product with the values, which
+    # saves a pass over the scores.
     v_and_one = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
-    out, total = jnp.split(_dot("brs,bsh->brh", weights, v_and_one), [v.shape[-1]], axis=-1)
-    total = jnp.where(total == 0, 1, total)
-    out_BTNH = _unrows(out / total, q_BTNH.shape).astype(q_BTNH.dtype)
-    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, top + jnp.log(total))
+    out, l = jnp.split(_dot("brs,bsh->brh", weights, v_and_one), [v.shape[-1]], axis=-1)
+    l = jnp.where(l == 0, 1, l)
+    out_BTNH = _unrows(out / l, q_BTNH.shape).astype(q_BTNH.dtype)
+    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, m + jnp.log(l))
 
 
 def _masked_attention_backward(scale, residuals, d_out_BTNH):
-    q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, log_total = residuals
+    q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, lse = residuals
     rows = functools.partial(_rows, k_BSKH=k_BSKH)
     q, k, v, out, d_out = rows(q_BTNH), rows(k_BSKH), rows(v_BSKH), rows(out_BTNH), rows(d_out_BTNH)
-    weights = jnp.exp(_scores(q, k, mask_BTS, scale, q_BTNH.shape[0]) - log_total)
-    # Equal to the row sum of weights * d_weights, without that pass over T x S.
+    weights = jnp.exp(_scores(q, k, mask_BTS, scale, q_BTNH.shape[0]) - lse)
+    # Equals the row sums of weights * d_weights, without a pass over [T, S].
     delta = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1, keepdims=True)
     d_scores = (weights * (_dot("brh,bsh->brs", d_out, v) - delta) * scale).astype(q.dtype)
     d_q = _dot("brs,bsh->brh", d_scores, k)
@@ -162,7 +180,7 @@ def _scores(q, k, mask_BTS, scale, B):
 
 
 def _rows(x_BTNH, k_BSKH):
-    """[B, T, N, H] -> [B * K, G * T, H]: what reads one key head is one matrix product."""
+    """[B, T, N, H] -> [B * K, G * T, H]: one matrix product per key head."""
     B, T, N, H = x_BTNH.shape
     K = k_BSKH.shape[2]
     return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K * T, H)
@@ -178,7 +196,7 @@ def _dot(equation, a, b):
 
 
 def _xla(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset, causal, scale):
-    """The reference: every score exists. Exact, readable, memory in T * S."""
+    """The reference: exact, with all scores [T, S] in memory."""
     q, k = rotate(q, positions, rope), rotate(k, kv_positions, rope)
     mask = None
     if causal:
@@ -193,13 +211,15 @@ def _xla(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset
 def _check(q, k, v, positions, rope) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
-            "want q [B,T,N,H] and k, v [B,S,K,H] of one shape; "
+            "expected q [B,T,N,H] and k, v [B,S,K,H] of one shape; "
             f"got q {q.shape}, k {k.shape}, v {v.shape}"
         )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {q.shape} and k {k.shape} must agree in B (axis 0) and H (axis 3)")
     if 0 in (*q.shape, *k.shape) or q.shape[3] % 2:
-        raise ValueError(f"want no empty axis and an even H (axis 3); got q {q.shape}, k {k.shape}")
+        raise ValueError(
+            f"expected no empty axis and an even H (axis 3); got q {q.shape}, k {k.shape}"
+        )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     floating = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -221,7 +241,7 @@ def _check_numbers(name: str, x, shape: tuple[int, ...]) -> None:
         )
 
 
-# Pallas is imported where it is used: it takes a second.
+# Pallas takes a second to import, so it is imported only where it is used.
 
 
 def _cudnn(*args):

@@ -1,15 +1,15 @@
-"""Rotary attention for NVIDIA GPUs, in Pallas through Triton: forward and backward.
+"""Rotary attention for NVIDIA GPUs in Pallas (Triton), forward and backward: FlashAttention-2
+(arXiv 2307.08691).
 
-Queries are turned where a block of them is loaded, in float32, once; keys are turned by XLA in one
-pass before: inside the loop each key would be turned again for every block of queries, which was
-46 to 61% more instructions. Gradients are turned back in float32 before they are rounded.
+Queries are rotated in float32 when a block of them is loaded. Keys are rotated by XLA beforehand:
+rotating them in the kernel, again for every block of queries, took 46 to 61% more instructions.
+Gradients are rotated back in float32 before rounding.
 
-The method is FlashAttention-2's (arXiv 2307.08691). What a block need not look at (keys after it,
-other documents) and where it need not mask is worked out beforehand by XLA, as four numbers a block
-(`ranges`), so that documents before a block's own cost nothing.
+XLA computes for each block the range of blocks to visit and those that need no mask
+(`block_ranges`), so other documents cost nothing.
 
-Letters as in `rotary_attention`; h = H // 2. A head is worked on in its two halves, because that is
-how the rotation pairs it and Triton cannot cut an array that is in registers.
+Letters as in `rotary_attention`; h = H // 2. The two halves of a head are separate arrays, because
+the rotation pairs them and Triton cannot slice an array in registers.
 """
 
 import functools
@@ -23,14 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import dispatch
-from pallas_kernels.ranges import ranges
+from pallas_kernels.ranges import block_ranges
 from pallas_kernels.rotary_attention import Rope, rotate
 
-LOWEST = float(jnp.finfo(jnp.float32).min)
+MASK_VALUE = float(jnp.finfo(jnp.float32).min)
 
 
 class Blocks(NamedTuple):
-    """Queries and keys a program works on at a time, warps, and loads in flight."""
+    """Block sizes of queries and keys, warps per program, and pipeline stages."""
 
     q: int
     k: int
@@ -38,48 +38,48 @@ class Blocks(NamedTuple):
     stages: int
 
 
-class Setting(NamedTuple):
-    """What a kernel is compiled for, besides its shapes."""
+class KernelConfig(NamedTuple):
+    """Compile-time constants of the kernels besides shapes."""
 
     causal: bool
     scale: float
     keys: int
-    """how many keys there are; those beyond are padding"""
+    """number of keys; the rest is padding"""
     forward: Blocks
     d_q: Blocks
     d_kv: Blocks
 
 
 def gpu(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset, causal, scale):
-    """`rotary_attention` in Pallas; arguments as its front door passes them."""
+    """`rotary_attention` in Pallas, with positional arguments."""
     T, S, H = q.shape[1], k.shape[1], q.shape[3]
     if H not in (32, 64, 128):
-        raise NotImplementedError(f"head_dim {H}: the GPU kernels have 32, 64 and 128")
+        raise NotImplementedError(f"head_dim {H}: the GPU kernels support 32, 64 and 128")
     if q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"{q.dtype}: the GPU kernels have float32 and bfloat16")
-    setting = Setting(causal, scale, S, *blocks(H, q.dtype, T, S))
-    bq = math.lcm(*(b.q for b in setting[3:]))
-    bk = math.lcm(*(b.k for b in setting[3:]))
+        raise NotImplementedError(f"{q.dtype}: the GPU kernels support float32 and bfloat16")
+    config = KernelConfig(causal, scale, S, *blocks(H, q.dtype, T, S))
+    bq = math.lcm(*(b.q for b in config[3:]))
+    bk = math.lcm(*(b.k for b in config[3:]))
     if segments is not None:
         segments, kv_segments = _pad(segments, bq, "edge"), _pad(kv_segments, bk, "edge")
     out = _attention(
-        setting, _pad(q, bq), _pad(k, bk), _pad(v, bk), _pad(positions, bq), _pad(kv_positions, bk),
+        config, _pad(q, bq), _pad(k, bk), _pad(v, bk), _pad(positions, bq), _pad(kv_positions, bk),
         rope, segments, kv_segments, jnp.asarray(q_offset, jnp.int32).reshape(1),
     )  # fmt: skip
     return out[:, :T]
 
 
 def blocks(H: int, dtype, T: int, S: int) -> tuple[Blocks, Blocks, Blocks]:
-    """Block sizes of the forward pass, of the queries' gradient and of the keys'.
+    """Block sizes for the forward kernel, the gradient of q, and the gradients of k and v.
 
-    Computed, not measured. A program of 8 warps has 255 registers a thread, and they decide: the
-    forward pass holds an output of bq * H and scores of bq * bk in float32, the queries' gradient
-    the same and a second array of scores, the keys' gradient two outputs of bk * H each. NVIDIA's
-    assembler for sm_90a says, for H 128 in bfloat16, with documents: 207, 196 and 255 registers,
-    of which the last spills 47 (none at bq 32, but so narrow a product reads shared memory for
-    longer than it computes). Queries by 128 and not by 64: at 64 the keys would be read from L2
-    faster than an H100 can. Float32 is computed without tensor cores. A block is no longer than its
-    sequence, and no shorter than the 16 rows that a tensor core takes.
+    Estimated, not measured. The limit is 255 registers per thread in a program of 8 warps. In
+    float32, the forward kernel holds an output [bq, H] and scores [bq, bk]; the gradient of q needs
+    a second array of scores, and the gradients of k and v two outputs [bk, H]. For H = 128,
+    bfloat16 and segments, ptxas for sm_90a reports 207, 196 and 255 registers, with 47 spilled in
+    the last (none with bq = 32, where reading shared memory takes longer than the products). With
+    bq = 64 in the forward kernel, keys would be read faster than an H100's L2 bandwidth. Float32
+    does not use tensor cores. A block is at most as long as the sequence rounded up to a power of
+    2, and at least 16, the smallest size of a tensor core.
     """
     if dtype == jnp.float32:
         table = Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2)
@@ -93,58 +93,42 @@ def blocks(H: int, dtype, T: int, S: int) -> tuple[Blocks, Blocks, Blocks]:
     return tuple(b._replace(q=fit(b.q, T), k=fit(b.k, S)) for b in table)  # type: ignore[return-value]
 
 
-# The differentiable whole -------------------------------------------------------------------------
+# The custom_vjp -----------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(setting, q, k, v, positions, kv_positions, rope, segments, kv_segments, offset):
-    return _forward(setting, q, k, v, positions, kv_positions, rope, segments, kv_segments, offset)[
-        0
-    ]
+def _attention(config, *args):
+    return _forward(config, *args)[0]
 
 
-def _forward(setting, q, k, v, positions, kv_positions, rope, segments, kv_segments, offset):
+def _forward(config, *args):
+    q, k, v, positions, kv_positions, rope, segments, kv_segments, offset = args
     cos_sin = _cos_sin(positions, rope)
-    where = _ranges(setting, setting.forward, q, k, segments, kv_segments, offset, "q")
-    out, log_total = _call_forward(
-        setting, where, q, rotate(k, kv_positions, rope), v, cos_sin, segments, kv_segments, offset
+    ranges = _ranges(config, config.forward, q, k, segments, kv_segments, offset, "q")
+    out, lse = _call_forward(
+        config, ranges, q, rotate(k, kv_positions, rope), v, cos_sin, segments, kv_segments, offset
     )
-    residuals = (
-        q,
-        k,
-        v,
-        positions,
-        kv_positions,
-        rope,
-        segments,
-        kv_segments,
-        offset,
-        out,
-        log_total,
-    )
-    return out, residuals
+    return out, (*args, out, lse)
 
 
-def _backward(setting, residuals, d_out):
-    q, k, v, positions, kv_positions, rope, segments, kv_segments, offset, out, log_total = (
-        residuals
-    )
-    # Equal to the row sum of weights * d_weights, without that pass over T x S.
+def _backward(config, residuals, d_out):
+    q, k, v, positions, kv_positions, rope, segments, kv_segments, offset, out, lse = residuals
+    # Equals the row sums of weights * d_weights, without a pass over [T, S].
     delta_BNT = jnp.einsum("btnh,btnh->bnt", out, d_out, preferred_element_type=jnp.float32)
-    # As the forward kernel has them: turned and scaled in float32, rounded once.
-    factor = setting.scale * math.log2(math.e)
-    turned = rotate(q.astype(jnp.float32), positions, rope)
+    # As in the forward kernel: rotated and scaled in float32, rounded once.
+    factor = config.scale * math.log2(math.e)
+    rotated = rotate(q.astype(jnp.float32), positions, rope)
     inputs = (
-        (turned * factor).astype(q.dtype), rotate(k, kv_positions, rope), v, d_out, log_total,
+        (rotated * factor).astype(q.dtype), rotate(k, kv_positions, rope), v, d_out, lse,
         delta_BNT,
     )  # fmt: skip
-    where = _ranges(setting, setting.d_q, q, k, segments, kv_segments, offset, "q")
+    ranges = _ranges(config, config.d_q, q, k, segments, kv_segments, offset, "q")
     d_q = _call_d_q(
-        setting, where, *inputs, _cos_sin(positions, rope), segments, kv_segments, offset
+        config, ranges, *inputs, _cos_sin(positions, rope), segments, kv_segments, offset
     )
-    where = _ranges(setting, setting.d_kv, q, k, segments, kv_segments, offset, "k")
+    ranges = _ranges(config, config.d_kv, q, k, segments, kv_segments, offset, "k")
     d_k, d_v = _call_d_kv(
-        setting, where, *inputs, _cos_sin(kv_positions, rope), segments, kv_segments, offset
+        config, ranges, *inputs, _cos_sin(kv_positions, rope), segments, kv_segments, offset
     )
     return d_q, d_k, d_v, *(None,) * 6
 
@@ -159,16 +143,16 @@ def _cos_sin(positions, rope: Rope):
 
 
 def _pad(x, multiple: int, mode: str = "constant"):
-    """Axis 1 made longer, to a multiple; nothing where it is one."""
+    """Pads axis 1 to a multiple."""
     more = -x.shape[1] % multiple
     return jnp.pad(x, [(0, more if i == 1 else 0) for i in range(x.ndim)], mode) if more else x  # type: ignore[arg-type]
 
 
-def _ranges(setting: Setting, block: Blocks, q, k, segments, kv_segments, offset, of: str):
-    """`ranges` for one of the kernels' blocks."""
+def _ranges(config: KernelConfig, block: Blocks, q, k, segments, kv_segments, offset, of: str):
+    """`block_ranges` for the block sizes of one kernel."""
     shape = q.shape[0], q.shape[1], k.shape[1]
-    return ranges(
-        of, block.q, block.k, shape, setting.keys, setting.causal, offset, segments, kv_segments
+    return block_ranges(
+        of, block.q, block.k, shape, config.keys, config.causal, offset, segments, kv_segments
     )
 
 
@@ -176,111 +160,111 @@ def _ranges(setting: Setting, block: Blocks, q, k, segments, kv_segments, offset
 
 
 def _dot(a, b, trans_b=False):
-    """A product into float32; float32 inputs are not rounded to TF32."""
+    """Matrix product accumulated in float32; float32 inputs are not rounded to TF32."""
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return plt.dot(a, b, trans_b=trans_b, precision=exact)
 
 
-def _loop(range_ref, step, carry):
-    """Run step(is_masked, block, carry) over a block's range: masked, clear, masked."""
-    start, clear, masked, stop = (range_ref[n] for n in range(4))
-    carry = lax.fori_loop(start, clear, functools.partial(step, True), carry)
-    carry = lax.fori_loop(clear, masked, functools.partial(step, False), carry)
-    return lax.fori_loop(masked, stop, functools.partial(step, True), carry)
+def for_each_block(range_ref, step, carry):
+    """Folds step(is_partial, block, carry) over the range: partial blocks, full ones, partial."""
+    start, full_start, full_stop, stop = (range_ref[n] for n in range(4))
+    carry = lax.fori_loop(start, full_start, functools.partial(step, True), carry)
+    carry = lax.fori_loop(full_start, full_stop, functools.partial(step, False), carry)
+    return lax.fori_loop(full_stop, stop, functools.partial(step, True), carry)
 
 
-def _hide(scores, setting: Setting, offset_ref, t, s, q_ids, k_ids):
-    """Scores with -inf where a query at index t may not see the key at index s."""
-    seen = s < setting.keys
-    if setting.causal:
-        seen &= s <= t + offset_ref[0]
+def _mask(scores, config: KernelConfig, offset_ref, t, s, q_ids, k_ids):
+    """Scores with -inf where query t does not attend to key s."""
+    visible = s < config.keys
+    if config.causal:
+        visible &= s <= t + offset_ref[0]
     if q_ids is not None:
-        seen &= q_ids == k_ids
-    return jnp.where(seen, scores, -jnp.inf)
+        visible &= q_ids == k_ids
+    return jnp.where(visible, scores, -jnp.inf)
 
 
 def _forward_kernel(
     offset_ref, range_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, q_ids_ref, k_ids_ref,
-    out_ref, log_total_ref, *, setting,
+    out_ref, lse_ref, *, config,
 ):  # fmt: skip
-    bq, bk = setting.forward[:2]
+    bq, bk = config.forward[:2]
     H = q_ref.shape[1]
     h, dtype = H // 2, k_ref.dtype
-    # The last block first: it has the most keys under a causal mask, and would be waited for.
+    # The last block starts first: with a causal mask it has the most keys and takes longest.
     t = (pl.num_programs(0) - 1 - pl.program_id(0)) * bq + jnp.arange(bq)[:, None]
     a, b = q_ref[:, :h].astype(jnp.float32), q_ref[:, h:].astype(jnp.float32)
     cos, sin = cos_ref[...], sin_ref[...]
-    # Exponentials are to base 2, as the hardware has them: its factor goes into the queries.
-    factor = setting.scale * math.log2(math.e)
-    turned_a = ((a * cos - b * sin) * factor).astype(dtype)
-    turned_b = ((b * cos + a * sin) * factor).astype(dtype)
+    # exp2 is the hardware instruction; the factor log2(e) goes into the queries.
+    factor = config.scale * math.log2(math.e)
+    rotated_a = ((a * cos - b * sin) * factor).astype(dtype)
+    rotated_b = ((b * cos + a * sin) * factor).astype(dtype)
     q_ids = None if q_ids_ref is None else q_ids_ref[...][:, None]
 
-    def step(is_masked, j, carry):
-        sums, top, total = carry
+    def step(is_partial, j, carry):
+        acc, m, l = carry
         rows = pl.ds(j * bk, bk)
-        scores = _dot(turned_a, k_ref[rows, :h], True) + _dot(turned_b, k_ref[rows, h:], True)
-        if is_masked:
+        scores = _dot(rotated_a, k_ref[rows, :h], True) + _dot(rotated_b, k_ref[rows, h:], True)
+        if is_partial:
             s = j * bk + jnp.arange(bk)[None, :]
             k_ids = None if k_ids_ref is None else k_ids_ref[rows][None, :]
-            scores = _hide(scores, setting, offset_ref, t, s, q_ids, k_ids)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - new_top[:, None])
-        shrink = jnp.exp2(top - new_top)
-        sums = sums * shrink[:, None] + _dot(weights.astype(dtype), v_ref[rows, :])
-        return sums, new_top, total * shrink + jnp.sum(weights, axis=1)
+            scores = _mask(scores, config, offset_ref, t, s, q_ids, k_ids)
+        m_new = jnp.maximum(m, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - m_new[:, None])
+        alpha = jnp.exp2(m - m_new)
+        acc = acc * alpha[:, None] + _dot(weights.astype(dtype), v_ref[rows, :])
+        return acc, m_new, l * alpha + jnp.sum(weights, axis=1)
 
-    # A finite lowest value: a query that has seen nothing has exp2(-inf - lowest) = 0, not NaN.
-    nothing = jnp.full((bq,), LOWEST, jnp.float32)
-    carry = jnp.zeros((bq, H), jnp.float32), nothing, jnp.zeros((bq,), jnp.float32)
-    sums, top, total = _loop(range_ref, step, carry)
-    total = jnp.where(total == 0, 1, total)
-    out_ref[...] = (sums / total[:, None]).astype(out_ref.dtype)
-    log_total_ref[...] = top + jnp.log2(total)
+    # m starts finite: in a fully masked row, exp2(-inf - m) is 0 instead of NaN.
+    m = jnp.full((bq,), MASK_VALUE, jnp.float32)
+    carry = jnp.zeros((bq, H), jnp.float32), m, jnp.zeros((bq,), jnp.float32)
+    acc, m, l = for_each_block(range_ref, step, carry)
+    l = jnp.where(l == 0, 1, l)
+    out_ref[...] = (acc / l[:, None]).astype(out_ref.dtype)
+    lse_ref[...] = m + jnp.log2(l)
 
 
-def _turn_back(a, b, cos, sin, out_ref):
-    """The rotation's transpose, of two halves in float32."""
+def _rotate_inverse(a, b, cos, sin, out_ref):
+    """Writes the two float32 halves of a head, rotated by the negative angle."""
     h = cos.shape[1]
     out_ref[:, :h] = (a * cos + b * sin).astype(out_ref.dtype)
     out_ref[:, h:] = (b * cos - a * sin).astype(out_ref.dtype)
 
 
 def _d_q_kernel(
-    offset_ref, range_ref, q_ref, k_ref, v_ref, d_out_ref, log_total_ref, delta_ref, cos_ref,
-    sin_ref, q_ids_ref, k_ids_ref, d_q_ref, *, setting,
+    offset_ref, range_ref, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, cos_ref,
+    sin_ref, q_ids_ref, k_ids_ref, d_q_ref, *, config,
 ):  # fmt: skip
-    bq, bk = setting.d_q[:2]
+    bq, bk = config.d_q[:2]
     h, dtype = q_ref.shape[1] // 2, k_ref.dtype
     t = (pl.num_programs(0) - 1 - pl.program_id(0)) * bq + jnp.arange(bq)[:, None]
     a, b, d_out = q_ref[:, :h], q_ref[:, h:], d_out_ref[...]
-    log_total, delta = log_total_ref[...][:, None], delta_ref[...][:, None]
+    lse, delta = lse_ref[...][:, None], delta_ref[...][:, None]
     q_ids = None if q_ids_ref is None else q_ids_ref[...][:, None]
 
-    def step(is_masked, j, carry):
+    def step(is_partial, j, carry):
         d_a, d_b = carry
         rows = pl.ds(j * bk, bk)
         k_a, k_b = k_ref[rows, :h], k_ref[rows, h:]
         scores = _dot(a, k_a, True) + _dot(b, k_b, True)
-        if is_masked:
+        if is_partial:
             s = j * bk + jnp.arange(bk)[None, :]
             k_ids = None if k_ids_ref is None else k_ids_ref[rows][None, :]
-            scores = _hide(scores, setting, offset_ref, t, s, q_ids, k_ids)
-        weights = jnp.exp2(scores - log_total)
+            scores = _mask(scores, config, offset_ref, t, s, q_ids, k_ids)
+        weights = jnp.exp2(scores - lse)
         d_scores = (weights * (_dot(d_out, v_ref[rows, :], True) - delta)).astype(dtype)
         return d_a + _dot(d_scores, k_a), d_b + _dot(d_scores, k_b)
 
     zeros = jnp.zeros((bq, h), jnp.float32)
-    d_a, d_b = _loop(range_ref, step, (zeros, zeros))
-    scale = setting.scale
-    _turn_back(d_a * scale, d_b * scale, cos_ref[...], sin_ref[...], d_q_ref)
+    d_a, d_b = for_each_block(range_ref, step, (zeros, zeros))
+    scale = config.scale
+    _rotate_inverse(d_a * scale, d_b * scale, cos_ref[...], sin_ref[...], d_q_ref)
 
 
 def _d_kv_kernel(
-    offset_ref, range_ref, q_ref, k_ref, v_ref, d_out_ref, log_total_ref, delta_ref, cos_ref,
-    sin_ref, q_ids_ref, k_ids_ref, d_k_ref, d_v_ref, *, setting,
+    offset_ref, range_ref, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, cos_ref,
+    sin_ref, q_ids_ref, k_ids_ref, d_k_ref, d_v_ref, *, config,
 ):  # fmt: skip
-    bq, bk = setting.d_kv[:2]
+    bq, bk = config.d_kv[:2]
     G, H = q_ref.shape[1:]
     h, dtype = H // 2, k_ref.dtype
     s = pl.program_id(0) * bk + jnp.arange(bk)[:, None]
@@ -288,38 +272,38 @@ def _d_kv_kernel(
     k_ids = None if k_ids_ref is None else k_ids_ref[...][:, None]
 
     def head(g, carry):
-        def step(is_masked, i, carry):
+        def step(is_partial, i, carry):
             d_a, d_b, d_v = carry
             rows = pl.ds(i * bq, bq)
             a, b, d_out = q_ref[rows, g, :h], q_ref[rows, g, h:], d_out_ref[rows, g, :]
-            # Scores with keys as rows: what follows needs no transpose.
+            # Scores with keys as rows, so the products below need no transpose.
             scores = _dot(k_a, a, True) + _dot(k_b, b, True)
-            if is_masked:
+            if is_partial:
                 t = i * bq + jnp.arange(bq)[None, :]
                 q_ids = None if q_ids_ref is None else q_ids_ref[rows][None, :]
-                scores = _hide(scores, setting, offset_ref, t, s, q_ids, k_ids)
-            weights = jnp.exp2(scores - log_total_ref[g, rows][None, :])
+                scores = _mask(scores, config, offset_ref, t, s, q_ids, k_ids)
+            weights = jnp.exp2(scores - lse_ref[g, rows][None, :])
             d_v += _dot(weights.astype(dtype), d_out)
             d_weights = _dot(v, d_out, True) - delta_ref[g, rows][None, :]
             d_scores = (weights * d_weights).astype(dtype)
             return d_a + _dot(d_scores, a), d_b + _dot(d_scores, b), d_v
 
-        return _loop(range_ref, step, carry)
+        return for_each_block(range_ref, step, carry)
 
     zeros = jnp.zeros((bk, h), jnp.float32)
     d_a, d_b, d_v = lax.fori_loop(0, G, head, (zeros, zeros, jnp.zeros((bk, H), jnp.float32)))
     d_v_ref[...] = d_v.astype(d_v_ref.dtype)
-    # The queries came with the scale and the factor of base 2; the latter is taken out.
+    # q includes the scale and log2(e); the product with ln(2) removes the latter.
     ln2 = math.log(2)
-    _turn_back(d_a * ln2, d_b * ln2, cos_ref[...], sin_ref[...], d_k_ref)
+    _rotate_inverse(d_a * ln2, d_b * ln2, cos_ref[...], sin_ref[...], d_k_ref)
 
 
-# Calling them -------------------------------------------------------------------------------------
+# Calls of the kernels -----------------------------------------------------------------------------
 
 
-def _compiled(kernel, setting: Setting, block: Blocks, name: str, **kwargs: Any):
+def _compiled(kernel, config: KernelConfig, block: Blocks, name: str, **kwargs: Any):
     return pl.pallas_call(
-        functools.partial(kernel, setting=setting),
+        functools.partial(kernel, config=config),
         compiler_params=plt.CompilerParams(num_warps=block.warps, num_stages=block.stages),
         interpret=dispatch.platform() == "cpu",
         name=name,
@@ -328,7 +312,7 @@ def _compiled(kernel, setting: Setting, block: Blocks, name: str, **kwargs: Any)
 
 
 def _by_query(block: Blocks, T: int, S: int, G: int, H: int, segmented: bool):
-    """Block specs of programs (block of queries, query head, row), by what they are for."""
+    """Block specs by name, for a grid of (block of queries, query head, batch row)."""
     at = lambda i: T // block.q - 1 - i
     return dict(
         offset=pl.BlockSpec((1,), lambda i, n, b: (0,)),
@@ -342,52 +326,48 @@ def _by_query(block: Blocks, T: int, S: int, G: int, H: int, segmented: bool):
     )
 
 
-def _call_forward(setting, where, q, k, v, cos_sin, segments, kv_segments, offset):
+def _call_forward(config, ranges, q, k, v, cos_sin, segments, kv_segments, offset):
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
-    block = setting.forward
+    block = config.forward
     spec = _by_query(block, T, S, N // K, H, segments is not None)
     names = ("offset", "range", "q", "k", "k", "cos", "cos", "q_ids", "k_ids")
     return _compiled(
-        _forward_kernel, setting, block, "rotary_attention_forward",
+        _forward_kernel, config, block, "rotary_attention_forward",
         grid=(T // block.q, N, B),
         in_specs=[spec[name] for name in names],
         out_specs=[spec["q"], spec["row"]],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
         ],
-    )(offset, where, q, k, v, *cos_sin, segments, kv_segments)  # fmt: skip
+    )(offset, ranges, q, k, v, *cos_sin, segments, kv_segments)  # fmt: skip
 
 
-def _call_d_q(
-    setting, where, q, k, v, d_out, log_total, delta, cos_sin, segments, kv_segments, offset
-):
+def _call_d_q(config, ranges, q, k, v, d_out, lse, delta, cos_sin, segments, kv_segments, offset):
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
-    block = setting.d_q
+    block = config.d_q
     spec = _by_query(block, T, S, N // K, H, segments is not None)
     names = ("offset", "range", "q", "k", "k", "q", "row", "row", "cos", "cos", "q_ids", "k_ids")
     return _compiled(
-        _d_q_kernel, setting, block, "rotary_attention_d_q",
+        _d_q_kernel, config, block, "rotary_attention_d_q",
         grid=(T // block.q, N, B),
         in_specs=[spec[name] for name in names],
         out_specs=spec["q"],
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
     )(
-        offset, where, q, k, v, d_out, log_total, delta, *cos_sin, segments, kv_segments
+        offset, ranges, q, k, v, d_out, lse, delta, *cos_sin, segments, kv_segments
     )  # fmt: skip
 
 
-def _call_d_kv(
-    setting, where, q, k, v, d_out, log_total, delta, cos_sin, segments, kv_segments, offset
-):
+def _call_d_kv(config, ranges, q, k, v, d_out, lse, delta, cos_sin, segments, kv_segments, offset):
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
-    block, G, segmented = setting.d_kv, N // K, segments is not None
-    # Programs: (block of keys, key head, row); each goes through the G heads of queries.
+    block, G, segmented = config.d_kv, N // K, segments is not None
+    # Grid: (block of keys, key head, batch row); each program loops over the G query heads.
     heads = pl.BlockSpec((None, T, G, H), lambda j, n, b: (b, 0, n, 0))
     keys = pl.BlockSpec((None, block.k, None, H), lambda j, n, b: (b, j, n, 0))
     row = pl.BlockSpec((None, G, T), lambda j, n, b: (b, n, 0))
     cos = pl.BlockSpec((None, block.k, H // 2), lambda j, n, b: (b, j, 0))
     return _compiled(
-        _d_kv_kernel, setting, block, "rotary_attention_d_kv",
+        _d_kv_kernel, config, block, "rotary_attention_d_kv",
         grid=(S // block.k, K, B),
         in_specs=[
             pl.BlockSpec((1,), lambda j, n, b: (0,)),
@@ -399,5 +379,5 @@ def _call_d_kv(
         out_specs=[keys, keys],
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
     )(
-        offset, where, q, k, v, d_out, log_total, delta, *cos_sin, segments, kv_segments
+        offset, ranges, q, k, v, d_out, lse, delta, *cos_sin, segments, kv_segments
     )  # fmt: skip

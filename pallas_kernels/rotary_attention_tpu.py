@@ -1,20 +1,18 @@
-"""Rotary attention for TPU, in Pallas through Mosaic: the forward kernel and what both share.
+"""Rotary attention for TPU in Pallas (Mosaic): the forward kernel, and code shared with the
+backward kernel. The algorithm is FlashAttention-2 (arXiv 2307.08691).
 
-One program of the forward kernel holds a block of queries of one head and walks over the blocks of
-keys it may see. Keys and values of a head lie in VMEM whole where they fit; the keys are then
-turned there, once a key head, and used by all G query heads. Longer sequences are streamed through
-VMEM in chunks of keys, turned beforehand. Queries are turned where they are loaded. The backward
-kernel (`rotary_attention_tpu_backward`) is one kernel for the three gradients, turned back in
-float32 before they are rounded.
+A program of the forward kernel holds a block of queries of one head and loops over blocks of keys.
+If the keys and values of a head fit, they stay in VMEM; the keys are rotated there once per key
+head and used by all G query heads. Otherwise they are streamed through VMEM in chunks, and XLA
+rotates the keys beforehand. Queries are rotated when they are loaded. One backward kernel
+(`rotary_attention_tpu_backward`) computes the three gradients and rotates them back in float32
+before rounding.
 
-Arrays stay as the projections make them, [B, T, N * H]: nothing is transposed. (With H = 64 two
-heads share the 128 lanes of a register, which a block cannot cut: there it is [B, N, T, H].)
+Arrays keep the layout of the projections, [B, T, N * H], so nothing is transposed. If H = 64, two
+heads share the 128 lanes of a register, which a block cannot split; then it is [B, N, T, H].
 
-cos and sin come from a table that XLA computes, float32 [B, T, H] of (cos | sin): positions of any
-value, as exact as the reference's. What a block need not look at and where it need not mask is
-worked out by XLA too (`ranges`). The method is FlashAttention-2's (arXiv 2307.08691).
-
-On a CPU the same kernels run in Pallas' interpreter: slow, for tests.
+XLA computes a float32 table [B, T, H] of (cos | sin), for positions of any value, and the ranges of
+blocks to visit (`block_ranges`). On a CPU the kernels run in Pallas' interpreter, for tests.
 """
 
 import functools
@@ -28,52 +26,52 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.ranges import ranges
+from pallas_kernels.ranges import block_ranges
 from pallas_kernels.rotary_attention import Rope, rotate
 
 LANES = 128
-# Finite: a row that has seen nothing computes with it, and inf - inf would be NaN.
-LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
+# Finite: a fully masked row computes with it, and inf - inf would be NaN.
+MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
-class Setting(NamedTuple):
-    """What the kernels are compiled for, besides their shapes."""
+class KernelConfig(NamedTuple):
+    """Compile-time constants of the kernels besides shapes."""
 
     causal: bool
     scale: float
     offset: int | None
-    """q_offset where it is known when compiling, for the estimate of cost"""
+    """q_offset if it is a constant, for the cost estimate"""
     T: int
     S: int
-    """queries and keys there are; those beyond are padding"""
+    """numbers of queries and keys; the rest is padding"""
     block_q: int
     block_k: int
     forward_k: int
-    """keys in VMEM at a time, forward; all of them, or a multiple of block_k"""
+    """keys in VMEM at a time in the forward kernel: all, or a multiple of block_k"""
     backward_q: int
     backward_k: int
-    """queries and keys in VMEM at a time, backward"""
+    """queries and keys in VMEM at a time in the backward kernel"""
     vmem: int
     """bytes a kernel may use"""
     interpret: bool
 
 
 def tpu(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset, causal, scale):
-    """`rotary_attention` in Pallas for TPU; arguments as its front door passes them."""
+    """`rotary_attention` in Pallas for TPU, with positional arguments."""
     T, S, H = q.shape[1], k.shape[1], q.shape[3]
     if H not in (64, 128):
-        raise NotImplementedError(f"head_dim {H}: the TPU kernels have 64 and 128")
+        raise NotImplementedError(f"head_dim {H}: the TPU kernels support 64 and 128")
     if q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"{q.dtype}: the TPU kernels have float32 and bfloat16")
+        raise NotImplementedError(f"{q.dtype}: the TPU kernels support float32 and bfloat16")
     offset = q_offset if isinstance(q_offset, int) else None
-    setting = Setting(causal, scale, offset, T, S, *sizes(T, S, H, q.dtype.itemsize))
+    config = KernelConfig(causal, scale, offset, T, S, *sizes(T, S, H, q.dtype.itemsize))
     pad_q, pad_k = (
-        functools.partial(_pad, setting.block_q),
-        functools.partial(_pad, setting.block_k),
+        functools.partial(_pad, config.block_q),
+        functools.partial(_pad, config.block_k),
     )
     ids = None if segments is None else (pad_q(segments, "edge"), pad_k(kv_segments, "edge"))
     out = _attention(
-        setting, pad_q(q), pad_k(k), pad_k(v), pad_q(positions), pad_k(kv_positions), rope, ids,
+        config, pad_q(q), pad_k(k), pad_k(v), pad_q(positions), pad_k(kv_positions), rope, ids,
         jnp.asarray(q_offset, jnp.int32).reshape(1),
     )  # fmt: skip
     return out[:, :T]
@@ -82,18 +80,27 @@ def tpu(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset,
 # Sizes --------------------------------------------------------------------------------------------
 
 _VMEM_MIB = {"TPU v5 lite": 128, "TPU v5e": 128, "TPU v6 lite": 128, "TPU v6e": 128}
-"""By chip; 64 for v5p and TPU7x, and for what is not listed."""
+"""Per chip; 64 for v5p, TPU7x and chips that are not listed."""
 
 
 def sizes(T: int, S: int, H: int, itemsize: int):
-    """The last seven fields of :class:`Setting`.
+    """The last seven fields of :class:`KernelConfig`.
 
-    Blocks of 512 by 512: below that the matrix unit waits for the softmax's row statistics, above
-    it the masked half of a block on the diagonal grows. A shorter block where padding to 512 would
-    add more than an eighth.
+    Blocks are 512 by 512: with smaller ones the matrix unit waits for the row statistics of the
+    softmax, with larger ones the masked half of a diagonal block grows. Blocks are smaller if
+    padding to 512 would add more than an eighth.
 
-    VMEM then decides how many keys (and in the backward pass queries) are held at a time. The sums
-    below count each array once, those that the pipeline loads or stores twice.
+    VMEM then limits how many keys (and queries in the backward kernel) are held at a time. The sums
+    below count arrays that the pipeline loads or stores twice (double buffering), others once.
+
+    Args:
+      T: number of queries.
+      S: number of keys.
+      H: head dimension.
+      itemsize: bytes per number of q, k and v.
+
+    Raises:
+      NotImplementedError: the float32 gradients of S keys do not fit in VMEM.
     """
     block_q, block_k = _block(T), _block(S)
     T, S = T + -T % block_q, S + -S % block_k
@@ -109,20 +116,20 @@ def sizes(T: int, S: int, H: int, itemsize: int):
 
     def backward(chunks_q, chunks_k):
         queries, keys = T // chunks_q, S // chunks_k
-        rows = 160 * (queries + keys)  # the sums of a row, ids: one number takes eight
+        rows = 160 * (queries + keys)  # row statistics and ids, padded to 8 sublanes
         of_q = queries * lanes * (9 * itemsize + 8 + 4)
         of_k = keys * lanes * (9 * itemsize + 8) + S * lanes * 8
         return of_q + of_k + rows + 5 * scores
 
     fit_forward = [n for n in _divisors(S // block_k) if forward(n) <= budget]
     pairs = [(n, m) for n in _divisors(T // block_q) for m in _divisors(S // block_k)]
-    # Fewest loads; and rather all keys at once, which are then turned in the kernel.
+    # Fewest loads; among those all keys at once, which are then rotated in the kernel.
     pairs.sort(key=lambda pair: (pair[0] * pair[1], pair[1]))
     fit_backward = [pair for pair in pairs if backward(*pair) <= budget]
     if not fit_forward or not fit_backward:
         raise NotImplementedError(
             f"{S} keys: their float32 gradients do not fit {capacity >> 20} MiB of VMEM; "
-            "split the sequence over more devices"
+            "shard the sequence over more devices"
         )
     chunks_q, chunks_k = fit_backward[0]
     return (
@@ -142,37 +149,37 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-# The differentiable whole -------------------------------------------------------------------------
+# The custom_vjp -----------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(setting, q, k, v, positions, kv_positions, rope, ids, offset):
-    return _forward(setting, q, k, v, positions, kv_positions, rope, ids, offset)[0]
+def _attention(config, q, k, v, positions, kv_positions, rope, ids, offset):
+    return _forward(config, q, k, v, positions, kv_positions, rope, ids, offset)[0]
 
 
-def _forward(setting, q, k, v, positions, kv_positions, rope, ids, offset):
-    tables = table(positions, rope), table(kv_positions, rope)
-    if setting.forward_k < k.shape[1]:
+def _forward(config, q, k, v, positions, kv_positions, rope, ids, offset):
+    tables = cos_sin_table(positions, rope), cos_sin_table(kv_positions, rope)
+    if config.forward_k < k.shape[1]:
         k_used, tables = rotate(k, kv_positions, rope), (tables[0], None)
     else:
         k_used = k
-    q_k_v = tuple(map(inside, (q, k_used, v)))
-    out, log_total = _call(setting, q.shape[3], q_k_v, tables, ids, offset)
-    out = outside(out, q.shape)
-    return out, (q, k, v, positions, kv_positions, rope, ids, offset, out, log_total)
+    q_k_v = tuple(map(to_kernel_layout, (q, k_used, v)))
+    out, lse = _call(config, q.shape[3], q_k_v, tables, ids, offset)
+    out = from_kernel_layout(out, q.shape)
+    return out, (q, k, v, positions, kv_positions, rope, ids, offset, out, lse)
 
 
-def _backward(setting, residuals, d_out):
+def _backward(config, residuals, d_out):
     from pallas_kernels.rotary_attention_tpu_backward import backward
 
-    return *backward(setting, residuals, d_out), *(None,) * 5
+    return *backward(config, residuals, d_out), *(None,) * 5
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def table(positions, rope: Rope):
-    """cos in the first half of H and sin in the second, times the rope's scale: float32 [B,T,H]."""
+def cos_sin_table(positions, rope: Rope):
+    """float32 [B, T, H]: cos in the first half of H and sin in the second, times ``rope.scale``."""
     angle = positions.astype(jnp.float32)[..., None] * rope.inv_freq_H2
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1) * rope.scale
 
@@ -185,25 +192,25 @@ def _pad(multiple: int, x, mode: str = "constant"):
 # Layout and block specs ---------------------------------------------------------------------------
 
 
-def inside(x_BTNH):
-    """As the kernels take it: [B, T, N * H], or [B, N, T, H] where H is not a register's width."""
+def to_kernel_layout(x_BTNH):
+    """[B, T, N, H] in the kernels' layout: [B, T, N * H] if H is 128, else [B, N, T, H]."""
     B, T, N, H = x_BTNH.shape
     return x_BTNH.reshape(B, T, N * H) if H == LANES else x_BTNH.transpose(0, 2, 1, 3)
 
 
-def outside(x, shape):
-    """The inverse of :func:`inside`; shape is that of [B, T, N, H]."""
+def from_kernel_layout(x, shape):
+    """The inverse of :func:`to_kernel_layout`; ``shape`` is [B, T, N, H]."""
     return x.reshape(shape) if shape[3] == LANES else x.transpose(0, 2, 1, 3)
 
 
-def inside_shape(shape):
-    """What :func:`inside` makes of a shape."""
+def kernel_shape(shape):
+    """The shape [B, T, N, H] in the kernels' layout."""
     B, T, N, H = shape
     return (B, T, N * H) if H == LANES else (B, N, T, H)
 
 
 def head_spec(H: int, rows: int, at):
-    """Blocks of a head's rows; ``at`` takes the grid's indices to (b, block, head)."""
+    """Block spec of rows of a head; ``at`` maps grid indices to (b, block, head)."""
 
     def index(*grid):
         b, block, head = at(*grid)
@@ -213,7 +220,7 @@ def head_spec(H: int, rows: int, at):
 
 
 def number_spec(rows: int, at):
-    """Blocks of [B, 1, T]: one number a position; ``at`` takes the grid's indices to (b, block)."""
+    """Block spec of [B, 1, T], one number per position; ``at`` maps grid indices to (b, block)."""
 
     def index(*grid):
         b, block = at(*grid)
@@ -222,13 +229,13 @@ def number_spec(rows: int, at):
     return pl.BlockSpec((None, 1, rows), index)
 
 
-# Pieces of both kernels ---------------------------------------------------------------------------
+# Shared by both kernels ---------------------------------------------------------------------------
 
 
 def dot(a, b, contract: str):
-    """Matrix product into float32: contract "nn" a b, "nt" a b^T, "tn" a^T b."""
+    """Matrix product accumulated in float32: "nn" is a b, "nt" is a b^T, "tn" is a^T b."""
     a_axis, b_axis = int(contract[0] == "n"), int(contract[1] == "t")
-    # Mosaic's default for float32 is one bfloat16 pass.
+    # Mosaic multiplies float32 in one bfloat16 pass by default.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(
         a,
@@ -239,8 +246,8 @@ def dot(a, b, contract: str):
     )
 
 
-def turn(x, table, back: bool = False):
-    """Rows of a head turned (or turned back) by rows of (cos | sin); float32 [rows, H]."""
+def rotate_block(x, table, inverse: bool = False):
+    """Rows [rows, H] of a head, rotated by a table of (cos | sin) or its inverse, in float32."""
     h = x.shape[1] // 2
     if x.shape[1] == LANES:
         swap = lambda y: pltpu.roll(y, h, 1)
@@ -251,58 +258,59 @@ def turn(x, table, back: bool = False):
     cos = jnp.where(first_half, table, swapped)
     sin = jnp.where(first_half, -swapped, table)
     x = x.astype(jnp.float32)
-    return x * cos + swap(x) * (-sin if back else sin)
+    return x * cos + swap(x) * (-sin if inverse else sin)
 
 
-def turn_all(x_ref, table_ref, out_ref, rows: int):
-    """:func:`turn` of a whole ref, some rows at a time."""
+def rotate_all(x_ref, table_ref, out_ref, rows: int):
+    """:func:`rotate_block` of a whole ref, some rows at a time."""
 
     def step(i, _):
         at = pl.ds(pl.multiple_of(i * rows, rows), rows)
-        out_ref[at, :] = turn(x_ref[at, :], table_ref[at, :]).astype(out_ref.dtype)
+        out_ref[at, :] = rotate_block(x_ref[at, :], table_ref[at, :]).astype(out_ref.dtype)
 
     lax.fori_loop(0, x_ref.shape[0] // rows, step, None)
 
 
 def column(row):
-    """[1, n] -> [n, LANES], each number in every lane."""
+    """[1, n] -> [n, LANES], each number copied to all lanes."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
 def lanes(x, n: int):
-    """[rows, LANES] with one number a row -> [rows, n]."""
+    """[rows, LANES] with equal lanes -> [rows, n]."""
     return jnp.tile(x, (1, n // LANES)) if n >= LANES else x[:, :n]
 
 
-def last_seen(setting: Setting, t, offset_ref):
-    """Index of the last key that the query at t may see."""
-    if not setting.causal:
-        return jnp.full(t.shape, setting.S - 1, jnp.int32)
-    return jnp.minimum(t + offset_ref[0], setting.S - 1)
+def last_visible(config: KernelConfig, t, offset_ref):
+    """Index of the last key that query t attends to."""
+    if not config.causal:
+        return jnp.full(t.shape, config.S - 1, jnp.int32)
+    return jnp.minimum(t + offset_ref[0], config.S - 1)
 
 
-def walk(range_ref, at, first, n, step):
-    """step(is_masked, block) for those of the n blocks from ``first`` on that a range names.
+def for_each_block(range_ref, at, first, n, step):
+    """Calls step(is_partial, block) for the blocks in range ``at`` among n blocks from ``first``.
 
-    The blocks before and after the clear ones are one loop: a loop is code, and compile time.
+    The partial blocks before and after the full ones share one loop, to save code and compile time.
     """
-    local = [jnp.clip(range_ref[at * 4 + i] - first, 0, n) for i in range(4)]
-    start, clear, masked, stop = local
-    lax.fori_loop(clear, masked, lambda i, _: step(False, i), None)
-    before = clear - start
-    either = lambda i: jnp.where(i < before, start + i, masked + i - before)
-    lax.fori_loop(0, before + stop - masked, lambda i, _: step(True, either(i)), None)
+    start, full_start, full_stop, stop = (
+        jnp.clip(range_ref[at * 4 + i] - first, 0, n) for i in range(4)
+    )
+    lax.fori_loop(full_start, full_stop, lambda i, _: step(False, i), None)
+    before = full_start - start
+    either = lambda i: jnp.where(i < before, start + i, full_stop + i - before)
+    lax.fori_loop(0, before + stop - full_stop, lambda i, _: step(True, either(i)), None)
 
 
-def pairs_seen(setting: Setting) -> int:
-    """Pairs of query and key that are computed, for the estimate of cost; documents not known."""
-    T, S = setting.T, setting.S
-    if not setting.causal or setting.offset is None:
+def visible_pairs(config: KernelConfig) -> int:
+    """Number of unmasked pairs of query and key without segments, for the cost estimate."""
+    T, S = config.T, config.S
+    if not config.causal or config.offset is None:
         return T * S
-    # Query t sees t + offset + 1 keys, from 0 to S.
-    low, high = (min(max(setting.offset + t + 1, 0), S) for t in (0, T - 1))
-    whole = max(0, T - max(0, S - setting.offset))
-    rising = max(0, min(T, S - setting.offset) - max(0, -setting.offset))
+    # Query t attends to t + offset + 1 keys, limited to 0 .. S.
+    low, high = (min(max(config.offset + t + 1, 0), S) for t in (0, T - 1))
+    whole = max(0, T - max(0, S - config.offset))
+    rising = max(0, min(T, S - config.offset) - max(0, -config.offset))
     return whole * S + (max(low, 1) + high) * rising // 2 if high else 0
 
 
@@ -311,67 +319,69 @@ def pairs_seen(setting: Setting) -> int:
 
 def _kernel(
     offset_ref, range_ref, q_ref, k_ref, v_ref, q_table_ref, k_table_ref, q_ids_ref, k_ids_ref,
-    out_ref, log_total_ref, q_s, k_s, q_ids_s, top_s, total_s, sums_s, *, setting,
+    out_ref, lse_ref, q_s, k_s, q_ids_s, m_s, l_s, acc_s, *, config,
 ):  # fmt: skip
     b, i, g, chunk = (pl.program_id(n) for n in (0, 2, 3, 4))
-    block, block_k = pl.num_programs(2) * b + i, setting.block_k
+    block, block_k = pl.num_programs(2) * b + i, config.block_k
     rows, H = q_ref.shape
     if k_table_ref is not None:
-        pl.when((i == 0) & (g == 0))(lambda: turn_all(k_ref, k_table_ref, k_s, block_k))
+        pl.when((i == 0) & (g == 0))(lambda: rotate_all(k_ref, k_table_ref, k_s, block_k))
     keys = k_ref if k_table_ref is None else k_s
 
     @pl.when(chunk == 0)
     def _():
-        # Exponentials are to base 2, as the hardware has them: its factor goes into the queries.
-        factor = setting.scale * math.log2(math.e)
-        q_s[...] = (turn(q_ref[...], q_table_ref[...]) * factor).astype(q_s.dtype)
+        # exp2 is the hardware instruction; the factor log2(e) goes into the queries.
+        factor = config.scale * math.log2(math.e)
+        q_s[...] = (rotate_block(q_ref[...], q_table_ref[...]) * factor).astype(q_s.dtype)
         if q_ids_ref is not None:
             q_ids_s[...] = column(q_ids_ref[...])
-        top_s[...] = jnp.full_like(top_s, LOWEST)
-        total_s[...] = jnp.zeros_like(total_s)
-        sums_s[...] = jnp.zeros_like(sums_s)
+        m_s[...] = jnp.full_like(m_s, MASK_VALUE)
+        l_s[...] = jnp.zeros_like(l_s)
+        acc_s[...] = jnp.zeros_like(acc_s)
 
-    def step(is_masked, j):
+    def step(is_partial, j):
         at = pl.ds(pl.multiple_of(j * block_k, block_k), block_k)
         scores = dot(q_s[...], keys[at, :], "nt")
-        if is_masked:
+        if is_partial:
             first = chunk * k_ref.shape[0] + j * block_k
             t = i * rows + lax.broadcasted_iota(jnp.int32, (rows, LANES), 0)
-            last = lanes(last_seen(setting, t, offset_ref) - first, block_k)
-            seen = lax.broadcasted_iota(jnp.int32, scores.shape, 1) <= last
+            last = lanes(last_visible(config, t, offset_ref) - first, block_k)
+            visible = lax.broadcasted_iota(jnp.int32, scores.shape, 1) <= last
             if q_ids_ref is not None:
-                seen &= lanes(q_ids_s[...], block_k) == k_ids_ref[:, at]
-            scores = jnp.where(seen, scores, LOWEST)
-        top = top_s[...]
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - lanes(new_top, block_k))
-        shrink = jnp.exp2(top - new_top)
-        top_s[...] = new_top
-        total_s[...] = total_s[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-        sums = dot(weights.astype(v_ref.dtype), v_ref[at, :], "nn")
-        sums_s[...] = sums_s[...] * lanes(shrink, H) + sums
+                visible &= lanes(q_ids_s[...], block_k) == k_ids_ref[:, at]
+            scores = jnp.where(visible, scores, MASK_VALUE)
+        m = m_s[...]
+        m_new = jnp.maximum(m, jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp2(scores - lanes(m_new, block_k))
+        alpha = jnp.exp2(m - m_new)
+        m_s[...] = m_new
+        l_s[...] = l_s[...] * alpha + jnp.sum(weights, axis=1, keepdims=True)
+        acc = dot(weights.astype(v_ref.dtype), v_ref[at, :], "nn")
+        acc_s[...] = acc_s[...] * lanes(alpha, H) + acc
 
-    walk(range_ref, block, chunk * (k_ref.shape[0] // block_k), k_ref.shape[0] // block_k, step)
+    for_each_block(
+        range_ref, block, chunk * (k_ref.shape[0] // block_k), k_ref.shape[0] // block_k, step
+    )
 
     @pl.when(chunk == pl.num_programs(4) - 1)
     def _():
-        # A row that saw nothing has weights of 1 for hidden keys: zeros, and a total so large that
-        # the backward pass finds weights of 0.
-        blind = top_s[...] < LOWEST / 2
-        total = jnp.where(blind, 1, total_s[...])
-        out = jnp.where(lanes(blind, H), 0, sums_s[...] / lanes(total, H))
+        # A fully masked row has weights of 1 for masked keys: set its output to 0, and its lse so
+        # large that all weights are 0 in the backward kernel.
+        fully_masked = m_s[...] < MASK_VALUE / 2
+        l = jnp.where(fully_masked, 1, l_s[...])
+        out = jnp.where(lanes(fully_masked, H), 0, acc_s[...] / lanes(l, H))
         out_ref[...] = out.astype(out_ref.dtype)
-        log_total = jnp.where(blind, -LOWEST, top_s[...] + jnp.log2(total))
-        log_total_ref[...] = log_total.T[:1]
+        lse = jnp.where(fully_masked, -MASK_VALUE, m_s[...] + jnp.log2(l))
+        lse_ref[...] = lse.T[:1]
 
 
-def _call(setting, H, q_k_v, tables, ids, offset):
+def _call(config, H, q_k_v, tables, ids, offset):
     (q, k, v), (q_table, k_table) = q_k_v, tables
     (B, T), S = q_table.shape[:2], k.shape[1 if H == LANES else 2]
     heads = lambda x: x.shape[2] // H if H == LANES else x.shape[1]
     N, K = heads(q), heads(k)
-    G, rows, keys = N // K, setting.block_q, setting.forward_k
-    where = ranges("q", rows, setting.block_k, (B, T, S), setting.S, setting.causal, offset,
+    G, rows, keys = N // K, config.block_q, config.forward_k
+    ranges = block_ranges("q", rows, config.block_k, (B, T, S), config.S, config.causal, offset,
                    *(ids or (None, None)))  # fmt: skip
     of_q = head_spec(H, rows, lambda b, h, i, g, j, *_: (b, i, h * G + g))
     of_k = head_spec(H, keys, lambda b, h, i, g, j, *_: (b, j, h))
@@ -387,11 +397,9 @@ def _call(setting, H, q_k_v, tables, ids, offset):
         pltpu.VMEM((rows, LANES), jnp.float32),
         pltpu.VMEM((rows, H), jnp.float32),
     ]
-    log_total_spec = pl.BlockSpec(
-        (None, None, 1, rows), lambda b, h, i, g, j, *_: (b, h * G + g, 0, i)
-    )
+    lse_spec = pl.BlockSpec((None, None, 1, rows), lambda b, h, i, g, j, *_: (b, h * G + g, 0, i))
     return pl.pallas_call(
-        functools.partial(_kernel, setting=setting),
+        functools.partial(_kernel, config=config),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(B, K, T // rows, G, S // keys),
@@ -402,7 +410,7 @@ def _call(setting, H, q_k_v, tables, ids, offset):
                 number(rows, lambda b, h, i, g, j, *_: (b, i)),
                 number(keys, lambda b, h, i, g, j, *_: (b, j)),
             ],
-            out_specs=[of_q, log_total_spec],
+            out_specs=[of_q, lse_spec],
             scratch_shapes=scratch,
         ),
         out_shape=[
@@ -410,26 +418,26 @@ def _call(setting, H, q_k_v, tables, ids, offset):
             jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
         ],
         cost_estimate=pl.CostEstimate(
-            flops=4 * H * B * N * pairs_seen(setting),
-            transcendentals=B * N * pairs_seen(setting),
+            flops=4 * H * B * N * visible_pairs(config),
+            transcendentals=B * N * visible_pairs(config),
             bytes_accessed=moved,
         ),
         name="rotary_attention_forward",
-        **parameters(setting),
-    )(offset, where.reshape(-1), q, k, v, q_table, k_table, *row_ids(ids))  # fmt: skip
+        **parameters(config),
+    )(offset, ranges.reshape(-1), q, k, v, q_table, k_table, *row_ids(ids))  # fmt: skip
 
 
 def row_ids(ids):
-    """[B, T] -> [B, 1, T], or nothing."""
+    """Segment ids [B, T] -> [B, 1, T]; None stays None."""
     return (None, None) if ids is None else tuple(x[:, None].astype(jnp.int32) for x in ids)
 
 
-def parameters(setting: Setting) -> dict[str, Any]:
-    """What both calls give `pallas_call`; rows and key heads may go to different cores."""
+def parameters(config: KernelConfig) -> dict[str, Any]:
+    """Arguments of both `pallas_call`s; batch rows and key heads may run on different cores."""
     return dict(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", *("arbitrary",) * 3),
-            vmem_limit_bytes=setting.vmem,
+            vmem_limit_bytes=config.vmem,
         ),
-        interpret=setting.interpret,
+        interpret=config.interpret,
     )

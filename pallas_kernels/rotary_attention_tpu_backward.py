@@ -1,9 +1,9 @@
-"""Rotary attention for TPU: the backward kernel, for the gradients of q, k and v together.
+"""Rotary attention for TPU: the backward kernel, for the gradients of q, k and v.
 
-A program holds some queries of one head and some keys, all of them where VMEM allows, and goes
-through the blocks of keys and, for each, the blocks of queries that see it. Scores have keys as
-rows here: of the five products, only the queries' gradient needs a transpose. The float32 gradients
-of a key head stay in VMEM until all its queries were there.
+A program holds queries of one head and keys, all of them if VMEM allows, and loops over the blocks
+of keys and, for each, the blocks of queries that attend to it. Scores have keys as rows: of the
+five products, only the gradient of q needs a transpose. The float32 gradients of a key head stay in
+VMEM until all its queries have been processed.
 """
 
 import functools
@@ -15,70 +15,70 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ranges import ranges
+from pallas_kernels.ranges import block_ranges
 from pallas_kernels.rotary_attention import rotate
 from pallas_kernels.rotary_attention_tpu import (
     LANES,
-    LOWEST,
-    Setting,
+    MASK_VALUE,
+    KernelConfig,
     column,
+    cos_sin_table,
     dot,
+    for_each_block,
+    from_kernel_layout,
     head_spec,
-    inside,
-    inside_shape,
+    kernel_shape,
     lanes,
-    last_seen,
+    last_visible,
     number_spec,
-    outside,
-    pairs_seen,
     parameters,
+    rotate_all,
+    rotate_block,
     row_ids,
-    table,
-    turn,
-    turn_all,
-    walk,
+    to_kernel_layout,
+    visible_pairs,
 )
 
 
-def backward(setting: Setting, residuals, d_out):
-    """Gradients of q, k and v, in their dtypes; residuals as the forward pass leaves them."""
-    q, k, v, positions, kv_positions, rope, ids, offset, out, log_total = residuals
-    k_used = k if setting.backward_k == k.shape[1] else rotate(k, kv_positions, rope)
-    arrays = *map(inside, (q, k_used, v, out, d_out)), log_total
-    tables = table(positions, rope), table(kv_positions, rope)
-    grads = _call(setting, q.shape, k.shape, arrays, tables, ids, offset)
-    return tuple(outside(d, x.shape) for d, x in zip(grads, (q, k, v), strict=True))
+def backward(config: KernelConfig, residuals, d_out):
+    """Gradients of q, k and v in their dtypes; ``residuals`` are those of `_forward`."""
+    q, k, v, positions, kv_positions, rope, ids, offset, out, lse = residuals
+    k_used = k if config.backward_k == k.shape[1] else rotate(k, kv_positions, rope)
+    arrays = *map(to_kernel_layout, (q, k_used, v, out, d_out)), lse
+    tables = cos_sin_table(positions, rope), cos_sin_table(kv_positions, rope)
+    grads = _call(config, q.shape, k.shape, arrays, tables, ids, offset)
+    return tuple(from_kernel_layout(d, x.shape) for d, x in zip(grads, (q, k, v), strict=True))
 
 
 def _kernel(
-    offset_ref, range_ref, q_ref, k_ref, v_ref, out_ref, d_out_ref, log_total_ref, q_table_ref,
+    offset_ref, range_ref, q_ref, k_ref, v_ref, out_ref, d_out_ref, lse_ref, q_table_ref,
     k_table_ref, q_ids_ref, k_ids_ref, d_q_ref, d_k_ref, d_v_ref,
-    q_s, k_s, delta_s, d_q_s, d_k_s, d_v_s, *, setting, chunks,
+    q_s, k_s, delta_s, d_q_s, d_k_s, d_v_s, *, config, chunks,
 ):  # fmt: skip
     b, i, g, j = (pl.program_id(n) for n in (0, 2, 3, 4))
-    block_q, block_k = setting.block_q, setting.block_k
+    block_q, block_k = config.block_q, config.block_k
     (queries, H), keys = q_ref.shape, k_ref.shape[0]
     blocks_q, blocks_k = queries // block_q, keys // block_k
-    whole = chunks == 1
-    k_turned = k_s if whole else k_ref
+    resident = chunks == 1
+    k_rotated = k_s if resident else k_ref
     q_at = lambda n: pl.ds(pl.multiple_of(n * block_q, block_q), block_q)
 
     @pl.when((i == 0) & (g == 0) & (j == 0))
     def _():
         d_k_s[...] = jnp.zeros_like(d_k_s)
         d_v_s[...] = jnp.zeros_like(d_v_s)
-        if whole:
-            turn_all(k_ref, k_table_ref, k_s, block_k)
+        if resident:
+            rotate_all(k_ref, k_table_ref, k_s, block_k)
 
     @pl.when(j == 0)
     def _():
         def prepare(n, _):
             at = q_at(n)
-            # As the forward kernel has them.
-            factor = setting.scale * math.log2(math.e)
-            q_s[at, :] = (turn(q_ref[at, :], q_table_ref[at, :]) * factor).astype(q_s.dtype)
+            # As in the forward kernel.
+            factor = config.scale * math.log2(math.e)
+            q_s[at, :] = (rotate_block(q_ref[at, :], q_table_ref[at, :]) * factor).astype(q_s.dtype)
             d_q_s[at, :] = jnp.zeros((block_q, H), jnp.float32)
-            # Equal to the row sum of weights * d_weights, without that pass over T x S.
+            # Equals the row sums of weights * d_weights, without a pass over [T, S].
             product = out_ref[at, :].astype(jnp.float32) * d_out_ref[at, :].astype(jnp.float32)
             delta = jnp.sum(product, axis=1, keepdims=True)
             delta_s[:, at] = jnp.broadcast_to(delta, (block_q, LANES)).T[:8]
@@ -91,18 +91,18 @@ def _kernel(
         at_sum = pl.ds(pl.multiple_of(first, block_k), block_k)
         k_ids = None if k_ids_ref is None else column(k_ids_ref[:, at_k])
 
-        def step(is_masked, m):
+        def step(is_partial, m):
             at = q_at(m)
-            k, q, d_out = k_turned[at_k, :], q_s[at, :], d_out_ref[at, :]
+            k, q, d_out = k_rotated[at_k, :], q_s[at, :], d_out_ref[at, :]
             scores = dot(k, q, "nt")
-            if is_masked:
+            if is_partial:
                 row = lax.broadcasted_iota(jnp.int32, (1, block_q), 1)
-                last = last_seen(setting, i * queries + m * block_q + row, offset_ref)
-                seen = lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= last - first
+                last = last_visible(config, i * queries + m * block_q + row, offset_ref)
+                visible = lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= last - first
                 if k_ids is not None:
-                    seen &= lanes(k_ids, block_q) == q_ids_ref[:, at]
-                scores = jnp.where(seen, scores, LOWEST)
-            weights = jnp.exp2(scores - log_total_ref[:, at])
+                    visible &= lanes(k_ids, block_q) == q_ids_ref[:, at]
+                scores = jnp.where(visible, scores, MASK_VALUE)
+            weights = jnp.exp2(scores - lse_ref[:, at])
             d_v_s[at_sum, :] += dot(weights.astype(d_out.dtype), d_out, "nn")
             d_weights = dot(v_ref[at_k, :], d_out, "nt")
             d_scores = (weights * (d_weights - delta_s[:1, at])).astype(q.dtype)
@@ -110,7 +110,7 @@ def _kernel(
             d_q_s[at, :] += dot(d_scores, k, "tn")
 
         block = (b * chunks + j) * blocks_k + n
-        walk(range_ref, block, i * blocks_q, blocks_q, step)
+        for_each_block(range_ref, block, i * blocks_q, blocks_q, step)
 
     lax.fori_loop(0, blocks_k, key_block, None)
 
@@ -118,7 +118,7 @@ def _kernel(
     def _():
         def finish(n, _):
             at = q_at(n)
-            d_q = turn(d_q_s[at, :] * setting.scale, q_table_ref[at, :], back=True)
+            d_q = rotate_block(d_q_s[at, :] * config.scale, q_table_ref[at, :], inverse=True)
             d_q_ref[at, :] = d_q.astype(d_q_ref.dtype)
 
         lax.fori_loop(0, blocks_q, finish, None)
@@ -128,24 +128,24 @@ def _kernel(
         def finish(n, _):
             at = pl.ds(pl.multiple_of(n * block_k, block_k), block_k)
             at_sum = pl.ds(pl.multiple_of(j * keys + n * block_k, block_k), block_k)
-            # The queries came with the scale and the factor of base 2; the latter is taken out.
-            d_k = turn(d_k_s[at_sum, :] * math.log(2), k_table_ref[at, :], back=True)
+            # q includes the scale and log2(e); the product with ln(2) removes the latter.
+            d_k = rotate_block(d_k_s[at_sum, :] * math.log(2), k_table_ref[at, :], inverse=True)
             d_k_ref[at, :] = d_k.astype(d_k_ref.dtype)
             d_v_ref[at, :] = d_v_s[at_sum, :].astype(d_v_ref.dtype)
 
         lax.fori_loop(0, blocks_k, finish, None)
 
 
-def _call(setting, q_shape, k_shape, arrays, tables, ids, offset):
+def _call(config, q_shape, k_shape, arrays, tables, ids, offset):
     q, k = arrays[:2]
     (B, T, N, H), (_, S, K, _) = q_shape, k_shape
-    G, queries, keys = N // K, setting.backward_q, setting.backward_k
+    G, queries, keys = N // K, config.backward_q, config.backward_k
     chunks_q, chunks = T // queries, S // keys
-    where = ranges("k", setting.block_q, setting.block_k, (B, T, S), setting.S, setting.causal,
+    ranges = block_ranges("k", config.block_q, config.block_k, (B, T, S), config.S, config.causal,
                    offset, *(ids or (None, None)))  # fmt: skip
     of_q = head_spec(H, queries, lambda b, h, i, g, j, *_: (b, i, h * G + g))
     of_k = head_spec(H, keys, lambda b, h, i, g, j, *_: (b, j, h))
-    # The keys' gradients are written when their last queries are there: until then block 0 stays.
+    # The gradients of keys are written after their last queries; until then block 0 stays mapped.
     last = lambda i, g, j: jnp.where((i == chunks_q - 1) & (g == G - 1), j, 0)
     of_d_k = head_spec(H, keys, lambda b, h, i, g, j, *_: (b, last(i, g, j), h))
     number = lambda n, at: None if ids is None else number_spec(n, at)
@@ -153,7 +153,7 @@ def _call(setting, q_shape, k_shape, arrays, tables, ids, offset):
     moved = size * (4 * q.size + (2 * passes + 2) * k.size)
     moved += 4 * (B * N * T + B * T * H * (1 if chunks_q == 1 else K) + B * S * H)
     return pl.pallas_call(
-        functools.partial(_kernel, setting=setting, chunks=chunks),
+        functools.partial(_kernel, config=config, chunks=chunks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(B, K, chunks_q, G, chunks),
@@ -177,14 +177,14 @@ def _call(setting, q_shape, k_shape, arrays, tables, ids, offset):
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(inside_shape(shape), q.dtype)
+            jax.ShapeDtypeStruct(kernel_shape(shape), q.dtype)
             for shape in (q_shape, k_shape, k_shape)
         ],
         cost_estimate=pl.CostEstimate(
-            flops=10 * H * B * N * pairs_seen(setting),
-            transcendentals=B * N * pairs_seen(setting),
+            flops=10 * H * B * N * visible_pairs(config),
+            transcendentals=B * N * visible_pairs(config),
             bytes_accessed=moved,
         ),
         name="rotary_attention_backward",
-        **parameters(setting),
-    )(offset, where.reshape(-1), *arrays, *tables, *row_ids(ids))  # fmt: skip
+        **parameters(config),
+    )(offset, ranges.reshape(-1), *arrays, *tables, *row_ids(ids))  # fmt: skip

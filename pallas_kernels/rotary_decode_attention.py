@@ -1,9 +1,9 @@
-"""Attention of a few new positions over a key/value cache; rotary embedding and append inside.
+"""Decode attention: appends new keys and values to a cache and attends to all of it.
 
-Letters: L layers, B batch, T new positions (1 to a few, or a chunk of a prompt), S slots of the
+Letters: L layers, B batch, T new positions (one, a few, or a chunk of a prompt), S length of the
 cache, N query heads, K key/value heads, H head dimension. The cache holds the rotated keys of all
-layers as [L, B, K, S, H]: a head's keys lie together, as they are read. It goes in and out whole,
-so that a layer's call changes it in place and nothing of it is copied.
+layers as [L, B, K, S, H], in which the keys of a head are contiguous. Calls take and return the
+whole cache, so that it is updated in place without copies.
 """
 
 import jax
@@ -28,35 +28,38 @@ def rotary_decode_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Append T new keys and values to one layer's cache at each row's length; attend over the live.
+    """Appends T keys and values to one layer of a cache and attends to its valid positions.
 
-    New position t of row b has index and rotary position ``lengths_B[b] + t``, and sees indices 0
-    to its own. The caller keeps ``lengths_B + T <= S``, which is an error only where lengths are
-    known: not inside jit. Slots beyond a row's new positions may hold
-    anything: they change no output. A row with fewer than T real new positions has them first; what
-    follows them is written beyond its length, dead until it is overwritten.
+    New position t of row b has index and rotary position ``lengths_B[b] + t`` and attends to the
+    indices up to its own. The caller ensures ``lengths_B + T <= S``; this is checked only outside
+    jit, where the lengths are known. Positions beyond the new ones may hold any data, NaN too,
+    without an effect. In a row with fewer than T real new positions those come first; the padding
+    is written beyond the row's new length and overwritten later.
 
     Args:
-      q_BTNH, k_BTKH, v_BTKH: new queries, keys and values before rotation, one floating dtype.
-      cache_k_LBKSH, cache_v_LBKSH: rotated keys, and values; of each row, positions 0 to
-        lengths_B - 1 are live. Donate them, or carry them through a loop, to have them changed in
-        place.
-      layer: int32 scalar, which layer of the cache.
-      lengths_B: int32, live positions of each row before this call.
-      rope, scale, implementation: as in :func:`rotary_attention`.
+      q_BTNH: new queries before rotation.
+      k_BTKH: new keys before rotation, in the dtype of the queries.
+      v_BTKH: new values.
+      cache_k_LBKSH: rotated keys; positions 0 to ``lengths_B - 1`` of each row are valid. Updated
+        in place if donated or carried through a loop.
+      cache_v_LBKSH: values, likewise.
+      layer: int32 scalar, the layer of the cache.
+      lengths_B: int32, number of valid positions of each row before this call.
+      rope: frequencies, see :class:`Rope`.
+      scale: factor on the scores; default: H ** -0.5.
+      implementation: "tpu", "gpu" or "xla", chosen as in :func:`rotary_attention`.
 
     Returns:
-      out_BTNH in q's dtype, and the two caches with the new positions in place. Scores, softmax and
-      sums are float32.
+      [B, T, N, H] in q's dtype, and the two updated caches. Scores, softmax and sums are float32.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit together, known lengths or a known layer that are
-        not in the cache, or an unknown implementation.
-      NotImplementedError: the implementation named cannot do this.
+      ValueError: shapes or dtypes do not match, known lengths or a known layer are out of range, or
+        the implementation is unknown.
+      NotImplementedError: the named implementation does not support the arguments.
     """
     if q_BTNH.ndim != 4 or k_BTKH.ndim != 4 or q_BTNH.shape[:2] != k_BTKH.shape[:2]:
         raise ValueError(
-            "want q [B,T,N,H] and k, v [B,T,K,H] of the same new positions; "
+            "expected q [B,T,N,H] and k, v [B,T,K,H] of the same new positions; "
             f"got q {q_BTNH.shape}, k {k_BTKH.shape}"
         )
     B, T, K, H = k_BTKH.shape
@@ -74,8 +77,10 @@ def rotary_decode_attention(
             f"caches must share one dtype; got {cache_k_LBKSH.dtype}, {cache_v_LBKSH.dtype}"
         )
     if shape[3] < T:
-        raise ValueError(f"{T} new positions do not fit a cache of {shape[3]}")
-    _check_within("lengths_B", lengths_B, shape[3] - T, f"{T} new positions in {shape[3]} slots")
+        raise ValueError(f"{T} new positions do not fit in a cache of length {shape[3]}")
+    _check_within(
+        "lengths_B", lengths_B, shape[3] - T, f"{T} new positions in a cache of length {shape[3]}"
+    )
     _check_within("layer", layer, shape[0] - 1, f"{shape[0]} layers")
     return dispatch.call(
         "rotary_decode_attention", _IMPLEMENTATIONS, implementation,
@@ -85,22 +90,21 @@ def rotary_decode_attention(
     )  # fmt: skip
 
 
-def _check_within(name: str, x, most: int, why: str) -> None:
-    """Where the values are known: inside jit they are not, nor all of them on one of many hosts."""
+def _check_within(name: str, x, maximum: int, why: str) -> None:
+    """Checks values if they are known: not inside jit, and not if on other hosts' devices."""
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return
     x = np.asarray(x)
-    if ((x < 0) | (x > most)).any():
-        raise ValueError(f"{name} must be from 0 to {most} ({why}); got {x.tolist()}")
+    if ((x < 0) | (x > maximum)).any():
+        raise ValueError(f"{name} must be from 0 to {maximum} ({why}); got {x.tolist()}")
 
 
 BLOCK = 128
-"""Slots that the reference reads at a time."""
+"""positions that the reference reads at a time"""
 
 
 def _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
-    """The reference: block after block of slots, as far as the longest row, with a running maximum
-    (online softmax, arXiv 1805.02867)."""
+    """The reference: online softmax (arXiv 1805.02867) over blocks, up to the longest row."""
     B, T, N, H = q.shape
     K, S = cache_k.shape[2:4]
     positions = lengths[:, None] + jnp.arange(T, dtype=lengths.dtype)
@@ -113,37 +117,37 @@ def _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
     dot = lambda equation, a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
     def block(i, carry):
-        most, total, out = carry
-        start = jnp.minimum(i * size, S - size)  # the last block ends where the cache does,
-        slots = start + jnp.arange(size)
-        fresh = slots >= i * size  # and may begin in the one before
+        m, l, acc = carry
+        start = jnp.minimum(i * size, S - size)  # the last block ends with the cache
+        indices = start + jnp.arange(size)
+        fresh = indices >= i * size  # and may overlap the one before
         keys, values = (
             lax.dynamic_slice(c, (layer, 0, 0, start, 0), (1, B, K, size, H))[0].astype(q.dtype)
             for c in (cache_k, cache_v)
         )
-        # Dead slots may hold anything, NaN too: a weight of zero would not silence a NaN value.
-        live_BS = fresh & (slots < lengths[:, None] + T)
-        values = jnp.where(live_BS[:, None, :, None], values, 0)
-        # Keys on the left: on the right, XLA's CPU compiler would turn all of them.
+        # Invalid values may be NaN, and 0 * NaN is NaN.
+        valid_BS = fresh & (indices < lengths[:, None] + T)
+        values = jnp.where(valid_BS[:, None, :, None], values, 0)
+        # Keys on the left: on the right, XLA's CPU compiler would transpose them.
         scores = dot("BKSH,BKGTH->BKSGT", keys, q_BKGTH).transpose(0, 1, 3, 4, 2)
-        seen_BTS = fresh & (slots <= positions[:, :, None])
-        scores = jnp.where(seen_BTS[:, None, None], scores * scale, -jnp.inf)
-        higher = jnp.maximum(most, jnp.max(scores, axis=-1, keepdims=True))
-        weights, shrink = jnp.exp(scores - higher), jnp.exp(most - higher)
-        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
-        out = out * shrink + dot("BKGTS,BKSH->BKGTH", weights.astype(q.dtype), values)
-        return higher, total, out
+        visible_BTS = fresh & (indices <= positions[:, :, None])
+        scores = jnp.where(visible_BTS[:, None, None], scores * scale, -jnp.inf)
+        m_new = jnp.maximum(m, jnp.max(scores, axis=-1, keepdims=True))
+        weights, alpha = jnp.exp(scores - m_new), jnp.exp(m - m_new)
+        l = l * alpha + jnp.sum(weights, axis=-1, keepdims=True)
+        acc = acc * alpha + dot("BKGTS,BKSH->BKGTH", weights.astype(q.dtype), values)
+        return m_new, l, acc
 
     blank = jnp.zeros_like(q_BKGTH, jnp.float32)
     start = blank[..., :1] - jnp.inf, blank[..., :1], blank
     blocks = (jnp.max(lengths) + T + size - 1) // size
-    _, total, out = lax.fori_loop(0, blocks, block, start)
-    out = (out / total).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    _, l, acc = lax.fori_loop(0, blocks, block, start)
+    out = (acc / l).transpose(0, 3, 1, 2, 4).reshape(q.shape)
     return out.astype(q.dtype), cache_k, cache_v
 
 
 def _append(cache_LBKSH, new_BTKH, layer, lengths_B):
-    """A loop over rows: the scatter that vmap makes of it has XLA's CPU compiler copy the cache."""
+    """Writes the new positions row by row: for a scatter, XLA on CPU would copy the cache."""
     new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(cache_LBKSH.dtype)
     lengths_B = jnp.asarray(lengths_B)
 
@@ -154,7 +158,7 @@ def _append(cache_LBKSH, new_BTKH, layer, lengths_B):
     return lax.fori_loop(0, new_BTKH.shape[0], row, cache_LBKSH)
 
 
-# Pallas is imported where it is used: it takes a second.
+# Pallas takes a second to import, so it is imported only where it is used.
 
 
 def _tpu(*args):

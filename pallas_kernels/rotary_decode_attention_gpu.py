@@ -1,14 +1,14 @@
-"""Rotary decode attention for NVIDIA GPUs, in Pallas through Triton.
+"""Rotary decode attention for NVIDIA GPUs in Pallas (Triton).
 
-One kernel turns the new queries and keys, writes the new keys and values into the cache in place,
-and attends; a reduction by XLA follows. Decoding one token, a row's heads are too few programs for
-a GPU: each row's live part is split evenly over several (Flash-Decoding,
-https://crfm.stanford.edu/2023/10/12/flashdecoding.html), whose partial softmaxes are then merged.
-Slots that are not live are not read. New keys are attended to as they came, by the first split,
-which also writes them: no program reads what another writes.
+One kernel rotates the new queries and keys, writes the new keys and values into the cache in place,
+and attends. With one new token there are fewer heads than a GPU needs programs, so the valid
+positions of each row are split evenly over several programs, whose softmaxes XLA then merges
+(Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Invalid positions are not
+read. The first split attends to the new keys directly and writes them: no program reads what
+another writes.
 
-Letters as in `rotary_decode_attention`; h = H // 2. A program works on rows of queries, t * G + g
-being query t of head g in its key head's group.
+Letters as in `rotary_decode_attention`; h = H // 2. The rows of a program are queries of one key
+head; row t * G + g is query t of head g.
 """
 
 import functools
@@ -21,45 +21,45 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import dispatch
-from pallas_kernels.rotary_attention_gpu import LOWEST, _dot
+from pallas_kernels.rotary_attention_gpu import MASK_VALUE, _dot
 
 BLOCK_K = 64
-"""Keys loaded at a time: 32 KiB of keys and values in flight a stage, three stages, two programs a
-multiprocessor. Computed for a Hopper GPU, not measured."""
+"""keys loaded at a time: 32 KiB of keys and values per stage, three stages, two programs per
+multiprocessor; estimated for a Hopper GPU, not measured"""
 
 PROGRAMS = 264
-"""Programs wanted, for the two that each of 132 multiprocessors holds."""
+"""minimal number of programs: two for each of 132 multiprocessors"""
 
 
 def gpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
-    """`rotary_decode_attention` in Pallas; arguments as its front door passes them."""
+    """`rotary_decode_attention` in Pallas, with positional arguments."""
     B, T, N, H = q.shape
     K, S = cache_k.shape[2:4]
     G = N // K
     if H not in (32, 64, 128):
-        raise NotImplementedError(f"head_dim {H}: the GPU kernels have 32, 64 and 128")
+        raise NotImplementedError(f"head_dim {H}: the GPU kernels support 32, 64 and 128")
     if q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"{q.dtype}: the GPU kernels have float32 and bfloat16")
+        raise NotImplementedError(f"{q.dtype}: the GPU kernels support float32 and bfloat16")
     rows = min(64, max(16, pl.next_power_of_2(T * G)))
     row_blocks = pl.cdiv(T * G, rows)
     wanted = PROGRAMS // (B * K * row_blocks)
     splits = max(1, min(wanted, pl.cdiv(S, 4 * BLOCK_K)))
     q_rows = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
     factor = scale * math.log2(math.e)
-    sums, top, total, *caches = _call(
+    acc, m, l, *caches = _call(
         q_rows, k, v, cache_k, cache_v, layer, lengths, rope, G, rows, row_blocks, splits, factor
     )
-    # [B, K, splits, rows]: each split's largest score and sum to the largest of all.
-    share = jnp.exp2(top - jnp.max(top, axis=2, keepdims=True))
-    out = jnp.einsum("bksr,bksrh->bkrh", share, sums)
-    out = out / jnp.sum(total * share, axis=2)[..., None]
+    # Rescales each split, [B, K, splits, rows], to the maximum over all splits.
+    alpha = jnp.exp2(m - jnp.max(m, axis=2, keepdims=True))
+    out = jnp.einsum("bksr,bksrh->bkrh", alpha, acc)
+    out = out / jnp.sum(l * alpha, axis=2)[..., None]
     out = out[:, :, : T * G].reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4)
     return out.reshape(q.shape).astype(q.dtype), *caches
 
 
 def _call(q, k, v, cache_k, cache_v, layer, lengths, rope, G, rows, row_blocks, splits, factor):
     (L, B, K, S, H), T = cache_k.shape, k.shape[1]
-    # Programs: (split, block of rows, row of the batch and key head).
+    # Grid: (split, block of rows, batch row and key head).
     b, n = lambda z: lax.div(z, K), lambda z: lax.rem(z, K)
     part = (None, None, None, rows)
     index = lambda i, r, z: (b(z), n(z), i, r)
@@ -98,78 +98,80 @@ def _call(q, k, v, cache_k, cache_v, layer, lengths, rope, G, rows, row_blocks, 
 
 def _kernel(
     layer_ref, length_ref, inv_freq_ref, scale_ref, q_ref, k_ref, v_ref, cache_k_ref, cache_v_ref,
-    sums_ref, top_ref, total_ref, new_cache_k_ref, new_cache_v_ref, *, G, T, splits, factor,
+    acc_ref, m_ref, l_ref, new_cache_k_ref, new_cache_v_ref, *, G, T, splits, factor,
 ):  # fmt: skip
     split, block = pl.program_id(0), pl.program_id(1)
     rows, H = q_ref.shape
     h, dtype = H // 2, q_ref.dtype
     layer, length = layer_ref[0], length_ref[0]
-    low, high, whole = pl.ds(0, h), pl.ds(h, h), pl.ds(0, H)
+    half_a, half_b, full = pl.ds(0, h), pl.ds(h, h), pl.ds(0, H)
 
-    def turned(a, b, t):
-        """Halves of rows whose new position is t, in float32."""
+    def rotated(a, b, t):
+        """Halves of rows, rotated as new position t, in float32."""
         angle = (length + t).astype(jnp.float32)[:, None] * inv_freq_ref[...][None, :]
         cos, sin = jnp.cos(angle) * scale_ref[0], jnp.sin(angle) * scale_ref[0]
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         return a * cos - b * sin, b * cos + a * sin
 
     row = block * rows + jnp.arange(rows)
-    t, there = lax.div(row, G), (row < T * G)[:, None]
+    t, valid = lax.div(row, G), (row < T * G)[:, None]
     load = lambda ref, at, mask: plt.load(ref.at[at], mask=mask, other=0)
-    q_a, q_b = turned(
-        load(q_ref, (slice(None), low), there), load(q_ref, (slice(None), high), there), t
+    q_a, q_b = rotated(
+        load(q_ref, (slice(None), half_a), valid), load(q_ref, (slice(None), half_b), valid), t
     )
     q_a, q_b = (q_a * factor).astype(dtype), (q_b * factor).astype(dtype)
 
-    def attend(carry, k_a, k_b, v, seen):
-        sums, top, total = carry
-        scores = jnp.where(seen, _dot(q_a, k_a, True) + _dot(q_b, k_b, True), -jnp.inf)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights, shrink = jnp.exp2(scores - new_top[:, None]), jnp.exp2(top - new_top)
-        sums = sums * shrink[:, None] + _dot(weights.astype(dtype), v)
-        return sums, new_top, total * shrink + jnp.sum(weights, axis=1)
+    def attend(carry, k_a, k_b, v, visible):
+        acc, m, l = carry
+        scores = jnp.where(visible, _dot(q_a, k_a, True) + _dot(q_b, k_b, True), -jnp.inf)
+        m_new = jnp.maximum(m, jnp.max(scores, axis=1))
+        weights, alpha = jnp.exp2(scores - m_new[:, None]), jnp.exp2(m - m_new)
+        acc = acc * alpha[:, None] + _dot(weights.astype(dtype), v)
+        return acc, m_new, l * alpha + jnp.sum(weights, axis=1)
 
-    def old(j, carry):
+    def attend_cached(j, carry):
         s = j * BLOCK_K + jnp.arange(BLOCK_K)
-        at, live = pl.ds(j * BLOCK_K, BLOCK_K), (s < length)[:, None]
+        at, valid = pl.ds(j * BLOCK_K, BLOCK_K), (s < length)[:, None]
         k_a, k_b, v = (
-            load(ref, (layer, at, half), live).astype(dtype)
-            for ref, half in ((cache_k_ref, low), (cache_k_ref, high), (cache_v_ref, whole))
+            load(ref, (layer, at, half), valid).astype(dtype)
+            for ref, half in ((cache_k_ref, half_a), (cache_k_ref, half_b), (cache_v_ref, full))
         )
         return attend(carry, k_a, k_b, v, (s < length)[None, :])
 
     size = min(BLOCK_K, max(16, pl.next_power_of_2(T)))
 
-    def arrived(j):
-        """New keys, turned and rounded to the cache's dtype as later calls will read them."""
+    def load_new(j):
+        """New keys, rotated, and values, rounded to the cache's dtype as later calls read them."""
         s = j * size + jnp.arange(size)
         at, mask = pl.ds(j * size, size), (s < T)[:, None]
-        k_a, k_b = turned(load(k_ref, (at, low), mask), load(k_ref, (at, high), mask), s)
+        k_a, k_b = rotated(load(k_ref, (at, half_a), mask), load(k_ref, (at, half_b), mask), s)
         k_a, k_b = k_a.astype(cache_k_ref.dtype), k_b.astype(cache_k_ref.dtype)
-        return s, k_a, k_b, load(v_ref, (at, whole), mask).astype(cache_v_ref.dtype)
+        return s, k_a, k_b, load(v_ref, (at, full), mask).astype(cache_v_ref.dtype)
 
-    def new(j, carry):
-        s, k_a, k_b, v = arrived(j)
-        seen = (s[None, :] <= t[:, None]) & (s < T)[None, :]
-        return attend(carry, k_a.astype(dtype), k_b.astype(dtype), v.astype(dtype), seen)
+    def attend_new(j, carry):
+        s, k_a, k_b, v = load_new(j)
+        visible = (s[None, :] <= t[:, None]) & (s < T)[None, :]
+        return attend(carry, k_a.astype(dtype), k_b.astype(dtype), v.astype(dtype), visible)
 
-    def write(j, _):
-        s, k_a, k_b, v = arrived(j)
+    def write_new(j, _):
+        s, k_a, k_b, v = load_new(j)
         at, mask = pl.ds(length + j * size, size), (s < T)[:, None]
-        plt.store(new_cache_k_ref.at[layer, at, low], k_a, mask=mask)
-        plt.store(new_cache_k_ref.at[layer, at, high], k_b, mask=mask)
-        plt.store(new_cache_v_ref.at[layer, at, whole], v, mask=mask)
+        plt.store(new_cache_k_ref.at[layer, at, half_a], k_a, mask=mask)
+        plt.store(new_cache_k_ref.at[layer, at, half_b], k_b, mask=mask)
+        plt.store(new_cache_v_ref.at[layer, at, full], v, mask=mask)
 
-    # As many blocks of the live part for each split; for the first, what is new besides.
+    # Each split has the same number of blocks; the first also has the new positions.
     blocks = lax.div(length + BLOCK_K - 1, BLOCK_K)
-    each = lax.div(blocks + splits - 1, splits)
-    first, last_t = split == 0, jnp.minimum(lax.div(block * rows + rows - 1, G), T - 1)
+    per_split = lax.div(blocks + splits - 1, splits)
+    is_first, last_t = split == 0, jnp.minimum(lax.div(block * rows + rows - 1, G), T - 1)
     carry = (
         jnp.zeros((rows, H), jnp.float32),
-        jnp.full((rows,), LOWEST, jnp.float32),
+        jnp.full((rows,), MASK_VALUE, jnp.float32),
         jnp.zeros((rows,), jnp.float32),
     )
-    carry = lax.fori_loop(split * each, jnp.minimum((split + 1) * each, blocks), old, carry)
-    carry = lax.fori_loop(0, jnp.where(first, lax.div(last_t, size) + 1, 0), new, carry)
-    pl.when(first & (block == 0))(lambda: lax.fori_loop(0, pl.cdiv(T, size), write, None))
-    sums_ref[...], top_ref[...], total_ref[...] = carry
+    carry = lax.fori_loop(
+        split * per_split, jnp.minimum((split + 1) * per_split, blocks), attend_cached, carry
+    )
+    carry = lax.fori_loop(0, jnp.where(is_first, lax.div(last_t, size) + 1, 0), attend_new, carry)
+    pl.when(is_first & (block == 0))(lambda: lax.fori_loop(0, pl.cdiv(T, size), write_new, None))
+    acc_ref[...], m_ref[...], l_ref[...] = carry

@@ -1,14 +1,14 @@
-"""How fast the kernels are, or how they compile where there is no accelerator.
+"""Times the kernels, or compiles them if there is no accelerator.
 
-``python -m benchmarks.kernels`` times rotary attention forward and backward at the shapes of
-LLaMA 7B, 8B and 70B and 16384 tokens, each implementation beside the best public kernel of the
-platform (splash attention on TPU; cuDNN after XLA's rotary on GPU, which is our ``cudnn``; tokamax
-where it is installed), with the error against a float32 reference; then decoding. Without a TPU or
-GPU, or with ``--chips``, the same programs are compiled for chips that are not there, and what is
-known without running is told: temporary memory, bytes that XLA moves around the kernels, and on a
-TPU the bundles of the kernels' inner loops (`bench_schedule`).
+``python -m benchmarks.kernels`` times rotary attention, forward and backward, at the shapes of
+LLaMA 7B, 8B and 70B with 16384 tokens, and then decoding. Each implementation is compared with the
+best public kernel of the platform (splash attention on TPU; XLA's rotation and cuDNN on GPU, which
+is our ``cudnn``; tokamax if installed) and its error with a float32 reference. Without a TPU or
+GPU, or with ``--chips``, the same programs are compiled for absent chips, and the benchmark prints
+temporary memory, bytes that XLA moves outside the kernels, and on a TPU the bundles of the kernels'
+inner loops (`benchmarks.kernels.schedule`).
 
-Rates count the scores that a query may see: 4 * H operations each forward, 2.5 times that backward.
+Rates count unmasked scores: 4 * H FLOPs each in the forward pass, 2.5 times that in the backward.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
         keep(args, here.device_kind, timed(args, here))
         return
     for chip in args.chips or ("v5p", "h100"):
-        # A process each: a TPU's compiler reads its options once.
+        # One process per chip: libtpu reads its options once.
         command = [sys.executable, "-m", "benchmarks.kernels.compiled", chip]
         for name in ("models", "lengths"):
             command += [f"--{name}", *map(str, getattr(args, name))]
@@ -109,7 +109,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def inputs(model: str, T: int, documents: bool):
-    """Arrays, positions, ids, and how many (query, key) pairs see each other."""
+    """Arrays, positions, segment ids, and the number of unmasked (query, key) pairs."""
     rng = np.random.default_rng(T)
     arrays = [
         jnp.asarray(rng.standard_normal(s, np.float32), jnp.bfloat16)
@@ -119,7 +119,7 @@ def inputs(model: str, T: int, documents: bool):
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     if not documents:
         return arrays, jnp.asarray(positions), None, B * T * (T + 1) // 2
-    # About 1024 tokens each, as documents of web text are.
+    # About 1024 tokens each, like web documents.
     first = rng.random((B, T)) < 1 / 1024
     first[:, 0] = True
     start = np.maximum.accumulate(np.where(first, positions, 0), axis=1)
@@ -130,7 +130,7 @@ def inputs(model: str, T: int, documents: bool):
 
 @functools.partial(jax.jit, static_argnames="block")
 def reference(q, k, v, d_out, positions, rope, ids, block=512):
-    """both_ways in float32, for the first row's first key head and its queries alone."""
+    """`both_ways` in float32, for the first key head of the first row and its query heads."""
     G, T = q.shape[2] // k.shape[2], q.shape[1]
     q, d_out, k, v = (
         x[:1, :, :n].astype(jnp.float32) for x, n in ((q, G), (d_out, G), (k, 1), (v, 1))
@@ -154,16 +154,13 @@ def reference(q, k, v, d_out, positions, rope, ids, block=512):
 
 
 def relative_error(got, want) -> float:
-    """|got - want| / |want| over the part that the reference has."""
+    """|got - want| / |want| over the heads of the reference."""
     got, want = got[:1, :, : want.shape[2]].astype(jnp.float32), np.asarray(want)
     return float(np.linalg.norm(np.asarray(got) - want) / np.linalg.norm(want))
 
 
 def seconds(function, *args) -> tuple[float, float]:
-    """Median time of a call, of seven rounds of 50 ms and more, and (longest - shortest) / median.
-
-    The function may be jitted already; what it returns is dropped.
-    """
+    """Median time per call over seven rounds of at least 50 ms; (longest - shortest) / median."""
     call = jax.jit(function)
 
     def run(n):
@@ -175,7 +172,7 @@ def seconds(function, *args) -> tuple[float, float]:
 
 
 def rounds(run) -> tuple[float, float]:
-    """`seconds` of a loop run(n)."""
+    """As :func:`seconds`, for a function run(n) that makes n calls."""
     run(3)
     start = time.perf_counter()
     run(3)
@@ -190,7 +187,7 @@ def rounds(run) -> tuple[float, float]:
 
 
 def decoding() -> list[dict[str, Any]]:
-    """One new token a row at the 8B's heads, and how near to a copy's bandwidth it reads."""
+    """Decoding one token per row with the heads of the 8B, relative to the bandwidth of a copy."""
     N, K, H = MODELS["8B"]
     rows = []
     for B, S in CACHES:

@@ -1,4 +1,4 @@
-"""What the benchmark of the kernels runs: shapes, our implementations, and others' kernels."""
+"""Shapes, our implementations and other public kernels for the kernel benchmark."""
 
 import argparse
 import functools
@@ -22,11 +22,11 @@ from pallas_kernels.rotary_attention import rotate
 TOKENS = 16384
 MODELS = {"7B": (32, 32, 128), "8B": (32, 8, 128), "70B": (64, 8, 128)}  # N, K, H
 LENGTHS = (2048, 4096, 8192, 16384)
-CACHES = ((16, 4096), (16, 16384), (2, 131072))  # B, S; decoding has the 8B's heads
+CACHES = ((16, 4096), (16, 16384), (2, 131072))  # B, S for decoding, with the heads of the 8B
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The options that timing and compiling share."""
+    """Options of both timing and compiling."""
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def keep(args, machine: str, rows: list[dict[str, Any]]) -> None:
-    """Write the rows down with machine and versions, and say where."""
+    """Writes the rows with machine and versions to a results file."""
     versions = {"jax": jax.__version__, "python": platform.python_version()}
     if importlib.util.find_spec("libtpu"):
         versions["libtpu"] = importlib.metadata.version("libtpu")
@@ -50,7 +50,7 @@ def keep(args, machine: str, rows: list[dict[str, Any]]) -> None:
 
 
 def cases(args) -> Iterator[tuple[str, int, bool]]:
-    """(model, T, documents): every model and length, and packed documents for the 8B."""
+    """(model, T, documents) for every model and length; the 8B also with packed documents."""
     for model in args.models:
         for T in args.lengths:
             yield model, T, False
@@ -69,7 +69,7 @@ def rope_of(H: int) -> Rope:
 
 
 def candidates(op: str, where: str, others: bool = True) -> dict[str, Callable[..., Any]]:
-    """name -> function(q, k, v, positions, rope, ids): ours for the platform, then others'."""
+    """name -> function(q, k, v, positions, rope, ids): ours for the platform, then public ones."""
     table = importlib.import_module(f"pallas_kernels.{op}")._IMPLEMENTATIONS
     ours = [name for name, (platforms, _) in table.items() if where in platforms]
     found: dict[str, Callable[..., Any]] = {
@@ -91,7 +91,7 @@ def _ours(implementation, q, k, v, positions, rope, ids):
 
 def _tokamax(q, k, v, positions, rope, ids):
     if ids is not None:
-        raise NotImplementedError("documents are not asked of tokamax here")
+        raise NotImplementedError("documents are not benchmarked with tokamax")
     q, k = rotate(q, positions, rope), rotate(k, positions, rope)
     return importlib.import_module("tokamax").dot_product_attention(q, k, v, is_causal=True)
 

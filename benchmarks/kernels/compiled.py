@@ -1,7 +1,7 @@
-"""The benchmark's programs compiled for a chip that is not there, and what that tells.
+"""Compiles the kernel benchmark for an absent chip and prints what is known without running.
 
-``python -m benchmarks.kernels`` runs this file in a process of its own, with the compiler told to
-write its schedules down: ``python -m benchmarks.kernels.compiled CHIP``.
+``python -m benchmarks.kernels`` starts it in a separate process, in which libtpu dumps its
+schedules: ``python -m benchmarks.kernels.compiled CHIP``.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     arguments.add_argument("chip")
     args = add_arguments(arguments).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        # Read by libtpu when it is loaded, which the first topology does.
+        # libtpu reads these when it is loaded, by the first call of topology.
         os.environ.update(bench_schedule.compiler_options(folder))
         try:
             device = chips.topology(args.chip)[0]
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def compiled(args, device: jax.Device, folder: str) -> list[dict[str, Any]]:
-    """A row for each shape and implementation; libtpu's schedules come to the folder."""
+    """One row per shape and implementation; libtpu dumps its schedules into ``folder``."""
     mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         attentions = candidates("rotary_attention", dispatch.platform(), others=False)
@@ -78,7 +78,7 @@ def compiled(args, device: jax.Device, folder: str) -> list[dict[str, Any]]:
 
 
 def attention(mesh, name, attend, model, T, documents):
-    """(row to fill, blocks of a head where they are known, programs to compile)."""
+    """(row to fill, blocks per head if known, programs to compile)."""
     of = functools.partial(_of, mesh)
     q, k, v, d_out = map(of, shapes(model, T).values())
     positions, rope = of(q.shape[:2], jnp.int32), Rope(of((q.shape[3] // 2,), jnp.float32), 1.0)
@@ -98,7 +98,7 @@ def attention(mesh, name, attend, model, T, documents):
 
 
 def decoding(mesh, name, B, S):
-    """The same for one new position a row, at the 8B's heads."""
+    """The same for decoding one token per row with the heads of the 8B."""
     of, (N, K, H) = functools.partial(_of, mesh), MODELS["8B"]
     new = of((B, 1, N, H)), of((B, 1, K, H)), of((B, 1, K, H))
     cache, rope = of((1, B, K, S, H)), Rope(of((H // 2,), jnp.float32), 1.0)
@@ -112,8 +112,8 @@ def _of(mesh, shape, dtype=jnp.bfloat16) -> Any:
 
 
 def static(program, arguments, mesh, blocks, folder) -> dict[str, Any]:
-    """What is known of a compiled program: MiB beside its arguments, MB that XLA moves around the
-    kernels, and on a TPU the bundles of the kernels' loops, summed for a head where `blocks` tells.
+    """Compiles a program and returns its temporary memory (MiB), the bytes that XLA moves outside
+    the kernels (MB), and on a TPU the bundles of the kernels' loops, per head if `blocks` is given.
     """
     with jax.set_mesh(mesh):
         done = program.lower(*arguments).compile()
@@ -128,13 +128,13 @@ def static(program, arguments, mesh, blocks, folder) -> dict[str, Any]:
             bench_schedule.by_loop(way, loops) if way else {"step": loops[0].stop - loops[0].start}
         )
         if way and blocks:
-            own["a_head"] = bench_schedule.a_head(way, own, blocks)
+            own["per_head"] = bench_schedule.per_head(way, own, blocks)
         found.setdefault("bundles", {})[way or kernel] = own
     return found
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as it is printed."""
+    """The printed line of a row."""
     where = f"T {row['T']:>6}" if "T" in row else f"decode, {row['B']} rows of {row['S']}"
     head = f"{row['model']:>4} {where} {'documents' if row.get('documents') else ''}"
     head = f"{head:<28} {row['implementation']:8}"
@@ -147,22 +147,22 @@ def line(row: dict[str, Any]) -> str:
             parts.append(f"{way} {said['temporary_mib']:.1f} MiB, {said['moved_mb']:.0f} MB")
     most = row["both" if "both" in row else "decode"]
     for kernel, own in most.get("bundles", {}).items():
-        loops = [f"{name} {own[name]:,}" for name in ("clear", "masked", "step") if name in own]
-        head_of = f", {own['a_head']:,} a head" if "a_head" in own else ""
+        loops = [f"{name} {own[name]:,}" for name in ("full", "partial", "step") if name in own]
+        head_of = f", {own['per_head']:,} per head" if "per_head" in own else ""
         parts.append(f"{kernel} bundles: {', '.join(loops)}{head_of}")
     return f"{head} {' | '.join(parts)}"
 
 
-# Instructions that move nothing themselves, and the kernels, whose own reading is not XLA's.
+# Instructions that move no data, and the kernels, whose memory traffic is not XLA's.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "custom-call",
          "after-all", "copy-done", "conditional", "while", "iota", "partition-id"}  # fmt: skip
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
 def bytes_around(hlo: str) -> int:
-    """Bytes that the instructions of a program's entry read and write, kernels not counted.
+    """Bytes that the instructions of a program's entry read and write, without kernels.
 
-    What a TPU keeps in its vector memory (space 1) is not moved; fetching it there is read once.
+    Arrays in a TPU's vector memory (memory space 1) do not count, except for one read when fetched.
     """
     entry = hlo[hlo.index("\nENTRY ") :]
     sizes, total = {}, 0
@@ -175,7 +175,7 @@ def bytes_around(hlo: str) -> int:
             0 if "S(1)" in layout else _SIZES.get(dtype, 0) * math.prod(map(int, dims.split(",")))
             for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]+)\](\{[^}]*\})?", kind)
         ]
-        # The start of a copy names what it makes, what it reads, and a context.
+        # The result of copy-start is (destination, source, context).
         sizes[name] = sum(arrays[:1] if opcode == "copy-start" else arrays)
         if opcode not in _FREE:
             operands = re.findall(r"%([\w.-]+)", rest.split(")")[0])

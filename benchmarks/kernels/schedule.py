@@ -1,7 +1,7 @@
-"""Bundles of a TPU kernel's loops, counted in the schedule that libtpu writes down.
+"""Counts the VLIW bundles of a TPU kernel's loops in the schedule that libtpu dumps.
 
-A bundle issues a cycle: bundles are cycles without waits for memory. A kernel's grid is a loop of
-its schedule, and so is each loop in its body. Branches not taken count as if they were.
+One bundle issues per cycle, so bundles are cycles without waits for memory. A kernel's grid is a
+loop of its schedule, like each loop in its body. Branches count as taken.
 """
 
 import re
@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-FORWARD = ("program", "turn_k", "clear", "masked")
-BACKWARD = ("program", "turn_k", "prepare", "keys", "clear", "masked", "finish_q", "finish_k")
-"""Loops of our attention kernels in the order of their code; the first is the grid's. Where keys
-are streamed, nothing turns them in the kernel and there is no turn_k."""
+FORWARD = ("program", "rotate_k", "full", "partial")
+BACKWARD = ("program", "rotate_k", "prepare", "keys", "full", "partial", "finish_q", "finish_k")
+"""Loops of our attention kernels in code order; the first is the grid. Streamed keys are not
+rotated in the kernel, which then has no rotate_k."""
 
 
 class Loop(NamedTuple):
@@ -23,19 +23,19 @@ class Loop(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How often the loops run for one query head of T causal positions."""
+    """Trip counts of the loops for one query head of T causal positions."""
 
     G: int
     blocks: int
-    """of queries, and of keys: T over a block's length"""
+    """blocks of queries, and of keys: T / block length"""
     forward: int
-    """parts that the keys come to VMEM in, forward"""
+    """chunks of keys in the forward kernel"""
     backward: tuple[int, int]
-    """parts that the queries and the keys come in, backward"""
+    """chunks of queries and of keys in the backward kernel"""
 
 
 def compiler_options(folder: str) -> dict[str, str]:
-    """Environment in which libtpu, loaded after, writes its schedules to a folder."""
+    """Environment in which libtpu, when loaded, dumps its schedules to a folder."""
     return {
         "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
         "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -44,7 +44,7 @@ def compiler_options(folder: str) -> dict[str, str]:
 
 
 def take(folder: str) -> dict[str, list[Loop]]:
-    """The loops of each Pallas kernel compiled since the last call; empties the folder."""
+    """Loops of each Pallas kernel compiled since the last call; empties the folder."""
     kernels = {}
     for path in sorted(Path(folder).iterdir()):
         kernel = re.fullmatch(r"\d+-(.*?)-\d+-final_bundles.txt", path.name)
@@ -55,7 +55,7 @@ def take(folder: str) -> dict[str, list[Loop]]:
 
 
 def loops_of(schedule: str) -> list[Loop]:
-    """Loops by address: a bundle marked as a loop's body, and the branch back to its region."""
+    """Loops in address order: from a bundle marked as a loop body to the branch back to it."""
     address, body, loops = 0, False, []
     starts: dict[str, int] = {}
     for line in schedule.splitlines():
@@ -66,13 +66,13 @@ def loops_of(schedule: str) -> list[Loop]:
                 starts.setdefault(region, address)
         for region in re.findall(r"sbr\.rel \([^)]*\) target = \$region(\d+)", line):
             if region in starts:
-                # Four more bundles issue before the branch is taken.
+                # Four more bundles issue before the branch takes effect.
                 loops.append(Loop(starts[region], address + 5))
     return sorted(loops, key=lambda x: (x.start, -x.stop))
 
 
 def own_bundles(loops: Sequence[Loop]) -> list[int]:
-    """For each loop, the bundles that are in none of the loops inside it."""
+    """Bundles of each loop, without those of loops inside it."""
 
     def count(loop: Loop) -> int:
         inside = lambda a, b: a != b and b.start <= a.start and a.stop <= b.stop
@@ -84,26 +84,26 @@ def own_bundles(loops: Sequence[Loop]) -> list[int]:
 
 
 def by_loop(way: str, loops: Sequence[Loop]) -> dict[str, int]:
-    """Bundles of one turn of each loop of our attention kernel, by the loop's name.
+    """Bundles of one iteration of each loop of our attention kernel, by the loop's name.
 
     Raises:
-      ValueError: the kernel's loops are not those that are known here.
+      ValueError: the kernel has another number of loops.
     """
     names: tuple[str, ...] = FORWARD if way == "forward" else BACKWARD
     if len(loops) == len(names) - 1:
-        names = tuple(name for name in names if name != "turn_k")
+        names = tuple(name for name in names if name != "rotate_k")
     if len(loops) != len(names):
-        raise ValueError(f"{way} kernel: {len(loops)} loops where {names} are known")
+        raise ValueError(f"{way} kernel: {len(loops)} loops, expected {names}")
     return dict(zip(names, own_bundles(loops), strict=True))
 
 
-def a_head(way: str, own: Mapping[str, int], blocks: Blocks) -> int:
-    """Bundles a query head, without documents; what turns keys is shared by G heads."""
+def per_head(way: str, own: Mapping[str, int], blocks: Blocks) -> int:
+    """Bundles per query head, without documents; G heads share the rotation of keys."""
     G, n, forward, (queries, keys) = blocks
-    turns = {"turn_k": n / G, "clear": n * (n - 1) // 2, "masked": n}
+    trips = {"rotate_k": n / G, "full": n * (n - 1) // 2, "partial": n}
     if way == "forward":
-        turns["program"] = n * forward
+        trips["program"] = n * forward
     else:
-        turns |= {"program": queries * keys, "prepare": n, "keys": n * queries,
+        trips |= {"program": queries * keys, "prepare": n, "keys": n * queries,
                   "finish_q": n, "finish_k": n / G}  # fmt: skip
-    return round(sum(count * turns[name] for name, count in own.items()))
+    return round(sum(count * trips[name] for name, count in own.items()))

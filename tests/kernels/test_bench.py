@@ -1,4 +1,4 @@
-"""The benchmark of the kernels runs whole, at a small size; its figures are what they say."""
+"""The kernel benchmark runs at a small size, and its numbers are correct."""
 
 import argparse
 import json
@@ -70,7 +70,7 @@ def test_bytes_around():
 
 
 def test_compiled(small, tmp_path, capsys, monkeypatch):
-    """The whole of it for chips that are there: none of a TPU's schedules, all of the rest."""
+    """All of it for a present chip, except for a TPU's schedules."""
     monkeypatch.setattr(bench_compiled, "CACHES", ((2, 64),))
     args = argparse.Namespace(models=["8B"], lengths=[512], results=tmp_path)
     rows = bench_compiled.compiled(args, jax.devices()[0], str(tmp_path))
@@ -84,11 +84,11 @@ def test_compiled(small, tmp_path, capsys, monkeypatch):
 
 def test_a_line_says_the_loops():
     both = dict(temporary_mib=96.04, moved_mb=143.4)
-    loops = dict(program=1, clear=1132, masked=1137, a_head=49654)
+    loops = dict(program=1, full=1132, partial=1137, per_head=49654)
     row = dict(
         model="8B", T=4096, implementation="tpu", both=both | {"bundles": {"forward": loops}}
     )
     assert bench_compiled.line(row).split(" | ") == [
         "  8B T   4096                tpu      both 96.0 MiB, 143 MB",
-        "forward bundles: clear 1,132, masked 1,137, 49,654 a head",
+        "forward bundles: full 1,132, partial 1,137, 49,654 per head",
     ]

@@ -1,4 +1,4 @@
-"""The decode step compiled for chips that are not there: memory, changes in place, bytes moved."""
+"""The decode step compiled for absent chips: memory, in-place updates, bytes moved."""
 
 import functools
 import math
@@ -45,7 +45,7 @@ def mesh_of(devices):
     ids=["one_row", "rows", "few_positions"],
 )
 def test_the_kernel_alone(machine, name, B, T, N, K, dtype):
-    """Both caches aliased and no temporary memory; told to XLA: one pass over a layer's cache."""
+    """Both caches aliased and no temporary memory; XLA's cost estimate: one pass over the layer."""
     L, H = 4, 128
     mesh = machine(name)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -72,7 +72,7 @@ def test_the_kernel_alone(machine, name, B, T, N, K, dtype):
     [("v5e", 1, 1), ("v6e", 1, 1), ("v5e", 4, 16), ("v6e", 4, 16), ("h200", 1, 1), ("h200", 1, 16)],
 )
 def test_the_whole_step(name, chips, B, monkeypatch):
-    """7B, bfloat16, greedy, 4096 slots: one pass over weights and cache, and nothing copied.
+    """7B, bfloat16, greedy, cache length 4096: one pass over weights and cache, and nothing copied.
 
     The cache of 16 rows alone is 34 GB: on four TPU chips.
     """

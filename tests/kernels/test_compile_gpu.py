@@ -1,4 +1,4 @@
-"""Programs compiled for GPUs that are not there, by XLA's CUDA compiler on a CPU."""
+"""Programs compiled for absent GPUs by XLA's CUDA compiler on a CPU."""
 
 import functools
 import math
@@ -79,7 +79,7 @@ def _both_ways(implementation, q, k, v, *rest):
 @needs_compiler
 @pytest.mark.parametrize(("gpu", "H", "documents"), [("h100", 128, True), ("h200", 64, False)])
 def test_attention_compiles(gpu, H, documents):
-    """Beside the kernels, memory for little more than turned keys and a number a query and head."""
+    """Temporary memory holds little more than rotated keys and one number per query and head."""
     T, N, K = 4096, 32, 8
     arguments = _arguments(1, T, N, K, H, documents=documents)
     q_bytes, k_bytes, number = T * N * H * 2, T * K * H * 2, T * N * 4

@@ -1,4 +1,4 @@
-"""Rotary attention compiled for TPUs that are not there, by libtpu on a CPU."""
+"""Rotary attention compiled for absent TPUs by libtpu on a CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def compiled_for(chip, function, *shapes):
 
 
 def both_ways(q, k, v, d_out, positions, inv_freq, ids, offset):
-    """Attention and its gradients by the implementation that the platform takes by itself."""
+    """Attention and its gradients by the default implementation of the platform."""
     attend = lambda q, k, v: rotary_attention(
         q, k, v, positions, Rope(inv_freq, 1.0), segment_ids_BT=ids, q_offset=offset
     )
@@ -71,11 +71,11 @@ def arguments(B, T, N, K, H, dtype="bfloat16", documents=True):
     ],
 )
 def test_attention_compiles(chip, T, K, H, documents, dtype):
-    """Forward and backward, the offset traced: temporary memory is some arrays of T, never T * T.
+    """Forward and backward with a traced offset: temporary memory is O(T), never O(T * T).
 
-    Two tables of cos and sin, each of which XLA writes in halves first; a number a query and head;
-    where H is 64, and where T is padded, copies of what goes in and out; beyond T = 4096 turned
-    keys, where they are streamed, and one table more that XLA keeps.
+    It holds two tables of cos and sin, which XLA writes in halves first; one number per query and
+    head; copies of inputs and outputs if H is 64 or T is padded; beyond T = 4096 rotated keys,
+    which are streamed, and one more table.
     """
     N = 4
     program = compiled_for(chip, both_ways, *arguments(1, T, N, K, H, dtype, documents))

@@ -1,4 +1,4 @@
-"""One suite over every implementation of the kernels, against plain numpy in float64.
+"""All implementations of rotary attention against NumPy in float64.
 
 An implementation is tested where the platform can run it: `xla` everywhere.
 """
@@ -60,16 +60,16 @@ def attention64(q, k, v, d_out, mask, scale):
 
 def reference(q, k, v, d_out, q_pos, kv_pos, rope, segments, kv_segments, offset, causal, scale):
     """rotary_attention and its gradients in float64."""
-    turn = functools.partial(rotate64, inv_freq=np.float64(rope.inv_freq_H2))
-    q, k = turn(q, q_pos, scale=rope.scale), turn(k, kv_pos, scale=rope.scale)
+    rotate = functools.partial(rotate64, inv_freq=np.float64(rope.inv_freq_H2))
+    q, k = rotate(q, q_pos, scale=rope.scale), rotate(k, kv_pos, scale=rope.scale)
     mask = np.ones((q.shape[0], q.shape[1], k.shape[1]), bool)
     if causal:
         mask &= np.arange(k.shape[1]) <= np.arange(q.shape[1])[:, None] + offset
     if segments is not None:
         mask &= segments[:, :, None] == kv_segments[:, None, :]
     out, d_q, d_k, d_v = attention64(q, k, v, d_out, mask, scale)
-    # The gradient turns back: a rotation's transpose, its scale once more.
-    return out, turn(d_q, -q_pos, scale=rope.scale), turn(d_k, -kv_pos, scale=rope.scale), d_v
+    # The gradient is rotated by the negative angle and scaled again.
+    return out, rotate(d_q, -q_pos, scale=rope.scale), rotate(d_k, -kv_pos, scale=rope.scale), d_v
 
 
 def relative_l2(got, want):
@@ -100,7 +100,7 @@ CASES = {
     "not_causal": ((2, 12, 19, 4, 2, 8), {"causal": False}),
     "offset": ((2, 8, 24, 4, 2, 8), {"q_offset": 16}),
     "offset_in_the_middle": ((2, 8, 24, 4, 2, 8), {"q_offset": 5}),
-    "blind_queries": ((2, 9, 9, 4, 2, 8), {"q_offset": -4}),
+    "fully_masked_queries": ((2, 9, 9, 4, 2, 8), {"q_offset": -4}),
     "segments": ((2, 32, 32, 4, 2, 8), {"segments": True}),
     "segments_positions": ((2, 32, 32, 4, 2, 8), {"segments": True, "positions": True}),
     "segments_elsewhere": ((2, 8, 20, 4, 2, 8), {"kv_segments": True, "causal": False}),
@@ -140,7 +140,7 @@ def _arguments(case, dtype):
 
 
 # Rounding to bfloat16 is the same code whatever the mask.
-HALF = ("heads", "grouped", "segments_positions", "blind_queries", "rope_scale")
+HALF = ("heads", "grouped", "segments_positions", "fully_masked_queries", "rope_scale")
 
 
 @implementations
@@ -171,8 +171,8 @@ def test_attention_and_gradients(case, dtype, implementation):
 
 
 @implementations
-def test_a_query_that_sees_nothing_gives_zeros(implementation):
-    (q, k, v, _), q_pos, rope, keywords, _ = _arguments("blind_queries", "float32")
+def test_a_fully_masked_query_gives_zeros(implementation):
+    (q, k, v, _), q_pos, rope, keywords, _ = _arguments("fully_masked_queries", "float32")
     attend = lambda q, k, v: rotary_attention(
         q, k, v, q_pos, rope, **keywords, implementation=implementation
     )
@@ -181,13 +181,13 @@ def test_a_query_that_sees_nothing_gives_zeros(implementation):
     assert (np.asarray(out)[:, 4:] != 0).all()
     d_q, d_k, d_v = pull(jnp.ones_like(out))
     assert (np.asarray(d_q)[:, :4] == 0).all()
-    # Keys 5 to 8 are seen by nobody.
+    # Keys 5 to 8 are masked for all queries.
     assert (np.asarray(d_k)[:, 5:] == 0).all()
     assert (np.asarray(d_v)[:, 5:] == 0).all()
 
 
 @implementations
-def test_all_blind_gives_zeros_and_no_nan(implementation):
+def test_all_masked_gives_zeros_and_no_nan(implementation):
     (q, k, v, d_out), q_pos, rope, keywords, _ = _arguments("heads", "float32")
     keywords |= dict(segment_ids_BT=np.ones_like(q_pos), kv_segment_ids_BS=np.zeros_like(q_pos))
     attend = lambda q, k, v: rotary_attention(
@@ -220,7 +220,7 @@ def test_default_positions_and_segments_are_the_queries(implementation):
     assert (np.asarray(explicit) == np.asarray(short)).all()
 
 
-# The front door ----------------------------------------------------------------------------------
+# Checks of arguments ------------------------------------------------------------------------------
 
 
 def _zeros(*shape, dtype=jnp.float32):
@@ -230,7 +230,7 @@ def _zeros(*shape, dtype=jnp.float32):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(q=_zeros(2, 4, 8)), r"want q \[B,T,N,H\]"),
+        (dict(q=_zeros(2, 4, 8)), r"expected q \[B,T,N,H\]"),
         (dict(v=_zeros(2, 4, 2, 6)), "of one shape"),
         (dict(q=_zeros(3, 4, 4, 8), positions=jnp.zeros((3, 4), jnp.int32)), "agree in B"),
         (dict(q=_zeros(2, 4, 3, 8)), "3 query heads are not a multiple of 2 key heads"),

@@ -1,8 +1,8 @@
-"""One suite over the implementations of rotary attention, against plain numpy in float64.
+"""Rotary attention: one suite for all implementations, against NumPy in float64.
 
-`xla` runs anywhere; kernels run in Pallas' interpreter on a CPU. `test_kernels` has the reference,
-heads of other widths, and what the front door refuses; `test_rotary_attention_gpu` what is around
-cuDNN, which runs on a GPU alone.
+On a CPU the kernels run in Pallas' interpreter. `test_kernels` has the reference, other head
+dimensions and the checks of arguments; `test_rotary_attention_gpu` has what surrounds cuDNN, which
+runs only on GPUs.
 """
 
 import functools
@@ -28,7 +28,7 @@ CASES = {
     "document_a_row": ((2, 384, 384, 1, 1, 64), {"documents": 1}),
     "strewn_documents": ((1, 300, 300, 3, 1, 64), {"strewn": 3, "rope_scale": 1.3}),
     "shard": ((1, 140, 420, 4, 2, 64), {"documents": 4, "q_offset": 150}),
-    "blind_queries": ((1, 300, 300, 2, 1, 64), {"q_offset": -140}),
+    "fully_masked_queries": ((1, 300, 300, 2, 1, 64), {"q_offset": -140}),
     "not_causal": ((1, 130, 290, 2, 1, 128), {"causal": False, "scale": 0.2}),
 }
 
@@ -95,8 +95,8 @@ def _check(case, dtype, implementation):
 
 # Compiling an interpreted kernel takes seconds: left out is what other tests here see of it.
 LEFT_OUT = {
-    "gpu": ("blocks", "document_a_row", "strewn_documents", "blind_queries"),
-    "tpu": ("document_a_row", "blind_queries"),
+    "gpu": ("blocks", "document_a_row", "strewn_documents", "fully_masked_queries"),
+    "tpu": ("document_a_row", "fully_masked_queries"),
 }
 
 
@@ -129,21 +129,21 @@ def test_random_shapes(seed, implementation):
 
 
 @implementations
-def test_a_query_that_sees_nothing_gives_zeros(implementation):
-    (q, k, v, _), q_pos, rope, keywords, _ = _arguments(CASES["blind_queries"], "float32")
+def test_a_fully_masked_query_gives_zeros(implementation):
+    (q, k, v, _), q_pos, rope, keywords, _ = _arguments(CASES["fully_masked_queries"], "float32")
     n = -keywords["q_offset"]
     run = _both_ways(implementation, q_pos, rope, keywords)
     out, d_q, d_k, d_v = map(np.asarray, run(q, k, v, np.ones_like(q)))
     assert (out[:, :n] == 0).all()
     assert (out[:, n:] != 0).all()
     assert (d_q[:, :n] == 0).all()
-    # The last n keys are seen by nobody.
+    # The last n keys are masked for all queries.
     assert (d_k[:, -n:] == 0).all()
     assert (d_v[:, -n:] == 0).all()
 
 
 @implementations
-def test_all_blind_gives_zeros_and_no_nan(implementation):
+def test_all_masked_gives_zeros_and_no_nan(implementation):
     arrays, q_pos, rope, keywords, _ = _arguments("document_a_row", "float32")
     keywords |= dict(segment_ids_BT=np.ones_like(q_pos), kv_segment_ids_BS=np.zeros_like(q_pos))
     for x in _both_ways(implementation, q_pos, rope, keywords)(*arrays):

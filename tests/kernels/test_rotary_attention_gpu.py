@@ -11,7 +11,7 @@ from test_kernels import relative_l2
 
 from pallas_kernels import Rope, rotary_attention
 from pallas_kernels.rotary_attention_cudnn import documents
-from pallas_kernels.rotary_attention_gpu import Blocks, Setting, _ranges
+from pallas_kernels.rotary_attention_gpu import Blocks, KernelConfig, _ranges
 
 # Documents in cuDNN's form ------------------------------------------------------------------------
 
@@ -26,7 +26,7 @@ from pallas_kernels.rotary_attention_gpu import Blocks, Setting, _ranges
     ],
 )  # fmt: skip
 def test_documents_as_offsets(rows, starts, lengths):
-    got = documents(jnp.asarray(rows), most=3)
+    got = documents(jnp.asarray(rows), max_documents=3)
     np.testing.assert_array_equal(got[0], starts)
     np.testing.assert_array_equal(got[1], lengths)
     assert got[2]
@@ -36,7 +36,7 @@ def test_documents_as_offsets(rows, starts, lengths):
     "rows", [[[1, 2, 3, 4]], [[1, 2, 1, 1]], [[1, 1, 1, 1], [0, 3, 3, 0]], [[1, 2, 1, 2]]]
 )
 def test_documents_that_offsets_cannot_say(rows):
-    assert not documents(jnp.asarray(rows), most=3)[2]
+    assert not documents(jnp.asarray(rows), max_documents=3)[2]
 
 
 # Which blocks are looked at -----------------------------------------------------------------------
@@ -45,8 +45,8 @@ def test_documents_that_offsets_cannot_say(rows):
 def test_earlier_documents_are_skipped():
     ids = np.repeat(np.arange(8, dtype=np.int32), 32)[None]
     block, x = Blocks(32, 32, 4, 2), jnp.zeros((1, 256, 1, 1))
-    setting = Setting(True, 1.0, 256, block, block, block)
-    ranges = _ranges(setting, block, x, x, ids, ids, jnp.array([0]), "q")
+    config = KernelConfig(True, 1.0, 256, block, block, block)
+    ranges = _ranges(config, block, x, x, ids, ids, jnp.array([0]), "q")
     assert [(start, stop) for start, _, _, stop in ranges[0].tolist()] == [
         (i, i + 1) for i in range(8)
     ]

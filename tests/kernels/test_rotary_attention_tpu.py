@@ -8,8 +8,8 @@ from jax.experimental.pallas import tpu as pltpu
 from test_kernels import relative_l2
 
 from pallas_kernels import Rope, rotary_attention
-from pallas_kernels.ranges import ranges
-from pallas_kernels.rotary_attention_tpu import Setting, pairs_seen, sizes
+from pallas_kernels.ranges import block_ranges
+from pallas_kernels.rotary_attention_tpu import KernelConfig, sizes, visible_pairs
 
 
 def _inputs(T, N, K, H, documents):
@@ -37,7 +37,7 @@ def _both_ways(implementation, arrays, ids):
 
 
 def _in_chunks(monkeypatch, T):
-    """Keys and queries in VMEM in halves, blocks of 128, as a long sequence has them."""
+    """Streams keys and queries through VMEM in halves, in blocks of 128, as for long sequences."""
     chosen = (128, 128, T // 2, T // 2, T // 2, 60 << 20, True)
     monkeypatch.setattr("pallas_kernels.rotary_attention_tpu.sizes", lambda *_: chosen)
 
@@ -52,7 +52,7 @@ def test_streamed_in_chunks(monkeypatch):
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_no_races_and_no_unset_memory(chunked, monkeypatch):
-    """In the interpreter that keeps time: memory nobody wrote is NaN, and races are found."""
+    """Interpreter mode that simulates DMAs: unwritten memory is NaN, and races are detected."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     arrays, ids = _inputs(256, 2, 1, 128, 3)
@@ -69,12 +69,12 @@ def test_no_races_and_no_unset_memory(chunked, monkeypatch):
         assert relative_l2(x, np.float64(exact)) < 5e-6
 
 
-# 17 and -31: a block's last query sees just the first key of a block.
+# 17 and -31: the last query of a block attends only to the first key of a block.
 @pytest.mark.parametrize("offset", [0, 17, -31, 1000, -1000])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_ranges_hold_all_that_is_seen(offset, documents, causal):
-    """Against the whole mask: nothing seen is outside, nothing in the clear is hidden."""
+def test_ranges_hold_all_visible_pairs(offset, documents, causal):
+    """Against the dense mask: all visible pairs are in range, and full blocks mask none."""
     B, T, S, keys, rng = 2, 96, 128, 117, np.random.default_rng(0)
     q_ids = np.sort(rng.integers(0, 4, (B, T)), axis=1) if documents else None
     k_ids = rng.integers(0, 4, (B, S)) if documents else None
@@ -86,35 +86,37 @@ def test_ranges_hold_all_that_is_seen(offset, documents, causal):
     tiles = mask.reshape(B, T // 32, 32, S // 16, 16)
     as_jax = lambda x: None if x is None else jnp.asarray(x)
     for of, axes in (("q", (0, 1, 3, 2, 4)), ("k", (0, 3, 1, 2, 4))):
-        found = ranges(of, 32, 16, (B, T, S), keys, causal, offset, as_jax(q_ids), as_jax(k_ids))
+        found = block_ranges(
+            of, 32, 16, (B, T, S), keys, causal, offset, as_jax(q_ids), as_jax(k_ids)
+        )
         assert found.shape == (B, *tiles.transpose(axes).shape[1:2], 4)
         for row, tiles_of_row in zip(found, tiles.transpose(axes), strict=True):
-            for (start, clear, masked, stop), line in zip(row, tiles_of_row, strict=True):
-                assert 0 <= start <= clear <= masked <= stop <= len(line)
+            for (start, full_start, full_stop, stop), line in zip(row, tiles_of_row, strict=True):
+                assert 0 <= start <= full_start <= full_stop <= stop <= len(line)
                 assert not line[:start].any()
                 assert not line[stop:].any()
-                assert line[clear:masked].all()
+                assert line[full_start:full_stop].all()
 
 
 def test_ranges_leave_out_other_documents():
-    """Four documents of a block each: a block looks at its own alone."""
+    """Four documents of one block each: a block visits only its own."""
     ids = jnp.repeat(jnp.arange(4), 32)[None]
     for of in "qk":
-        found = ranges(of, 32, 32, (1, 128, 128), 128, False, 0, ids, ids)
+        found = block_ranges(of, 32, 32, (1, 128, 128), 128, False, 0, ids, ids)
         assert found[0].tolist() == [[i, i, i + 1, i + 1] for i in range(4)]
         mixed = jnp.arange(128)[None] % 2
-        found = ranges(of, 32, 32, (1, 128, 128), 128, False, 0, mixed, mixed)
+        found = block_ranges(of, 32, 32, (1, 128, 128), 128, False, 0, mixed, mixed)
         assert found[0].tolist() == [[0, 4, 4, 4]] * 4
 
 
 @pytest.mark.parametrize("offset", [0, 5, -3, 100, -100])
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (7, 7), (4, 12), (12, 4)])
-def test_cost_counts_the_pairs_that_are_seen(T, S, offset):
-    setting = Setting(True, 1.0, offset, T, S, 128, 128, S, T, S, 0, True)
-    seen = np.arange(S)[None] <= np.arange(T)[:, None] + offset
-    assert pairs_seen(setting) == seen.sum()
-    assert pairs_seen(setting._replace(offset=None)) == T * S
-    assert pairs_seen(setting._replace(causal=False)) == T * S
+def test_cost_counts_the_visible_pairs(T, S, offset):
+    config = KernelConfig(True, 1.0, offset, T, S, 128, 128, S, T, S, 0, True)
+    visible = np.arange(S)[None] <= np.arange(T)[:, None] + offset
+    assert visible_pairs(config) == visible.sum()
+    assert visible_pairs(config._replace(offset=None)) == T * S
+    assert visible_pairs(config._replace(causal=False)) == T * S
 
 
 @pytest.mark.parametrize("kind", ["TPU v5", "TPU v6 lite"])
@@ -134,8 +136,8 @@ def test_sizes_cover_the_sequence(T, kind, monkeypatch):
 @pytest.mark.parametrize(
     ("H", "dtype", "platform", "why"),
     [
-        (48, "float32", "cpu", "head_dim 48: the TPU kernels have 64 and 128"),
-        (64, "float16", "cpu", "float16: the TPU kernels have float32 and bfloat16"),
+        (48, "float32", "cpu", "head_dim 48: the TPU kernels support 64 and 128"),
+        (64, "float16", "cpu", "float16: the TPU kernels support float32 and bfloat16"),
         (64, "float32", "gpu", "'tpu' runs on tpu, not on gpu"),
     ],
 )

@@ -1,6 +1,6 @@
-"""One suite over every implementation of attention over a cache, against numpy in float64.
+"""Decode attention: one suite for all implementations, against NumPy in float64.
 
-`xla` runs everywhere; a kernel named on a CPU runs in Pallas' interpreter.
+On a CPU the kernels run in Pallas' interpreter.
 """
 
 import functools
@@ -14,10 +14,10 @@ from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
 
 TOLERANCE = {"float32": 5e-6, "bfloat16": 1e-2}
 IMPLEMENTATIONS = ["xla", "tpu", "gpu"]
-# Head dimensions of an implementation; all, where nothing is said.
+# Head dimensions that an implementation supports, if not all.
 HEADS = {"tpu": (64, 128), "gpu": (32, 64, 128)}
-# What the slots of an implementation's cache are a multiple of, where that is not 1.
-SLOTS = {"tpu": 16}
+# The cache length must be a multiple of this number, if not of 1.
+CACHE_MULTIPLE = {"tpu": 16}
 L = 3  # layers of every cache here; one of them is changed
 
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -47,14 +47,14 @@ def decode64(q, k, v, cache_k, cache_v, layer, lengths, rope):
     group = N // k.shape[2]
     for b in range(B):
         positions = lengths[b] + np.arange(T)
-        turned = rotate64(q[b], positions, rope)
+        rotated = rotate64(q[b], positions, rope)
         caches[0][layer, b, :, positions] = rotate64(k[b], positions, rope)
         caches[1][layer, b, :, positions] = v[b]
         for n in range(N):
             keys, values = (c[layer, b, n // group] for c in caches)
             for t in range(T):
                 live = slice(0, lengths[b] + t + 1)
-                scores = keys[live] @ turned[t, n] * H**-0.5
+                scores = keys[live] @ rotated[t, n] * H**-0.5
                 weights = np.exp(scores - scores.max())
                 out[b, t, n] = weights @ values[live] / weights.sum()
     return out, *caches
@@ -90,7 +90,7 @@ PAIRS = [
     (case, name)
     for name in IMPLEMENTATIONS
     for case, (shape, _) in CASES.items()
-    if shape[5] in HEADS.get(name, shape) and shape[2] % SLOTS.get(name, 1) == 0
+    if shape[5] in HEADS.get(name, shape) and shape[2] % CACHE_MULTIPLE.get(name, 1) == 0
 ]
 cases = pytest.mark.parametrize(("case", "implementation"), PAIRS)
 # In bfloat16 tiles are of another height and sums are rounded: a case of each kind shows both.
@@ -165,7 +165,7 @@ def test_without_jit():
 
 @cases
 @pytest.mark.parametrize("poison", [np.nan, -np.inf, 3e38])
-def test_dead_slots_never_leak(case, poison, implementation):
+def test_invalid_positions_have_no_effect(case, poison, implementation):
     clean, poisoned = (_arguments(case, "float32", dead) for dead in (0.0, poison))
     rope, run = rope_for(clean[0].shape[3]), _decode(implementation)
     assert (np.asarray(run(*clean, rope)[0]) == np.asarray(run(*poisoned, rope)[0])).all()
@@ -211,14 +211,22 @@ def test_tpu_kernel_has_no_races():
 @pytest.mark.parametrize(
     ("T", "N", "S", "H", "dtype", "cache_dtype", "message"),
     [
-        (1, 2, 32, 32, "float32", "float32", "head_dim 32: the TPU kernel has 64 and 128"),
-        (1, 2, 32, 64, "float16", "float16", "float16: the TPU kernel has"),
+        (1, 2, 32, 32, "float32", "float32", "head_dim 32: the TPU kernel supports 64 and 128"),
+        (1, 2, 32, 64, "float16", "float16", "float16: the TPU kernel supports"),
         (1, 2, 32, 64, "float32", "bfloat16", "a bfloat16 cache for float32 queries"),
-        (1, 2, 40, 64, "float32", "float32", "40 slots: the TPU kernel wants a multiple of 16"),
-        (65, 16, 96, 64, "float32", "float32", "520 queries of a key head"),
+        (
+            1,
+            2,
+            40,
+            64,
+            "float32",
+            "float32",
+            "cache length 40: .* a multiple of 16",
+        ),
+        (65, 16, 96, 64, "float32", "float32", "520 queries per key head"),
     ],
 )
-def test_tpu_kernel_says_what_it_cannot(T, N, S, H, dtype, cache_dtype, message):
+def test_tpu_kernel_names_what_it_does_not_support(T, N, S, H, dtype, cache_dtype, message):
     q, new = jnp.zeros((1, T, N, H), dtype), jnp.zeros((1, T, 2, H), dtype)
     cache = jnp.zeros((1, 1, 2, S, H), cache_dtype)
     lengths = jnp.zeros(1, jnp.int32)
@@ -241,12 +249,12 @@ def _zeros(*shape, dtype=jnp.float32):
         (dict(cache_v=_zeros(3, 2, 2, 9, 8, dtype=jnp.bfloat16)), "caches must share one dtype"),
         (
             dict(cache_k=_zeros(3, 2, 2, 3, 8), cache_v=_zeros(3, 2, 2, 3, 8)),
-            "4 new positions do not fit a cache of 3",
+            "4 new positions do not fit in a cache of length 3",
         ),
         (dict(q=_zeros(2, 4, 3, 8)), "not a multiple"),
         (dict(lengths=jnp.zeros(3, jnp.int32)), r"lengths_B must be integers of shape \(2,\)"),
         (dict(lengths=jnp.zeros(2)), "lengths_B must be integers"),
-        (dict(lengths=jnp.array([0, 6])), r"lengths_B must be from 0 to 5 \(4 new .* 9 slots\)"),
+        (dict(lengths=jnp.array([0, 6])), r"lengths_B must be from 0 to 5 \(4 new .* length 9\)"),
         (dict(lengths=jnp.array([-1, 0])), "lengths_B must be from 0 to 5"),
         (dict(layer=3), r"layer must be from 0 to 2 \(3 layers\)"),
         (dict(q=_zeros(2, 3, 4, 8)), "of the same new positions"),

@@ -1,4 +1,4 @@
-"""Static counts of the TPU kernels: loops read off a schedule, and what our kernels take."""
+"""Static counts of the TPU kernels: loops found in a schedule, and the bundles of ours."""
 
 import pytest
 
@@ -24,17 +24,17 @@ def test_loops_are_branches_back():
     assert bench_schedule.own_bundles(loops) == [0x14 - 8, 8]
 
 
-def test_a_head_is_its_loops_times_their_turns():
-    """Eight blocks: 28 pairs in the clear, 8 on the diagonal; keys turned once for two heads."""
+def test_a_head_is_its_loops_times_their_trips():
+    """Eight blocks: 28 full, 8 partial on the diagonal; two heads share the rotation of keys."""
     loops = [Loop(0, 1000), *(Loop(at, at + 10) for at in (100, 200, 300))]
     own = bench_schedule.by_loop("forward", loops)
-    assert own == {"program": 970, "turn_k": 10, "clear": 10, "masked": 10}
+    assert own == {"program": 970, "rotate_k": 10, "full": 10, "partial": 10}
     whole = bench_schedule.Blocks(2, 8, 1, (1, 1))
-    assert bench_schedule.a_head("forward", own, whole) == 8 * 970 + 4 * 10 + 28 * 10 + 8 * 10
+    assert bench_schedule.per_head("forward", own, whole) == 8 * 970 + 4 * 10 + 28 * 10 + 8 * 10
     streamed = bench_schedule.by_loop("forward", loops[:-1])
-    assert list(streamed) == ["program", "clear", "masked"]
+    assert list(streamed) == ["program", "full", "partial"]
     parts = whole._replace(forward=2)
-    assert bench_schedule.a_head("forward", streamed, parts) == 16 * 980 + 36 * 10
+    assert bench_schedule.per_head("forward", streamed, parts) == 16 * 980 + 36 * 10
 
 
 def test_a_head_of_splash_is_the_blocks_of_a_triangle():
@@ -44,7 +44,7 @@ def test_a_head_of_splash_is_the_blocks_of_a_triangle():
 
 
 def test_a_kernel_of_other_loops_is_not_counted():
-    with pytest.raises(ValueError, match="forward kernel: 1 loops where"):
+    with pytest.raises(ValueError, match="forward kernel: 1 loops, expected"):
         tpu_static.ours({"rotary_attention_forward": [Loop(0, 9)]})
 
 

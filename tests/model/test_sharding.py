@@ -300,10 +300,10 @@ def test_presets_say_where_things_lie():
         (dict(data=3, fsdp=2), "does not fit 8 devices: the product must be 8"),
         (dict(data=3), "does not fit 8 devices"),
         (dict(data=16), "does not fit 8 devices"),
-        (dict(data=0), "sizes are positive"),
-        (dict(tensor=-2), "sizes are positive"),
+        (dict(data=0), "sizes must be positive"),
+        (dict(tensor=-2), "sizes must be positive"),
         (dict(data=-1), "one may be -1"),
-        (dict(tensor=2), 'no use under mesh.preset="fsdp"'),
+        (dict(tensor=2), 'no effect with mesh.preset="fsdp"'),
     ],
 )
 def test_mesh_errors(sizes, message):
