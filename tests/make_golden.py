@@ -1,7 +1,7 @@
 """Logits and gradients of transformers' LlamaForCausalLM over the grid, for machines without torch.
 
-The weights come from a seed, so the file holds samples of the results only. Run after a change of
-the grid:
+The weights come from a seed, so the file holds only samples of the results. Run it after a change
+of the grid:
 
     JAX_PLATFORMS=cpu PYTHONPATH=. python tests/make_golden.py
 """
@@ -16,12 +16,12 @@ SAMPLES = 96
 
 
 def sample(x: np.ndarray) -> np.ndarray:
-    """The same entries of an array of this size every time."""
+    """A fixed sample of the entries of an array."""
     return x.reshape(-1)[np.random.default_rng(x.size).integers(0, x.size, SAMPLES)]
 
 
 def golden_of(case: str) -> dict[str, np.ndarray]:
-    """What the file holds of one case of the grid."""
+    """The entry of the golden file for one case of the grid."""
     logits, grads = tools.hf_run(*tools.GRID[case])
     names = sorted(grads)
     return {
@@ -33,7 +33,7 @@ def golden_of(case: str) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Write the golden file."""
+    """Writes the golden file."""
     GOLDEN.parent.mkdir(exist_ok=True)
     out: dict[str, np.ndarray] = {}
     for case in tools.GRID:

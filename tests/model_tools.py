@@ -1,7 +1,7 @@
-"""Small random models for the tests: the grid, weights from a seed, ours and transformers'.
+"""Small random models for tests, ours and those of transformers with the same weights.
 
-The weights are made by numpy from a name and a seed, so that they are the same everywhere, and the
-layout of transformers is written down here a second time, apart from the converter's table.
+NumPy makes the weights from a name and a seed. The layout of transformers is stated here
+independently of the converter's table.
 """
 
 import functools
@@ -19,7 +19,7 @@ F32 = ComputeConfig(jnp.dtype("float32"))
 
 
 def small(rope: dict | None = None, **changes) -> ModelConfig:
-    """A model of a few thousand weights; fewer kv heads than heads, head_dim apart from D / N."""
+    """A model of a few thousand weights, with K < N and head_dim != D / N."""
     sizes = dict(vocab_size=40, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6)
     more = dict(ffn_dim=48, norm_eps=1e-5, context=64, tie_embeddings=False)
     return ModelConfig(**(sizes | more | changes), rope=RopeConfig(**(rope or {})))
@@ -76,7 +76,7 @@ WEIGHTS = {
 
 
 def random_weights(cfg: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Every weight by our name: matrices that keep the variance, norms about one."""
+    """Every weight by our name: matrices that preserve the variance, norms near one."""
     out = {}
     for name, (letters, _) in WEIGHTS.items():
         if name == "unembed" and cfg.tie_embeddings:
@@ -171,12 +171,12 @@ _HF_ROPE = dict(
 
 
 def _to_hf(name: str, w: np.ndarray) -> np.ndarray:
-    """One layer's weight: inputs first in ours, outputs first in theirs; the embedding as it is."""
+    """One layer's weight, transposed from ours (in, out) to theirs, except the embedding."""
     return w if w.ndim == 1 or name == "embed" else w.T.copy()
 
 
 def from_hf(cfg: ModelConfig, name: str, layers: list[np.ndarray]) -> np.ndarray:
-    """Their tensors of one weight (one a layer) in our shape; the inverse of what hf_model does."""
+    """Their tensors of one weight (one per layer) in our layout; the inverse of hf_model."""
     shape = cfg.shape(WEIGHTS[name][0])
     per_layer = shape[1:] if name.startswith("blocks.") else shape
     turned = [w if w.ndim == 1 or name == "embed" else w.T for w in layers]

@@ -1,4 +1,4 @@
-"""The model over the TPU kernel: sharded and interpreted, and a layer compiled for a TPU."""
+"""The model with the TPU kernel: sharded in the interpreter, and a layer compiled for a TPU."""
 
 import os
 
@@ -30,7 +30,7 @@ CFG = tools.small(
     ids=["fsdp-data2-context2", "tensor_sequence-tensor4"],
 )
 def test_model_over_the_kernel_equals_one_device(preset, sizes):
-    """Loss and gradients on eight devices with the kernel, as one device's without."""
+    """Loss and gradients on eight devices with the kernel equal those of one without it."""
     compute = ComputeConfig(jnp.dtype("float32"), PRESETS[preset], attention="tpu")
     mesh = make_mesh(MeshConfig(preset=preset, **sizes))
     want, want_grads = sharding._one_device(CFG)
@@ -80,8 +80,7 @@ def _layer(device, B, T):
 
 
 def test_fused_layer_moves_little(v5p):
-    """16384 tokens of the 8B in packed documents: what XLA reads and writes around the kernels, and
-    memory."""
+    """16384 tokens of the 8B in packed documents: bytes moved outside the kernels, and memory."""
     program = _layer(v5p, 4, 4096)
     text = program.as_text()
     assert "rotary_attention_forward" in text

@@ -1,4 +1,4 @@
-"""The model: equal to transformers, to itself in every way of running it, and to its settings."""
+"""The model equals transformers, and all ways of running it give the same numbers."""
 
 import dataclasses
 import functools
@@ -64,8 +64,8 @@ def test_equals_transformers(case):
 
 
 @pytest.mark.skipif(not HAS_TORCH, reason="needs torch and transformers")
-def test_golden_file_is_what_transformers_says():
-    """Our own runs are compared with the file for every case, so they are not repeated here."""
+def test_golden_file_equals_transformers():
+    """Our model is compared with the golden file in the tests above."""
     with np.load(GOLDEN) as golden:
         for case in tools.GRID:
             for name, want in golden_of(case).items():
@@ -147,7 +147,7 @@ def test_published_constants():
 
 
 def test_flops_per_token():
-    """Forward and backward: 6 a weight that is multiplied, 12 L N H T / 2 of causal attention."""
+    """Forward and backward: 6 per weight in a product, 12 L N H T / 2 for causal attention."""
     layer = 2 * 32 * 24 + 2 * 32 * 12 + 3 * 32 * 48 + 2 * 32
     attention = 6 * 2 * 4 * 6 * 100
     want = 6 * (2 * layer + 32 + 40 * 32) + attention
@@ -229,7 +229,7 @@ def test_rope_field_matters(field):
     assert _differs(*models)
 
 
-# One forward pass, run in many ways --------------------------------------------------------------
+# Ways of running the forward pass --------------------------------------------------------------
 
 GQA = tools.small(num_layers=2)
 DECODE_SLOTS = 20
@@ -265,7 +265,7 @@ def test_decode_equals_prefill(case, chunks, unroll):
 
 
 def test_decode_rows_of_different_lengths():
-    """Prompts padded to one length: what the padding left in the cache is never read."""
+    """Prompts padded to one length: the cache entries of padding are never read."""
     tokens = tools.random_tokens(GQA, 3, 16)
     params = tools.tree_of(tools.random_weights(GQA))
     want = np.asarray(jax.jit(lambda p: tools.model_of(GQA)(p)(tokens))(params))
@@ -304,7 +304,7 @@ def test_cache_takes_no_positions():
 
 
 def test_packed_equals_unpacked():
-    """Documents in one row, told apart by segment ids, give what each gives alone; grads too."""
+    """Packed documents with segment ids give the logits and gradients of separate documents."""
     lengths = [7, 1, 7, 7]
     tokens = tools.random_tokens(GQA, 1, sum(lengths))
     segments = np.repeat(np.arange(1, 5, dtype=np.int32), lengths)[None]
@@ -351,7 +351,7 @@ def test_remat_and_unroll_change_nothing(remat, unroll):
 
 
 def test_remat_keeps_what_it_says():
-    """Matrix products of the traced gradient: "matmuls" repeats attention's own, "full" all."""
+    """Counts matrix products: "matmuls" recomputes those in attention, "full" all of them."""
     tokens, params = tools.random_tokens(GQA, 1, 8), tools.tree_of(tools.random_weights(GQA))
 
     def products(remat):
@@ -375,7 +375,7 @@ def test_remat_keeps_what_it_says():
 
 
 def test_bfloat16_is_near_and_gradients_are_float32():
-    """bfloat16 keeps 8 bits: a product of variance-keeping layers is off by about a percent."""
+    """bfloat16 has 8 bits: layers that preserve the variance give an error of about a percent."""
     _, want = _loss_and_grads("none", False)
     _, grads = _loss_and_grads("none", False, "bfloat16")
     for name in grads:
@@ -404,7 +404,7 @@ def test_rms_norm_of_tiny_values_is_governed_by_eps():
 
 
 def test_rms_norm_in_bfloat16_rounds_where_meta_does():
-    """Statistics in float32; rounded once before the scale and once after."""
+    """Statistics in float32; rounded before and after the product with the scale."""
     rng = np.random.default_rng(0)
     x, scale = jnp.bfloat16(rng.standard_normal((40, 256)) * 3), np.float32(rng.random(256) + 0.5)
     exact = np.float64(x)
@@ -416,7 +416,7 @@ def test_rms_norm_in_bfloat16_rounds_where_meta_does():
 
 
 def test_norm_eps_is_in_all_three_norms():
-    """So large an epsilon makes every norm a division by its root: the layers add nothing."""
+    """With a very large eps, every norm divides by sqrt(eps), and the layers add almost nothing."""
     cfg = tools.small(num_layers=1, norm_eps=1e12)
     weights, tokens = tools.random_weights(cfg), tools.random_tokens(cfg, 2, 8)
     hidden = tools.model_of(cfg)(tools.tree_of(weights)).hidden(tokens)
@@ -425,7 +425,7 @@ def test_norm_eps_is_in_all_three_norms():
 
 
 def test_rope_against_float64():
-    """Up to position 131,071: what float32 angles allow, position * 2**-24 at the worst."""
+    """Up to position 131,071, within the error of float32 angles, at most position * 2**-24."""
     H, theta = 16, 5e5
     cfg = tools.small({"theta": theta}, head_dim=H)
     inv_freq, scale = rope_of(cfg)
@@ -446,7 +446,7 @@ def test_rope_against_float64():
 
 @pytest.mark.parametrize("length", [10, 64, 65, 200])
 def test_dynamic_rope_follows_the_length(length):
-    """NTK by the current length beyond the original context, plain frequencies within it."""
+    """NTK scaling by the current length beyond the original context, unscaled within it."""
     cfg = tools.small({"type": "dynamic", "factor": 2.0}, context=64, head_dim=16)
     inv_freq, _ = rope_of(cfg, jnp.int32(length - 1))
     stretch = max(1.0, 2.0 * length / 64 - 1)
@@ -455,7 +455,7 @@ def test_dynamic_rope_follows_the_length(length):
 
 
 def test_dynamic_rope_does_not_count_padding():
-    """A padded prompt gives what it gives without the padding, which alone passes the context."""
+    """A prompt gives the same logits with padding, which alone exceeds the context."""
     cfg = tools.small({"type": "dynamic", "factor": 4.0}, context=16, num_layers=1, head_dim=16)
     llama = tools.model_of(cfg)(tools.tree_of(tools.random_weights(cfg)))
     tokens, count = tools.random_tokens(cfg, 1, 10), jnp.array([10], jnp.int32)
@@ -467,8 +467,8 @@ def test_dynamic_rope_does_not_count_padding():
     assert tools.logit_error(out[1], np.asarray(out[0])) < 1e-6
 
 
-def test_layers_taken_apart_decode_the_same():
-    """In a loop of steps, as generation does it."""
+def test_unstacked_layers_decode_the_same():
+    """In a loop of decode steps, as in generation."""
     cfg = tools.small()
     compute = ComputeConfig(jnp.dtype(jnp.float32), unroll=True)
     tokens_TB = np.random.default_rng(0).integers(0, cfg.vocab_size, (5, 2), np.int32)

@@ -1,4 +1,4 @@
-"""Weight-only quantisation: error bounds, products, sizes, loss, and the same under a mesh."""
+"""Weight-only quantisation: error bounds, products, sizes, loss, and sharding."""
 
 import functools
 import shutil
@@ -60,8 +60,8 @@ def test_a_channel_of_zeros_stays_zero():
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_the_model_multiplies_what_the_weights_stand_for(kind):
-    """Prefill, then a step through the cache, equal those of a model with the rounded weights."""
+def test_the_model_equals_one_with_the_rounded_weights(kind):
+    """Prefill, then a step with the cache."""
     cfg = small(dim=64, head_dim=16)
     graphdef = structure(cfg, F32)
     params = params_of(Llama(cfg, F32, nnx.Rngs(0)))
@@ -85,7 +85,7 @@ def test_the_model_multiplies_what_the_weights_stand_for(kind):
 
 
 def test_sizes_of_the_published_models():
-    """13B in int8 leaves room on a card of 24 GB, 65B in int4 (even int8) on one of 80 GB."""
+    """13B in int8 fits on a 24 GB GPU, 65B in int4 (and int8) on one of 80 GB."""
     assert weight_bytes(shapes("llama-7b"), "bfloat16") == 2 * 6_738_415_616
     assert 13.0 * GB < weight_bytes(shapes("llama-13b"), "int8") < 13.5 * GB
     assert 33.0 * GB < weight_bytes(shapes("llama-65b"), "int4") < 38.0 * GB
@@ -101,7 +101,7 @@ def test_bytes_are_those_of_the_arrays():
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_sharded_equals_one_device(kind):
-    """Groups as wide as one device's share of the inputs allows: here the same on both sides."""
+    """Groups divide a device's share of the inputs; here the same with and without a mesh."""
     cfg = small(num_heads=4, num_kv_heads=4, dim=32, head_dim=64, ffn_dim=256)
     tokens_BT = jnp.arange(16).reshape(2, 8)
     params = jax.tree.map(np.asarray, params_of(Llama(cfg, F32, nnx.Rngs(0))))
@@ -122,7 +122,7 @@ def test_sharded_equals_one_device(kind):
 
 @pytest.fixture(scope="module", params=["a layer a chunk", "one chunk"])
 def checkpoint(request, tmp_path_factory):
-    """Settings, and the folder of a checkpoint as conversion writes it, or as a run does."""
+    """A model config, and a checkpoint folder as conversion or a training run writes it."""
     cfg = tools.small(dim=64, head_dim=16, num_heads=4, ffn_dim=96)
     folder = tmp_path_factory.mktemp("weights")
     state = tools.meta_state(cfg, tools.DTYPES["float32"], make=tools.random_values)

@@ -1,4 +1,4 @@
-"""Every preset over eight simulated devices: one device's numbers, and the traffic one expects."""
+"""Every preset on eight simulated devices: the numbers of one device, the expected traffic."""
 
 import ast
 import dataclasses
@@ -61,7 +61,7 @@ def _name(case):
 
 
 def _batch(cfg):
-    """Tokens, targets one-hot, and two documents a row at different places."""
+    """Tokens, one-hot targets, and two documents per row with different boundaries."""
     cut = np.arange(B)[:, None] + 3
     at = np.arange(T)[None]
     segments = (at >= cut).astype(np.int32)
@@ -82,7 +82,7 @@ def _loss(cfg, compute):
 
 
 def _specs(cfg, compute, mesh):
-    """Where each weight is stored."""
+    """Sharding of each weight."""
     shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Llama(cfg, compute, nnx.Rngs(0)))))
     return jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), shapes)
 
@@ -126,9 +126,9 @@ def test_equals_one_device(case, remat, unroll, cfg, capfd):
         assert grad.sharding.is_equivalent_to(placed[name], grad.ndim), name
 
 
-# What moves between devices ----------------------------------------------------------------------
+# Communication between devices -------------------------------------------------------------------
 
-# Widths so that a weight is larger than what one layer's activations or norms are.
+# With these widths a weight is larger than the activations or norms of a layer.
 WIDE = tools.small(
     vocab_size=128, dim=128, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=16, ffn_dim=256
 )
@@ -206,7 +206,7 @@ def test_fsdp_traffic():
 
 
 def test_data_parallel_traffic():
-    """Whole copies of the model: no gather, one sum of the gradients."""
+    """Copies of the model: no gather, one sum of the gradients."""
     moved = traffic(_compiled("fsdp", (("data", 8), ("fsdp", 1))))
     layer, embed, norms = _weight_bytes(WIDE, 4)
     assert layer + 2 * embed <= moved.pop("all-reduce") <= layer + 2 * embed + norms + 64
@@ -214,8 +214,8 @@ def test_data_parallel_traffic():
 
 
 def test_partitioner_does_warn(capfd):
-    """The warning looked for above exists and is seen: an array turned from rows to columns in a
-    program that leaves the partitioner no path."""
+    """The warning that the tests above look for exists: here an array is resharded from rows to
+    columns in a way that the partitioner does not support."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     pin = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
     f = lambda x: pin(jnp.sin(pin(x, ("a", "b"), None, None)), None, "b", "a")
@@ -241,9 +241,9 @@ print(dict(t.traffic(t._compiled("fsdp", (), devices, "bfloat16", cfg, reduce_fl
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_tpu_gradients_are_reduce_scattered():
-    """Compiled for eight TPU v5e, with the rotary attention kernel in it.
+    """Compiled for eight TPU v5e with the rotary attention kernel.
 
-    No layer's gradient is summed whole; shards cross `data`.
+    Gradients of layers are reduce-scattered; only shards are summed over `data`.
     """
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -269,8 +269,8 @@ def test_tpu_gradients_are_reduce_scattered():
     assert float32.get("all-reduce", 0) <= 2 * embed + 2 * norms
 
 
-def test_presets_say_where_things_lie():
-    """Each kind of array, and the axes that split it."""
+def test_presets():
+    """Each kind of array and its mesh axes."""
     rows, both = ("data", "fsdp"), ("context", "tensor")
     table = {
         "fsdp": ("context", "context", None),
@@ -291,7 +291,7 @@ def test_presets_say_where_things_lie():
         assert rules.weight("D") == rules.weight("LD") == P()
 
 
-# Bad meshes --------------------------------------------------------------------------------------
+# Invalid meshes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -311,14 +311,14 @@ def test_mesh_errors(sizes, message):
         make_mesh(MeshConfig(**sizes))
 
 
-def test_mesh_takes_the_devices_that_are_left():
+def test_minus_one_is_all_remaining_devices():
     mesh = make_mesh(MeshConfig(preset="fsdp_tensor", tensor=2))
     assert dict(mesh.shape) == dict(data=1, fsdp=4, tensor=2, context=1)
     assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == dict.fromkeys(AXES, 1)
 
 
 class Proxy:
-    """A device of a machine that is not here, as far as a mesh looks at it."""
+    """The attributes of an absent device that a mesh reads."""
 
     def __init__(self, number, host, slice_index, platform="gpu", kind="NVIDIA H100 80GB HBM3"):
         self.id, self.process_index, self.slice_index = number, host, slice_index
@@ -339,7 +339,7 @@ class Proxy:
 )
 @pytest.mark.parametrize("host_is_slice", [False, True])
 def test_several_gpu_hosts(sizes, slices, host_is_slice):
-    """16 H100 in two hosts, each a slice: by `slice_index`, or (planned) by host."""
+    """16 H100 in two hosts, each a slice, by `slice_index` or by host."""
     devices = [Proxy(i, i // 8, 0 if host_is_slice else i // 8) for i in range(16)]
     mesh = make_mesh(MeshConfig(**sizes), devices, host_is_slice)
     assert mesh.axis_types == (jax.sharding.AxisType.Explicit,) * len(AXES)
@@ -396,7 +396,7 @@ TOPOLOGIES = ["v5p:2x2x2", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x8"] +
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize("name", ["2xv5e:4x4", "tpu7x:2x2x2", *TOPOLOGIES])
 def test_every_mesh_on_every_topology(name):
-    """Every factorisation of the devices is a mesh, and every host of it reads the right rows."""
+    """Every factorisation of the devices is a mesh, and every host reads the right rows."""
     devices = planned_devices(parse_machine(name))
     power = len(devices).bit_length() - 1
     interleaved = 0
@@ -499,7 +499,7 @@ def test_check_fits_names_every_problem(recipe, messages):
 
 
 def hosts(count, **kwargs):
-    """Devices of a machine: hosts of 8 GPUs, or one CPU."""
+    """Devices of hosts with 8 GPUs, or one CPU."""
     return [Proxy(i, i // 8, i // 8, **kwargs) for i in range(count)]
 
 
@@ -543,7 +543,7 @@ def test_shipped_recipes_start_on_every_size_of_machine(path):
 
 
 def test_what_a_recipe_fixes_is_not_adapted():
-    """A size that the recipe names stays, or is an error that names what fits."""
+    """A size that the recipe sets is kept, or is an error that names sizes that fit."""
     fixed = _recipe(mesh=dict(fsdp=8), dim=60)
     for recipe, hint in [
         (fixed, "mesh.data=2 mesh.fsdp=4"),
@@ -563,7 +563,7 @@ def test_what_a_recipe_fixes_is_not_adapted():
 
 
 def test_sizes_that_jax_cannot_split():
-    """Chips of a grid of 4 x 4 x 20: JAX loses a factor of 10 where it splits an axis."""
+    """A 4 x 4 x 20 topology: JAX loses a factor of 10 when it splits an axis."""
     chips = [Proxy(i, i // 4, 0, "tpu", "TPU v5") for i in range(4 * 4 * 20)]
     for chip, place in zip(chips, itertools.product(range(20), range(4), range(4)), strict=True):
         chip.coords, chip.core_on_chip = place[::-1], 0
@@ -646,7 +646,7 @@ def test_an_implementation_of_attention_that_cannot_run(name, message, packing):
 
 
 def test_mesh_axes_are_named_in_one_file():
-    """`tensor` and `context` in quotes stand in sharding.py alone ("data" has other meanings)."""
+    """Only sharding.py has the strings "tensor" and "context" ("data" has other meanings)."""
     named = {}
     for path in [*ROOT.glob("llama_jax/**/*.py"), *ROOT.glob("pallas_kernels/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
