@@ -410,10 +410,10 @@ def _attend(
         out_specs = (heads, stack, stack)
         out, *stacks = _on_each_device(rotary_decode_attention, args, in_specs, out_specs)
         return out, cache._replace(k_LBKSH=stacks[0], v_LBKSH=stacks[1])
-    args = (q, k, v, positions, positions, segments, segments, rope)
+    inputs = (q, k, v, positions, positions, segments, segments, rope)
     BT, BS = compute.rules.activation_without_tensor("BT"), spec("BS")
     in_specs = (spec("BTNH"), spec("BSKH"), spec("BSKH"), BT, BS, BT, BS, P())
-    return _on_each_device(train, args, in_specs, spec("BTNH")), None
+    return _on_each_device(train, inputs, in_specs, spec("BTNH")), None
 
 
 def _on_each_device(function, args, in_specs, out_specs):
