@@ -249,7 +249,7 @@ def test_tpu_gradients_are_reduce_scattered():
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/model'}",
     }
     command = [sys.executable, "-c", TPU]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
