@@ -22,7 +22,7 @@ from llama_jax.checkpoint.checkpoints import Checkpoints
 from llama_jax.config import load_recipe
 from llama_jax.data.batch import Batch
 from llama_jax.model.sharding import make_mesh
-from llama_jax.train.step import execution, init_state, make_train_step
+from llama_jax.train.step import compute_config, init_state, make_train_step
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def measure(gradient_accumulation: int, count: int, quiet_steps: int) -> list[di
         f"train.batch_size={8 * gradient_accumulation}",
     ]
     recipe = load_recipe(ROOT / "configs/tiny.toml", settings)
-    compute = execution(recipe, "cpu")
+    compute = compute_config(recipe, "cpu")
     with jax.set_mesh(make_mesh(recipe.mesh)), tempfile.TemporaryDirectory() as folder:
         state = jax.jit(lambda: init_state(recipe, compute))()
         step = jax.jit(make_train_step(recipe, compute), donate_argnums=0)

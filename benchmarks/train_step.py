@@ -27,11 +27,11 @@ def jax_steps(shape: str):
     from llama_jax.config import load_recipe
     from llama_jax.data.batch import Batch
     from llama_jax.model.sharding import make_mesh
-    from llama_jax.train.step import execution, init_state, make_train_step
+    from llama_jax.train.step import compute_config, init_state, make_train_step
 
     recipe = load_recipe(ROOT / "configs/tiny.toml", [f"model.name={shape}"])
     jax.set_mesh(make_mesh(recipe.mesh))
-    compute = execution(recipe, "cpu")
+    compute = compute_config(recipe, "cpu")
     state = jax.jit(lambda: init_state(recipe, compute))()
     step = jax.jit(make_train_step(recipe, compute), donate_argnums=0)
     ids = np.random.default_rng(0).integers(0, recipe.model.vocab_size, (1, B, T + 1), np.int32)

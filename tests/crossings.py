@@ -83,19 +83,20 @@ def main() -> None:
                 importlib.import_module(module.name)
     import llama_jax
     from llama_jax.convert import job
+    from llama_jax.train import __main__ as train
     from llama_jax.train import loop
 
     training, generation, conversion = Crossings(), Crossings(), Crossings()
     run = loop.run
 
-    def profiled_run(*args: Any) -> None:
+    def profiled_run(*args: Any) -> Any:
         with training:
-            run(*args)
+            return run(*args)
 
     with tempfile.TemporaryDirectory() as temporary, quiet():
         ours, hf = Path(temporary, "ours"), Path(temporary, "hf")
         loop.run = profiled_run  # type: ignore[assignment]
-        code = loop.main([str(ROOT / "configs/tiny.toml"), f"checkpoint.dir={ours}", *RECIPE])
+        code = train.main([str(ROOT / "configs/tiny.toml"), f"checkpoint.dir={ours}", *RECIPE])
         assert code == 0, code
         llm = llama_jax.load(str(ours))
         with generation:

@@ -22,7 +22,7 @@ from llama_jax.plan.machines import Machine, PlanError, devices
 from llama_jax.train.step import (
     abstract_state,
     check_attention,
-    execution,
+    compute_config,
     make_train_step,
     nll_sum,
 )  # fmt: skip
@@ -81,7 +81,7 @@ def compile_step(recipe: Recipe, machine: Machine) -> Compiled:
     platform = machine.chip.platform
     recipe, mesh = mesh_for(recipe, devices(machine), machine.host_is_slice)
     check_attention(recipe, mesh)
-    compute = execution(recipe, platform)
+    compute = compute_config(recipe, platform)
     start = time.perf_counter()
     program: Any = None
     with jax.set_mesh(mesh):

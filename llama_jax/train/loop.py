@@ -34,7 +34,7 @@ from llama_jax.train.step import (
     TrainState,
     abstract_state,
     check_attention,
-    execution,
+    compute_config,
     init_state,
     make_eval_step,
     make_train_step,
@@ -105,7 +105,7 @@ class Trainer:
         self.peak_flops, self.peak_source = peak_flops
         self.folder = Path(recipe.checkpoint.dir)
         self.platform = mesh.devices.flat[0].platform
-        self.compute = execution(recipe, self.platform)
+        self.compute = compute_config(recipe, self.platform)
         self.evaluated_step = -1
         self.losses: list[float] = []
         """Losses of the steps since the last log line."""

@@ -1,7 +1,4 @@
-"""The train step: state, loss, gradient, update. What `train` runs and `plan` compiles.
-
-In: a :class:`TrainState` and a batch. Out: the next state and the metrics of this update.
-"""
+"""The training step (loss, gradient, update), which `train` runs and `plan` compiles."""
 
 import functools
 import math
@@ -26,14 +23,15 @@ from pallas_kernels import rotary_attention
 
 
 class TrainState(NamedTuple):
-    """What a step changes: float32 weights (the tree of a checkpoint's `model`) and the
-    optimizer's state."""
+    """What a training step updates."""
 
     params: Params
+    """Float32 weights, as in the item `model` of a checkpoint."""
     optimizer: Any
+    """State of :func:`llama_jax.train.optim.make_optimizer`."""
 
 
-def execution(recipe: Recipe, platform: str) -> ComputeConfig:
+def compute_config(recipe: Recipe, platform: str) -> ComputeConfig:
     """How the recipe's model is computed on ``platform``."""
     train = recipe.train
     dtype = train.compute_dtype
@@ -50,12 +48,17 @@ def execution(recipe: Recipe, platform: str) -> ComputeConfig:
 
 
 def check_attention(recipe: Recipe, mesh: Mesh) -> None:
-    """Raise a :class:`ConfigError` where the implementation named by ``train.attention`` does not
-    exist, or cannot compute this recipe on this mesh. Nothing is compiled."""
+    """Check that the implementation named by ``train.attention`` exists and supports this run.
+
+    Nothing is compiled.
+
+    Raises:
+      ConfigError: it does not; with the reason.
+    """
     name, cfg, S = recipe.train.attention, recipe.model, recipe.data.seq_len
     if not name:
         return
-    compute = execution(recipe, mesh.devices.flat[0].platform)
+    compute = compute_config(recipe, mesh.devices.flat[0].platform)
     T, num_shards = S // mesh.shape["context"], mesh.shape["tensor"]
     shape = lambda x, heads: jax.ShapeDtypeStruct(
         (1, x, heads // num_shards, cfg.head_dim), compute.dtype
@@ -71,30 +74,30 @@ def check_attention(recipe: Recipe, mesh: Mesh) -> None:
             q_offset=first_position(T), implementation=name,
         )  # fmt: skip
 
-    places = [jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (T, S)]
-    alone = jax.shard_map(attend, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    positions = [jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (T, S)]
+    on_device = jax.shard_map(attend, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     try:
         with jax.set_mesh(mesh):
-            jax.eval_shape(alone, shape(T, cfg.num_heads), keys, keys, *places)
+            jax.eval_shape(on_device, shape(T, cfg.num_heads), keys, keys, *positions)
     except (NotImplementedError, ValueError) as e:
         raise ConfigError(
-            f"train.attention={name!r} cannot be used here: {e}; leave train.attention out to take "
-            "the best for the platform"
+            f"train.attention={name!r} cannot be used here: {e}; remove train.attention to use "
+            "the best implementation for the platform"
         ) from e
 
 
 def init_state(recipe: Recipe, compute: ComputeConfig) -> TrainState:
-    """Fresh weights from ``train.seed``, and an optimizer that has seen nothing."""
+    """Random weights from ``train.seed``, and the initial state of the optimizer."""
     llama = Llama(recipe.model, compute, nnx.Rngs(recipe.train.seed), recipe.train.init_std)
     params = params_of(llama)
     return TrainState(params, make_optimizer(recipe.optim, recipe.train.steps).init(params))
 
 
 def abstract_state(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of :func:`init_state`, with no memory used."""
+    """Shapes, dtypes and shardings of :func:`init_state`; no memory is used."""
     with jax.set_mesh(mesh):
         state = jax.eval_shape(functools.partial(init_state, recipe, compute))
-    # A vector or a count has no sharding of its own: every device has it.
+    # Vectors and counters have no sharding: they are replicated.
     spec = lambda x: P() if x.sharding is None else x.sharding.spec
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x)))
     return jax.tree.map(place, state)
@@ -103,10 +106,11 @@ def abstract_state(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> TrainS
 def make_train_step(
     recipe: Recipe, compute: ComputeConfig
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """The function that is compiled: (state, batch) -> (state, metrics).
+    """The function to compile: (state, batch) -> (state, metrics).
 
-    The batch has a leading axis of microbatches. Metrics: loss (mean over counted targets, nats),
-    grad_norm (before clipping), learning_rate (of this update).
+    The batch has a leading axis of microbatches. The metrics are scalars: "loss" (mean over the
+    targets that count, nats/token), "grad_norm" (global, before clipping) and "learning_rate" (of
+    this update).
     """
     optimizer = make_optimizer(recipe.optim, recipe.train.steps)
     schedule = make_schedule(recipe.optim, recipe.train.steps)
@@ -146,15 +150,18 @@ def make_train_step(
 
 
 def _count(opt_state: Any) -> jax.Array:
-    """Updates so far, from the learning rate's own counter: the rate reported is the one used."""
+    """Number of updates, from the counter that the learning rate itself uses."""
     return opt_state[-1].count
 
 
 def nll_sum(llama: Llama, batch: Batch, chunk: int) -> jax.Array:
-    """Sum over counted targets of -log p(target) of one microbatch, nats, float32.
+    """Sum of -log p(target) over the targets that count, in nats, float32.
 
-    ``chunk`` tokens of each device have logits at a time (0: all); their logits are computed again
-    in the backward pass.
+    Args:
+      llama: the model.
+      batch: one microbatch, [B, T].
+      chunk: number of tokens per device whose logits exist at the same time; the backward pass
+        recomputes them. 0: all.
     """
     x_BTD = llama.hidden(
         batch.inputs_BT, positions_BT=batch.positions_BT, segment_ids_BT=batch.segment_ids_BT
@@ -166,20 +173,21 @@ def nll_sum(llama: Llama, batch: Batch, chunk: int) -> jax.Array:
     targets_BT, mask_BT = (
         reshard(a, rules.activation_without_tensor("BT")) for a in (targets_BT, mask_BT)
     )
-    part = lambda x, targets, mask: jnp.sum(token_nll(llama.logits(x), targets) * mask)
-    pieces = _pieces(x_BTD, chunk)
-    if pieces == 1:
-        return part(x_BTD, targets_BT, mask_BT)
-    # Every pieces-th position together: each device's own positions are cut, whatever splits T.
-    cut = lambda a, letters: jnp.moveaxis(
-        _cut(a, pieces, rules.activation_without_tensor(letters)), 2, 0
+    chunk_nll = lambda x, targets, mask: jnp.sum(token_nll(llama.logits(x), targets) * mask)
+    num_chunks = _num_chunks(x_BTD, chunk)
+    if num_chunks == 1:
+        return chunk_nll(x_BTD, targets_BT, mask_BT)
+    # A chunk holds every num_chunks-th position, so that it is sharded as the whole along T.
+    split = lambda a, letters: jnp.moveaxis(
+        _split_positions(a, num_chunks, rules.activation_without_tensor(letters)), 2, 0
     )
-    pieces_of = cut(x_BTD, "BTD"), cut(targets_BT, "BT"), cut(mask_BT, "BT")
-    body = jax.checkpoint(lambda total, a: (total + part(*a), None))
-    return jax.lax.scan(body, jnp.float32(0), pieces_of)[0]
+    chunks = split(x_BTD, "BTD"), split(targets_BT, "BT"), split(mask_BT, "BT")
+    body = jax.checkpoint(lambda total, a: (total + chunk_nll(*a), None))
+    return jax.lax.scan(body, jnp.float32(0), chunks)[0]
 
 
-def _pieces(x_BTD: jax.Array, chunk: int) -> int:
+def _num_chunks(x_BTD: jax.Array, chunk: int) -> int:
+    """The smallest divisor of T (of one device) with at most ``chunk`` tokens per chunk."""
     if not chunk:
         return 1
     B, T = x_BTD.shape[:2] if no_mesh() else jax.typeof(x_BTD).sharding.shard_shape(x_BTD.shape)[:2]
@@ -187,35 +195,35 @@ def _pieces(x_BTD: jax.Array, chunk: int) -> int:
     return next((n for n in range(wanted, T) if T % n == 0), T)
 
 
-def _cut(a: jax.Array, pieces: int, spec: P) -> jax.Array:
-    shape = (*a.shape[:2], *a.shape[2:])
-    new = (shape[0], shape[1] // pieces, pieces, *shape[2:])
-    return (
-        a.reshape(new) if no_mesh() else a.reshape(new, out_sharding=P(*spec[:2], None, *spec[2:]))
-    )
+def _split_positions(a: jax.Array, num_chunks: int, spec: P) -> jax.Array:
+    """[B, T, ...] as [B, T / num_chunks, num_chunks, ...]."""
+    B, T, *rest = a.shape
+    new = (B, T // num_chunks, num_chunks, *rest)
+    if no_mesh():
+        return a.reshape(new)
+    return a.reshape(new, out_sharding=P(*spec[:2], None, *spec[2:]))
 
 
 @jax.custom_vjp
 def token_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """-log softmax(logits)[target] of each token, [B, T] float32.
 
-    The backward pass is written out, softmax(logits) - onehot: one pass over the logits, with no
-    scatter.
+    The explicit backward pass, softmax(logits) - onehot, reads the logits once without a scatter.
     """
     return _token_nll_forward(logits_BTV, targets_BT)[0]
 
 
 def _token_nll_forward(logits_BTV, targets_BT):
-    top = jnp.max(logits_BTV, axis=-1, keepdims=True)
-    log_total = top + jnp.log(jnp.sum(jnp.exp(logits_BTV - top), axis=-1, keepdims=True))
-    # A masked sum and not a gather: it works where V lies on several devices.
+    m = jnp.max(logits_BTV, axis=-1, keepdims=True)
+    lse = m + jnp.log(jnp.sum(jnp.exp(logits_BTV - m), axis=-1, keepdims=True))
+    # A masked sum instead of a gather also works if V is sharded.
     target = jnp.sum(jnp.where(_is_target(logits_BTV, targets_BT), logits_BTV, 0), axis=-1)
-    return log_total[..., 0] - target, (logits_BTV, targets_BT, log_total)
+    return lse[..., 0] - target, (logits_BTV, targets_BT, lse)
 
 
 def _token_nll_backward(residuals, g_BT):
-    logits_BTV, targets_BT, log_total = residuals
-    softmax = jnp.exp(logits_BTV - log_total)
+    logits_BTV, targets_BT, lse = residuals
+    softmax = jnp.exp(logits_BTV - lse)
     return (softmax - _is_target(logits_BTV, targets_BT)) * g_BT[..., None], None
 
 
@@ -230,7 +238,7 @@ def _is_target(logits_BTV, targets_BT):
 
 
 def make_eval_step(recipe: Recipe, compute: ComputeConfig) -> Callable[[Params, Batch], jax.Array]:
-    """(params, batch) -> sum of -log p over counted targets, nats; the batch has one microbatch."""
+    """The function to compile: (params, batch) -> :func:`nll_sum` of a batch of one microbatch."""
     graphdef = structure(recipe.model, compute)
 
     def eval_step(params: Params, batch: Batch) -> jax.Array:

@@ -37,7 +37,7 @@ from llama_jax.train import loop, metrics
 from llama_jax.train.__main__ import main
 from llama_jax.train.distributed import any_device, any_process
 from llama_jax.train.optim import make_optimizer
-from llama_jax.train.step import execution, nll_sum
+from llama_jax.train.step import compute_config, nll_sum
 
 CFG = tools.small()
 
@@ -157,12 +157,12 @@ def test_dtypes_follow_the_platform():
     auto = dataclasses.replace(
         recipe, train=dataclasses.replace(recipe.train, compute_dtype="auto")
     )
-    assert [execution(auto, p).dtype for p in ("cpu", "tpu", "gpu")] == [
+    assert [compute_config(auto, p).dtype for p in ("cpu", "tpu", "gpu")] == [
         jnp.float32,
         jnp.bfloat16,
         jnp.bfloat16,
     ]
-    assert execution(recipe, "tpu").dtype == jnp.float32
+    assert compute_config(recipe, "tpu").dtype == jnp.float32
 
 
 # The loop ----------------------------------------------------------------------------------------
