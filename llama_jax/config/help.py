@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import shutil
+import sys
 import textwrap
 from typing import Any, NamedTuple, get_args
 
@@ -88,10 +90,11 @@ class SettingsHelp(argparse.Action):
             names = ", ".join(SECTIONS)
             parser.error(f"--help {values}: no such section; give one of {names}, or all")
         width = max(60, shutil.get_terminal_size().columns)
-        if not values:
-            parser.print_help()
-            print()
-        print(help_text(values or "", width))
+        text = "" if values else f"{parser.format_help()}\n"
+        try:
+            print(text + help_text(values or "", width), flush=True)
+        except BrokenPipeError:  # `--help all | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit()
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -167,3 +169,19 @@ def test_help_takes_a_section(capsys, monkeypatch):
         parser.parse_args(["--help", "trian"])
     assert stopped.value.code == 2
     assert "no such section; give one of model, model.rope, data" in capsys.readouterr().err
+
+
+def test_help_into_a_closed_pipe_is_no_error():
+    """As `--help all | head`."""
+    code = (
+        "import argparse; from llama_jax.config import SettingsHelp\n"
+        "parser = argparse.ArgumentParser(add_help=False)\n"
+        "parser.add_argument('--help', action=SettingsHelp)\n"
+        "parser.parse_args(['--help', 'all'])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
