@@ -1,4 +1,4 @@
-"""A small tokenizer of Llama 3's kind, and what it makes of a text by tiktoken's own rule."""
+"""A small tokenizer of Llama 3's kind, and the ids of a text by tiktoken's rule."""
 
 import base64
 import collections
@@ -8,7 +8,7 @@ import re
 
 _TRAINED_ON = "the theatre then thawed there, others breathe; l'été 漢字 12 3456 they're"
 TEXT = "others breathe the théatre: 12345 漢字\n\n  they're 'Thawed'\t!"
-# Meta's split of it, by hand.
+# Meta's split of TEXT, written by hand.
 WORDS = ["others", " breathe", " the", " théatre", ":", " ", "123", "45", " 漢字", "\n\n", " ",
          " they", "'re", " '", "Thawed", "'", "\t", "!"]  # fmt: skip
 assert "".join(WORDS) == TEXT
@@ -39,13 +39,13 @@ def _merge(word: list[bytes], a: bytes, b: bytes) -> list[bytes]:
 
 
 def content() -> bytes:
-    """As Meta's tokenizer.model holds it."""
+    """The content of Meta's tokenizer.model."""
     lines = (base64.b64encode(word) + b" %d\n" % rank for word, rank in ranks().items())
     return b"".join(lines)
 
 
 def ids() -> list[int]:
-    """Of TEXT: a word whole if it is known, else the pair of lowest rank is joined, repeatedly."""
+    """Ids of TEXT: of a known word its id; else the pair of lowest rank is merged, repeatedly."""
     made = [i for word in WORDS for i in _ids(word.encode())]
     assert len({i for i in made if i > 255}) > 4
     return made

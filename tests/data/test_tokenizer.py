@@ -1,4 +1,4 @@
-"""Tokenizer: known ids, text that comes back unchanged, training, files that are something else."""
+"""Tokenizer: known ids, lossless encoding, training, and files that are no tokenizer."""
 
 import base64
 import json
@@ -63,7 +63,7 @@ def trained(tmp_path_factory) -> Tokenizer:
 
 
 def tokenizers(trained: Tokenizer) -> list[Tokenizer]:
-    """The trained one, and LLaMA's and a small published one where they are at hand."""
+    """The trained one, and LLaMA's and a small published one if the files are present."""
     shared = [SHARED / "llama_tokenizer", SHARED / "stories260k"]
     return [trained] + [Tokenizer.load(path) for path in shared if path.is_dir()]
 
@@ -73,7 +73,7 @@ def piece_id(tokenizer: Tokenizer, piece: str) -> int:
     return [tokenizer._processor.id_to_piece(i) for i in ids].index(piece)
 
 
-def test_text_comes_back_unchanged(trained):
+def test_encoding_is_lossless(trained):
     rng = np.random.default_rng(1)
     alphabet = [c for text in TEXTS for c in text] + list("  \n\t09aé😀")
     drawn = ["".join(rng.choice(alphabet, rng.integers(1, 60))) for _ in range(200)]
@@ -86,7 +86,7 @@ def test_text_comes_back_unchanged(trained):
             assert tokenizer.bytes_of_id_V[ids].sum() == expected
 
 
-def test_layout_of_ids_is_llamas(trained):
+def test_order_of_ids_is_llamas(trained):
     for tokenizer in tokenizers(trained):
         assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
         newline, snowman = 3 + ord("\n"), [3 + b for b in "☃".encode()]
@@ -188,7 +188,7 @@ def test_files_that_are_something_else(tmp_path, content, message):
 
 
 def test_a_damaged_model_is_an_error(tmp_path, trained):
-    """Cut short anywhere, also between two pieces; and what is no file of bounded size."""
+    """Cut short anywhere, also between two pieces; too large; and not a regular file."""
     path = tmp_path / "tokenizer.model"
     content = trained.path.read_bytes()
     # A piece: a tag, its size, the rest; this cut leaves 200 whole pieces.
@@ -220,7 +220,7 @@ def test_missing_file_lists_what_is_there(tmp_path):
 
 
 def test_ids_without_text(trained):
-    """An embedding may be larger than the tokenizer: its further ids decode to nothing."""
+    """Ids beyond the vocabulary, which a larger embedding can produce, decode to nothing."""
     ids = trained.encode("the cat")
     assert trained.decode([ids[0], 330, *ids[1:], 10**6]) == trained.decode(ids) == "the cat"
     with pytest.raises(ValueError, match="token id -1 is negative"):
@@ -237,7 +237,7 @@ ADVERSARIAL = [
 
 
 def test_pieces_of_a_long_text_have_the_ids_of_the_whole(trained, tmp_path, monkeypatch):
-    """Cut every 50 characters or so; also without byte fallback, where unknown characters join."""
+    """Split every 50 characters; also without byte fallback, where unknown characters join."""
     import sentencepiece
 
     monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 50)
@@ -324,7 +324,7 @@ for content in (b"junk" * 9, b"\\x08\\x01", b"\\n\\x00"):
 
 
 def test_the_longest_control_name_counts():
-    """A name may begin with another name, whichever the tokenizer lists first."""
+    """A name may begin with another name, in any order of the tokenizer's list."""
 
     class Two(Tokenizer):
         controls = {"<|end|>": 7, "<|end|>!": 8}  # noqa: RUF012

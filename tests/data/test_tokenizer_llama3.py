@@ -1,4 +1,4 @@
-"""Llama 3's tokenizers: ids by tiktoken's rule, text that comes back, controls that text cannot
+"""Llama 3's tokenizers: ids of tiktoken, lossless encoding, control tokens that text cannot
 write."""
 
 import json
@@ -54,7 +54,7 @@ def test_ids_follow_tiktokens_rule(tokenizer):
     assert tokenizer.encode_array("the", bos=True).dtype == np.int32
 
 
-def test_text_comes_back_and_bytes_add_up(tokenizer):
+def test_encoding_is_lossless_and_bytes_add_up(tokenizer):
     assert (tokenizer.vocab_size, tokenizer.prefix_bytes) == (N + 256, 0)
     for text in TEXTS:
         ids = tokenizer.encode(text, bos=True, eos=True)
@@ -108,7 +108,7 @@ def test_pieces_of_a_long_text_have_the_ids_of_the_whole(tokenizer, monkeypatch)
 
 
 def test_other_tokenizers_of_hugging_face(tmp_path):
-    """Llama 2's own, as Hugging Face writes it: a space before the text, <s> and </s>."""
+    """Llama 2's as Hugging Face writes it: a space before the text, <s> and </s>."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x0A>": 3, "▁": 4, "a": 5, "b": 6, "▁a": 7}
     added = [
         {"id": i, "content": c, "special": True, "normalized": False, "single_word": False}
@@ -183,7 +183,7 @@ TEMPLATE = (
 )
 
 
-def test_a_converted_llama_3_speaks(folder):
+def test_a_converted_llama_3_generates(folder):
     cfg = small(vocab_size=N + 256)
     state = tools.meta_state(cfg, DTYPES["bfloat16"], make=tools.random_values)
     source = tools.make_meta(folder / "meta", state, cfg)

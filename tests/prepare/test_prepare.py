@@ -1,4 +1,4 @@
-"""Prepare: every kind of text, whole and deterministic shards, no leak, and errors for people."""
+"""Prepare: kinds of text, deterministic shards, the validation split, and error messages."""
 
 import gzip
 import hashlib
@@ -38,7 +38,7 @@ WORDS = ["every", "good", "boy", "does", "fine", "and", "then", "some", "123", "
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
-    """Different texts of some 150 bytes."""
+    """Different texts of about 150 bytes."""
     rng = np.random.default_rng(seed)
     return [f"text {i} of {seed}\n\n" + " ".join(rng.choice(WORDS, 25)) for i in range(count)]
 
@@ -67,7 +67,7 @@ def manifest(folder: Path) -> dict:
 
 
 def documents(folder: Path, split: str) -> list[list[int]]:
-    """Ids of every document, read by the format's description alone."""
+    """Ids of every document, read without code of llama_jax."""
     found, m = [], manifest(folder)
     dtype = {"uint16": "<u2", "uint32": "<u4"}[m["dtype"]]
     for shard in m["splits"][split]["shards"]:
@@ -79,7 +79,7 @@ def documents(folder: Path, split: str) -> list[list[int]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but locks."""
+    """All files except locks."""
     files = [f for f in folder.rglob("*") if f.is_file() and f.name != ".lock"]
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
@@ -117,7 +117,7 @@ def test_every_kind_of_text_gives_the_same_documents(tmp_path, model):
     assert 1 <= len(held_out["folder"]) <= 30
 
 
-def test_manifest_is_true(tmp_path, model):
+def test_manifest_describes_the_files(tmp_path, model):
     source = jsonl(tmp_path / "a.jsonl", texts(80))
     out = prepare_mixture(config(model, a=source), 320, tmp_path / "out")
     top, m = manifest(out), manifest(out / "a")
@@ -149,7 +149,7 @@ def test_shards_are_the_same_for_any_number_of_workers(tmp_path, model, monkeypa
     assert len([name for name in made[0] if "train" in name]) > 8
 
 
-def test_a_big_vocabulary_takes_four_bytes(tmp_path, model, monkeypatch):
+def test_a_large_vocabulary_needs_four_bytes_per_id(tmp_path, model, monkeypatch):
     monkeypatch.setattr(SentencePiece, "vocab_size", property(lambda self: 70000))
     out = prepare_mixture(
         config(model, a=jsonl(tmp_path / "a.jsonl", texts(30))), 70000, tmp_path / "out"
@@ -159,7 +159,7 @@ def test_a_big_vocabulary_takes_four_bytes(tmp_path, model, monkeypatch):
     assert sorted(documents(out / "a", "train") + documents(out / "a", "holdout")) == expected
 
 
-def test_a_rerun_does_nothing_and_a_change_is_noticed(tmp_path, model, caplog):
+def test_only_what_changed_is_prepared_again(tmp_path, model, caplog):
     caplog.set_level(logging.INFO)
     source, out = jsonl(tmp_path / "a.jsonl", texts(80)), tmp_path / "out"
     other = str(tmp_path / "other.model")
@@ -194,8 +194,8 @@ def test_a_rerun_does_nothing_and_a_change_is_noticed(tmp_path, model, caplog):
     ]  # fmt: skip
 
 
-def test_a_failure_leaves_nothing_half_written(tmp_path, model, monkeypatch):
-    """A broken last line is met when most is written; then a full disk; then a stale folder."""
+def test_a_failure_leaves_no_incomplete_files(tmp_path, model, monkeypatch):
+    """A damaged last line, a full disk, and files left by another run."""
     source, out = jsonl(tmp_path / "a.jsonl", texts(200)), tmp_path / "out"
     monkeypatch.setattr(shards, "CHUNK_BYTES", 500)
     good = source.read_text()
@@ -233,7 +233,7 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, model, monkeypatch):
 
 
 def test_killed_while_writing(tmp_path, model, monkeypatch):
-    """SIGKILL in the middle of a source: nothing looks whole, and the next run goes on."""
+    """SIGKILL while a source is written: it is not taken for complete, and a new run continues."""
     source, out = jsonl(tmp_path / "a.jsonl", texts(3000)), tmp_path / "out"
     code = f"""
 import os, signal
@@ -275,7 +275,7 @@ mixture.prepare_mixture(DataConfig(sources={{"a": SourceConfig(path={str(source)
 
 
 class Killed(BaseException):
-    """Ends a run as a kill would: nothing is cleaned up."""
+    """Ends a run without clean-up, as a kill does."""
 
 
 def write_folder(folder: Path) -> Path:
@@ -349,7 +349,7 @@ def test_killed_anywhere_and_continued_gives_the_same_bytes(
 
 
 def test_several_processes_share_the_work(tmp_path, model, small_units, monkeypatch):
-    """Started together, each takes some of the units; the folder is as one process makes it."""
+    """Processes started together each encode some units; the result is that of one process."""
     cfg = config(model, 1, a=write_folder(tmp_path / "in"))
     whole = contents(prepare_mixture(cfg, 320, tmp_path / "whole"))
     made: dict[str, int] = {}
@@ -381,7 +381,7 @@ def test_several_processes_share_the_work(tmp_path, model, small_units, monkeypa
     assert len(made) > 1
 
 
-def test_bad_lines_are_counted_when_told_to(tmp_path, model, caplog, capsys):
+def test_skipped_bad_lines_are_counted(tmp_path, model, caplog, capsys):
     good = texts(80)
     lines = [json.dumps({"text": t}) for t in good]
     bad = [
@@ -435,7 +435,7 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
 
 
 def test_a_moved_mixture_is_found(tmp_path, model):
-    """The mixture alone, the source alone, both together; another source in the place is not it."""
+    """If mixture, source or both were moved; another source in its place is not accepted."""
     a, b = jsonl(tmp_path / "a.jsonl", texts(60)), jsonl(tmp_path / "b.jsonl", texts(60, 1))
     (tmp_path / "one").mkdir()
     prepare_mixture(config(model, x=a), 320, tmp_path / "one" / "parts")
@@ -457,8 +457,8 @@ def test_a_moved_mixture_is_found(tmp_path, model):
         data_module.open_mixture(tmp_path / "two" / "mix")
 
 
-def test_no_document_on_both_sides(tmp_path, model):
-    """Copies, in one source or in two, all are on one side."""
+def test_no_document_in_both_splits(tmp_path, model):
+    """All copies of a text, in one source or in two, are in one split."""
     docs = texts(100)
     many = jsonl(tmp_path / "a.jsonl", docs + docs[::-1] + docs[:50])
     some = jsonl(tmp_path / "b.jsonl", docs[20:])
@@ -472,15 +472,15 @@ def test_no_document_on_both_sides(tmp_path, model):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_both_sides_have_a_document(tmp_path, model, seed):
-    """Few documents and a small share: one is held out all the same."""
+def test_both_splits_have_a_document(tmp_path, model, seed):
+    """Also with two documents and a small val_fraction."""
     source = jsonl(tmp_path / "a.jsonl", texts(2, seed))
     out = prepare_mixture(config(model, a=source, val_fraction=0.001), 320, tmp_path / "out")
     assert len(documents(out / "a", "train")) == len(documents(out / "a", "holdout")) == 1
 
 
 def test_one_rule_for_all_sources(tmp_path, model):
-    """What a small source holds out is held out of a big one that has it too."""
+    """A validation document of a small source is a validation document of a large one."""
     docs = texts(100)
     keys = {t: key for t in docs for key in [text_module._key(t)]}
     small = sorted(docs, key=keys.get)[40:45]  # none is below the threshold
@@ -508,7 +508,7 @@ def test_one_rule_for_all_sources(tmp_path, model):
 
 
 def test_blocks_of_a_long_file_stay_together(tmp_path):
-    """One side for a whole file; where one file is most of the text, for its sections."""
+    """A file is in one split as a whole; a file that is most of the text, by sections."""
     for i in range(60):
         (tmp_path / f"{i:02d}.txt").write_text("\n\n".join(texts(40, i)))
     source = find_files("a", str(tmp_path))
@@ -626,7 +626,7 @@ def test_bad_input(tmp_path, model, name, content, message):
 
 
 def test_truncated_zst_is_an_error(tmp_path, model):
-    """Cut at a place where the lines before it are whole: the package zstandard sees no error."""
+    """Cut between two lines, where the package zstandard raises no error."""
     rng = np.random.default_rng(0)
     lines = "".join(json.dumps({"text": rng.bytes(300).hex()}) + "\n" for _ in range(3000))
     path = tmp_path / "a.jsonl.zst"
@@ -671,7 +671,7 @@ def test_bad_settings(tmp_path, model):
 
 
 def test_tokenizer_trained_on_the_training_documents(tmp_path):
-    """No held-out document is in the sample."""
+    """No validation document is in the sample."""
     path = jsonl(tmp_path / "a.jsonl", texts(300))
     source = find_files("a", str(path))
     rule = split_rule([source], 0.2)
@@ -706,7 +706,7 @@ def test_tokenizer_sample_follows_the_weights(tmp_path, monkeypatch):
     assert abs(of_b - 5_000) < 400
 
 
-def test_trained_tokenizer_is_kept_and_remade_when_the_recipe_changes(tmp_path):
+def test_a_tokenizer_is_trained_again_only_if_the_recipe_changes(tmp_path):
     source, out = jsonl(tmp_path / "a.jsonl", texts(300)), tmp_path / "out"
     prepare_mixture(config("", a=source), 330, out)
     first = contents(out)
@@ -773,8 +773,8 @@ def test_embedded_sources(embedded):
     assert min(map(len, texts.values())) >= 3
 
 
-def test_embedded_sources_do_not_leak_into_each_other(embedded):
-    """The docstrings of a held-out module are held out, and its code when they are."""
+def test_embedded_sources_share_their_split(embedded):
+    """Code and docstrings of a module are in one split."""
     tokenizer = Tokenizer.load(embedded)
     keys = {}
     for name in ("code", "prose"):
@@ -797,7 +797,7 @@ def test_embedded_sources_do_not_leak_into_each_other(embedded):
 
 
 def test_embedded_sources_split_alike():
-    """Also where the share is so small that exceptions decide."""
+    """Also if val_fraction is so small that exceptions decide."""
     sources = [find_files(name, f"python:{name}") for name in ("code", "prose")]
     rule = split_rule(sources, 1e-6)
     assert 1 <= len(rule.val_keys) <= 2
