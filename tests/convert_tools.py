@@ -1,7 +1,7 @@
-"""Small random checkpoints in Meta's and Hugging Face's layouts, and what they are in ours.
+"""Small random checkpoints in the formats of Meta and Hugging Face, and the same in ours.
 
-The layouts are written down here a second time, with plain reshapes of whole arrays, so that the
-tests do not believe the table that they check.
+The formats are implemented here a second time, with plain reshapes of whole arrays, so that the
+tests do not use the table that they check.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Conversion keeps every bit, on every path between the three layouts, and killed runs continue."""
+"""Conversion keeps every bit, on every path between the three formats, and killed runs resume."""
 
 import itertools
 import json
@@ -32,13 +32,13 @@ from llama_jax.convert.sources import SourceCheckpoint
 
 @pytest.fixture(autouse=True)
 def bits_alone(request, monkeypatch):
-    """Random bits have no finite logits: most tests verify tensors only."""
+    """Random bits give no finite logits, so most tests verify tensors only."""
     if "logits" not in request.node.name:
         monkeypatch.setattr(verification, "compare_logits", lambda *args: "not in this test")
 
 
 def restore(folder: Path) -> dict:
-    """The weights of a checkpoint, by Orbax alone, onto a device."""
+    """The weights of a checkpoint, restored by Orbax without our code."""
     tree = json.loads((folder / "manifest.json").read_text())["tensors"]
     abstract: dict = {}
     for path, about in tree.items():
@@ -64,32 +64,32 @@ def read_all(folder: Path) -> dict:
     return out
 
 
-def quiet(*args, **kwargs) -> Path:
-    """convert, checked against its own --verify."""
+def convert_verified(*args, **kwargs) -> Path:
+    """convert with --verify."""
     return convert(*args, verify=True, **kwargs)
 
 
-def go_round(tmp: Path, cfg, dtype, shards, files, more_shards, by_rows=False) -> None:
+def round_trip(tmp: Path, cfg, dtype, shards, files, more_shards, by_rows=False) -> None:
     """Meta -> Orbax -> HF -> Meta -> HF -> Orbax, each compared with plain reshapes."""
     state = tools.meta_state(cfg, dtype)
     meta = tools.make_meta(tmp / "meta", state, cfg, shards, by_rows)
     expected = tools.our_tree(state, cfg)
-    one = quiet(meta, tmp / "one", context=cfg.context)
+    one = convert_verified(meta, tmp / "one", context=cfg.context)
     assert same(restore(one), expected)
-    two = quiet(one, tmp / "two", to="hf", shards=files)
+    two = convert_verified(one, tmp / "two", to="hf", shards=files)
     held = read_all(two)
     assert len(held) == files
     assert same(
         {k: v for file in held.values() for k, v in file.items()}, tools.hf_state(state, cfg)
     )
-    three = quiet(two, tmp / "three", to="meta", shards=more_shards)
+    three = convert_verified(two, tmp / "three", to="meta", shards=more_shards)
     assert all(zipfile.ZipFile(p).testzip() is None for p in three.glob("*.pth"))
     if cfg.tie_embeddings:  # Meta's code needs the output matrix written out
         state = state | {"output.weight": state["tok_embeddings.weight"]}
     assert same(dict(enumerate(read_all(three).values())),
                 dict(enumerate(tools.meta_shards(state, more_shards))))  # fmt: skip
-    four = quiet(three, tmp / "four", to="hf")
-    five = quiet(four, tmp / "five", to="orbax")
+    four = convert_verified(three, tmp / "four", to="hf")
+    five = convert_verified(four, tmp / "five", to="orbax")
     manifests = [
         json.loads((p / "manifest.json").read_text()) for p in (one, two, three, four, five)
     ]
@@ -105,7 +105,7 @@ def go_round(tmp: Path, cfg, dtype, shards, files, more_shards, by_rows=False) -
 )
 def test_round_trips_keep_every_bit(tmp_path, dtype, tied, kv_heads, shards, files, more):
     cfg = small(num_kv_heads=kv_heads, tie_embeddings=tied)
-    go_round(tmp_path, cfg, DTYPES[dtype], shards, files, more)
+    round_trip(tmp_path, cfg, DTYPES[dtype], shards, files, more)
 
 
 @settings(
@@ -123,30 +123,30 @@ def test_round_trips_of_random_shapes(tmp_path_factory, data):
     )  # fmt: skip
     files = data.draw(st.integers(1, len(weights.layer_tensors(cfg))))
     dtype = DTYPES[data.draw(st.sampled_from(list(DTYPES)))]
-    go_round(tmp_path_factory.mktemp("round"), cfg, dtype, many, files, many, draw(0, 1) == 1)
+    round_trip(tmp_path_factory.mktemp("round"), cfg, dtype, many, files, many, draw(0, 1) == 1)
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 @pytest.mark.parametrize("files", [1, 4])
-def test_hugging_face_files_of_both_kinds_are_read(tmp_path, suffix, files):
+def test_safetensors_and_bin_files_are_read(tmp_path, suffix, files):
     cfg = small()
     state = tools.meta_state(cfg, DTYPES["float16"])
     source = tools.make_hf(tmp_path / "hf", state, cfg, files, suffix)
-    assert same(restore(quiet(source, tmp_path / "out")), tools.our_tree(state, cfg))
+    assert same(restore(convert_verified(source, tmp_path / "out")), tools.our_tree(state, cfg))
 
 
-def test_pieces_smaller_than_a_tensor_change_nothing(tmp_path, monkeypatch):
+def test_small_row_blocks_give_the_same_result(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "CHUNK", 100)
     monkeypatch.setattr(weights, "BLOCK", 200)
     monkeypatch.setattr(copy, "_MAX_BLOCK", 100)
-    go_round(tmp_path, small(), DTYPES["float32"], 2, 3, 4)
+    round_trip(tmp_path, small(), DTYPES["float32"], 2, 3, 4)
 
 
 def test_dtype_casts_round_to_nearest_even_and_refuse_overflow(tmp_path):
     cfg = small()
     state = tools.meta_state(cfg, DTYPES["float32"], make=tools.random_values)
     source = tools.make_hf(tmp_path / "hf", state, cfg)
-    out = quiet(source, tmp_path / "out", dtype="bfloat16")
+    out = convert_verified(source, tmp_path / "out", dtype="bfloat16")
     cast = {k: v.astype(DTYPES["bfloat16"]) for k, v in state.items()}
     assert same(restore(out), tools.our_tree(cast, cfg))
     state["norm.weight"] = np.full(cfg.dim, 1e6, np.float32)
@@ -157,7 +157,7 @@ def test_dtype_casts_round_to_nearest_even_and_refuse_overflow(tmp_path):
 
 
 def test_a_shared_storage_and_strides_are_followed(tmp_path):
-    """Norms that are views of a big tensor's storage, as in Meta's sharded files."""
+    """Norms that are views of a larger tensor's storage, as in Meta's sharded files."""
     torch = pytest.importorskip("torch")
     cfg = small()
     state = tools.meta_state(cfg, DTYPES["float32"], make=tools.random_values)
@@ -169,7 +169,7 @@ def test_a_shared_storage_and_strides_are_followed(tmp_path):
     source = tools.make_meta(tmp_path / "meta", state, cfg)
     torch.save({"model": tensors}, source / "consolidated.00.pth")
     state["norm.weight"] = whole[:, 3].numpy()
-    assert same(restore(quiet(source, tmp_path / "out")), tools.our_tree(state, cfg))
+    assert same(restore(convert_verified(source, tmp_path / "out")), tools.our_tree(state, cfg))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -199,7 +199,7 @@ def test_torch_reads_what_we_write_and_we_what_torch_writes(tmp_path, dtype):
 
 
 def test_large_records_get_zip64_headers(tmp_path):
-    """A storage over 4 GB, mostly a hole in the file."""
+    """A storage over 4 GB, in a sparse file."""
     path = tmp_path / "big.pth"
     plan = torch_files.plan(
         path, {"a": ((70000, 70000), np.dtype(np.int8)), "b": ((3,), np.dtype(np.int8))}
@@ -231,12 +231,12 @@ def test_safetensors_agrees_with_the_package(tmp_path):
 
 
 def test_a_step_of_a_training_run_is_a_source(tmp_path):
-    """Saved by Orbax in its own ways; the newest step unless one is named."""
+    """In each format that Orbax writes; the newest step is used unless one is given."""
     cfg = small()
     states = [
         tools.meta_state(cfg, DTYPES["float32"], seed, tools.random_values) for seed in (1, 2)
     ]
-    made = quiet(tools.make_hf(tmp_path / "hf", states[0], cfg), tmp_path / "made")
+    made = convert_verified(tools.make_hf(tmp_path / "hf", states[0], cfg), tmp_path / "made")
     num_shards = [
         dict(use_ocdbt=True, use_zarr3=True),
         dict(use_ocdbt=False, use_zarr3=False),
@@ -253,21 +253,21 @@ def test_a_step_of_a_training_run_is_a_source(tmp_path):
                 args = ocp.args.PyTreeSave(tree)
                 manager.save(step * 10, args=ocp.args.Composite(model=args), force=True)
         for source, state in [(run, states[1]), (run / "steps/0", states[0])]:
-            out = quiet(source, tmp_path / f"out{i}{source.name}")
+            out = convert_verified(source, tmp_path / f"out{i}{source.name}")
             assert same(read_all(out)["model.safetensors"], tools.hf_state(state, cfg))
 
 
-def _units_done(partial: Path) -> int:
+def _tensors_done(partial: Path) -> int:
     record = partial / "progress.jsonl"
     return len(record.read_text().splitlines()) - 1 if record.exists() else 0
 
 
 @pytest.mark.parametrize("to", ["orbax", "meta", "hf"])
-def test_a_killed_run_continues_and_trusts_nothing_half_written(tmp_path, to, monkeypatch, capsys):
+def test_a_killed_run_resumes_and_rewrites_damaged_tensors(tmp_path, to, monkeypatch, capsys):
     cfg = small(num_layers=8)
     state = tools.meta_state(cfg, DTYPES["bfloat16"])
     source = tools.make_meta(tmp_path / "meta", state, cfg, 2)
-    whole = quiet(source, tmp_path / "whole", to=to)
+    whole = convert_verified(source, tmp_path / "whole", to=to)
     target, partial = tmp_path / "out", tmp_path / "out.partial"
     # The kill: a process that writes slowly gets SIGKILL after a few units.
     slow = (
@@ -277,7 +277,7 @@ def test_a_killed_run_continues_and_trusts_nothing_half_written(tmp_path, to, mo
         f"sys.exit(main([{str(source)!r}, {str(target)!r}, '--to', {to!r}]))"
     )
     process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL)
-    while _units_done(partial) < 6:
+    while _tensors_done(partial) < 6:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -308,7 +308,7 @@ def test_a_killed_run_continues_and_trusts_nothing_half_written(tmp_path, to, mo
 
 
 def _damage(partial: Path, to, source: Path, tensor: str) -> None:
-    """Flip a byte of a tensor that the record calls finished."""
+    """Flip a bit of a tensor that the record lists as finished."""
     row, _, layer = tensor.rpartition("/") if tensor[-1].isdigit() else (tensor, "", "")
     if to == "orbax":
         chunk = partial / "steps/0/model" / row.replace("/", ".") / "c"
@@ -326,7 +326,7 @@ def _damage(partial: Path, to, source: Path, tensor: str) -> None:
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf"])
-def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, to, monkeypatch):
+def test_files_are_synced_before_the_rename(tmp_path, to, monkeypatch):
     """Every file and folder of the result is synced; then the folder is renamed."""
     cfg = small()
     state = tools.meta_state(cfg, DTYPES["float32"], make=tools.random_values)
@@ -370,7 +370,7 @@ def test_another_conversion_does_not_continue_a_partial_one(tmp_path, capsys):
     ]
 
 
-def test_two_conversions_of_one_destination_do_not_meet(tmp_path):
+def test_concurrent_conversions_to_one_destination_are_refused(tmp_path):
     cfg = small()
     found = open_folder(
         tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
@@ -380,7 +380,7 @@ def test_two_conversions_of_one_destination_do_not_meet(tmp_path):
         copy.open_progress(plan)
 
 
-def test_verify_notices_one_bit(tmp_path, monkeypatch):
+def test_verify_finds_one_changed_bit(tmp_path, monkeypatch):
     cfg = small()
     source = tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
     write = weights.TorchWeights.write
@@ -412,7 +412,7 @@ sys.exit(main([*sys.argv[2:], "--to", "meta"]))
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """A process that may take 64 MiB converts 290 MB in small pieces, and not in large ones."""
+    """With 64 MiB a process converts 290 MB in small row blocks, but not in large ones."""
     shape = dict(dim=1024, num_heads=8, num_kv_heads=8, head_dim=128, num_layers=1)
     cfg = small(**shape, ffn_dim=8192, vocab_size=28672)
     ones = lambda shape, dtype, rng: np.ones(shape, dtype)
@@ -432,8 +432,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_pieces_of_published_models_fit_the_default_bound(name, dtype):
-    """The 65B and 405B shapes on paper: the largest piece of any tensor, times what is alive."""
+def test_row_blocks_of_published_models_fit_the_default_memory(name, dtype):
+    """The largest row block of any tensor of the 65B and 405B shapes, times the copies held."""
     cfg = MODELS[name]
 
     class Any_:
@@ -478,8 +478,8 @@ def test_the_command_line(tmp_path, capsys):
     assert not (tmp_path / "o2.partial").exists()
 
 
-def test_a_process_that_holds_much_may_convert(tmp_path, monkeypatch, capsys):
-    """A notebook's own memory is not counted; the command line's bound is on the whole process."""
+def test_memory_used_before_the_conversion_is_not_counted(tmp_path, monkeypatch, capsys):
+    """The memory of a notebook is not counted; the command line limits the whole process."""
     cfg = small()
     source = tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
     monkeypatch.setattr(copy, "resident_bytes", lambda: 100 << 30)
@@ -501,7 +501,7 @@ def test_output_goes_to_the_log_of_the_caller(tmp_path, capsys):
 
 
 def test_only_light_modules_are_imported(tmp_path):
-    """Neither torch nor transformers nor safetensors, and no JAX between torch's layouts."""
+    """Not torch, transformers or safetensors, and not JAX between torch formats."""
     cfg = small()
     source = tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
     code = (
@@ -523,7 +523,7 @@ def test_only_light_modules_are_imported(tmp_path):
         (dict(type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0), "meta"),
     ],
 )
-def test_a_context_before_scaling_left_out_is_the_context(tmp_path, rope, to):
+def test_missing_original_context_is_the_context(tmp_path, rope, to):
     cfg = small(context=8192)
     source = tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
     run = convert(source, tmp_path / "run")
@@ -531,7 +531,7 @@ def test_a_context_before_scaling_left_out_is_the_context(tmp_path, rope, to):
     settings["model"]["rope"] = {"theta": 1e4, **rope}
     (run / "model.json").write_text(json.dumps(settings))
     (run / "manifest.json").unlink()  # otherwise the changed file is refused
-    quiet(run, tmp_path / "out", to=to)
+    convert_verified(run, tmp_path / "out", to=to)
 
 
 # The real model, where it is present.
@@ -547,13 +547,13 @@ needs_stories = pytest.mark.skipif(
 
 @needs_stories
 @pytest.mark.parametrize(("name", "path"), STORIES_PATHS)
-def test_the_real_model_arrives_whole(tmp_path, name, path):
-    """Every route from any of its three folders gives the same tensors and the same tokenizer."""
+def test_real_model_round_trips(tmp_path, name, path):
+    """Every path from each of its three folders gives the same tensors and tokenizer."""
     folder = STORIES / name
     for i, to in enumerate(path):
         shards = 2 if to == "meta" else None
         context = 512 if name.startswith("meta") and i == 0 else None
-        folder = quiet(folder, tmp_path / str(i), to=to, shards=shards, context=context)
+        folder = convert_verified(folder, tmp_path / str(i), to=to, shards=shards, context=context)
     safetensors = formats.read_safetensors(STORIES / "hf-mha/model.safetensors")
     mapped = formats.map_file(STORIES / "hf-mha/model.safetensors")
     hf = {n: formats.view(r, mapped) for n, r in safetensors.items()}
@@ -569,14 +569,14 @@ def test_the_real_model_arrives_whole(tmp_path, name, path):
     assert model["model"]["context"] == 512
 
 
-def test_records_lie_where_torch_wants_them(tmp_path):
-    """At multiples of 64 bytes, whatever the sizes before them."""
+def test_zip_records_are_aligned_to_64_bytes(tmp_path):
+    """For any sizes of the records before them."""
     shapes = {f"w{n}": ((n, 3), DTYPES["float32"]) for n in range(1, 12)}
     layout = torch_files.plan(tmp_path / "a.pth", shapes)
     assert [offset % 64 for offset in layout.data.values()] == [0] * len(layout.data)
 
 
-def test_crc_of_a_tensor_larger_than_a_piece(tmp_path):
+def test_crc_of_a_tensor_larger_than_a_block(tmp_path):
     path, data = tmp_path / "a.pth", np.random.default_rng(0).bytes(9 << 20)
     path.write_bytes(data)
     region = formats.TensorSlice(path, 8, ((9 << 18) - 2,), (1,), DTYPES["float32"])

@@ -1,4 +1,4 @@
-"""Whatever a file holds, reading it gives weights or a ValueError or OSError.
+"""Reading any file gives weights, a ValueError or an OSError.
 
 FUZZ_EXAMPLES=20000 runs each test for minutes.
 """
@@ -54,7 +54,7 @@ def only_our_errors():
 
 @contextlib.contextmanager
 def replaced(path: Path, content: bytes):
-    """The file with another content for a while."""
+    """Replace the content of a file temporarily."""
     before = path.read_bytes() if path.exists() else None
     path.write_bytes(content)
     try:
@@ -65,7 +65,7 @@ def replaced(path: Path, content: bytes):
 
 @st.composite
 def damaged(draw, content: bytes):
-    """Some bytes of a file changed, removed, repeated or put in."""
+    """A file with some bytes changed, removed, repeated or inserted."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
@@ -225,6 +225,6 @@ def test_any_tokenizer(tmp_path_factory, sentencepiece_model, data):
 
 
 def test_the_folders_are_good(folders):
-    """Otherwise the tests above would prove nothing."""
+    """Without this check the tests above would prove nothing."""
     assert open_folder(folders["hf"]).tokenizers[0].size == 6
     assert open_folder(folders["meta"]).cfg.num_layers == 2

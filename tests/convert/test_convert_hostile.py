@@ -1,4 +1,4 @@
-"""Hostile and malformed sources: one clear message each, in bounded time and memory, nothing left.
+"""Hostile and malformed sources give one clear message each, quickly, in little memory.
 
 The table runs in one process of its own, whose memory is capped at 300 MB above what it has after a
 whole conversion: ``python tests/convert/test_convert_hostile.py FOLDER``.
@@ -30,7 +30,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 
 def nested(depth: int) -> bytes:
-    """Instructions for a tuple that holds the one before it twice, and so on: 2**depth leaves."""
+    """Instructions for nested tuples that each hold the previous one twice: 2**depth leaves."""
     return b"\x80\x02)" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(depth))
 
 
@@ -67,7 +67,7 @@ def settings(layout: str, **changes):
 
 
 def pipe(layout: str, name: str):
-    """A case: a pipe that nobody writes to."""
+    """A case: a pipe without a writer."""
 
     def make(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -77,7 +77,7 @@ def pipe(layout: str, name: str):
 
 
 def sparse(layout: str, name: str, start: bytes = b"", end: bytes = b""):
-    """A case: a file of 6 GB, which takes no disk."""
+    """A case: a sparse file of 6 GB."""
 
     def make(folder: Path) -> None:
         with (folder / name).open("wb") as f:
@@ -102,7 +102,7 @@ def many_tensors(folder: Path) -> None:
 
 
 def overlapping(folder: Path) -> None:
-    """A tensor of 2**60 numbers that are all the same one."""
+    """A tensor of 2**60 elements that all share one storage element."""
     data = (
         b"\x80\x02}X\x15\x00\x00\x00tok_embeddings.weightctorch._utils\n_rebuild_tensor_v2\n"
         b"((X\x07\x00\x00\x00storagectorch\nHalfStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
@@ -294,7 +294,7 @@ def test_hostile_sources_are_refused_quickly_in_little_memory(tmp_path):
     assert not wrong, "\n".join(map(str, wrong))
 
 
-def test_values_that_change_nothing_are_taken():
+def test_neutral_values_are_accepted():
     from llama_jax.convert import huggingface
 
     cfg = small()
@@ -305,15 +305,15 @@ def test_values_that_change_nothing_are_taken():
         "use_sliding_window": False, "query_pre_attn_scalar": 4, "partial_rotary_factor": 1.0,
         "num_local_experts": 0, "attention_dropout": 0.1, "temperature": 0.7, "dim_model_base": 32,
     }  # fmt: skip
-    read, remarks = huggingface.parse_config(tools.config_of(cfg) | same, "config.json")
-    assert (read, remarks) == (cfg, [])
+    read, warnings = huggingface.parse_config(tools.config_of(cfg) | same, "config.json")
+    assert (read, warnings) == (cfg, [])
     many = {f"k{i}": 1 for i in range(40)}
-    _, remarks = huggingface.parse_config(tools.config_of(cfg) | many, "config.json")
-    assert remarks[0].endswith("and 30 more")
+    _, warnings = huggingface.parse_config(tools.config_of(cfg) | many, "config.json")
+    assert warnings[0].endswith("and 30 more")
 
 
 def test_reading_stays_within_what_torch_writes(tmp_path):
-    """The largest Llama in one file is far below every limit."""
+    """The largest Llama model in one file is far below every limit."""
     cfg = small(num_layers=126)
     state = tools.meta_state(cfg, DTYPES["float16"])
     tools.save_torch(tmp_path / "a.pth", state)

@@ -1,4 +1,4 @@
-"""Every kind of bad input is a clear error, and nothing is left behind that looks whole."""
+"""Every kind of bad input gives a clear error and leaves no folder that looks complete."""
 
 import collections
 import errno
@@ -37,7 +37,7 @@ def state(cfg):
 
 
 def refused(source: Path, *expected: str) -> None:
-    """The command fails, names every one of these, and makes nothing."""
+    """The conversion fails, its message contains every text, and no folder is created."""
     target = source.parent / "target"
     with pytest.raises((ValueError, OSError)) as caught:
         convert(source, target)
@@ -206,7 +206,7 @@ def one_tensor(
 
 
 def test_the_hand_written_pickle_is_good(tmp_path):
-    """Otherwise the refusals below would prove nothing."""
+    """Without this check the tests of refusals below would prove nothing."""
     region = torch_files.read(with_pickle(tmp_path / "x.pth", one_tensor()))["a"]
     assert region.shape == (4,)
 
@@ -275,7 +275,7 @@ def test_a_pickle_that_runs_code_is_refused_by_name(tmp_path, function, named, p
         b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",
     ],
 )  # fmt: skip
-def test_nonsense_pickles_are_errors_of_ours(tmp_path, data):
+def test_damaged_pickles_raise_value_errors(tmp_path, data):
     with pytest.raises(ValueError, match=r"x\.pth"):
         torch_files.read(with_pickle(tmp_path / "x.pth", data))
 
@@ -365,7 +365,7 @@ def test_truncated_and_foreign_safetensors(tmp_path, cfg, state):
         (dict(dtype=None), "has dtype None"),
     ],
 )
-def test_safetensors_headers_that_lie(tmp_path, cfg, state, change, expected):
+def test_wrong_safetensors_headers(tmp_path, cfg, state, change, expected):
     source = tools.make_hf(tmp_path / "hf", state, cfg)
     path = source / "model.safetensors"
     header = header_of(path)
@@ -593,7 +593,7 @@ def test_shard_counts_that_do_not_divide(tmp_path, cfg, state):
         (lambda p: p.with_name("out.partial").write_text("mine"), "not an unfinished conversion"),
     ],
 )
-def test_destinations_that_could_not_be_named_at_the_end(tmp_path, cfg, state, make, expected):
+def test_destinations_that_cannot_be_renamed_to(tmp_path, cfg, state, make, expected):
     source = tools.make_hf(tmp_path / "hf", state, cfg)
     (tmp_path / "real").mkdir()
     make(tmp_path / "out")
@@ -606,7 +606,7 @@ def test_destinations_that_could_not_be_named_at_the_end(tmp_path, cfg, state, m
 
 
 @pytest.mark.parametrize("record", [b'{"epoch": 1}\n', b"not JSON\n", b"[[[[", b"\xff" * 9])
-def test_somebody_elses_partial_folder_is_left_alone(tmp_path, cfg, state, record):
+def test_partial_folder_of_another_program_is_kept(tmp_path, cfg, state, record):
     source = tools.make_hf(tmp_path / "hf", state, cfg)
     theirs = tmp_path / "out.partial"
     theirs.mkdir()
@@ -622,7 +622,7 @@ def test_somebody_elses_partial_folder_is_left_alone(tmp_path, cfg, state, recor
 def test_small_files_cut_off_by_a_full_disk_are_written_again(
     tmp_path, cfg, state, monkeypatch, to
 ):
-    """The disk fills up in a small file; then, as before files were written whole, each is cut."""
+    """The disk fills up while a small file is written, and older versions left truncated files."""
     source = tools.make_hf(tmp_path / "hf", state, cfg)
     (source / "tokenizer_config.json").write_text('{"chat_template": "x"}')
     whole = convert(source, tmp_path / "whole", to=to)
@@ -649,7 +649,7 @@ def test_small_files_cut_off_by_a_full_disk_are_written_again(
 
 @pytest.mark.parametrize("start", ["orbax", "hf", "meta"])
 def test_a_damaged_source_is_refused_by_its_manifest(tmp_path, cfg, state, capsys, start):
-    """One bit of a tensor: whatever is made of it, and also when a killed run continues."""
+    """One changed bit of a tensor stops conversion to every format."""
     made = convert(tools.make_hf(tmp_path / "hf", state, cfg), tmp_path / "made", to=start)
     if start == "orbax":
         chunks = made / "steps/0/model/blocks.mlp.up/c/1"

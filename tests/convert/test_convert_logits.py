@@ -1,4 +1,4 @@
-"""A converted model says what the original says: transformers' logits, golden text."""
+"""A converted model gives the logits of transformers and the golden text of the original."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ SHAPE = small(dim=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=80, cont
 
 
 def load(folder: Path) -> Llama:
-    """Our model with a checkpoint's weights, as everybody loads them."""
+    """Our model with the weights of a checkpoint."""
     cfg, _ = read_metadata(folder)
     compute = ComputeConfig(jnp.dtype(jnp.float32))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -69,7 +69,7 @@ def test_verify_compares_logits_past_2048(tmp_path, capsys, name, schema):
         dict(norm_eps=1e-3),
     ],
 )
-def test_verify_notices_wrong_settings(tmp_path, wrong):
+def test_verify_finds_wrong_settings(tmp_path, wrong):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     found = open_folder(hf_folder(tmp_path / "hf", SHAPE))
@@ -79,7 +79,7 @@ def test_verify_notices_wrong_settings(tmp_path, wrong):
         verify.compare_logits(other, found, found.dtypes(), 2 << 30)
 
 
-def test_verify_notices_a_wrong_rotary_layout(tmp_path):
+def test_verify_finds_a_wrong_rotary_layout(tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     found = open_folder(hf_folder(tmp_path / "hf", SHAPE))
@@ -89,7 +89,7 @@ def test_verify_notices_a_wrong_rotary_layout(tmp_path):
         verify.compare_logits(other, found, found.dtypes(), 2 << 30)
 
 
-def test_verify_without_room_or_torch_says_so(tmp_path, monkeypatch):
+def test_verify_reports_missing_memory_or_torch(tmp_path, monkeypatch):
     found = open_folder(hf_folder(tmp_path / "hf", SHAPE))
     if verify.importlib.util.find_spec("torch"):
         assert "more than --max-memory" in verify.compare_logits(found, found, found.dtypes(), 1000)
@@ -160,7 +160,7 @@ def meta_forward(state: dict, cfg: cf.ModelConfig, tokens, positions) -> np.ndar
 
 @needs_stories
 @pytest.mark.parametrize("name", ["meta-mha", "meta-mha-mp2", "hf-mha"])
-def test_the_real_model_says_its_golden_text(tmp_path, name):
+def test_real_model_generates_its_golden_text(tmp_path, name):
     import sentencepiece
 
     context = None if name.startswith("hf") else 512

@@ -1,4 +1,4 @@
-"""Checkpoints of matrices in 8 or 4 bits: what loading would make of the weights, on the disk."""
+"""Quantised checkpoints hold the same bits as quantisation at load."""
 
 import functools
 import hashlib
@@ -36,7 +36,7 @@ TEXT = ["the cat sat on a mat", "some animals saw 12 cats", "日本 and é", "de
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A checkpoint of whole weights, and those of 8 and 4 bits made of the same source.
+    """Checkpoints of the same source: unquantised, int8 and int4.
 
     In bfloat16 many numbers lie exactly between two integers: rounding has to agree.
     """
@@ -86,7 +86,7 @@ def test_bits_are_those_of_quantising_at_load(folders, kind, tensor, dtype):
     same(loaded(folders, kind, tensor, True, dtype), loaded(folders, kind, tensor, False, dtype))
 
 
-def test_devices_that_cut_a_group_share_its_scale(folders):
+def test_int4_groups_split_over_devices_share_a_scale(folders):
     whole = lambda x: x.astype(jnp.float32) if is_quantized(x) else x
     one, two = (
         jax.tree.map(jax.vmap(whole), loaded(folders, "int4", n)["blocks"], is_leaf=is_quantized)
@@ -106,8 +106,8 @@ def test_texts_are_those_of_quantising_at_load(folders):
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("int4", 4)])
-def test_what_lies_on_the_disk(folders, kind, bits, capsys):
-    """Sizes, the manifest's sums over what a stock restore reads, and what --inspect says."""
+def test_stored_arrays_and_manifest(folders, kind, bits, capsys):
+    """Shapes and SHA-256 of what a stock restore reads, and the output of --inspect."""
     folder = folders / kind
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**ORBAX)) as files:
         tree = files.metadata(folder / "steps/0/model").item_metadata.tree
@@ -129,8 +129,8 @@ def test_what_lies_on_the_disk(folders, kind, bits, capsys):
     assert f"matrices of the layers {kind}, others " in capsys.readouterr().out
 
 
-def test_it_is_for_sampling(folders, tmp_path, capsys):
-    """Nothing whole comes back out of it, and errors say so."""
+def test_quantized_checkpoints_cannot_be_converted(folders, tmp_path, capsys):
+    """The original weights cannot be recovered, and the errors say so."""
     out = str(tmp_path / "out")
     for arguments, said in [
         ([str(folders / "int8"), out, "--to", "hf"], "holds matrices in int8, which cannot be"),
@@ -204,7 +204,7 @@ def test_numbers_without_a_scale_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [6, 7])
-def test_two_rows_a_byte(rows):
+def test_int4_packs_two_rows_per_byte(rows):
     q = np.random.default_rng(0).integers(-8, 8, (rows, 5)).astype(np.int8)
     assert pack(q).shape == (-(-rows // 2), 5)
     np.testing.assert_array_equal(unpack(pack(q), rows), q)

@@ -1,4 +1,4 @@
-"""Other people's settings arrive whole (RoPE schemas, params.json, tokenizers) or are refused."""
+"""Settings of other formats (RoPE schemas, params.json, tokenizers) are read or refused."""
 
 import base64
 import contextlib
@@ -72,7 +72,7 @@ def test_rope_schemas_of_both_versions(schema, name):
 @pytest.mark.parametrize("schema", ["v4", "v5"])
 @pytest.mark.parametrize("name", ROPES)
 def test_frequencies_are_those_of_transformers(schema, name):
-    """transformers reads the file given and the file that we write of it; all three agree."""
+    """Our frequencies equal those of transformers for the given file and for the file we write."""
     pytest.importorskip("torch")
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     given = hf_config(schema, ROPES[name][0])
@@ -87,7 +87,7 @@ def test_frequencies_are_those_of_transformers(schema, name):
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_either_version_alone_finds_all_it_needs_in_our_config(name):
+def test_our_config_works_for_transformers_4_and_5(name):
     cfg, _ = huggingface.parse_config(hf_config("v5", ROPES[name][0]), "config.json")
     written = huggingface.make_config(cfg, "bfloat16", {"bos": 1, "eos": [2, 3]})
     four = {k: v for k, v in written.items() if k not in ("rope_parameters", "dtype")}
@@ -105,16 +105,16 @@ def test_original_context_as_transformers_takes_it():
     assert read(hf_config("v5", table) | {"original_max_position_embeddings": 512}) == 512
     without = {k: v for k, v in table.items() if not k.startswith("original")}
     assert read(hf_config("v5", without)) == 4096
-    cfg, remarks = huggingface.parse_config(
+    cfg, warnings = huggingface.parse_config(
         hf_config("v5", ROPES["dynamic"][0] | {"original_max_position_embeddings": 9}), "c"
     )
     assert cfg.rope.original_context is None
-    assert "dynamic does not use original_max_position_embeddings" in remarks[0]
-    cfg, remarks = huggingface.parse_config(
+    assert "dynamic does not use original_max_position_embeddings" in warnings[0]
+    cfg, warnings = huggingface.parse_config(
         hf_config("v5", ROPES["yarn"][0] | {"factor": 2.0}), "c"
     )
     assert cfg.rope.factor == 2.0
-    assert "is not max_position_embeddings / original" in remarks[0]
+    assert "is not max_position_embeddings / original" in warnings[0]
     zeros = ROPES["yarn"][0] | {"beta_fast": 0, "mscale": 0}
     assert huggingface.parse_config(hf_config("v5", zeros), "c")[0].rope.beta_fast is None
     cfg, _ = huggingface.parse_config(hf_config("v5", ROPES["yarn"][0] | {"factor": None}), "c")
@@ -165,11 +165,11 @@ def test_every_reason_at_once_and_unknown_keys_named():
     config = tools.config_of(BASE) | dict(mlp_bias=True, hidden_act="relu")
     with pytest.raises(ValueError, match=r"hidden_act='relu'(.|\n)*mlp_bias=True"):
         huggingface.parse_config(config, "config.json")
-    _, remarks = huggingface.parse_config(tools.config_of(BASE) | {"my_flag": 1}, "config.json")
-    assert remarks == ["config.json: ignored my_flag"]
+    _, warnings = huggingface.parse_config(tools.config_of(BASE) | {"my_flag": 1}, "config.json")
+    assert warnings == ["config.json: ignored my_flag"]
 
 
-def test_what_transformers_cannot_say_is_not_written(tmp_path):
+def test_settings_without_counterpart_in_transformers_are_refused(tmp_path):
     rope = RopeConfig(type="dynamic", factor=2.0, original_context=32)
     with pytest.raises(ValueError, match="scales from max_position_embeddings"):
         huggingface.make_config(small(rope=rope), "float32", {})
@@ -179,8 +179,8 @@ WEIRD = [None, "x", [], {}, [1], -1, 0, 1.5, True, 10**30, float("nan"), float("
 
 
 @pytest.mark.parametrize("weird", WEIRD, ids=repr)
-def test_weird_values_are_errors_of_ours(weird):
-    """Whatever JSON holds, the answer is a config or a ConvertError."""
+def test_weird_values_raise_convert_errors(weird):
+    """Any JSON value gives a config or a ConvertError."""
     base = hf_config("v5", ROPES["yarn, all"][0])
     table = base["rope_parameters"]
     trees = [base | {k: weird} for k in [*base, "rope_scaling", "rope_theta", "torch_dtype"]]
@@ -230,10 +230,10 @@ def published(name: str) -> tuple[dict, int, bool, bool]:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_params_are_the_published_models(name):
     params, rows, tied, half = published(name)
-    cfg, remarks = meta.parse_params(params, rows, tied, half, "params.json")
+    cfg, warnings = meta.parse_params(params, rows, tied, half, "params.json")
     assert cfg == MODELS[name]
-    assert any("context" in r for r in remarks)
-    assert any("32: the size is that of Llama 3.2" in r for r in remarks) == name.startswith(
+    assert any("context" in r for r in warnings)
+    assert any("32: the size is that of Llama 3.2" in r for r in warnings) == name.startswith(
         "llama3.2"
     )
 
@@ -258,14 +258,14 @@ def test_any_width_has_settings(width):
     assert back.ffn_dim == width
 
 
-def test_remarks_about_params():
+def test_warnings_about_params():
     params = published("llama2-7b")[0]
     read = lambda changes, half=False: meta.parse_params(
         params | changes, 32000, False, half, "params.json"
     )
-    cfg, remarks = read({"norm_eps": 1e-6})
+    cfg, warnings = read({"norm_eps": 1e-6})
     assert (cfg.norm_eps, cfg.context) == (1e-6, 4096)
-    assert any("early Llama-2-7B-chat" in r for r in remarks)
+    assert any("early Llama-2-7B-chat" in r for r in warnings)
     assert any("ignored my_key" in r for r in read({"my_key": 1})[1])
     assert read({"rope_theta": 1e6})[0].context == 16384
     rope = read(
@@ -274,7 +274,7 @@ def test_remarks_about_params():
     assert (rope.factor, rope.high_freq_factor) == (16.0, 3.0)
 
 
-def test_what_params_cannot_say_is_not_written():
+def test_settings_without_counterpart_in_params_are_refused():
     llama3 = MODELS["llama3.1-8b"].rope
     for cfg, expected in [
         (small(rope=RopeConfig(type="linear", factor=2.0)), "'linear' has no counterpart"),
@@ -306,7 +306,7 @@ def test_llama_32_ties_what_is_equal(tmp_path, monkeypatch, equal):
     assert any(("equals" if equal else "differs") in r for r in found.warnings)
 
 
-def test_a_manifest_that_does_not_fit_is_no_hint(tmp_path):
+def test_a_manifest_that_contradicts_params_is_ignored(tmp_path):
     cfg = small(context=77)
     state = tools.meta_state(cfg, DTYPES["bfloat16"])
     made = convert(tools.make_hf(tmp_path / "hf", state, cfg), tmp_path / "made", to="meta")
@@ -370,7 +370,7 @@ def test_tokenizers_are_known_by_content(tmp_path):
             _ = tokenizer_files.recognise(tmp_path / "tokenizer.model").size
 
 
-def test_the_tokenizer_and_its_company_go_along(tmp_path):
+def test_tokenizer_files_are_copied(tmp_path):
     cfg = small(vocab_size=40)
     state = tools.meta_state(cfg, DTYPES["float16"])
     folder = tools.make_meta(tmp_path / "LLaMA-7B", state, cfg, 2)
@@ -397,7 +397,7 @@ def test_the_tokenizer_and_its_company_go_along(tmp_path):
 
 
 def test_llama_3s_tokenizer_works_in_transformers(tmp_path):
-    """tokenizer.json made of tiktoken text: ids by tiktoken's own rule, and the special tokens."""
+    """tokenizer.json made from tiktoken text gives tiktoken's ids and the special tokens."""
     transformers = pytest.importorskip("transformers")
     ranks, ids = tiktoken_tools.ranks(), tiktoken_tools.ids()
     cfg = small(vocab_size=len(ranks) + 256)
@@ -449,7 +449,7 @@ def test_more_tokens_than_rows_are_refused_and_fewer_named(tmp_path):
         open_folder(folder)
 
 
-def test_llama_3_is_cut_along_the_vocabulary(tmp_path):
+def test_llama_3_embedding_is_split_along_the_vocabulary(tmp_path):
     cfg = small(vocab_size=300)
     state = tools.meta_state(cfg, DTYPES["bfloat16"])
     source = tools.make_hf(tmp_path / "hf", state, cfg)
@@ -465,7 +465,7 @@ def test_llama_3_is_cut_along_the_vocabulary(tmp_path):
 
 
 def llama_tokenizer(tmp_path) -> bytes:
-    """The published one where it is present, else one of the same kind."""
+    """The published tokenizer if it is present, otherwise one of the same kind."""
     published = tools.DATA / "llama_tokenizer/tokenizer.model"
     if published.exists():
         return published.read_bytes()
@@ -474,8 +474,8 @@ def llama_tokenizer(tmp_path) -> bytes:
     return path.read_bytes()
 
 
-def test_transformers_makes_the_ids_of_sentencepiece(tmp_path):
-    """Of Python code, other scripts, runs of spaces and texts that start with one."""
+def test_tokenizer_json_gives_the_ids_of_sentencepiece(tmp_path):
+    """For Python code, other scripts, runs of spaces and texts that start with a space."""
     import sentencepiece
 
     data = llama_tokenizer(tmp_path)
@@ -500,7 +500,7 @@ def test_transformers_makes_the_ids_of_sentencepiece(tmp_path):
     assert len(tokenizer) == len(theirs)
 
 
-def test_a_tokenizer_whose_merges_cannot_be_said_is_named(tmp_path, capsys):
+def test_a_tokenizer_without_equivalent_json_is_reported(tmp_path, capsys):
     cfg = small(vocab_size=40)
     source = tools.make_meta(tmp_path / "meta", tools.meta_state(cfg, DTYPES["float16"]), cfg)
     (source / "tokenizer.model").write_bytes(sentencepiece_file(tmp_path / "sp"))
