@@ -170,6 +170,11 @@ def make_plan(
             "the original weights: convert those instead"
         )
     to = to or ("hf" if source.format == "orbax" and quantize is None else "orbax")
+    if to not in NAMES:
+        raise ConvertError(f"to={to!r}: there are 'meta', 'hf' and 'orbax'")
+    floats = {d.name: d for d in FLOATS}
+    if dtype not in ("keep", *floats):
+        raise ConvertError(f"dtype={dtype!r}: there are 'keep', {', '.join(map(repr, floats))}")
     if quantize is not None and quantize not in QUANTIZED:
         raise ConvertError(f"quantize={quantize!r}: there are 'int8' and 'int4'")
     if quantize is not None and to != "orbax":
@@ -186,7 +191,7 @@ def make_plan(
         meta.check_writable(cfg, shards, meta.splits_vocab(source))
     dtypes = source.dtypes()
     if dtype != "keep":
-        dtypes = dict.fromkeys(dtypes, next(d for d in FLOATS if d.name == dtype))
+        dtypes = dict.fromkeys(dtypes, floats[dtype])
     dtypes = {s.path: s.quantized_dtype or dtypes[s.path] for s in tensor_specs(cfg, quantize)}
     quiet = log is None
     plan = Plan(

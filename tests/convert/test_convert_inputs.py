@@ -500,6 +500,21 @@ def test_a_destination_that_exists(tmp_path, cfg, state, capsys):
     assert open_folder(tmp_path / "empty").format == "orbax"
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (dict(to="gguf"), "to='gguf': there are 'meta', 'hf' and 'orbax'"),
+        (dict(dtype="float64"), "dtype='float64': there are 'keep', 'float16', 'bfloat16', 'float"),
+        (dict(quantize="int2"), "quantize='int2': there are 'int8' and 'int4'"),
+    ],
+)
+def test_unknown_options_are_refused(tmp_path, cfg, state, options, expected):
+    source = tools.make_hf(tmp_path / "hf", state, cfg)
+    with pytest.raises(ValueError, match=expected):
+        convert(source, tmp_path / "out", **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
 def test_too_little_disk_before_the_start(tmp_path, cfg, state, monkeypatch):
     source = tools.make_hf(tmp_path / "hf", state, cfg)
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
