@@ -141,8 +141,7 @@ def meta_shards(state: dict, shards: int, by_rows: bool = False) -> list[dict]:
 def save_torch(path: Path, state: dict) -> None:
     """A .pth, without torch."""
     plan = torch_files.plan(path, {k: (w.shape, w.dtype) for k, w in state.items()})
-    crc = {record: zlib.crc32(data) for record, data in plan.small.items()}
-    crc |= {plan.records[k]: zlib.crc32(w.tobytes()) for k, w in state.items()}
+    crc = {k: zlib.crc32(w.tobytes()) for k, w in state.items()}
     with path.open("wb") as f:
         for offset, data in torch_files.headers(plan, crc):
             f.seek(offset)

@@ -162,17 +162,7 @@ def _sha256(blocks: Iterator[np.ndarray]) -> str:
 
 
 def _check_source(plan: Plan, tensor: LayerTensor, written: str, limit: int) -> None:
-    """Compare a tensor of the source with its manifest.json.
-
-    Args:
-      plan: the conversion.
-      tensor: the tensor.
-      written: SHA-256 of the result.
-      limit: largest bytes of a row block.
-
-    Raises:
-      DamagedSourceError: they differ.
-    """
+    """Compare a tensor of the source with its manifest.json; `written` is the result's SHA-256."""
     source, stored = plan.source, tensor
     if tensor.spec.quantized is not None:
         stored = tensor.unquantized()
@@ -182,12 +172,10 @@ def _check_source(plan: Plan, tensor: LayerTensor, written: str, limit: int) -> 
         blocks = _row_blocks(plan, stored, limit)
         written = _sha256(source.weights.read(stored, *block) for block in blocks)
     if written != source.sha256[stored.name]:
-        advice = (
-            "" if source.format == "orbax" else ", or remove manifest.json if they were replaced"
-        )
+        advice = ", or remove manifest.json if they were replaced"
         raise DamagedSourceError(
             f"{source.path}: {stored.name} differs from manifest.json: the weights were damaged or "
-            f"changed after they were written; copy them again{advice}"
+            f"changed after they were written; copy them again{advice * (source.format != 'orbax')}"
         )
 
 

@@ -292,10 +292,13 @@ def open_hf(path: Path, names: list[str]) -> SourceCheckpoint:
         del shards["unembed"]
         warnings.append("lm_head.weight equals the embedding: tied")
     given = {name: config.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    token_ids = sources.check_token_ids(given, cfg.vocab_size, str(where), warnings)
+    report = Report(str(where))
+    token_ids = sources.check_token_ids(given, cfg.vocab_size, report)
     if (generation := path / "generation_config.json").exists():
+        report.where = str(generation)
         given = {"eos": sources.read_settings(generation).get("eos_token_id")}
-        token_ids |= sources.check_token_ids(given, cfg.vocab_size, str(generation), warnings)
+        token_ids |= sources.check_token_ids(given, cfg.vocab_size, report)
+    warnings += report.warnings
     weights = TorchWeights(cfg, shards, interleaved=False)
     return SourceCheckpoint(
         "hf", path, cfg, weights, files, token_ids, tokenizer_files.find(path),

@@ -107,6 +107,7 @@ def _our_logits(
 ) -> np.ndarray:
     import jax
     import jax.numpy as jnp
+    from flax import traverse_util
 
     from llama_jax.model.llama import ComputeConfig
     from llama_jax.model.params import merge, structure
@@ -123,7 +124,8 @@ def _our_logits(
         arrays[spec.path] = jnp.asarray(array)
     compute = ComputeConfig(jnp.dtype(jnp.float32))
     with jax.default_matmul_precision("highest"):
-        llama = merge(structure(reduced, compute), sources.nested(arrays))
+        params = traverse_util.unflatten_dict(arrays, sep="/")
+        llama = merge(structure(reduced, compute), params)
         ids, positions = jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)
         return np.asarray(llama(ids, positions_BT=positions))
 

@@ -6,7 +6,6 @@ unknown settings are named in a warning.
 
 import functools
 import re
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -371,8 +370,7 @@ def create_writer(
 
     def finish() -> None:
         for path, layout in layouts.items():
-            sums = {record: zlib.crc32(data) for record, data in layout.small.items()}
-            sums |= {layout.records[name]: crc[s] for name, s in layout.slices.items()}
+            sums = {name: crc[location] for name, location in layout.slices.items()}
             for offset, data in torch_files.headers(layout, sums):
                 weights.write_bytes(path, offset, data)
         weights.close()

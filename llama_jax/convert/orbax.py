@@ -17,7 +17,7 @@ from llama_jax.checkpoint.model_json import read_metadata
 from llama_jax.config import ModelConfig
 from llama_jax.convert import sources
 from llama_jax.convert.formats import FLOATS, ConvertError, raise_if_any
-from llama_jax.convert.sources import CheckpointWriter, SourceCheckpoint
+from llama_jax.convert.sources import CheckpointWriter, Report, SourceCheckpoint
 from llama_jax.convert.tensors import LayerTensor, layer_tensors, rows_per_chunk, tensor_specs
 from llama_jax.data import tokenizer_files
 
@@ -78,8 +78,9 @@ def open_orbax(root: Path, path: Path) -> SourceCheckpoint:
     folder = root / "steps" / str(step) / "model"
     weights = _open_arrays(folder, cfg, quantize)
     warnings = [f"step {step} of {', '.join(map(str, steps))}"] if len(steps) > 1 else []
-    where, given = f"{root}/model.json", metadata["token_ids"]
-    token_ids = sources.check_token_ids(given, cfg.vocab_size, where, warnings)
+    report = Report(f"{root}/model.json")
+    token_ids = sources.check_token_ids(metadata["token_ids"], cfg.vocab_size, report)
+    warnings += report.warnings
     # The manifest describes the converted step 0, not later training steps.
     sha256 = sources.manifest_sha256(root, cfg, quantize) if step == 0 else {}
     return SourceCheckpoint(
@@ -179,6 +180,7 @@ def _create_arrays(
     steps: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype], quantize: str | None
 ) -> None:
     import orbax.checkpoint as ocp
+    from flax import traverse_util
 
     class Declare(ocp.type_handlers.TypeHandler):
         def typestr(self):
@@ -211,7 +213,7 @@ def _create_arrays(
         with ocp.CheckpointManager(
             steps, item_handlers={"model": handler}, options=options
         ) as manager:
-            tree = ocp.args.PyTreeSave(sources.nested(arrays))
+            tree = ocp.args.PyTreeSave(traverse_util.unflatten_dict(arrays, sep="/"))
             manager.save(0, args=ocp.args.Composite(model=tree))
     finally:
         log.setLevel(level)

@@ -99,18 +99,6 @@ def normalized(cfg: ModelConfig) -> ModelConfig:
     return check_model(to_dict(cfg) | {"rope": rope}, "model")
 
 
-def nested(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The nested parameters of arrays by path, such as "blocks/mlp/up"."""
-    tree: dict[str, Any] = {}
-    for path, array in arrays.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = array
-    return tree
-
-
 class Report:
     """Problems and warnings found in one settings file, each prefixed with its name.
 
@@ -201,38 +189,28 @@ def manifest_sha256(folder: Path, cfg: ModelConfig, quantize: str | None = None)
     return digests
 
 
-def check_token_ids(given: Any, rows: int, where: str, warnings: list[str]) -> dict[str, Any]:
-    """Checked bos, eos and pad of any settings; -1 and null mean absent.
-
-    Args:
-      given: the ids by name.
-      rows: rows of the embedding.
-      where: the file, for messages.
-      warnings: a warning is appended for an ignored pad id.
+def check_token_ids(given: dict[str, Any], rows: int, report: Report) -> dict[str, Any]:
+    """Checked bos, eos and pad for an embedding with this number of rows; -1 and null mean absent.
 
     Raises:
       ConvertError: an id that is not possible.
     """
-    if not isinstance(given, dict):
-        raise ConvertError(f"{where}: token_ids={short(given)} is not an object")
     ids: dict[str, Any] = {}
     for key, value in given.items():
         several = value if key == "eos" and isinstance(value, list) else [value]
         kept = [i for i in several if i is not None and i != -1]
         if not all(type(i) is int and i >= 0 for i in kept) or len(set(kept)) > MAX_STOP_IDS:
             expected = f"an id or at most {MAX_STOP_IDS}" if key == "eos" else "an id"
-            raise ConvertError(
-                f"{where}: the {key} token id is {short(value)}, expected {expected}"
-            )
+            report.problem(f"the {key} token id is {short(value)}, expected {expected}")
+            continue
         outside = [i for i in kept if i >= rows]
-        if outside and key != "pad":
-            raise ConvertError(
-                f"{where}: the {key} token id is {outside[0]}, but the embedding has {rows} rows"
-            )
-        if outside:
-            warnings.append(f"{where}: ignored pad token id {outside[0]}: there are {rows} rows")
+        if outside and key == "pad":
+            report.warn(f"ignored pad token id {outside[0]}: there are {rows} rows")
+        elif outside:
+            report.problem(f"the {key} token id is {outside[0]}, but the embedding has {rows} rows")
         elif kept:
             ids[key] = value if several is value else kept[0]
+    report.raise_problems()
     return ids
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -211,13 +212,15 @@ def headers(plan: Layout, crc: dict[str, int]) -> Iterator[tuple[int, bytes]]:
 
     Args:
       plan: the layout of the file.
-      crc: CRC-32 of every record of the layout.
+      crc: CRC-32 of every tensor.
     """
+    sums = {record: zlib.crc32(data) for record, data in plan.small.items()}
+    sums |= {plan.records[name]: value for name, value in crc.items()}
     directory = b""
     for record, size in plan.sizes.items():
         name = record.encode()
         narrow = min(size, 0xFFFFFFFF)
-        fixed = struct.pack("<HHHHHIII", 45, 0, 0, 0, 0x21, crc[record], narrow, narrow)
+        fixed = struct.pack("<HHHHHIII", 45, 0, 0, 0, 0x21, sums[record], narrow, narrow)
         extra = _zip64(size)
         pad = plan.data[record] - plan.headers[record] - 30 - len(name) - len(extra) - 4
         extra += struct.pack("<HH", 0x4246, pad) + b"Z" * pad  # "FB", torch's own padding field
