@@ -59,39 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("out", metavar="OUT", help="folder to write: one folder per source, and the tokenizer")
-    add(
-        "--source",
-        action="append",
-        required=True,
-        metavar="NAME=PATH[:WEIGHT]",
-        help=f"repeatable; PATH: a folder, {KNOWN}, python:code or python:prose",
-    )
+    what = f"repeatable; PATH: a folder, {KNOWN}, python:code or python:prose"
+    add("--source", action="append", required=True, metavar="NAME=PATH[:WEIGHT]", help=what)
     tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument(
-        "--tokenizer",
-        default="",
-        metavar="FILE",
-        help="SentencePiece model, tokenizer.json or tiktoken text",
-    )
-    tokenizer.add_argument(
-        "--vocab-size",
-        type=int,
-        metavar="V",
-        help="train a tokenizer of V ids, if OUT has no other sources",
-    )
-    add(
-        "--val-fraction",
-        type=float,
-        default=0.02,
-        metavar="X",
-        help="fraction of the documents for validation (default 0.02)",
-    )
+    what = "SentencePiece model, tokenizer.json or tiktoken text"
+    tokenizer.add_argument("--tokenizer", default="", metavar="FILE", help=what)
+    what = "train a tokenizer of V ids, if OUT has no other sources"
+    tokenizer.add_argument("--vocab-size", type=int, metavar="V", help=what)
+    what = "fraction of the documents for validation (default 0.02)"
+    add("--val-fraction", type=float, default=0.02, metavar="X", help=what)
     add("--workers", type=int, default=0, metavar="N", help="threads (default: one per core)")
-    add(
-        "--skip-bad-lines",
-        action="store_true",
-        help="leave out lines that cannot be used, and count them (default: stop with an error)",
-    )
+    what = "leave out lines that cannot be used, and count them (default: stop with an error)"
+    add("--skip-bad-lines", action="store_true", help=what)
     return parser
 
 
