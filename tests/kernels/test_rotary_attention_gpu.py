@@ -122,7 +122,7 @@ def test_around_cudnn(options, monkeypatch):
     """Rotation, scale, offsets, the way to our kernel; what cuDNN itself does (on a GPU) by XLA."""
     plain = functools.partial(jax.nn.dot_product_attention, implementation="xla")
     module = "pallas_kernels.rotary_attention_cudnn."
-    monkeypatch.setattr(module + "_refuse", lambda *_: None)
+    monkeypatch.setattr(module + "_check_supported", lambda *_: None)
     monkeypatch.setattr(
         module + "_plain",
         lambda causal, scale, q, k, v: plain(q, k, v, is_causal=causal, scale=scale),
