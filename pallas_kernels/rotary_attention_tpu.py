@@ -309,9 +309,9 @@ def visible_pairs(config: KernelConfig) -> int:
         return T * S
     # Query t attends to t + offset + 1 keys, limited to 0 .. S.
     low, high = (min(max(config.offset + t + 1, 0), S) for t in (0, T - 1))
-    whole = max(0, T - max(0, S - config.offset))
+    full_rows = max(0, T - max(0, S - config.offset))
     rising = max(0, min(T, S - config.offset) - max(0, -config.offset))
-    return whole * S + (max(low, 1) + high) * rising // 2 if high else 0
+    return full_rows * S + (max(low, 1) + high) * rising // 2 if high else 0
 
 
 # Forward ------------------------------------------------------------------------------------------

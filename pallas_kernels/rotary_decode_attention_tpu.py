@@ -82,7 +82,7 @@ def tpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
 
     per_row = lambda n: pl.BlockSpec((None, 2, n, H), lambda b, h, j, *_: (b, 0, 0, 0))
     cached = pl.BlockSpec((None, None, heads, block_k, H), block)
-    whole = pl.BlockSpec(memory_space=pl.ANY)
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
     float32 = lambda *shape: pltpu.VMEM((heads, *shape), jnp.float32)
     out, cache_k, cache_v = pl.pallas_call(
         functools.partial(_kernel, config),
@@ -91,7 +91,7 @@ def tpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
             grid=(B, K // heads, pl.cdiv(S, block_k)),
             in_specs=[by_head(rows), by_head(T), by_head(T), per_row(q_cos_sin.shape[2]),
                       per_row(T), cached, cached],
-            out_specs=[by_head(rows), whole, whole],
+            out_specs=[by_head(rows), hbm, hbm],
             scratch_shapes=[
                 pltpu.VMEM((heads, rows, H), q.dtype),
                 float32(rows, 1), float32(rows, 1), float32(rows, H),

@@ -41,8 +41,12 @@ from pallas_kernels import dispatch, rotary_attention
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    arguments.add_argument("--chips", nargs="+", help="compile for these instead of timing")
+    arguments = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=(__doc__ or "").split("\n")[0]
+    )
+    arguments.add_argument(
+        "--chips", nargs="+", help="compile for these chips instead of timing, such as v5p or h100"
+    )
     args = add_arguments(arguments).parse_args()
     if args.chips is None and jax.devices()[0].platform != "cpu":
         here = jax.devices()[0]

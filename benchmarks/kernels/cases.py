@@ -27,9 +27,15 @@ CACHES = ((16, 4096), (16, 16384), (2, 131072))  # B, S for decoding, with the h
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Options of both timing and compiling."""
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), choices=MODELS, help="heads of these models"
+    )
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=list(LENGTHS), help="sequence lengths"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path("benchmarks/results"), help="folder of results"
+    )
     return parser
 
 

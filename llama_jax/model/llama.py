@@ -156,11 +156,11 @@ class Block(nnx.Module):
         self.eps = cfg.norm_eps
 
     def __call__(self, x_BTD, attn_inputs: AttentionInputs, cache=None, layer=None):
-        whole = self.attention.compute.rules.activation_without_tensor("BTD")
-        normed_BTD = reshard(rms_norm(x_BTD, self.attention_norm[...], self.eps), whole)
+        BTD = self.attention.compute.rules.activation_without_tensor("BTD")
+        normed_BTD = reshard(rms_norm(x_BTD, self.attention_norm[...], self.eps), BTD)
         out_BTD, cache = self.attention(normed_BTD, attn_inputs, cache, layer)
         x_BTD = x_BTD + out_BTD
-        normed_BTD = reshard(rms_norm(x_BTD, self.mlp_norm[...], self.eps), whole)
+        normed_BTD = reshard(rms_norm(x_BTD, self.mlp_norm[...], self.eps), BTD)
         return x_BTD + self.mlp(normed_BTD), cache
 
 

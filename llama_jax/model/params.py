@@ -55,7 +55,7 @@ def structure(cfg: ModelConfig, compute: ComputeConfig, unstacked: bool = False)
         return llama
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
-    # The leaves are whole variables: the value of one may be an array or a quantized matrix.
+    # The leaves are nnx.Variables, whose value may be an array or a QuantizedWeight.
     return graphdef, *jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 

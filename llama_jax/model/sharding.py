@@ -41,7 +41,7 @@ class Rules:
     """
 
     weights: tuple[tuple[str, tuple[str, ...]], ...]
-    acts: tuple[tuple[str, tuple[str, ...]], ...]
+    activations: tuple[tuple[str, tuple[str, ...]], ...]
 
     def weight(self, letters: str) -> P:
         """Sharding of a stored weight; a vector (a norm's scale) is replicated."""
@@ -62,11 +62,11 @@ class Rules:
 
         Each mesh axis shards one letter; widths take ``tensor`` before positions do.
         """
-        return _spec(letters, dict(self.acts))
+        return _spec(letters, dict(self.activations))
 
     def activation_without_tensor(self, letters: str) -> P:
         """Sharding of an activation that a weight sharded over ``tensor`` is multiplied with."""
-        rules = {k: tuple(a for a in axes if a != "tensor") for k, axes in self.acts}
+        rules = {k: tuple(a for a in axes if a != "tensor") for k, axes in self.activations}
         return _spec(letters, rules)
 
 
@@ -190,7 +190,7 @@ def _rules(tensor: bool, sequence: bool) -> Rules:
     positions = ("context", "tensor") if sequence else ("context",)
     return Rules(
         weights=tuple({"D": ("fsdp",), **wide}.items()),
-        acts=tuple({"B": ("data", "fsdp"), "T": positions, **wide}.items()),
+        activations=tuple({"B": ("data", "fsdp"), "T": positions, **wide}.items()),
     )
 
 

@@ -239,7 +239,10 @@ def _zeros(*shape, dtype=jnp.float32):
         (dict(positions=_zeros(2, 4)), "positions_BT must be integers"),
         (dict(kv_positions_BS=jnp.zeros((2, 5), jnp.int32)), r"kv_positions_BS .* \(2, 4\)"),
         (dict(segment_ids_BT=_zeros(2, 4)), "segment_ids_BT must be integers"),
-        (dict(kv_segment_ids_BS=jnp.zeros((2, 4), jnp.int32)), "pass the segment ids of the queries too"),
+        (
+            dict(kv_segment_ids_BS=jnp.zeros((2, 4), jnp.int32)),
+            "pass the segment ids of the queries too",
+        ),
         (dict(q_offset=0.5), "q_offset must be integers"),
         (dict(q=_zeros(2, 4, 4, 7), k=_zeros(2, 4, 2, 7), v=_zeros(2, 4, 2, 7)), "an even H"),
         (dict(q=_zeros(0, 4, 4, 8), k=_zeros(0, 4, 2, 8), v=_zeros(0, 4, 2, 8)), "no empty axis"),
@@ -287,7 +290,9 @@ def test_the_platform_is_the_meshs(monkeypatch):
 
 def test_dispatch_names_the_reasons():
     table = {"best": ((PLATFORM,), _cannot), "other": (("elsewhere",), lambda x: x)}
-    with pytest.raises(NotImplementedError, match=f"no implementation for .*{PLATFORM}.* best: only even"):
+    with pytest.raises(
+        NotImplementedError, match=f"no implementation for .*{PLATFORM}.* best: only even"
+    ):
         dispatch.call("op", table, None, 1)
 
 
