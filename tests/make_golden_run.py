@@ -1,15 +1,15 @@
-"""One training run computed without llama_jax: the figures of tests/golden/run/values.npz.
+"""A reference training run computed without llama_jax: tests/golden/run/values.npz.
 
-The reference (:func:`reference`) is torch in float64 and numpy, and shares no code with llama_jax.
-It reads the token shards with a parser of its own, builds batches, segments, positions and masks,
-writes the forward pass by hand, lets autograd differentiate it, and updates with torch's AdamW.
+The reference (:func:`reference`) uses torch in float64 and numpy, and no code of llama_jax. It has
+its own parser of token shards, builds batches, segments, positions and masks, has its own forward
+pass, and uses torch's autograd and AdamW.
 
-Two things are inputs and not recomputed, because they come from random generators of JAX and Grain:
-the initial weights and the order in which sequences are drawn. :func:`record` wrote them once, with
-the prepared data. Both are checked here for what is promised of them: the standard deviations of
-the weights, the share of each source, and that every epoch holds each sequence once.
+Two inputs come from random generators of JAX and Grain and are recorded, not recomputed: the
+initial weights and the order of the sequences. :func:`record` wrote them once, with the prepared
+data. The script checks the standard deviations of the weights, the fraction of each source, and
+that every epoch contains each sequence once.
 
-    PYTHONPATH=. python tests/make_golden_run.py            # the figures, from the recorded inputs
+    PYTHONPATH=. python tests/make_golden_run.py            # from the recorded inputs
     PYTHONPATH=. python tests/make_golden_run.py --record   # data, weights and order as well
 """
 
@@ -163,7 +163,7 @@ def learning_rate(update: int, optim: dict, steps: int) -> float:
 
 
 def reference(order: np.ndarray, initial: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every figure of the run, from the order of the sequences and the initial weights."""
+    """All reference values, from the order of the sequences and the initial weights."""
     import torch
 
     recipe = settings()
@@ -212,7 +212,7 @@ def reference(order: np.ndarray, initial: dict[str, np.ndarray]) -> dict[str, np
 
 
 def evaluate(torch, weights: dict, recipe: dict) -> dict[str, float]:
-    """Validation figures of each source, and of the mixture by the sources' weights."""
+    """Validation losses of each source, and their mean by the sources' weights."""
     train, T = recipe["train"], recipe["data"]["seq_len"]
     rows = train["batch_size"] // train["gradient_accumulation"]
     out: dict[str, float] = {}
@@ -367,14 +367,14 @@ def recorded_weights() -> dict[str, np.ndarray]:
 
 
 def inputs_of(values) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The recorded inputs in the file of figures."""
+    """The recorded inputs in the file of reference values."""
     return values["order"], {
         k.removeprefix("initial/"): values[k] for k in values if k.startswith("initial/")
     }
 
 
 def main(arguments: list[str]) -> None:
-    """Write the figures; with --record, their inputs too."""
+    """Write the reference values; with --record, also their inputs."""
     if arguments == ["--record"]:
         order, initial = record()
     else:

@@ -1,4 +1,4 @@
-"""Joining: what each launcher says, what is missing, and that nothing trains alone by mistake."""
+"""Joining the processes of a job: launcher variables, missing values, and no training alone."""
 
 import os
 import socket
@@ -32,7 +32,7 @@ POD = dict(KUBERNETES_SERVICE_HOST="10.0.0.1", JOB_COMPLETION_INDEX="1")
 
 @pytest.fixture
 def env(monkeypatch):
-    """Sets the environment to these variables alone, of all that launchers set."""
+    """Set the given launcher variables and remove all others."""
 
     def use(variables: dict[str, str]) -> None:
         for name in [n for n in os.environ if n.startswith(PREFIXES)]:
@@ -80,7 +80,7 @@ def env(monkeypatch):
     ],
     ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
 )
-def test_what_launchers_say(env, variables, job):
+def test_launcher_variables(env, variables, job):
     env(variables)
     assert find_job() == job
 
@@ -134,7 +134,7 @@ def test_a_pod_asks_its_cluster(env, monkeypatch):
         start_distributed()
 
 
-def test_a_tpu_vm_always_asks_its_metadata(env, monkeypatch):
+def test_a_tpu_vm_always_asks_its_metadata_server(env, monkeypatch):
     """As Cloud TPU VMs set no variables; without an answer, more hosts than one are an error."""
     from jax._src import cloud_tpu_init
 
@@ -156,7 +156,7 @@ def test_a_tpu_vm_always_asks_its_metadata(env, monkeypatch):
         start_distributed()
 
 
-def test_a_laptop_asks_nothing(env, monkeypatch):
+def test_a_laptop_makes_no_network_request(env, monkeypatch):
     def network(*args, **kwargs):
         raise AssertionError(f"the network: {args}")
 
@@ -204,8 +204,8 @@ distributed.start_distributed()
 """
 
 
-def test_others_that_do_not_come():
-    """Both sides, for real: one line each within the stated time, no C++ stack."""
+def test_processes_that_never_join():
+    """Two real processes: one error line each within the time limit, no C++ stack trace."""
     with socket.socket() as a, socket.socket() as b:
         a.bind(("127.0.0.1", 0))
         b.bind(("127.0.0.1", 0))

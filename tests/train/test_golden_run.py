@@ -1,8 +1,8 @@
-"""One training run against figures computed without llama_jax, and what the run reports of itself.
+"""One training run compared with a reference without llama_jax, and the metrics of the run.
 
 The run is the whole command, on a mesh of eight devices (data, fsdp and context of two each), with
-packed documents, masks, two sources and two accumulation steps; the figures are those of
-tests/make_golden_run.py, in float64.
+packed documents, masks, two sources and two microbatches. The reference values are computed by
+tests/make_golden_run.py in float64.
 """
 
 import json

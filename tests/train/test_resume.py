@@ -1,4 +1,4 @@
-"""A run that is killed, stopped, or moved to other devices goes on as if nothing had happened."""
+"""A run that is killed, stopped or moved to other devices continues as if uninterrupted."""
 
 import json
 import os
@@ -69,7 +69,7 @@ save_every = 2
     return folder
 
 
-# The order of devices on a TPU torus: hosts in turns.
+# The order of devices on a TPU torus: the hosts alternate.
 INTERLEAVED = """
 import sys
 import jax
@@ -151,8 +151,8 @@ def until(process, seen, timeout: float = 120) -> None:
 
 
 def test_a_killed_run_ends_bit_for_bit_as_one_never_killed(place):
-    """Killed while preparing, in the first save, and before a save has its checksums; then its data
-    and text move, and another start finds the folder in use."""
+    """Killed while preparing, during the first save, and before a save has its checksums. Then data
+    and text move, and a concurrent start finds the folder in use."""
     run = place / "killed"
     steps = lambda pattern: {p.name for p in run.glob(f"steps/{pattern}")}
     process = start(place, run.name, "data.prepared=")
@@ -187,7 +187,7 @@ def kill(process) -> None:
 
 
 def test_asked_to_stop_saves_and_continues(place):
-    """Told by both signals, one after the other."""
+    """With SIGTERM, then with Ctrl-C."""
     run = place / "stopped"
     before = 0
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -253,7 +253,7 @@ def test_two_processes_train_save_stop_and_resume_together(place):
     run = place / "two"
     pair = start_two(place, run.name)
     until(pair[0], lambda: count(run) > 2)
-    pair[1].send_signal(signal.SIGTERM)  # one is told, both stop
+    pair[1].send_signal(signal.SIGTERM)  # one receives the signal, both stop
     for process in pair:
         finish(process)
     assert max(int(p.name) for p in (run / "steps").iterdir() if p.name.isdigit()) < STEPS
@@ -266,8 +266,8 @@ def test_two_processes_train_save_stop_and_resume_together(place):
     assert not verify(run)
 
 
-def test_two_processes_whose_devices_take_turns(place):
-    """Each reads every other row; the losses are those of one process."""
+def test_two_processes_with_interleaved_devices(place):
+    """Each process reads every other row; the losses equal those of one process."""
     run = place / "interleaved"
     for process in start_two(place, run.name, devices=4, code=INTERLEAVED):
         assert "interleaved" in finish(process)
@@ -280,7 +280,7 @@ def test_two_processes_whose_devices_take_turns(place):
 
 
 def test_an_error_of_one_process_ends_both_with_it(place):
-    """At the start, of the second; in the loop, of the first, which has the coordinator."""
+    """An error of process 1 at the start, and of process 0 (the coordinator) in the loop."""
     began = time.monotonic()
     pair = start_two(place, "failed", second=("data.prepared=/no/such/shards",))
     for process in pair:
@@ -300,7 +300,7 @@ def test_an_error_of_one_process_ends_both_with_it(place):
 
 
 def test_ctrl_c_ends_every_phase_at_once(place):
-    """Without a traceback, with a line that says what was ended; in the loop the second one."""
+    """Without a traceback and with a line that names the phase; in the loop, the second Ctrl-C."""
     phases = {
         "starting": lambda run: run.parent.exists(),
         "preparing data": lambda run: (run / "data").exists(),

@@ -1,4 +1,4 @@
-"""The step's arithmetic, the run's folder, and what a run does with input that cannot be used."""
+"""The arithmetic of the training step, the run folder, and errors for invalid input."""
 
 import functools
 import json
@@ -70,7 +70,7 @@ FIRST = ("train.profile_steps=[2, 3]", 'train.sample_prompts=["the cat"]')
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a recipe, its text, and a finished run; what is compiled is kept, for the other
+    """A folder with a recipe, its text and a finished run. Compiled programs are cached for other
     runs of the recipe."""
     folder = tmp_path_factory.mktemp("train")
     names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
@@ -134,7 +134,7 @@ def fresh_state(recipe):
     return jax.jit(functools.partial(init_state, recipe, HOW))()
 
 
-def test_a_run_leaves_everything_behind(place):
+def test_a_run_writes_all_its_files(place):
     folder = place / "run"
     for name in ("model.json", "tokenizer.model", "loss.png", "recipe.toml", "steps/6/model"):
         assert (folder / name).exists()
@@ -150,9 +150,9 @@ def test_a_run_leaves_everything_behind(place):
     np.testing.assert_allclose(
         [r["learning_rate"] for r in lines], [schedule(i) for i in range(6)], rtol=1e-6
     )
-    (held_out,) = records(folder, "eval")
-    assert held_out["loss"] < lines[0]["loss"]
-    assert held_out["bits_per_byte"] > 0 < held_out["unigram_entropy"]
+    (val,) = records(folder, "eval")
+    assert val["loss"] < lines[0]["loss"]
+    assert val["bits_per_byte"] > 0 < val["unigram_entropy"]
 
 
 def test_a_finished_run_says_so(run, place):
@@ -170,8 +170,8 @@ def test_a_changed_recipe_on_an_old_folder_is_an_error(run):
     assert "data.seed: was 0, now 3" in err
 
 
-def test_a_loss_that_is_no_number_stops_the_run(run, place, monkeypatch):
-    """The step is named, the last good checkpoint stays, and nothing is saved after it."""
+def test_a_non_finite_loss_stops_the_run(run, place, monkeypatch):
+    """The error names the step; the last good checkpoint stays, and nothing is saved after it."""
     real = loop.make_train_step
 
     def broken(recipe, compute):
@@ -192,7 +192,7 @@ def test_a_loss_that_is_no_number_stops_the_run(run, place, monkeypatch):
     for advice in ("peak_lr=1.0e-02", "skip_batches=[[5,5]]", "restart_from=2"):
         assert advice in err
     assert [p.name for p in sorted((folder / "steps").iterdir())] == ["2", "4"]
-    # The advice after a second one keeps what was left out before.
+    # The advice after a second failure keeps the batches that were skipped before.
     code, _, err = run(
         f"checkpoint.dir={place}/nan3", "optim.peak_lr=0.02", "data.skip_batches=[[1,2]]"
     )
@@ -200,7 +200,7 @@ def test_a_loss_that_is_no_number_stops_the_run(run, place, monkeypatch):
     assert "data.skip_batches=[[1,2],[7,7]] to leave out" in err
     monkeypatch.undo()
 
-    # What was advised can be done, and is exact, stopped on the way or not.
+    # Following the advice gives the same result with and without an interruption.
     shutil.copytree(folder, place / "nan2")
     changes = ["train.restart_from=2", "data.skip_batches=[[4,5],[7,7]]", "optim.peak_lr=1e-2"]
     code, out, _ = run(f"checkpoint.dir={folder}", *changes)
@@ -262,8 +262,8 @@ def contents(*folders):
     return {p: p.read_bytes() for f in folders for p in f.rglob("*") if p.is_file()}
 
 
-def test_a_start_never_rewrites_what_was_saved(run, place):
-    """The text has changed or is gone, the shards have moved, and more steps are asked for."""
+def test_a_start_never_rewrites_saved_files(run, place):
+    """The text has changed or is missing, the shards have moved, and train.steps is larger."""
     folder, data, text = (place / name for name in ("kept", "kept_data", "kept_text"))
     shutil.copytree(place / "run", folder)
     shutil.copytree(place / "data", data)
@@ -288,7 +288,7 @@ def test_a_start_never_rewrites_what_was_saved(run, place):
     assert not changed & {"kept/model.json", "kept/tokenizer.model"}
     assert load_recipe(folder / "recipe.toml").train.steps == 8
 
-    # A tokenizer made again under the shards is found, and the model keeps its own.
+    # A new tokenizer in the data folder is detected, and the model keeps its own.
     train_tokenizer(["other words make another tokenizer " * 9], 280, data / "tokenizer.model")
     code, _, err = run(*new, "train.steps=8")
     assert code == 2
@@ -304,7 +304,7 @@ def test_a_run_folder_has_one_owner(run, place):
 
 
 def test_a_failed_start_leaves_the_folder_free(run, place, monkeypatch):
-    """Nothing is left of it, not even where it fails after preparing; then it can be corrected."""
+    """No recipe is written, even if the run fails after preparing the data; it can be corrected."""
     new = f"checkpoint.dir={place}/🦙 corrected"
     code, _, _ = run(new, "data.sources.words.path=/no/such/folder", "data.prepared=")
     assert code == 2
@@ -316,7 +316,7 @@ def test_a_failed_start_leaves_the_folder_free(run, place, monkeypatch):
     assert not (folder / "recipe.toml").exists()
     monkeypatch.undo()
 
-    # A stop at the last step: saved, and evaluated at the next start.
+    # Stopped at the last step: the run is saved, and the next start evaluates it.
     stop_at(monkeypatch, 6)
     code, out, _ = run(new, "checkpoint.save_every=1000")
     assert code == 0
@@ -360,7 +360,7 @@ def test_fine_tuning_keeps_tokenizer_template_and_stop_ids(run, place):
     assert llm.chat_template == "{{ messages[0].content }}"
 
 
-def test_profiling_of_a_run_that_continues(monkeypatch, tmp_path):
+def test_profiling_of_a_continued_run(monkeypatch, tmp_path):
     done = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: done.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: done.append("stop"))
@@ -415,7 +415,7 @@ def test_accumulation_equals_the_big_batch(place):
     near(results[0][0].optimizer[1].mu, results[1][0].optimizer[1].mu, 1e-5)
 
 
-def test_pieces_of_the_loss_equal_the_whole(place):
+def test_chunked_loss_equals_the_whole(place):
     recipe = recipe_of(place)
     params, shape = fresh_state(recipe).params, structure(recipe.model, HOW)
     microbatch = batch(mask=True).microbatch(0)

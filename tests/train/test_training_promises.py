@@ -1,6 +1,6 @@
-"""Promises of training that a whole run does not show, each with the cheapest test that can fail.
+"""Properties of training that a whole run does not show, each with the cheapest test.
 
-The loop's are tested with a step that computes nothing, so that a run takes seconds.
+The loop is tested with a step that computes nothing, so that a run takes seconds.
 """
 
 import dataclasses
@@ -125,8 +125,8 @@ def test_norm_statistics_are_float32():
     assert (found != want).mean() < 1e-3
 
 
-def test_what_remat_computes_again():
-    """matmuls: no product with a weight a second time; full: all of a layer's that are needed."""
+def test_what_remat_recomputes():
+    """matmuls: no product with a weight is recomputed; full: all that the gradient needs."""
     tokens = np.zeros((1, 8), np.int32)
     params = tools.tree_of(tools.random_weights(CFG))
     products = {}
@@ -135,13 +135,13 @@ def test_what_remat_computes_again():
         gradient = jax.grad(lambda p, build=build: jnp.sum(build(p)(tokens) ** 2))
         text = jax.jit(gradient).lower(params).as_text()
         lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-        # A product with a weight is one of two dimensions; attention's have batch dimensions.
+        # Products with weights have no batch dimensions; those of attention have.
         products[remat] = sum("batching_dims" not in line for line in lines)
     assert products["none"] == products["matmuls"] < products["full"]
 
 
-def test_a_request_to_stop_on_any_device_is_seen():
-    """One process, whose flag is returned as it is; and one device of eight."""
+def test_a_request_to_stop_by_any_process_stops_all():
+    """With one process, the flag itself; with several, a flag per device (here eight devices)."""
     mesh = jax.make_mesh((8, 1, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 4)
     assert any_process(True, mesh) is True
     assert any_process(False, mesh) is False
@@ -169,7 +169,7 @@ def test_dtypes_follow_the_platform():
 
 
 def a_run(monkeypatch, folder: Path, metrics_of, *overrides: str) -> int:
-    """The command's exit code, on the recipe of the golden run with a step that only counts.
+    """The exit code of the command, on the recipe of the golden run with a step that only counts.
 
     ``metrics_of(step)`` replaces metrics of that step (a traced number from 1).
     """
@@ -194,8 +194,8 @@ def a_run(monkeypatch, folder: Path, metrics_of, *overrides: str) -> int:
     return main([str(golden.FOLDER / "recipe.toml"), *paths, *more, *overrides])
 
 
-def test_a_step_is_looked_at_before_it_is_saved(monkeypatch, tmp_path, capsys):
-    """A gradient that is no number, at a step that would be saved, between two log lines."""
+def test_a_step_is_checked_before_it_is_saved(monkeypatch, tmp_path, capsys):
+    """A gradient that is not finite, at a step that would be saved, between two log lines."""
     bad = lambda step: {"grad_norm": jnp.where(step == 6, jnp.nan, 1.0)}
     assert a_run(monkeypatch, tmp_path, bad, "checkpoint.save_every=3") == 1
     assert "step 6: loss 1.0, gradient norm nan" in capsys.readouterr().err
@@ -244,7 +244,7 @@ def abstract(size: int = 6) -> tuple[dict, dict]:
 
 
 def test_a_finished_save_gets_its_checksums_without_another(tmp_path):
-    """The loop polls at each log line: a run killed long after a save leaves it checked."""
+    """The loop polls at each log line, so a run killed long after a save has its checksums."""
     checkpoints = Checkpoints(tmp_path, 2)
     save(checkpoints, 1)
     sums = lambda: list((tmp_path / "steps").glob("1/checksums*.json"))
@@ -257,7 +257,7 @@ def test_a_finished_save_gets_its_checksums_without_another(tmp_path):
 
 
 def test_a_failed_save_leaves_nothing(tmp_path):
-    """A disk that is full gets no fuller; the step before is all that there is."""
+    """A failed save on a full disk removes its files; the previous step remains."""
     checkpoints = Checkpoints(tmp_path, 2)
     save_whole(checkpoints, 1, 6)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -272,7 +272,7 @@ def test_a_failed_save_leaves_nothing(tmp_path):
 
 
 def test_the_run_record_is_checked_too(tmp_path):
-    """A changed data position would continue on other sequences without a word."""
+    """Otherwise a changed data position would silently continue with other sequences."""
     checkpoints = Checkpoints(tmp_path, 2)
     save(checkpoints, 1)
     checkpoints.close()
@@ -285,7 +285,7 @@ def test_the_run_record_is_checked_too(tmp_path):
 
 
 def test_the_newest_weights_are_loaded(tmp_path):
-    """Newest by number: 10 comes after 9."""
+    """Newest by number: 10 is after 9."""
     checkpoints = Checkpoints(tmp_path, 3)
     for step in (9, 10):
         save(checkpoints, step)
@@ -389,7 +389,7 @@ def test_a_text_changed_in_place_is_prepared_again(tmp_path):
 
 
 def test_a_damaged_metrics_file_does_not_end_a_run(tmp_path):
-    """Lines after a damaged one are lost, and those of steps that will be made again."""
+    """Lines after a damaged one are dropped, and those of steps that will be repeated."""
     record = {"kind": "train", "tokens": 1, "loss": 1.0}
     line = lambda step: json.dumps(record | {"step": step}) + "\n"
     file = tmp_path / "metrics.jsonl"
