@@ -190,8 +190,8 @@ def _read_quantized(
     folder: Path, cfg: ModelConfig, name: str, stack: jax.ShapeDtypeStruct, kind: str
 ) -> Iterator[QuantizedWeight]:
     """A matrix of each layer, stored quantized by `convert --quantize`."""
-    row = next(row for row in TABLE if row.path == name)
-    shapes = [(part.path, (cfg.num_layers, *part.shape(cfg))) for part in row.parts(kind)]
+    matrix = next(spec for spec in TABLE if spec.path == name)
+    shapes = [(part.path, (cfg.num_layers, *part.shape(cfg))) for part in matrix.stored(kind)]
     scales, integers = (load_layers(folder, *of) for of in shapes)
     inputs, out = _spec(stack)
     grouped = kind == "int4"
