@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -49,6 +50,9 @@ def test_every_direct_dependency_has_an_upper_bound():
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert "-c constraints.txt" in REQUIREMENTS
     assert names(REQUIREMENTS) <= names(constraints)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for extra in project["optional-dependencies"].values():
+        assert names(line for line in extra if "==" not in line) <= names(constraints)
     assert all(re.fullmatch(r"#.*|\S+<=[\w.]+", line) for line in constraints)
 
 
