@@ -295,7 +295,10 @@ class LLM:
           where: what errors call it.
         """
         vocab_size = self.cfg.vocab_size
-        if not isinstance(prompt, str) and _is_ids(prompt):
+        if not isinstance(prompt, str):
+            if not _is_ids(prompt):
+                kind = type(prompt).__name__
+                raise ValueError(f"{where} must be text or token ids, not {kind}: {prompt!r:.60}")
             ids = list(map(int, prompt))
             if wrong := [i for i in ids if not 0 <= i < vocab_size]:
                 raise ValueError(

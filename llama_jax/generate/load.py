@@ -276,14 +276,14 @@ def _check_mesh(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> None:
     wide = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1 and axis != "tensor"]
     if wide:
         raise ValueError(
-            f"the mesh has {', '.join(wide)}: sampling splits a model over tensor alone; "
-            "make_mesh(MeshConfig(preset='fsdp_tensor', fsdp=1, tensor=-1)) takes every device"
+            f"the mesh has {', '.join(wide)}: generation shards a model over tensor only; "
+            "make_mesh(MeshConfig(preset='fsdp_tensor', fsdp=1, tensor=-1)) uses all devices"
         )
-    num_shards = mesh.shape["tensor"]
+    tensor = mesh.shape["tensor"]
     sizes = dict(num_kv_heads=cfg.num_kv_heads, ffn_dim=cfg.ffn_dim, vocab_size=cfg.vocab_size)
-    if bad := [f"{name}={size}" for name, size in sizes.items() if size % num_shards]:
+    if bad := [f"{name}={size}" for name, size in sizes.items() if size % tensor]:
         raise ValueError(
-            f"the mesh's tensor={num_shards} does not divide {', '.join(bad)} of this model"
+            f"the mesh's tensor={tensor} does not divide {', '.join(bad)} of this model"
         )
 
 

@@ -151,7 +151,7 @@ def test_over_several_devices(folders):
     for name in ("None", "int4"):
         llm = llama_jax.load(folders / name, quantize="int4", mesh=mesh(2, fsdp=1, tensor=2))
         assert llm.params["blocks"][0]["mlp"]["down"].q.dtype == jnp.int4
-    with pytest.raises(ValueError, match=r"the mesh has fsdp=8: sampling splits .* tensor alone"):
+    with pytest.raises(ValueError, match=r"the mesh has fsdp=8: generation shards .* tensor only"):
         llama_jax.load(folders / "int4", mesh=mesh(8))
     message = "tensor=8 does not divide num_kv_heads=4, vocab_size=300 of this model"
     with pytest.raises(ValueError, match=message):

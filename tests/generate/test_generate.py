@@ -352,9 +352,9 @@ def test_a_mesh_gives_the_same_text(llm, tokenizer):
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        (5, {}, "the prompt must be a string, not int: 5"),
-        (["a", None], {}, r"prompts\[1\] must be a string, not NoneType"),
-        (b"a", {}, "the prompt must be a string, not bytes: b'a'"),
+        (5, {}, "the prompt must be text or token ids, not int: 5"),
+        (["a", None], {}, r"prompts\[1\] must be text or token ids, not NoneType"),
+        (b"a", {}, "the prompt must be text or token ids, not bytes: b'a'"),
         ("a\ud800", {}, "the prompt is not valid Unicode: .* at 1"),
         (["a", "cat " * 400], {}, r"prompts\[1\] has \d+ tokens"),
         # As large as its key would be another's.
@@ -368,7 +368,7 @@ def test_a_mesh_gives_the_same_text(llm, tokenizer):
         ("cat " * 400, {}, r"the prompt has \d+ tokens; the model's context is 400"),
         ([5, 300], {}, "the prompt has token id 300; those of the model are 0 to 299"),
         ([[5], [-1]], {}, r"prompts\[1\] has token id -1"),
-        ([5, True], {}, r"prompts\[0\] must be a string, not int: 5"),
+        ([5, True], {}, r"prompts\[0\] must be text or token ids, not int: 5"),
         (["a", []], {}, r"prompts\[1\] is empty"),
         ([5] * 400, {}, "the prompt has 400 tokens"),
         ("a", {"top_logprobs": 21}, "top_logprobs=21 must be at most 20"),

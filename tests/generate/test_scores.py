@@ -116,7 +116,7 @@ def test_ids_are_scored_as_their_text(llm):
     assert abs(llm.perplexity(ids) / want.perplexity - 1) < 1e-6
     with pytest.raises(ValueError, match=r"texts\[1\] has token id 300; those of the model"):
         llm.score([[5], [300]])
-    with pytest.raises(ValueError, match="the text must be a string"):
+    with pytest.raises(ValueError, match="the text must be text or token ids, not NoneType"):
         llm.score(None)
 
 
