@@ -1,10 +1,12 @@
 """Loading weights of Hugging Face and Meta: converted once, to a cache."""
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,30 +109,50 @@ def test_a_source_that_does_not_fit_is_not_converted(source, tmp_path, monkeypat
     assert not (tmp_path / "cache").exists()
 
 
-LOAD = "import sys, llama_jax; llama_jax.load(sys.argv[1])"
 KILLED = """
 import os, signal, sys, llama_jax
 from llama_jax.convert import job
 job._write_small_files = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 llama_jax.load(sys.argv[1])
 """
+SLOW = """
+import pathlib, sys, time, llama_jax
+from llama_jax.convert import job
+write = job._write_small_files
+def slow(*args):
+    pathlib.Path(sys.argv[2]).touch()
+    while not pathlib.Path(sys.argv[3]).exists():
+        time.sleep(0.01)
+    time.sleep(1)
+    return write(*args)
+job._write_small_files = slow
+llama_jax.load(sys.argv[1])
+"""
 
 
-def start(source, code=LOAD):
+def start(code, *args):
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", code, str(source)]
+    command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_killed_conversion_and_two_processes_at_once(source, cache, tmp_path):
+def test_a_killed_conversion_and_two_processes_at_once(source, cache, tmp_path, capfd, monkeypatch):
     """An incomplete conversion is not read; of two processes one converts, the other waits."""
-    killed = start(source, KILLED)
+    killed = start(KILLED, source)
     _, err = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, err
     assert all(p.name.endswith(".partial") for p in cache())
-    both = [start(source) for _ in range(2)]
-    errors = [process.communicate()[1] for process in both]
-    assert [p.returncode for p in both] == [0, 0], errors
-    assert sum("converting" in e for e in errors) == 1
+    converting, waiting = tmp_path / "converting", tmp_path / "waiting"
+    other = start(SLOW, source, converting, waiting)
+    while not converting.exists():
+        assert other.poll() is None
+        time.sleep(0.01)
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *args: waiting.touch() or flock(*args))
+    text = text_of(source)
+    assert "converting" not in capfd.readouterr().err
+    _, err = other.communicate()
+    assert other.returncode == 0, err
+    assert err.startswith("converting ")
     (converted,) = cache()
-    assert text_of(converted) == text_of(job.convert(source, tmp_path / "converted"))
+    assert text_of(converted) == text == text_of(job.convert(source, tmp_path / "converted"))
