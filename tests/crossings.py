@@ -82,7 +82,7 @@ def main() -> None:
             if "__main__" not in module.name:
                 importlib.import_module(module.name)
     import llama_jax
-    from llama_jax.convert import job
+    from llama_jax.convert import __main__ as convert
     from llama_jax.train import __main__ as train
     from llama_jax.train import loop
 
@@ -101,9 +101,9 @@ def main() -> None:
         llm = llama_jax.load(str(ours))
         with generation:
             llm.generate("def main(", max_new_tokens=1)
-        assert job.main([str(ours), str(hf), "--to", "hf"]) == 0
+        assert convert.main([str(ours), str(hf), "--to", "hf"]) == 0
         with conversion:
-            assert job.main([str(hf), str(Path(temporary, "back"))]) == 0
+            assert convert.main([str(hf), str(Path(temporary, "back"))]) == 0
     training.report("training", list_pairs)
     generation.report("generation", list_pairs)
     conversion.report("conversion", list_pairs)
