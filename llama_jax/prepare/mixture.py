@@ -35,7 +35,7 @@ from llama_jax.data.manifest import (
 from llama_jax.data.tokenizer_files import MODEL_FILE
 from llama_jax.io import read_json_or_empty, sha256
 from llama_jax.prepare.source import prepare_source, wait_for_lock
-from llama_jax.prepare.split import check_val_fraction, split_rule
+from llama_jax.prepare.split import SplitRule, check_val_fraction, split_rule
 from llama_jax.prepare.text import find_files
 from llama_jax.prepare.tokenizer import check_tokenizer, choose_tokenizer, install_tokenizer
 
@@ -74,7 +74,8 @@ def prepare_mixture(
     """
     out = Path(out_dir)
     given = {n: s for n, source in data.sources.items() if (s := _prepared(n, source))}
-    prepared = {**given, **(_other_sources(out, data) if keep_sources else {})}
+    others = _other_sources(out, data) if keep_sources else {}
+    prepared = {**given, **others}
     manifests = {name: source.manifest for name, source in prepared.items()}
     raw = {
         name: find_files(name, source.path, data.skip_bad_lines)
@@ -83,6 +84,8 @@ def prepare_mixture(
     }
     check_val_fraction(data, manifests, bool(raw))
     rule = split_rule(raw.values(), data.val_fraction, manifests.values())
+    for name, source in others.items():
+        _warn_of_leak(name, source, rule)
     out.mkdir(parents=True, exist_ok=True)
 
     with wait_for_lock(out):
@@ -143,6 +146,16 @@ def _other_sources(out: Path, data: DataConfig) -> dict[str, PreparedSource]:
         )
     others = {name: entry for name, entry in _entries(out).items() if name not in data.sources}
     return {name: PreparedSource(*find_source(out, name, entry)) for name, entry in others.items()}
+
+
+def _warn_of_leak(name: str, source: PreparedSource, rule: SplitRule) -> None:
+    """Log that new exceptions of the split rule were not applied to a prepared source."""
+    applied = source.manifest.get("made_from", {}).get("split", {}).get("held_out", ())
+    if new := rule.val_keys - set(applied):
+        log.warning(
+            f"validation documents of small sources ({len(new)}) may be training documents of "
+            f"source {name}, which was prepared before; run this command for source {name} again"
+        )
 
 
 def _entry(name: str, source: SourceConfig, out: Path, is_given: bool) -> dict[str, Any]:

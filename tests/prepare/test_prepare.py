@@ -918,6 +918,26 @@ def test_a_source_is_added_to_a_folder(tmp_path):
     assert list(manifest(out)["sources"]) == ["b"]
 
 
+def test_an_added_small_source_does_not_leak(tmp_path, model, caplog):
+    """Its validation document may be a training document of a source that was there before."""
+    docs = sorted(texts(100), key=text_module._key)
+    big, few = jsonl(tmp_path / "big.jsonl", docs), jsonl(tmp_path / "few.jsonl", docs[40:45])
+    out, given = tmp_path / "out", ["--tokenizer", model, "--val-fraction", "0.05"]
+    main([str(out), "--source", f"big={big}", *given])
+    assert "validation documents" not in caplog.text
+    main([str(out), "--source", f"few={few}", *given])
+    assert "of small sources (1) may be training documents of source big" in caplog.text
+    caplog.clear()
+    main([str(out), "--source", f"big={big}", *given])
+    assert not {tuple(d) for d in documents(out / "few", "holdout")} & {
+        tuple(d) for d in documents(out / "big", "train")
+    }
+    before = contents(out)
+    main([str(out), "--source", f"few={few}", *given])
+    assert contents(out) == before
+    assert "validation documents" not in caplog.text
+
+
 def test_import_is_cheap_and_without_side_effects():
     code = (
         "import sys, threading, llama_jax.prepare as p\n"
