@@ -84,8 +84,8 @@ def prepare_mixture(
     }
     check_val_fraction(data, manifests, bool(raw))
     rule = split_rule(raw.values(), data.val_fraction, manifests.values())
-    for name, source in others.items():
-        _warn_of_leak(name, source, rule)
+    for name, other in others.items():
+        _warn_of_leak(name, other, rule)
     out.mkdir(parents=True, exist_ok=True)
 
     with wait_for_lock(out):
@@ -94,8 +94,8 @@ def prepare_mixture(
         tokenizer, trained_on = choose_tokenizer(data, vocab_size, out, raw, rule, folder)
         check_tokenizer(tokenizer, vocab_size, prepared)
         tokenizer = install_tokenizer(tokenizer, out)
-    for name, source in raw.items():
-        prepare_source(source, data, rule, tokenizer, out / name)
+    for name, text in raw.items():
+        prepare_source(text, data, rule, tokenizer, out / name)
     with wait_for_lock(out):
         sources = _entries(out) if keep_sources else {}
         for name, source in data.sources.items():

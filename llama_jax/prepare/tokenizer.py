@@ -30,7 +30,7 @@ _CHECKED_BYTES = 2**20
 _TRAINED_ON = ".tokenizer.json"
 
 # Settings of the trainer and normaliser that are stored in LLaMA's tokenizer.model.
-TRAINER = dict(
+TRAINER: dict[str, Any] = dict(
     model_type="bpe",
     character_coverage=0.99995,
     split_digits=True,
