@@ -1,8 +1,8 @@
-"""The ``manifest.json`` of prepared data: what it holds, how it is read and checked.
+"""The ``manifest.json`` of prepared data: its fields, and how it is written, read and checked.
 
-:mod:`llama_jax.prepare` writes two kinds: one of a source (its shards) and one of a mixture (its
-tokenizer and sources). Every field is checked when a manifest is read, since it may be damaged or
-come from elsewhere; :func:`verify` compares all files with their hashes.
+:mod:`llama_jax.prepare` writes one manifest for each source (its shards) and one for the mixture
+(its tokenizer and sources). Every field is checked when a manifest is read; :func:`verify` compares
+all files with their hashes.
 """
 
 import contextlib
@@ -29,17 +29,17 @@ _BLOCK = 2**24  # bytes that verify reads at a time
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-# Names of files and folders inside the prepared folder: no separators, no "..".
+# A file or folder inside the prepared folder: no separator, no "..".
 Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 
 
 class _Checked(pydantic.BaseModel):
-    # An unknown field is a known one whose name was altered.
+    # Unknown fields are refused: they may be known fields with a damaged name.
     model_config = pydantic.ConfigDict(strict=True, extra="forbid")
 
 
 class Shard(_Checked):
-    """Two files: NAME.tokens and NAME.starts."""
+    """Two files: NAME.tokens, and NAME.starts with the offset of each document in tokens."""
 
     name: Name
     tokens: Annotated[Count, Field(gt=0)]
@@ -49,7 +49,7 @@ class Shard(_Checked):
 
 
 class Split(_Checked):
-    """Shards of one side, and their sums."""
+    """The shards of one split, and their sums."""
 
     documents: Count
     tokens: Count
@@ -67,14 +67,14 @@ class Split(_Checked):
 
 
 class Splits(_Checked):
-    """Both sides."""
+    """Training and validation text."""
 
     train: Split
     holdout: Split
 
 
 class SourceManifest(_Checked):
-    """Of a source."""
+    """The manifest of a source."""
 
     format: Literal[1]
     name: Name
@@ -114,7 +114,7 @@ class SourceEntry(_Checked):
 
 
 class MixtureManifest(_Checked):
-    """Of a mixture."""
+    """The manifest of a mixture."""
 
     format: Literal[1]
     tokenizer: TokenizerEntry
@@ -123,12 +123,12 @@ class MixtureManifest(_Checked):
 
 
 def digest(content: Any) -> str:
-    """Hash of plain values: nested lists, dicts, numbers and strings."""
+    """SHA-256 of plain values: nested lists, dicts, numbers and strings."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Write a manifest with the hash of its own content; returns what was written."""
+    """Write a manifest with the hash of its own content; returns the content."""
     content = content | {"sha256": digest({k: v for k, v in content.items() if k != "sha256"})}
     atomic_write(folder / MANIFEST, json.dumps(content, indent=1).encode())
     return content
@@ -138,7 +138,7 @@ def read_manifest(folder: Path, kind: type[_Checked]) -> dict[str, Any]:
     """The checked manifest of a folder, as nested plain values.
 
     Raises:
-      ValueError: missing, of another version, altered, or a field is wrong; names the field.
+      ValueError: the manifest is missing, altered or of another version, or a field is wrong.
     """
     path = folder / MANIFEST
     try:
@@ -155,7 +155,7 @@ def read_manifest(folder: Path, kind: type[_Checked]) -> dict[str, Any]:
             f"{path} has format {given}, this version reads {FORMAT}; prepare {folder} again"
         )
     try:
-        # Through JSON: there, pydantic's strict mode converts nothing.
+        # From JSON, because pydantic's strict mode then converts no values.
         kind.model_validate_json(json.dumps(content))
     except pydantic.ValidationError as e:
         error = e.errors(include_url=False)[0]
@@ -170,20 +170,24 @@ def read_manifest(folder: Path, kind: type[_Checked]) -> dict[str, Any]:
     without = {k: v for k, v in content.items() if k != "sha256"}
     if "sha256" in content and content["sha256"] != digest(without):
         raise ValueError(
-            f"{path} was altered: its content does not have the hash that it states; prepare "
-            f"{folder} again"
+            f"{path} was altered: its content does not match its sha256; prepare {folder} again"
         )
     return content
 
 
 def find_source(folder: Path, name: str, entry: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Folder and manifest of a mixture's source, also after the mixture or the source was moved.
+    """Folder and manifest of a source of a mixture, also after one of them was moved.
 
-    Looked for, by the hash of its manifest: where it was, at the same place relative to the
-    mixture, inside the mixture, and beside it.
+    The source is recognised by the hash of its manifest. It is searched at its recorded path, at
+    the recorded path relative to the mixture, inside the mixture, and beside the mixture.
+
+    Args:
+      folder: the mixture.
+      name: of the source.
+      entry: of the source in the mixture's manifest.
 
     Raises:
-      ValueError: in none of these places, or damaged.
+      ValueError: the source is in none of these places, or damaged.
     """
     wanted = entry.get("content")
     first = folder / entry["folder"]
@@ -196,7 +200,7 @@ def find_source(folder: Path, name: str, entry: dict[str, Any]) -> tuple[Path, d
             continue
         if not wanted or digest(manifest) == wanted:
             return place, manifest
-        problem = problem or f"{place} was prepared again since"
+        problem = problem or f"{place} was prepared again afterwards"
     if (first / MANIFEST).exists() or not wanted:
         raise ValueError(f"source {name} of {folder}: {problem}")
     raise ValueError(
@@ -216,7 +220,7 @@ def _places(folder: Path, name: str, entry: dict[str, Any]) -> Iterator[Path]:
 
 
 def check_file(path: Path, size: int) -> os.stat_result:
-    """The state of a shard's file; ValueError if it is missing or not of the size stated."""
+    """`stat` of a shard's file; raises ValueError if it is missing or has another size."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -229,17 +233,17 @@ def check_file(path: Path, size: int) -> os.stat_result:
     return found
 
 
-# All of it, byte for byte ------------------------------------------------------------------------
+# Check of all contents ---------------------------------------------------------------------------
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Compare every file of a prepared mixture or source with what its manifest says.
+    """Compare every file of a prepared mixture or source with its manifest.
 
-    Sizes, SHA-256 of shards, manifests and tokenizers, ids within the vocabulary, documents in
-    order. Reads everything, in bounded memory; shows progress in a terminal.
+    Checks sizes, SHA-256 of shards, manifests and tokenizers, that ids are in the vocabulary, and
+    that document offsets increase. Uses bounded memory and shows progress in a terminal.
 
     Returns:
-      The problems, each with the file's name; none if all is as it was prepared.
+      One line per problem, which names the file; empty if there is none.
     """
     folder = Path(folder)
     try:
@@ -262,7 +266,7 @@ def verify(folder: str | Path) -> list[str]:
 
 
 def check_tokenizer(path: Path, wanted: str) -> list[str]:
-    """What is wrong with a tokenizer's file: missing, or of another hash."""
+    """Problems with a tokenizer's file: it is missing, or has another hash."""
     if not path.is_file():
         return [f"tokenizer {path} is missing; prepare the data again"]
     if (found := sha256(path)) != wanted:
@@ -275,7 +279,7 @@ def check_tokenizer(path: Path, wanted: str) -> list[str]:
 
 def _verify_source(folder: Path, manifest: dict[str, Any]) -> list[str]:
     problems = []
-    # One that prepare made has a tokenizer; a manifest written by hand may have none.
+    # `prepare` always writes a tokenizer; other programs may not.
     if manifest.get("made_from") or (folder / "tokenizer.model").exists():
         problems += check_tokenizer(folder / "tokenizer.model", manifest["tokenizer_sha256"])
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
@@ -293,9 +297,9 @@ def _verify_source(folder: Path, manifest: dict[str, Any]) -> list[str]:
 def _verify_shard(
     folder: Path, shard: dict[str, Any], dtype: np.dtype, vocab_size: int, bar: tqdm
 ) -> None:
-    tokens, starts = (folder / f"{shard['name']}.{kind}" for kind in ("tokens", "starts"))
+    tokens, offsets = (folder / f"{shard['name']}.{kind}" for kind in ("tokens", "starts"))
     check_file(tokens, shard["tokens"] * dtype.itemsize)
-    check_file(starts, shard["documents"] * 8)
+    check_file(offsets, shard["documents"] * 8)
     found = hashlib.sha256()
     largest = 0
     for block in _blocks(tokens, bar):
@@ -307,11 +311,11 @@ def _verify_shard(
         raise ValueError(f"shard {tokens} has id {largest}, outside the vocabulary of {vocab_size}")
     found = hashlib.sha256()
     last = -1
-    for block in _blocks(starts, bar):
+    for block in _blocks(offsets, bar):
         found.update(block)
-        last = check_starts(starts, np.frombuffer(block, "<u8"), last, shard["tokens"])
+        last = check_doc_offsets(offsets, np.frombuffer(block, "<u8"), last, shard["tokens"])
     if found.hexdigest() != shard["starts_sha256"]:
-        raise ValueError(f"shard {starts} was altered: another sha256; prepare the source again")
+        raise ValueError(f"shard {offsets} was altered: another sha256; prepare the source again")
 
 
 def _blocks(path: Path, bar: tqdm) -> Iterator[bytes]:
@@ -321,23 +325,35 @@ def _blocks(path: Path, bar: tqdm) -> Iterator[bytes]:
             bar.update(len(block))
 
 
-def check_starts(path: Path, starts: np.ndarray, before: int, tokens: int) -> int:
-    """Documents start one after the other, the first at 0; returns where the last one starts."""
-    if not in_order(starts, before + 1, tokens) or (before < 0 and starts[0]):
-        raise unordered(path)
-    return int(starts[-1])
+def check_doc_offsets(path: Path, offsets: np.ndarray, previous: int, tokens: int) -> int:
+    """Check that document offsets increase, from 0 in a new shard, and stay below ``tokens``.
+
+    Args:
+      path: the file, for the error.
+      offsets: all offsets of the file, or a block of them.
+      previous: last offset of the block before; -1 for the first block.
+      tokens: tokens of the shard.
+
+    Returns:
+      The last offset.
+
+    Raises:
+      ValueError: the offsets are damaged.
+    """
+    if not is_increasing(offsets, previous + 1, tokens) or (previous < 0 and offsets[0]):
+        raise offsets_error(path)
+    return int(offsets[-1])
 
 
-def in_order(starts: np.ndarray, low: int, high: int) -> bool:
-    """Whether they increase, from ``low`` on and below ``high``."""
-    if not len(starts):
+def is_increasing(offsets: np.ndarray, low: int, high: int) -> bool:
+    """Whether the offsets increase strictly and are in ``[low, high)``."""
+    if not len(offsets):
         return True
-    return bool(low <= starts[0] and starts[-1] < high and (starts[1:] > starts[:-1]).all())
+    return bool(low <= offsets[0] and offsets[-1] < high and (offsets[1:] > offsets[:-1]).all())
 
 
-def unordered(path: Path) -> ValueError:
-    """The error of a file of starts that are not in order."""
+def offsets_error(path: Path) -> ValueError:
+    """The error for a file of document offsets that do not increase."""
     return ValueError(
-        f"shard {path} is damaged: documents do not start one after the other; prepare the "
-        "source again"
+        f"shard {path} is damaged: document offsets do not increase; prepare the source again"
     )

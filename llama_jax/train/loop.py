@@ -23,7 +23,7 @@ from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
 from llama_jax.checkpoint.weights import check_weights, load_weights, whole_steps
 from llama_jax.config import ConfigError, Recipe
 from llama_jax.data.batch import Batch, ShardBatch, abstract_batch
-from llama_jax.data.mixture import TrainData, eval_batches, held_out
+from llama_jax.data.mixture import TrainData, eval_batches, val_stats
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model.sharding import changed_settings, mesh_for
 from llama_jax.train import inputs, metrics, run_folder
@@ -391,7 +391,7 @@ class Trainer:
         if not hasattr(self, "_eval_step"):
             self._eval_step = jax.jit(make_eval_step(recipe, self.compute))
             self._val_targets = {
-                name: held_out(self.mixture, recipe.data, rows, max_batches, name)
+                name: val_stats(self.mixture, recipe.data, rows, max_batches, name)
                 for name in sources
             }
         losses = {}

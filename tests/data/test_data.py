@@ -17,17 +17,18 @@ import pytest
 
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data import mixture as data_module
+from llama_jax.data import sequences
 from llama_jax.data.batch import Batch
+from llama_jax.data.manifest import verify
 from llama_jax.data.mixture import (
-    Mixing,
     Mixture,
-    TokenStream,
+    MixtureSampler,
     TrainData,
-    Windows,
     eval_batches,
-    held_out,
     open_mixture,
+    val_stats,
 )
+from llama_jax.data.sequences import SequenceDataset, TokenStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.prepare.tokenizer import train_tokenizer
 
@@ -151,7 +152,7 @@ def reference(docs: list[list[int]], index: int, segments: bool) -> dict[str, li
 def test_windows_equal_a_slow_reference(mixture, split, packing):
     for name, source in mixture.sources.items():
         docs = documents(mixture, name, split)
-        windows = Windows(source, config(packing), split)
+        windows = SequenceDataset(source, config(packing), split)
         tokens = sum(map(len, docs))
         assert len(windows) == (tokens - 1) // T
         assert windows.padded_len == math.ceil((tokens - 1) / T)
@@ -215,7 +216,7 @@ PAPER = [0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02]
 
 @pytest.mark.parametrize("weights", [[3.0, 1.5, 0.1], [1.0], [1 / 3, 2 / 3], PAPER])
 def test_mixture_is_exact(weights):
-    mixing = Mixing(weights, 1, range(1))
+    mixing = MixtureSampler(weights, 1, range(1))
     total = sum(Fraction(str(w)) for w in weights)
     seen: Counter[int] = Counter()
     for place in range(3000):
@@ -233,7 +234,7 @@ def test_mixture_is_exact(weights):
 def windows_of(mixture: Mixture) -> dict[bytes, list[tuple[str, int]]]:
     found: dict[bytes, list[tuple[str, int]]] = {}
     for name, source in mixture.sources.items():
-        windows = Windows(source, config(), "train")
+        windows = SequenceDataset(source, config(), "train")
         for i in range(len(windows)):
             found.setdefault(windows[i].inputs_BT.tobytes(), []).append((name, i))
     assert all(len(places) == 1 for places in found.values())
@@ -244,7 +245,7 @@ def test_realised_mixture_and_epochs(mixture):
     """Counted from the batches themselves: shares, and every sequence once an epoch."""
     where = windows_of(mixture)
     data = TrainData(mixture, config(), 10)
-    lengths = {n: len(Windows(s, config(), "train")) for n, s in mixture.sources.items()}
+    lengths = {n: len(SequenceDataset(s, config(), "train")) for n, s in mixture.sources.items()}
     order: dict[str, list[int]] = {n: [] for n in lengths}
     assert {n: p.epochs for n, p in data.progress().items()} == {"a": 0, "b": 0, "c": 0}
     for _ in range(60):
@@ -367,7 +368,7 @@ def test_position_in_other_data_is_an_error(mixture, change, named):
         change = {}
     batch_size = change.pop("batch_size", 4)
     other = TrainData(mixture, config(**change), batch_size)
-    with pytest.raises(ValueError, match=f"in other data: {named} changed"):
+    with pytest.raises(ValueError, match=f"belongs to other data: {named} changed"):
         other.restore(state)
     other.close()
 
@@ -387,7 +388,7 @@ def test_closing_ends_the_threads(mixture):
 
 
 @pytest.mark.parametrize("packing", ["concat", "segments"])
-def test_evaluation_covers_every_held_out_token_once(mixture, packing):
+def test_evaluation_covers_every_validation_token_once(mixture, packing):
     for name in mixture.sources:
         docs = documents(mixture, name, "holdout")
         batches = list(eval_batches(mixture, config(packing), 4, 10**6, name))
@@ -414,7 +415,7 @@ def test_evaluation_is_spread_and_the_same_on_any_number_of_hosts(mixture):
         assert same(together(parts, shares), everything)
 
 
-def test_held_out_figures(mixture):
+def test_val_stats(mixture):
     """Bytes are those of the text; the entropy is that of the counted targets."""
     tokenizer = Tokenizer.load(mixture.tokenizer)
     for name in mixture.sources:
@@ -424,18 +425,18 @@ def test_held_out_figures(mixture):
             ("concat", [t for d in docs for t in d][1:]),
             ("segments", [t for d in docs for t in d[1:]]),
         ):
-            found = held_out(mixture, config(packing), 4, 10**6, name)
+            found = val_stats(mixture, config(packing), 4, 10**6, name)
             assert (found.tokens, found.text_bytes) == (len(targets), text_bytes)
             shares = [c / len(targets) for c in Counter(targets).values()]
             entropy = -sum(p * math.log(p) for p in shares)
             assert found.unigram_entropy == pytest.approx(entropy, rel=1e-12)
-        part = held_out(mixture, config(), 4, 1, name)
+        part = val_stats(mixture, config(), 4, 1, name)
         assert part.tokens == 4 * T
         assert 0 < part.text_bytes < text_bytes
 
 
-def test_no_held_out_window_in_training(tmp_path):
-    """Through prepare: no held-out document is met in an epoch of training."""
+def test_no_validation_window_in_training(tmp_path):
+    """Through prepare: no validation document is met in an epoch of training."""
     from llama_jax.prepare.mixture import prepare_mixture
 
     path = tmp_path / "a.jsonl"
@@ -448,7 +449,7 @@ def test_no_held_out_window_in_training(tmp_path):
     held = {tuple(d) for d in documents(mixture, "a", "holdout")}
     kept = {tuple(d) for d in documents(mixture, "a", "train")}
     assert len(held) > 30
-    windows = Windows(mixture.sources["a"], cfg, "train")
+    windows = SequenceDataset(mixture.sources["a"], cfg, "train")
     data = TrainData(mixture, cfg, 1)
     met = set()
     for batch in take(data, len(windows)):
@@ -474,33 +475,34 @@ def test_rows_outside_the_batch(mixture, rows):
 
 
 def test_sequences_longer_than_the_text(mixture):
-    """Training needs a whole sequence; held-out text is filled up with padding."""
+    """Training needs a whole sequence; validation text is filled up with padding."""
     tokens = {s: sum(map(len, documents(mixture, "a", s))) for s in ("train", "holdout")}
     with pytest.raises(ValueError, match=f"the train split has {tokens['train']} tokens, too few"):
-        Windows(mixture.sources["a"], config(seq_len=tokens["train"]), "train")
-    assert len(Windows(mixture.sources["a"], config(seq_len=tokens["train"] - 1), "train")) == 1
+        SequenceDataset(mixture.sources["a"], config(seq_len=tokens["train"]), "train")
+    shorter = config(seq_len=tokens["train"] - 1)
+    assert len(SequenceDataset(mixture.sources["a"], shorter, "train")) == 1
     with pytest.raises(ValueError, match=r"source a: the train split .* smaller data.seq_len"):
         TrainData(mixture, config(seq_len=100_000), 4)
     count = tokens["holdout"]
     (batch,) = eval_batches(mixture, config(seq_len=count + 9), 4, 10, "a")
     assert batch.mask_BT.sum() == batch.mask_BT[0, : count - 1].sum() == count - 1
-    figures = held_out(mixture, config(seq_len=count + 9), 4, 10, "a")
-    assert figures == held_out(mixture, config(), 4, 10**6, "a")
+    figures = val_stats(mixture, config(seq_len=count + 9), 4, 10, "a")
+    assert figures == val_stats(mixture, config(), 4, 10**6, "a")
 
 
-def test_held_out_text_is_read_by_one_process(mixture, monkeypatch):
+def test_validation_text_is_read_by_one_process(mixture, monkeypatch):
     """The others get the figures, exactly; they read nothing."""
     from jax.experimental import multihost_utils
 
-    expected = held_out(mixture, config(), 4, 10, "a")
+    expected = val_stats(mixture, config(), 4, 10, "a")
     sent: list[np.ndarray] = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: sent.append(x) or x)
-    assert held_out(mixture, config(), 4, 10, "a") == expected
+    assert val_stats(mixture, config(), 4, 10, "a") == expected
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(data_module, "eval_batches", None)
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: sent[0])
-    assert held_out(mixture, config(), 4, 10, "a") == expected
+    assert val_stats(mixture, config(), 4, 10, "a") == expected
     assert sent[0].dtype == np.uint8
 
 
@@ -528,7 +530,7 @@ def test_ids_outside_the_vocabulary(copy):
     tokens = np.fromfile(path, "<u2")
     tokens[3] = 5000
     tokens.tofile(path)
-    windows = Windows(open_mixture(copy).sources["c"], config(), "train")
+    windows = SequenceDataset(open_mixture(copy).sources["c"], config(), "train")
     with pytest.raises(ValueError, match=r"copy/c: token id 5000 is outside the vocabulary of 320"):
         windows[0]
     data = TrainData(open_mixture(copy), config(), 4)
@@ -572,7 +574,7 @@ BAD_MANIFESTS = [
     ("a", -5, (*SHARD, "tokens"), "shards.0.tokens=-5: Input should be greater than"),
     ("a", 10**30, (*SHARD, "tokens"), "shards.0.tokens=1000000000"),
     ("a", "0" * 64, ("tokenizer_sha256",), "made with another tokenizer"),
-    ("a", "0" * 64, ("sha256",), "was altered: its content does not have the hash"),
+    ("a", "0" * 64, ("sha256",), "was altered: its content does not match its sha256"),
     ("a", "0" * 64, ("sha257",), "sha257='0+: Extra inputs are not permitted"),
     (".", "gone", ("tokenizer",), "tokenizer: Field required"),
     (".", "gone", ("tokenizer", "sha256"), "tokenizer.sha256: Field required"),
@@ -585,13 +587,13 @@ BAD_MANIFESTS = [
     (".", float("nan"), ("sources", "a", "weight"), "sources.a.weight=nan"),
     (".", 0, ("sources", "a", "weight"), "sources.a.weight=0: Input should be greater than 0"),
     (".", "a\0b", ("sources", "a", "folder"), "sources.a.folder="),
-    (".", "0" * 64, ("sources", "a", "content"), "source a of .* was prepared again since"),
+    (".", "0" * 64, ("sources", "a", "content"), "source a of .* was prepared again afterwards"),
 ]
 
 
 def test_manifests(copy):
     """Every field that is wrong or missing is named in one line, by opening and by verify."""
-    assert data_module.verify(copy) == []
+    assert verify(copy) == []
     for place, change, keys, message in BAD_MANIFESTS:
         path = copy / place / "manifest.json"
         before = path.read_text()
@@ -601,7 +603,7 @@ def test_manifests(copy):
         assert "\n" not in str(e.value), e
         assert str(path.parent) in str(e.value)
         if message != "made with another tokenizer":
-            assert data_module.verify(copy) == [str(e.value)]
+            assert verify(copy) == [str(e.value)]
         path.write_text(before)
     path = copy / "a" / "manifest.json"
     for content, message in (
@@ -631,7 +633,7 @@ def test_verify_finds_every_altered_file(copy):
         content = file.read_bytes()
         at = len(content) // 2
         file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        (problem,) = data_module.verify(copy)
+        (problem,) = verify(copy)
         assert str(file) in problem
         assert "altered" in problem or "damaged" in problem or "outside the vocabulary" in problem
         if file.suffix == ".model":
@@ -641,10 +643,10 @@ def test_verify_finds_every_altered_file(copy):
     source = copy / "a"
     (source / "train-00000.tokens").unlink()
     (source / "train-00001.tokens").write_bytes(b"")
-    assert [p.split(" ")[1] for p in data_module.verify(source)] == [
+    assert [p.split(" ")[1] for p in verify(source)] == [
         f"{source}/train-0000{i}.tokens" for i in (0, 1)
     ]
-    assert "is missing" in data_module.verify(copy)[0]
+    assert "is missing" in verify(copy)[0]
 
 
 def test_documents_that_do_not_start_in_order(copy, monkeypatch):
@@ -652,14 +654,14 @@ def test_documents_that_do_not_start_in_order(copy, monkeypatch):
     starts = np.fromfile(path, "<u8")
     for wrong in (starts[::-1], starts + 1, np.where(starts == starts[-1], 2**40, starts)):
         wrong.astype("<u8").tofile(path)
-        with pytest.raises(ValueError, match=r"train-00000.starts is damaged: documents do not"):
+        with pytest.raises(ValueError, match=r"train-00000.starts is damaged: document offsets"):
             open_mixture(copy)
     # Of very many documents the order is checked where they are read.
-    monkeypatch.setattr(data_module, "STARTS_CHECKED", 0)
+    monkeypatch.setattr(sequences, "MAX_CHECKED_DOCUMENTS", 0)
     starts[[2, 3]] = starts[[3, 2]]
     starts.tofile(path)
-    windows = Windows(open_mixture(copy).sources["a"], config(seq_len=100), "train")
-    with pytest.raises(ValueError, match=r"train-00000.starts is damaged: documents do not"):
+    windows = SequenceDataset(open_mixture(copy).sources["a"], config(seq_len=100), "train")
+    with pytest.raises(ValueError, match=r"train-00000.starts is damaged: document offsets"):
         windows[0]
 
 
@@ -674,7 +676,7 @@ def test_ids_of_four_bytes_beyond_the_vocabulary(tmp_path):
         TokenStream(tmp_path, content, "train").read(0, 3)
 
 
-def test_no_held_out_text_is_an_error_at_the_start(copy):
+def test_no_validation_text_is_an_error_at_the_start(copy):
     empty = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
     alter(copy / "b" / "manifest.json", empty, "splits", "holdout")
     with pytest.raises(ValueError, match=r"source b: .*/b has no holdout text"):

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data import tiktoken_text
-from llama_jax.data.mixture import TrainData, open_mixture, verify
+from llama_jax.data.manifest import verify
+from llama_jax.data.mixture import TrainData, open_mixture
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.prepare.text import _json_text

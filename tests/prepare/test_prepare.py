@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 from llama_jax.config import DataConfig, SourceConfig, load_recipe
 from llama_jax.data import mixture as data_module
-from llama_jax.data.manifest import FORMAT
+from llama_jax.data.manifest import FORMAT, verify
 from llama_jax.data.tokenizer import SentencePiece, Tokenizer
 from llama_jax.prepare import mixture, shards
 from llama_jax.prepare import source as source_module
@@ -450,7 +450,7 @@ def test_a_moved_mixture_is_found(tmp_path, model):
     found = data_module.open_mixture(tmp_path / "two" / "mix")
     assert found.sources["x"].folder.resolve() == tmp_path / "two" / "y"
     assert found.sources["x"].manifest["splits"] == shards
-    assert data_module.verify(tmp_path / "two" / "mix") == []
+    assert verify(tmp_path / "two" / "mix") == []
     (tmp_path / "two" / "y").rename(tmp_path / "elsewhere")
     prepare_mixture(config(model, x=b), 320, tmp_path / "two" / "parts")
     with pytest.raises(ValueError, match=r"source x of .* is neither at .* nor beside"):
@@ -878,7 +878,7 @@ def test_the_layout_of_the_recipes(tmp_path, monkeypatch):
     for name, source in recipe.data.sources.items():
         assert opened.sources[name].folder == (tmp_path / "data" / name).resolve()
         assert opened.sources[name].weight == source.weight
-    assert data_module.verify("data") == []
+    assert verify("data") == []
 
     # The folder above one prepared source, as path of a source and as OUT.
     main(["data/web", "--source", f"web={source_path}", "--tokenizer", "tokenizer.model"])

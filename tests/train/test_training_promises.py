@@ -29,7 +29,8 @@ from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
 from llama_jax.checkpoint.weights import load_weights
 from llama_jax.config import DataConfig, OptimConfig, SourceConfig
 from llama_jax.data.batch import Batch
-from llama_jax.data.mixture import Mixture, Source, TokenStream, TrainData
+from llama_jax.data.mixture import Mixture, TrainData
+from llama_jax.data.sequences import Source, TokenStream
 from llama_jax.model.llama import ComputeConfig, rms_norm
 from llama_jax.model.sharding import AXES
 from llama_jax.prepare.mixture import prepare_mixture
@@ -324,7 +325,7 @@ def test_a_position_belongs_to_the_content_and_the_weights_of_the_data():
     splits["train"]["shards"][0]["tokens_sha256"] = "0" * 64
     for changed in (source("a", splits=splits), dataclasses.replace(source("a"), weight=2.0)):
         other = data_of(changed)
-        with pytest.raises(ValueError, match="in other data"):
+        with pytest.raises(ValueError, match="belongs to other data"):
             other.restore(state)
         other.close()
 
