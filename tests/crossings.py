@@ -73,6 +73,10 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def command(name: str) -> Any:
+    return importlib.import_module(f"llama_jax.{name}.__main__").main
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--pairs", action="store_true", help="list the pairs")
@@ -82,28 +86,33 @@ def main() -> None:
             if "__main__" not in module.name:
                 importlib.import_module(module.name)
     import llama_jax
-    from llama_jax.convert import __main__ as convert
-    from llama_jax.train import __main__ as train
     from llama_jax.train import loop
 
     training, generation, conversion = Crossings(), Crossings(), Crossings()
-    run = loop.run
+    run, sources = loop.run, []
 
     def profiled_run(*args: Any) -> Any:
         with training:
             return run(*args)
 
+    os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as temporary, quiet():
         ours, hf = Path(temporary, "ours"), Path(temporary, "hf")
         loop.run = profiled_run  # type: ignore[assignment]
-        code = train.main([str(ROOT / "configs/tiny.toml"), f"checkpoint.dir={ours}", *RECIPE])
+        for source in ("code", "prose"):
+            sources.append(f"data.sources.{source}.path={Path(temporary, source)}")
+            Path(temporary, source).mkdir()
+            for i, path in enumerate(sorted(ROOT.glob("llama_jax/*/*.py"))):
+                Path(temporary, source, f"{i}.txt").write_text(path.read_text())
+        code = command("train")(["configs/tiny.toml", f"checkpoint.dir={ours}", *sources, *RECIPE])
         assert code == 0, code
         llm = llama_jax.load(str(ours))
         with generation:
             llm.generate("def main(", max_new_tokens=1)
-        assert convert.main([str(ours), str(hf), "--to", "hf"]) == 0
+        convert = command("convert")
+        assert convert([str(ours), str(hf), "--to", "hf"]) == 0
         with conversion:
-            assert convert.main([str(hf), str(Path(temporary, "back"))]) == 0
+            assert convert([str(hf), str(Path(temporary, "back"))]) == 0
     training.report("training", list_pairs)
     generation.report("generation", list_pairs)
     conversion.report("conversion", list_pairs)
