@@ -1,12 +1,13 @@
-"""Files: written whole or not at all, read within stated limits, locked by one process at a time.
+"""Atomic writes of files, reads with size limits, and folder locks.
 
-Every file of ours that must not be half-written goes through :func:`atomic_write`; every JSON file
-that a stranger may have made goes through :func:`read_json`.
+Files that must never be partly written use :func:`atomic_write`; JSON files that another program
+may have made are read with :func:`read_json`.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import stat
@@ -22,12 +23,12 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file so that, whatever happens, ``path`` holds its old content or all of the new.
+    """Replace a file so that ``path`` always has either its old content or all of the new content.
 
     Raises:
-      OSError: the disk is full or not writable; ``path`` is as it was, with nothing beside it.
+      OSError: the disk is full or not writable; ``path`` is unchanged and no other file is left.
     """
-    # A name of its own for each writer: two processes never write into one temporary file.
+    # A unique name, so that two processes never write to one temporary file.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with partial.open("xb") as f:
@@ -41,8 +42,15 @@ def atomic_write(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure with :func:`atomic_write`; the suffix of ``path`` is the format."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", dpi=130)
+    atomic_write(path, buffer.getvalue())
+
+
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk, so that a rename in it survives a power cut."""
+    """Write a folder's list of names to the disk, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

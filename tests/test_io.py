@@ -84,3 +84,14 @@ def test_the_command_names_its_verbs_and_refuses_others(capsys):
     assert all(verb in shown for verb in command.VERBS)
     assert command.main(["trian"]) == 2
     assert "unknown command 'trian'" in capsys.readouterr().err
+
+
+def test_a_figure_is_written_whole_in_the_format_of_its_suffix(tmp_path):
+    class Figure:
+        def savefig(self, file, format, dpi):
+            file.write(format.encode())
+
+    for suffix in ("png", "pdf"):
+        io.save_figure(Figure(), tmp_path / f"loss.{suffix}")
+        assert (tmp_path / f"loss.{suffix}").read_bytes() == suffix.encode()
+    assert len(list(tmp_path.iterdir())) == 2

@@ -10,6 +10,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_jax.io import save_figure
+
 
 class Law(NamedTuple):
     """loss = E + A / N^alpha + B / D^beta, in nats/token of the authors' validation text.
@@ -150,5 +152,5 @@ def draw(budget: float, inference_tokens: float, path: Path) -> None:
     axes.title.set_fontsize(9)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
     plt.close(figure)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.io import atomic_write
+from llama_jax.io import atomic_write, save_figure
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 LINE_WIDTH = 120
@@ -179,10 +179,8 @@ def plot_losses(records: list[Record], path: Path, title: str) -> None:
     axes.set(xlabel="million tokens", ylabel="loss (nats/token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=130)
+    save_figure(figure, path)
     plt.close(figure)
-    partial.replace(path)
 
 
 # Time and memory ---------------------------------------------------------------------------------
