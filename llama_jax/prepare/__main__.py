@@ -118,4 +118,4 @@ def _settings(options: argparse.Namespace) -> DataConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
