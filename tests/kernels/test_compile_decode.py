@@ -86,7 +86,7 @@ def test_the_whole_step(name, chips, B, monkeypatch):
     if gpu:
         monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
         monkeypatch.setattr(dispatch, "device_kind", lambda: devices[0].device_kind)
-    # As `llama_jax.load` does it: on one GPU no mesh and layers apart, on a TPU stacked.
+    # As in `llama_jax.load`: on one GPU without a mesh and with unstacked layers; on a TPU stacked.
     compute = ComputeConfig(jnp.dtype(jnp.bfloat16), PRESETS["fsdp_tensor"], unroll=gpu)
     graphdef = structure(CFG, compute, unstacked=gpu)
     place = lambda x, spec, dtype=None: jax.ShapeDtypeStruct(
@@ -106,10 +106,10 @@ def test_the_whole_step(name, chips, B, monkeypatch):
         weights = jax.eval_shape(unstack_layers, weights) if gpu else weights
         params = jax.tree.map(lambda x: place(x, spec_of(x), jnp.bfloat16), weights)
         cache = jax.eval_shape(lambda: KVCache.empty(CFG, B, SLOTS, jnp.bfloat16))
-        act = compute.rules.act
-        specs = KVCache(act("LBKSH"), act("LBKSH"), act("B"))
+        spec = compute.rules.activation
+        specs = KVCache(spec("LBKSH"), spec("LBKSH"), spec("B"))
         cache = KVCache(*map(place, cache, specs))
-        tokens = place(jax.ShapeDtypeStruct((B, 1), jnp.int32), act("BT"))
+        tokens = place(jax.ShapeDtypeStruct((B, 1), jnp.int32), spec("BT"))
         program = jax.jit(step, donate_argnums=2).lower(params, tokens, cache).compile()
     memory = program.memory_analysis()
     stacks = (cache.k_LBKSH.size + cache.v_LBKSH.size) * 2 // chips
