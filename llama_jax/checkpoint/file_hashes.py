@@ -1,9 +1,9 @@
-"""Lists of files with their sizes and SHA-256, and the check of a folder against them.
+"""Lists of files with their sizes and SHA-256, and comparison of a folder with a list.
 
-A list is a JSON file whose ``files`` gives ``{name: [bytes, SHA-256]}``, and which carries the
-SHA-256 of itself, so that damage to the list is found too. Converted weights have one list,
+A list is a JSON file whose ``files`` is ``{name: [bytes, SHA-256]}``. It contains its own SHA-256,
+so that damage to the list is detected too. Converted weights have one list,
 ``manifest.json``; a training run has a ``manifest.json`` of its small files and a list in each
-step. ``python -m llama_jax.verify`` checks everything; loading checks what costs little.
+step. ``python -m llama_jax.verify`` checks everything; loading checks sizes and small files.
 """
 
 import hashlib
@@ -89,7 +89,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def record_files(folder: Path, *names: str) -> None:
-    """Put these small files of a run folder into its ``manifest.json``; other entries stay.
+    """Record the hashes of these small files of a run folder in its ``manifest.json``.
 
     Raises:
       ValueError: the list is damaged.

@@ -1,7 +1,6 @@
 """Check every byte of a run, a checkpoint, converted weights or prepared data.
 
-In comes a folder; out comes a line for each file that is missing, has another size or content than
-was written, or cannot be checked.
+Prints one line for each file that is missing, differs in size or content, or cannot be checked.
 
     python -m llama_jax.verify FOLDER
 """
@@ -26,11 +25,11 @@ from llama_jax.io import in_use, read_json
 
 
 class _Listed(NamedTuple):
-    """What a folder should hold."""
+    """The recorded hashes of a folder."""
 
     lists: list[tuple[Path, Files]]
     problems: list[str]
-    """with the lists themselves"""
+    """problems of the lists themselves"""
     data: list[Path]
     """folders of prepared data"""
 
@@ -71,7 +70,7 @@ def _check(listed: _Listed) -> list[str]:
 
 
 def _removed(folder: Path) -> bool:
-    """Whether a running training removes this step, an old one, while we read it."""
+    """Whether a running training job removes this old step while it is being read."""
     if folder.parent.name != "steps":
         return False
     for _ in range(100):
@@ -143,7 +142,7 @@ def _checkpoint(root: Path, steps: list[Path], prefix: str) -> _Listed:
 
 
 def _without_checksums(root: Path, step: Path) -> list[str]:
-    """Why a step cannot be checked, in one line; nothing if it is being removed."""
+    """One line that says why a step cannot be checked; none if it is being removed."""
     if (step / "checksums.json").exists():
         return [f"{step} has no SHA-256: written by an older version, it cannot be checked"]
     if in_use(root):
@@ -156,8 +155,7 @@ def _without_checksums(root: Path, step: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns 0 if everything is as written, 1 with problems, 2 for another
-    folder."""
+    """The command; returns 0 without problems, 1 with problems, 2 if the folder has no hashes."""
     parser = argparse.ArgumentParser(prog="python -m llama_jax.verify", description=_summary())
     parser.add_argument("folder", type=Path, help="run, checkpoint, converted weights or data")
     folder = parser.parse_args(argv).folder
