@@ -43,7 +43,7 @@ def prompts(cfg, batch: int) -> np.ndarray:
 
 
 def jax_generate(cfg, batch: int):
-    """llama_jax as `LLM.generate` runs it, without detokenisation."""
+    """llama_jax as `LLM.generate` runs it, without detokenization."""
     import jax
     import jax.numpy as jnp
 

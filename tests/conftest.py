@@ -56,7 +56,7 @@ RUN_ONCE = (
     "test_plan",
     "test_hlo",
     "test_quantize",
-    "test_convert_quantised",
+    "test_convert_quantized",
     "test_sampling",
     "test_tokenizer_llama3",
 )

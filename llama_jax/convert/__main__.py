@@ -56,12 +56,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert LLaMA weights between Meta, Hugging Face and Orbax, bit for bit.",
     )
     arg = parser.add_argument
-    arg("source", nargs="?", type=Path, help="folder of weights; its format is recognised")
+    arg("source", nargs="?", type=Path, help="folder of weights; its format is recognized")
     arg("destination", nargs="?", type=Path, help="folder to create")
     arg("--to", choices=list(NAMES), help="format to write (default: orbax, or hf from orbax)")
     dtypes = ["keep", *(d.name for d in FLOATS)]
     arg("--dtype", choices=dtypes, default="keep", help="dtype to write (default: keep)")
-    arg("--quantize", choices=QUANTIZED, help="quantise the matrices of the layers (Orbax only)")
+    arg("--quantize", choices=QUANTIZED, help="quantize the matrices of the layers (Orbax only)")
     arg("--shards", type=int, metavar="N", help="files (default: Meta 1, HF at most 5 GB each)")
     arg("--max-memory", type=_memory, default="2GiB", help="limit of this process (default: 2GiB)")
     arg("--verify", action="store_true", help="read the result back and compare with the source")

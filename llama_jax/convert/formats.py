@@ -194,7 +194,7 @@ def _safetensors_slice(path: Path, name: str, entry: dict[str, Any], base: int) 
     dtype = _SAFETENSORS_DTYPE.get(entry["dtype"])
     if dtype is None:
         raise ConvertError(
-            f"{path}: {name} has dtype {short(entry['dtype'])}: quantised and exotic files are not "
+            f"{path}: {name} has dtype {short(entry['dtype'])}: quantized and exotic files are not "
             "supported"
         )
     shape, (start, stop) = entry["shape"], entry["data_offsets"]

@@ -100,7 +100,7 @@ def convert(
 
 
 def open_folder(path: Path, context: int | None = None) -> SourceCheckpoint:
-    """Recognise the format of a folder by its content, and check it.
+    """Recognize the format of a folder by its content, and check it.
 
     Args:
       path: a Meta or Hugging Face folder, one of our checkpoints, or one step of it.
@@ -310,7 +310,7 @@ def _verify(plan: Plan) -> None:
         compared = logits.compare_logits(plan.source, result, plan.dtypes, plan.max_memory)
     else:
         plan.log(f"verified: {count} tensors equal the source's in {plan.quantize}, bit for bit")
-        # The settings are the source's, so the logits of its unquantised weights are compared.
+        # The settings are the source's, so the logits of its unquantized weights are compared.
         dtypes = plan.source.dtypes()
         compared = logits.compare_logits(plan.source, plan.source, dtypes, plan.max_memory)
         compared = f"the source's {compared}"

@@ -65,7 +65,7 @@ def parse_params(
     params = {k: v for k, v in params.items() if v is not None}
     for key in ("quantization_args", "lora_args"):
         if key in params:
-            report.problem(f"{key} is not supported: the weights are quantised or incomplete")
+            report.problem(f"{key} is not supported: the weights are quantized or incomplete")
     other = [k for k in params if k.startswith(("vision_", "moe"))]
     for key in other:
         report.problem(f"{key[:100]} is not supported")

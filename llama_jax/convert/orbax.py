@@ -28,7 +28,7 @@ class OrbaxWeights:
     Args:
       folder: the arrays of one step, such as ``steps/0/model``.
       cfg: the model.
-      quantize: "int8" or "int4" if the matrices are quantised.
+      quantize: "int8" or "int4" if the matrices are quantized.
 
     Example:
       >>> weights = OrbaxWeights(Path("checkpoints/tiny/steps/100/model"), cfg)
@@ -168,7 +168,7 @@ def create_writer(
       folder: the checkpoint.
       cfg: the model.
       dtypes: dtype of each line of the table.
-      quantize: "int8" or "int4" for quantised matrices.
+      quantize: "int8" or "int4" for quantized matrices.
     """
     arrays = folder / "steps" / "0" / "model"
     if not (arrays / "_METADATA").exists():

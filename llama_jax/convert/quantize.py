@@ -1,6 +1,6 @@
-"""Quantise the matrices of the layers of any source to 8 or 4 bits, a few rows at a time.
+"""Quantize the matrices of the layers of any source to 8 or 4 bits, a few rows at a time.
 
-A quantised checkpoint holds each matrix as an array ``q`` of integers and an array of float32
+A quantized checkpoint holds each matrix as an array ``q`` of integers and an array of float32
 scales, with the bits of :func:`~llama_jax.model.quantize.quantize_weight`; ``q`` of int4 is packed.
 """
 
@@ -19,7 +19,7 @@ BLOCK = 4 << 20
 
 
 class QuantizedWeights:
-    """The weights of a source, with matrices quantised when they are read.
+    """The weights of a source, with matrices quantized when they are read.
 
     Example:
       >>> weights = QuantizedWeights(source.weights, source.cfg)

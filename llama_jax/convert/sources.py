@@ -66,7 +66,7 @@ class SourceCheckpoint:
     sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     """SHA-256 of each tensor according to manifest.json; empty without one"""
     quantize: str | None = None
-    """"int8" or "int4" if the matrices of the layers are quantised"""
+    """"int8" or "int4" if the matrices of the layers are quantized"""
 
     def dtypes(self) -> dict[str, np.dtype]:
         """dtype of each line of the table."""

@@ -38,7 +38,7 @@ class TensorSpec(NamedTuple):
     rotary: bool = False
     """the rows are rotary pairs of heads, which Meta interleaves"""
     quantized: str | None = None
-    """"int8" or "int4": integers or scales of a matrix in a quantised checkpoint"""
+    """"int8" or "int4": integers or scales of a matrix in a quantized checkpoint"""
     scales: bool = False
 
     @property
@@ -137,7 +137,7 @@ class LayerTensor(NamedTuple):
 
 
 def tensor_specs(cfg: ModelConfig, quantize: str | None = None) -> list[TensorSpec]:
-    """Lines of the table that a model has, quantised to "int8" or "int4" if given."""
+    """Lines of the table that a model has, quantized to "int8" or "int4" if given."""
     kept = [s for s in TABLE if not (cfg.tie_embeddings and s.path == "unembed")]
     return [stored for s in kept for stored in s.stored(quantize)]
 

@@ -178,7 +178,7 @@ def read_manifest(folder: Path, kind: type[_Checked]) -> dict[str, Any]:
 def find_source(folder: Path, name: str, entry: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """Folder and manifest of a source of a mixture, also after one of them was moved.
 
-    The source is recognised by the hash of its manifest. It is searched at its recorded path, at
+    The source is recognized by the hash of its manifest. It is searched at its recorded path, at
     the recorded path relative to the mixture, inside the mixture, and beside the mixture.
 
     Args:

@@ -21,7 +21,7 @@ def to_json(content: bytes) -> dict[str, Any]:
     """``tokenizer.json`` of a SentencePiece model, checked against SentencePiece itself.
 
     Raises:
-      ValueError: not a BPE model, an unsupported text normalisation, or ids that differ; says
+      ValueError: not a BPE model, an unsupported text normalization, or ids that differ; says
         which.
     """
     proto = parse(content)
@@ -66,7 +66,7 @@ def parse(content: bytes) -> Any:
         raise ValueError("it is damaged: a piece is not UTF-8 text")
     # A file cut off between two pieces can be parsed as a smaller vocabulary; these come last.
     if not (proto.HasField("trainer_spec") and proto.HasField("normalizer_spec")):
-        raise ValueError("it is cut short: settings of the trainer or normaliser are missing")
+        raise ValueError("it is cut short: settings of the trainer or normalizer are missing")
     return proto
 
 

@@ -19,7 +19,7 @@ from llama_jax.data.tokenizer_files import (
     MODEL_FILE,
     TokenizerFile,
     load_sentencepiece,
-    recognise,
+    recognize,
 )  # fmt: skip
 
 MAX_IDS = 2**22
@@ -137,7 +137,7 @@ class Tokenizer:
         parallel.
 
         A long text is split and encoded piece by piece, which needs memory of a few times its size
-        and gives exactly the ids of the whole. For SentencePiece BPE without a normaliser (LLaMA)
+        and gives exactly the ids of the whole. For SentencePiece BPE without a normalizer (LLaMA)
         it is split between characters that are adjacent in no token; for Llama 3's and other known
         ``tokenizer.json`` between a letter and white space. A text without such places, and a text
         of any other tokenizer, is encoded whole, which needs about 35 times its memory.
@@ -237,7 +237,7 @@ class SentencePiece(Tokenizer):
         return load_sentencepiece(self._content + b"\x1a\x02\x18\x00")[0]
 
     def _cut(self, text: str, at: int) -> int:
-        # BPE merges neighbours into tokens: where no token has these two characters side by side,
+        # BPE merges neighbors into tokens: where no token has these two characters side by side,
         # the ids on one side do not depend on the other side.
         pairs, single = self._adjacent
         if pairs is None:
@@ -374,7 +374,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def _open(path: Path) -> Tokenizer:
-    file = recognise(path)
+    file = recognize(path)
     try:
         if file.kind == "sentencepiece":
             return SentencePiece(file.content, path)

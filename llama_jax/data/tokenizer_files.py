@@ -1,4 +1,4 @@
-"""Tokenizer files: recognised by content whatever their name, and converted to Hugging Face's form.
+"""Tokenizer files: recognized by content whatever their name, and converted to Hugging Face's form.
 
 Three kinds are known: a SentencePiece model (LLaMA, Llama 2), tiktoken text (Llama 3) and
 ``tokenizer.json`` (Hugging Face).
@@ -69,7 +69,7 @@ class TokenizerFile:
         )
 
 
-def recognise(path: Path) -> TokenizerFile:
+def recognize(path: Path) -> TokenizerFile:
     """Read a tokenizer file and find out its kind from its content.
 
     Anything that is neither JSON nor tiktoken text is taken for a SentencePiece model.
@@ -152,7 +152,7 @@ def find(folder: Path) -> list[TokenizerFile]:
       ValueError: one of them is damaged.
     """
     paths = [folder / name for name in (MODEL_FILE, JSON_FILE)]
-    found = [recognise(p) for p in paths if os.path.lexists(p)]
+    found = [recognize(p) for p in paths if os.path.lexists(p)]
     for file in found:
         _ = file.size  # raises for a damaged file
     return found
@@ -173,7 +173,7 @@ def find_beside(folder: Path, size: int) -> tuple[list[TokenizerFile], list[str]
     if not re.search(r"(?i)\b\d+b\b", folder.name) or not path.is_file():
         return [], []
     try:
-        found = recognise(path)
+        found = recognize(path)
         found_size = found.size
     except ValueError as e:
         return [], [f"the tokenizer of the parent folder is not used: {e}"]

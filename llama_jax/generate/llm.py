@@ -56,7 +56,7 @@ class LLM:
         llm.generate(["class ", "import "], sampling=llama_jax.Sample(temperature=0.8), seed=1)
         for piece in llm.stream("def main("):
             print(piece, end="")
-        llm.score("for i in range(10):")  # coloured text in a notebook
+        llm.score("for i in range(10):")  # colored text in a notebook
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class LLM:
             place, at most 20.
 
         Returns:
-          :class:`Scores`, shown as coloured text in a notebook; for a list, a list of them.
+          :class:`Scores`, shown as colored text in a notebook; for a list, a list of them.
 
         Raises:
           ValueError: neither text nor token ids of this model.

@@ -67,10 +67,10 @@ class Scores:
         for piece, logprob, entropy in zip(self.pieces, self.logprobs, self.entropies, strict=True):
             # From white (certain) to orange (p = 1/400 or less), all readable under dark text.
             doubt = min(-logprob / 6, 1)
-            colour = f"rgb(255,{255 - 90 * doubt:.0f},{255 - 200 * doubt:.0f})"
+            color = f"rgb(255,{255 - 90 * doubt:.0f},{255 - 200 * doubt:.0f})"
             title = f"p = {math.exp(logprob):.3g}, entropy = {entropy:.2f} nats"
             shown = html.escape(piece).replace("\n", "↵\n")
-            spans.append(f'<span style="background:{colour}" title="{title}">{shown or "·"}</span>')
+            spans.append(f'<span style="background:{color}" title="{title}">{shown or "·"}</span>')
         style = (
             "white-space:pre-wrap;font-family:monospace;line-height:1.7;color:#111;"
             "background:#fff;padding:8px;border-radius:4px"

@@ -1,9 +1,9 @@
-"""Weight-only quantisation for generation: the layers' matrices in int8 or int4.
+"""Weight-only quantization for generation: the layers' matrices in int8 or int4.
 
 int8 has one scale per output (LLM.int8(), arXiv 2208.07339, without outliers); int4 one per output
 and group of up to 64 inputs (as GPTQ, arXiv 2210.17323, without error feedback). Both are
 symmetric: round(w / scale) with scale = max |w| / 127 or / 7. Embedding, norms and output matrix
-are not quantised: they are small, and the loss is most sensitive to them.
+are not quantized: they are small, and the loss is most sensitive to them.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class QuantizedWeight:
 
 @functools.partial(jax.jit, static_argnames="kind")
 def quantize_weight(w_IO: jax.Array, kind: str) -> QuantizedWeight:
-    """Quantises one matrix [in, out] to ``kind``, "int8" or "int4"."""
+    """Quantizes one matrix [in, out] to ``kind``, "int8" or "int4"."""
     w = w_IO.astype(jnp.float32)
     dtype = jnp.int8
     if kind == "int4":
@@ -111,7 +111,7 @@ def unpack(packed: np.ndarray, rows: int) -> np.ndarray:
 def from_stored(
     q: np.ndarray, scale: np.ndarray, kind: str, inputs: int, devices: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays of a :class:`QuantizedWeight` from those of a quantised checkpoint.
+    """The arrays of a :class:`QuantizedWeight` from those of a quantized checkpoint.
 
     A group of int4 that would lie on two devices becomes two groups with the same scale.
 
@@ -141,9 +141,9 @@ def _reshape(w: jax.Array, shape: tuple[int, ...], spec: tuple) -> jax.Array:
 
 
 def quantize(params: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The parameters of a model with the layers' matrices quantised.
+    """The parameters of a model with the layers' matrices quantized.
 
-    Each matrix is quantised on its device, one layer at a time, and freed if the caller holds no
+    Each matrix is quantized on its device, one layer at a time, and freed if the caller holds no
     other reference. For a small accelerator, pass parameters in host memory and move the result.
 
     Args:
@@ -169,9 +169,9 @@ def weight_bytes(abstract_params: Any, kind: str) -> int:
     """Bytes of a model's parameters, given as arrays or shapes, in another number format.
 
     Args:
-      abstract_params: stacked parameters, not quantised.
+      abstract_params: stacked parameters, not quantized.
       kind: "float32", "bfloat16", "int8" or "int4"; with the last two, weights that are not
-        quantised are bfloat16.
+        quantized are bfloat16.
     """
     if kind in KINDS:
         abstract_params = jax.eval_shape(lambda p: quantize(p, kind), abstract_params)
@@ -192,5 +192,5 @@ def bytes_of(params: Any) -> int:
 
 
 def is_quantized(x: Any) -> bool:
-    """Whether ``x`` is a quantised matrix, for ``is_leaf``."""
+    """Whether ``x`` is a quantized matrix, for ``is_leaf``."""
     return isinstance(x, QuantizedWeight)

@@ -77,7 +77,7 @@ def encode_files(
             stack.enter_context(contextlib.closing(writer))
         bar = stack.enter_context(
             tqdm(
-                desc=f"tokenise {source.name}",
+                desc=f"tokenize {source.name}",
                 total=sum(f.stat().st_size for f in files) if is_plain else None,
                 initial=sum(w.total["text_bytes"] for w in writers.values()),
                 unit="B",
@@ -142,7 +142,7 @@ def _map_in_order(function: Any, chunks: Iterable[list[Document]], workers: int)
     """``map`` in threads, which reads at most _MAX_AHEAD_BYTES of text ahead."""
     pending: collections.deque[tuple[Future[Any], int]] = collections.deque()
     ahead = 0
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenize")
     try:
         for chunk in chunks:
             size = sum(d.size for d in chunk)

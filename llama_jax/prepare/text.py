@@ -96,7 +96,7 @@ class RawSource:
 
         Consecutive blocks are similar, so a file is in one split as a whole. If a file is more than
         1/50 of the source, files are divided into sections of about 1/100 of the source, at most
-        1 MiB: then only the two ends of a validation section have neighbours in training.
+        1 MiB: then only the two ends of a validation section have neighbors in training.
         """
         sizes = [f.stat().st_size for f in self.files]
         if max(sizes) * 50 <= sum(sizes):

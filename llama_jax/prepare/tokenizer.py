@@ -29,7 +29,7 @@ _CHECKED_BYTES = 2**20
 """Text of each source that encoding and decoding must not change."""
 _TRAINED_ON = ".tokenizer.json"
 
-# Settings of the trainer and normaliser that are stored in LLaMA's tokenizer.model.
+# Settings of the trainer and normalizer that are stored in LLaMA's tokenizer.model.
 TRAINER: dict[str, Any] = dict(
     model_type="bpe",
     character_coverage=0.99995,
@@ -112,7 +112,7 @@ def lost_in(tokenizer: Tokenizer, text: str) -> str:
     """The first part of a text that encoding and decoding changes; "" if nothing changes.
 
     Two changes are allowed: every SentencePiece tokenizer decodes the character "▁" to a space,
-    and a tokenizer may normalise to NFC, which changes code points but not characters.
+    and a tokenizer may normalize to NFC, which changes code points but not characters.
     """
     same = lambda t: unicodedata.normalize("NFC", t).replace("▁", " ")
     before, after = same(text), same(tokenizer.decode(tokenizer.encode_array(text)))
@@ -221,5 +221,5 @@ def check_lossless(tokenizer: Tokenizer, source: RawSource) -> None:
         raise ValueError(
             f"tokenizer {tokenizer.path} loses text of source {source.name}: {len(changed)} of the "
             f"{count} documents tried change by encoding and decoding, for example {changed[0]}; "
-            "give a tokenizer that keeps all text (byte fallback, no normaliser)"
+            "give a tokenizer that keeps all text (byte fallback, no normalizer)"
         )

@@ -13,7 +13,7 @@ REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitline
 
 
 def names(lines):
-    """Names of packages, normalised, of lines such as ``name>=1.0``."""
+    """Names of packages, normalized, of lines such as ``name>=1.0``."""
     found = (re.match(r"[A-Za-z0-9._-]+", line) for line in lines if line[:1] not in ("#", "-", ""))
     return {re.sub(r"[-_.]+", "-", match[0]).lower() for match in found}
 

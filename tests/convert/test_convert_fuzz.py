@@ -218,7 +218,7 @@ def test_any_tokenizer(tmp_path_factory, sentencepiece_model, data):
     content = data.draw(damaged(sentencepiece_model) | damaged(TIKTOKEN) | st.binary())
     path.write_bytes(content)
     with only_our_errors():
-        found = tokenizer_files.recognise(path)
+        found = tokenizer_files.recognize(path)
         if found.kind != "tokenizer.json":
             tokenizer_files.hf_settings(found, 64, True)
             tokenizer_files.hf_json(found, True)

@@ -355,7 +355,7 @@ def test_truncated_and_foreign_safetensors(tmp_path, cfg, state):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (dict(dtype="F8_E4M3"), "has dtype 'F8_E4M3': quantised"),
+        (dict(dtype="F8_E4M3"), "has dtype 'F8_E4M3': quantized"),
         (dict(dtype="I8", data_offsets=[0, 768]), "is int8: only float16"),
         (dict(shape=[24, 31]), "cannot lie in 1536 bytes"),
         (dict(shape=[-24, -32]), "has shape [-24, -32]"),

@@ -122,7 +122,7 @@ def test_transformers_loads_what_we_write(tmp_path, tied, files):
 
 
 def meta_forward(state: dict, cfg: cf.ModelConfig, tokens, positions) -> np.ndarray:
-    """Meta's reference model in float64: complex rotation of neighbouring pairs."""
+    """Meta's reference model in float64: complex rotation of neighboring pairs."""
     N, K, H = cfg.shape("NKH")
     w = {k: v.astype(np.float64) for k, v in state.items()}
     norm = lambda x, s: x / np.sqrt((x * x).mean(-1, keepdims=True) + cfg.norm_eps) * s

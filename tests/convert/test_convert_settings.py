@@ -354,7 +354,7 @@ def test_tokenizers_are_known_by_content(tmp_path):
     for kind, (data, size, ids) in cases.items():
         for name in ("tokenizer.model", "tokenizer.json"):
             (tmp_path / name).write_bytes(data)
-            found = tokenizer_files.recognise(tmp_path / name)
+            found = tokenizer_files.recognize(tmp_path / name)
             assert (found.kind, found.size, found.ids) == (kind, size, ids)
     for data in (
         b"",
@@ -367,7 +367,7 @@ def test_tokenizers_are_known_by_content(tmp_path):
     ):
         (tmp_path / "tokenizer.model").write_bytes(data)
         with pytest.raises(ValueError, match="is damaged"):
-            _ = tokenizer_files.recognise(tmp_path / "tokenizer.model").size
+            _ = tokenizer_files.recognize(tmp_path / "tokenizer.model").size
 
 
 def test_tokenizer_files_are_copied(tmp_path):

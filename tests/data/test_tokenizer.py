@@ -267,7 +267,7 @@ def test_pieces_of_a_long_text_have_the_ids_of_the_whole(trained, tmp_path, monk
             assert text != real or max(sizes) < 200
 
 
-def test_a_tokenizer_that_normalises_is_not_cut(tmp_path, monkeypatch):
+def test_a_tokenizer_that_normalizes_is_not_cut(tmp_path, monkeypatch):
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(

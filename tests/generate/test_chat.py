@@ -145,7 +145,7 @@ def test_what_is_said_is_text(tokenizer, pieces):
         template = ChatTemplate(source)
         start, end = (tokenizer.controls[n] for n in ("<|im_start|>", "<|im_end|>"))
         bos = tokenizer.bos_id
-        # All in one conversation: neighbours are attacked together.
+        # All in one conversation: neighbors are attacked together.
         talk = [{"role": a, "content": b} for a, b in zip(ATTACKS, [*ATTACKS[1:], ""], strict=True)]
         ids = template.encode(talk, tokenizer)
         controls = [i for i in ids if i in tokenizer.controls.values()]

@@ -410,14 +410,14 @@ def test_the_cache_of_an_ended_row_does_not_grow(llm, tokenizer):
 
 def test_the_penalty_counts_the_prompt(llm):
     """The first new token, when the likeliest one is in the prompt and nowhere else yet."""
-    penalised = Sample(temperature=0.0, repetition_penalty=3.0)
+    penalized = Sample(temperature=0.0, repetition_penalty=3.0)
     changed = 0
     for seed in range(6):
         ids = np.random.default_rng(seed).integers(3, 300, 120).tolist()
         logits_V = np.asarray(llm._engine.prefill(ids, llm._engine.empty_cache(400))[0])
         seen = np.isin(np.arange(300), ids)
         want = np.where(seen, np.where(logits_V > 0, logits_V / 3, logits_V * 3), logits_V)
-        made, *_ = resume(llm, ids, [], None, max_new_tokens=1, sampling=penalised, seed=0)
+        made, *_ = resume(llm, ids, [], None, max_new_tokens=1, sampling=penalized, seed=0)
         assert (made.ids or llm.eos_ids)[0] == np.argmax(want)
         changed += np.argmax(want) != np.argmax(logits_V)
     assert changed

@@ -1,4 +1,4 @@
-"""Weight-only quantisation: error bounds, products, sizes, loss, and sharding."""
+"""Weight-only quantization: error bounds, products, sizes, loss, and sharding."""
 
 import functools
 import shutil
@@ -139,7 +139,7 @@ def checkpoint(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "tensor"), [("int8", 1), ("int8", 4), ("int4", 4)])
-def test_quantised_while_loading_equals_afterwards(checkpoint, kind, tensor):
+def test_quantized_while_loading_equals_afterwards(checkpoint, kind, tensor):
     cfg, folder = checkpoint
     mesh = jax.make_mesh(
         (1, 1, tensor, 1), AXES, (AxisType.Explicit,) * 4, devices=jax.devices()[:tensor]

@@ -416,7 +416,7 @@ def test_skipped_bad_lines_are_counted(tmp_path, model, caplog, capsys):
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
     import sentencepiece
 
-    for name, more in (("unknown", {}), ("normalises", {"byte_fallback": True})):
+    for name, more in (("unknown", {}), ("normalizes", {"byte_fallback": True})):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["some plain words here"] * 50),
             model_prefix=str(tmp_path / name), vocab_size=280 if more else 22, model_type="bpe",
@@ -950,4 +950,4 @@ def test_import_is_cheap_and_without_side_effects():
 
 def test_no_thread_is_left(tmp_path, model):
     prepare_mixture(config(model, a=jsonl(tmp_path / "a.jsonl", texts(60))), 320, tmp_path / "out")
-    assert not [t for t in threading.enumerate() if t.name.startswith("tokenise")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("tokenize")]

@@ -86,7 +86,7 @@ def test_the_loss_uses_everything_in_a_batch():
 
 @pytest.mark.parametrize("decay", ["matrices", "all"])
 @pytest.mark.parametrize("clip", [0.5, 0.0])
-def test_the_optimiser_is_adamw_with_a_warm_up_and_a_cosine(decay, clip):
+def test_the_optimizer_is_adamw_with_a_warm_up_and_a_cosine(decay, clip):
     """Eight updates of a matrix, an embedding and a norm, written out in float64."""
     cfg = OptimConfig(
         peak_lr=0.1, warmup_steps=3, final_fraction=0.3, b1=0.7, b2=0.8, eps=1e-2,

@@ -1,9 +1,9 @@
 """Perplexity with int8 and int4 weights against float32.
 
     python -m llama_jax.train                        # trains the model: checkpoints/tiny
-    python -m benchmarks.quantised_perplexity [RUN]  # writes results/quantised_perplexity.json
+    python -m benchmarks.quantized_perplexity [RUN]  # writes results/quantized_perplexity.json
 
-Measured on the validation split of the run's own sources; the layers' matrices are quantised.
+Measured on the validation split of the run's own sources; the layers' matrices are quantized.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
             print(f"{kind:8} {name:6} perplexity {value:.3f} ({against:+.2%})")
     question = "perplexity of validation tokens, weights in float32, int8 and int4"
     model = f"{cfg.num_layers} layers, D {cfg.dim}, V {cfg.vocab_size}"
-    write("quantised_perplexity", {"question": question, "model": model, **result, **environment()})
+    write("quantized_perplexity", {"question": question, "model": model, **result, **environment()})
 
 
 def loss(recipe, mixture: Mixture, source: str, step) -> float:

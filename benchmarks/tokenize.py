@@ -1,11 +1,11 @@
-"""Tokenisation speed of `llama_jax.prepare` against SentencePiece in one thread.
+"""Tokenization speed of `llama_jax.prepare` against SentencePiece in one thread.
 
 `prepare_mixture` does everything on a file (read, hash, encode on all cores, write, fsync);
 SentencePiece encodes the same documents from memory, one after the other in one thread.
 ratio = speed of prepare / (cores x speed of SentencePiece). Both take turns in one process. Other
 load on the machine lowers the ratio; the ratio of CPU times shows by how much.
 
-    python -m benchmarks.tokenise      writes benchmarks/results/tokenise.json
+    python -m benchmarks.tokenize      writes benchmarks/results/tokenize.json
 """
 
 import json
@@ -53,7 +53,7 @@ def main() -> None:
         **environment(),
     }
     print(json.dumps(result, indent=1))
-    write("tokenise", result)
+    write("tokenize", result)
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""Quantised checkpoints hold the same bits as quantisation at load."""
+"""Quantized checkpoints hold the same bits as quantization at load."""
 
 import functools
 import hashlib
@@ -36,7 +36,7 @@ TEXT = ["the cat sat on a mat", "some animals saw 12 cats", "日本 and é", "de
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Checkpoints of the same source: unquantised, int8 and int4.
+    """Checkpoints of the same source: unquantized, int8 and int4.
 
     In bfloat16 many numbers lie exactly between two integers: rounding has to agree.
     """
@@ -82,7 +82,7 @@ def same(a, b):
 @pytest.mark.parametrize(
     ("kind", "tensor", "dtype"), [("int8", 2, "float32"), ("int4", 1, "bfloat16")]
 )
-def test_bits_are_those_of_quantising_at_load(folders, kind, tensor, dtype):
+def test_bits_are_those_of_quantizing_at_load(folders, kind, tensor, dtype):
     same(loaded(folders, kind, tensor, True, dtype), loaded(folders, kind, tensor, False, dtype))
 
 
@@ -95,7 +95,7 @@ def test_int4_groups_split_over_devices_share_a_scale(folders):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(two), jax.device_get(one))
 
 
-def test_texts_are_those_of_quantising_at_load(folders):
+def test_texts_are_those_of_quantizing_at_load(folders):
     stored = llama_jax.load(folders / "int4")
     again = llama_jax.load(folders / "None", quantize="int4")
     ask = lambda llm: llm.generate("the cat", max_new_tokens=12, logprobs=True)
