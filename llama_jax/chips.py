@@ -258,7 +258,7 @@ def topology(name: str) -> list[Any]:
 
 
 def tpu_topology(name: str, shape: tuple[int, ...], num_slices: int = 1) -> list[Any]:
-    """Devices of TPU slices that need not exist, for compiling.
+    """Devices of absent TPU slices, for compiling.
 
     Args:
       name: a TPU in `CHIPS`.
@@ -294,7 +294,7 @@ def wraps(shape: tuple[int, ...]) -> tuple[bool, bool, bool]:
 
 
 def gpu_topology(name: str, count: int = 1) -> list[Any]:
-    """Devices of a GPU machine that need not exist, for compiling.
+    """Devices of an absent GPU machine, for compiling.
 
     Args:
       name: "a100" (80 GB), "h100" or "h200", each in the SXM form.

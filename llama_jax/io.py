@@ -71,7 +71,7 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
       ValueError: a folder, pipe or device, a larger file, or a Git LFS pointer; says which.
       OSError: missing or not readable.
     """
-    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait forever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     info = os.fstat(descriptor)
     if not stat.S_ISREG(info.st_mode):

@@ -52,7 +52,7 @@ def rotary_attention(
       rope: frequencies, see :class:`Rope`.
       kv_positions_BS: int32 rotary positions of the keys; default: ``positions_BT`` (S = T).
       segment_ids_BT: int32; a query attends only to keys with its segment id (packed documents;
-        padding has an id of its own). Default: no segments.
+        padding has its own id). Default: no segments.
       kv_segment_ids_BS: segment ids of the keys; default: ``segment_ids_BT`` (S = T).
       q_offset: index of query 0 among the keys, for a shard of a longer sequence.
       causal: query t attends to key s only if s <= t + q_offset, by index, not by position.

@@ -6,7 +6,7 @@ rotating them in the kernel, again for every block of queries, took 46 to 61% mo
 Gradients are rotated back in float32 before rounding.
 
 XLA computes for each block the range of blocks to visit and those that need no mask
-(`block_ranges`), so other documents cost nothing.
+(`block_ranges`), so other documents are skipped.
 
 Letters as in `rotary_attention`; h = H // 2. The two halves of a head are separate arrays, because
 the rotation pairs them and Triton cannot slice an array in registers.

@@ -32,8 +32,8 @@ def rotary_decode_attention(
 
     New position t of row b has index and rotary position ``lengths_B[b] + t`` and attends to the
     indices up to its own. The caller ensures ``lengths_B + T <= S``; this is checked only outside
-    jit, where the lengths are known. Positions beyond the new ones may hold any data, NaN too,
-    without an effect. In a row with fewer than T real new positions those come first; the padding
+    jit, where the lengths are known. Positions beyond the new ones may hold any data, even NaN,
+    without effect. A row with fewer than T real new positions has padding after them; it
     is written beyond the row's new length and overwritten later.
 
     Args:

@@ -232,7 +232,7 @@ class Checkpoints:
             if earlier
             else f"there is no earlier step: remove {self._steps} to start from the beginning"
         )
-        if f"{folder}/" not in what:  # a file beside the steps
+        if f"{folder}/" not in what:  # a file outside the steps
             advice = "restore the original file; " + VERIFY_HINT.format(self._steps.parent)
         return f"checkpoint {folder} is damaged: {what}\n{advice}"
 

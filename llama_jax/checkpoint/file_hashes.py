@@ -107,12 +107,12 @@ def find_problems(
     max_bytes: int | None = None,
     report: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """Compare a folder with a list: every file is there and has its size; then the contents.
+    """Compare a folder with a list: existence and size of every file, then the contents.
 
     Args:
       folder: where the names begin.
       files: the list.
-      max_bytes: compare the contents of the smallest files, this many bytes in all; None: of all.
+      max_bytes: compare the contents of the smallest files, up to this total; None: of all.
       report: called with the number of bytes as contents are read, from several threads.
 
     Returns:

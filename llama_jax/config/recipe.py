@@ -44,7 +44,7 @@ RequiredPath = Annotated[str, AfterValidator(_required_path)]
 def _step_range(bounds: tuple[int, int]) -> tuple[int, int]:
     first, last = bounds
     if not 1 <= first <= last:
-        raise ValueError("give [first, last], counted from 1, first at most last")
+        raise ValueError("give [first, last], counted from 1, with first <= last")
     return bounds
 
 
@@ -69,17 +69,17 @@ class DataConfig:
     sources: dict[str, SourceConfig]
     """the mixture: one table [data.sources.NAME] with path and weight per source"""
     tokenizer: LocalPath = ""
-    """SentencePiece, tokenizer.json or tiktoken file; empty: train.init_from's, else train one"""
+    """SentencePiece, tokenizer.json or tiktoken file; empty: train.init_from's, or a new one"""
     seq_len: Positive
     """T, tokens per training sequence"""
     packing: Literal["concat", "segments"] = "concat"
-    """attention crosses document boundaries (concat, as in LLaMA) or not (segments)"""
+    """concat: attention crosses document boundaries, as in LLaMA; segments: it does not"""
     val_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     """fraction of documents kept for validation (prepared folders have their own split)"""
     seed: Seed = 0
     """seed of the order of the training sequences"""
     skip_batches: tuple[StepRange, ...] = ()
-    """training batches to skip, [[first, last], ...] from 1: those whose loss is not finite"""
+    """training batches to skip after a non-finite loss: [[first, last], ...], counted from 1"""
     prepared: LocalPath = ""
     """folder for the token shards of raw sources; empty: `data` inside the run folder"""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -110,7 +110,7 @@ class MeshConfig:
     """Device mesh and sharding."""
 
     preset: Literal["fsdp", "fsdp_tensor", "tensor_sequence"] = "fsdp"
-    """shard weights (fsdp), and heads and widths (fsdp_tensor), and positions (tensor_sequence)"""
+    """shards weights (fsdp), heads and widths too (fsdp_tensor), positions too (tensor_sequence)"""
     data: int = 1
     """devices along `data`: data parallelism, each with a full copy of the weights"""
     fsdp: int = -1
@@ -162,9 +162,9 @@ class TrainConfig:
     init_from: LocalPath = ""
     """checkpoint to fine-tune: its weights, tokenizer and chat template; empty: random weights"""
     allow_other_tokenizer: bool = False
-    """allow a data.tokenizer unlike that of train.init_from: token ids change their meaning"""
+    """allow a data.tokenizer that differs from train.init_from's: token ids change meaning"""
     restart_from: NonNegative = 0
-    """restart once from the checkpoint of this step, newer ones are set aside; 0: the newest"""
+    """restart once from the checkpoint of this step and move newer ones away; 0: the newest"""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of activations and matmuls; auto: bfloat16 on TPU and GPU, float32 on CPU"""
     reduce_dtype: Literal["compute", "float32"] = "compute"
@@ -228,7 +228,7 @@ class Recipe:
         if tokens > MAX_STEP_TOKENS:
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} x data.seq_len={self.data.seq_len} are "
-                f"{tokens:,} tokens a step; at most {MAX_STEP_TOKENS:,} are possible"
+                f"{tokens:,} tokens per step; at most {MAX_STEP_TOKENS:,} are possible"
             )
         if self.data.seq_len > self.model.context:
             raise ValueError(

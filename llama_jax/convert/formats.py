@@ -102,7 +102,7 @@ def open_weights(path: Path) -> IO[bytes]:
       ConvertError: a folder, pipe, device, or Git LFS pointer.
       OSError: missing or not readable.
     """
-    # Without O_NONBLOCK, opening a pipe without a writer would block for ever.
+    # Without O_NONBLOCK, opening a pipe without a writer would block forever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -194,8 +194,8 @@ def _safetensors_slice(path: Path, name: str, entry: dict[str, Any], base: int) 
     dtype = _SAFETENSORS_DTYPE.get(entry["dtype"])
     if dtype is None:
         raise ConvertError(
-            f"{path}: {name} has dtype {short(entry['dtype'])}: quantized and exotic files are not "
-            "supported"
+            f"{path}: {name} has dtype {short(entry['dtype'])}: quantized files and "
+            "rare dtypes are not supported"
         )
     shape, (start, stop) = entry["shape"], entry["data_offsets"]
     numbers = (*shape, start, stop)
@@ -205,7 +205,7 @@ def _safetensors_slice(path: Path, name: str, entry: dict[str, Any], base: int) 
     shape = tuple(shape)
     if stop - start != math.prod(shape) * dtype.itemsize:
         raise ConvertError(
-            f"{path}: {name} of shape {list(shape)} and dtype {entry['dtype']} cannot lie in "
+            f"{path}: {name} of shape {list(shape)} and dtype {entry['dtype']} does not fit in "
             f"{stop - start} bytes"
         )
     return TensorSlice(path, base + start, shape, contiguous(shape), dtype)

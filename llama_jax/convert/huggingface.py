@@ -358,7 +358,7 @@ def _find_tensors(
 def check_writable(cfg: ModelConfig, shards: int | None) -> None:
     """Raise :class:`ConvertError` if a model cannot be written to this number of files."""
     if shards is not None and shards > (count := len(layer_tensors(cfg))):
-        raise ConvertError(f"--shards {shards}: the model has {count} tensors only")
+        raise ConvertError(f"--shards {shards}: the model has only {count} tensors")
     make_config(cfg, "float32", {})
 
 

@@ -171,12 +171,12 @@ def make_plan(
         )
     to = to or ("hf" if source.format == "orbax" and quantize is None else "orbax")
     if to not in NAMES:
-        raise ConvertError(f"to={to!r}: there are 'meta', 'hf' and 'orbax'")
+        raise ConvertError(f"to={to!r} must be 'meta', 'hf' or 'orbax'")
     floats = {d.name: d for d in FLOATS}
     if dtype not in ("keep", *floats):
-        raise ConvertError(f"dtype={dtype!r}: there are 'keep', {', '.join(map(repr, floats))}")
+        raise ConvertError(f"dtype={dtype!r} must be one of 'keep', {', '.join(map(repr, floats))}")
     if quantize is not None and quantize not in QUANTIZED:
-        raise ConvertError(f"quantize={quantize!r}: there are 'int8' and 'int4'")
+        raise ConvertError(f"quantize={quantize!r} must be 'int8' or 'int4'")
     if quantize is not None and to != "orbax":
         raise ConvertError(f"--quantize is for Orbax; {NAMES[to]} files cannot hold it")
     if shards is not None and to == "orbax":

@@ -1,7 +1,7 @@
 """Compare the logits of a converted model with transformers' at positions over the whole context.
 
-A wrong rotary permutation, frequency or scaling keeps every bit of the weights and still gives
-another model; this test finds it. The model is reduced to its first layers, tokens and feed-forward
+A wrong rotary permutation, frequency or scaling changes the model but no bit of the weights; this
+test finds it. The model is reduced to its first layers, tokens and feed-forward
 units to fit the memory limit. Needs torch and transformers.
 """
 

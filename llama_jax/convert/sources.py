@@ -1,4 +1,4 @@
-"""What a folder of weights holds (:class:`SourceCheckpoint`), how a new one is written
+"""The content of a folder of weights (:class:`SourceCheckpoint`), the writer of a new one
 (:class:`CheckpointWriter`), and the checks that the readers of all formats share."""
 
 import dataclasses
@@ -35,7 +35,7 @@ from llama_jax.io import read_json
 Format = Literal["meta", "hf", "orbax"]
 NAMES: dict[Format, str] = {"meta": "Meta", "hf": "Hugging Face", "orbax": "Orbax"}
 MAX_STOP_IDS = 8
-"""largest number of ids that end a text; generation compares each token with this many"""
+"""largest number of EOS ids; generation compares each token with all of them"""
 _MAX_SETTINGS_BYTES = 1 << 20
 MAX_INDEX_BYTES = 12 << 20
 """size limit of JSON files that list tensors: an index, _METADATA, manifest.json"""
@@ -135,7 +135,7 @@ class Report:
         return bool(value)
 
     def check_numbers(self, tree: dict[str, Any], keys: Iterable[str]) -> bool:
-        """Whether the given settings are positive numbers or absent."""
+        """Whether each of these settings is a positive number or absent."""
         wrong = [k for k in keys if tree.get(k) is not None and not is_number(tree[k])]
         for key in wrong:
             self.problem(f"{key}={short(tree[key])} is not a positive number")
@@ -154,7 +154,7 @@ class Report:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a positive number of a possible size."""
+    """Whether a value is a positive number within a plausible range."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12
 
 
@@ -221,7 +221,7 @@ def check_tokenizers(source: SourceCheckpoint) -> None:
         source.token_ids = tokenizer.ids | source.token_ids
         if tokenizer.size > rows:
             raise ConvertError(
-                f"{tokenizer.path} has {tokenizer.size} tokens, the embedding {rows} rows only"
+                f"{tokenizer.path} has {tokenizer.size} tokens, the embedding only {rows} rows"
             )
         if tokenizer.size < rows:
             source.warnings.append(

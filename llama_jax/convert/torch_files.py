@@ -140,7 +140,7 @@ def _torch_slice(
     storage, offset, size, stride = tensor
     record = f"{root}data/{storage.key}"
     if record not in records:
-        raise ConvertError(f"{path}: {name} lies in {record}, which the file does not hold")
+        raise ConvertError(f"{path}: {name} is stored in {record}, which the file does not contain")
     start, length = records[record]
     numbers = (offset, storage.elements, *size[: MAX_RANK + 1], *stride[: MAX_RANK + 1])
     ranks = len(size) == len(stride) <= MAX_RANK

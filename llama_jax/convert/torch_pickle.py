@@ -140,14 +140,14 @@ def load_pickle(data: bytes) -> Any:
 
     def pop(count: int) -> tuple[Any, ...]:
         if len(stack) < count:
-            raise ConvertError("its pickle takes more values than it made")
+            raise ConvertError("its pickle pops more values than it pushed")
         taken = stack[len(stack) - count :]
         del stack[len(stack) - count :]
         return tuple(taken)
 
     def pop_to_mark() -> list[Any]:
         if not marks:
-            raise ConvertError("its pickle lacks a mark")
+            raise ConvertError("its pickle has no mark")
         return list(pop(max(0, len(stack) - marks.pop())))
 
     for count, (info, arg, _) in enumerate(pickletools.genops(data)):

@@ -17,7 +17,7 @@ from llama_jax.data.tokenizer import BREAK, Tokenizer, check_text
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _TIMEOUT = 60
-"""Seconds until a process without an answer is ended; its CPU time is limited to 2 s."""
+"""Seconds after which a process that does not answer is killed; its CPU time is limited to 2 s."""
 
 
 class ChatTemplate:
@@ -158,8 +158,10 @@ class _Process:
         assert self._popen is not None
         status = self._popen.wait()
         if status in (-signal.SIGXCPU, -signal.SIGKILL):
-            return "it takes too long (more than 2 s of computing)"
-        return f"it ended the process that renders it (status {status}): too deep, or too large"
+            return "it takes too long (more than 2 s of CPU time)"
+        return (
+            f"the process that renders it ended (status {status}): nested too deeply, or too large"
+        )
 
     def close(self) -> None:
         """End the process."""

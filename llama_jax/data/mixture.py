@@ -80,10 +80,10 @@ def open_mixture(folder: str | Path, moved: Mapping[str, Path] | None = None) ->
 class MixtureSampler(grain.transforms.DatasetSelectionMap):
     """Selects source and sequence for each position of the mixture, for the rows of one host.
 
-    Of the first n positions each source has its share with an error below the number of sources,
-    for any n (Grain's own ``mix`` rounds weights to hundredths of the smallest). The mixture does
-    not depend on the number of hosts: batch i is positions ``[i B, i B + B)``, of which a host
-    reads ``rows``.
+    For any n, the number of sequences of a source among the first n differs from its exact share by
+    less than the number of sources (Grain's own ``mix`` rounds weights to hundredths of the
+    smallest). The mixture does not depend on the number of hosts: batch i is positions
+    ``[i B, i B + B)``, of which a host reads ``rows``.
 
     Args:
       weights: of the sources.
@@ -95,7 +95,7 @@ class MixtureSampler(grain.transforms.DatasetSelectionMap):
     """
 
     def __init__(self, weights: list[float], batch_size: int, rows: Rows):
-        # Weights as the decimal fractions that people write: 0.1 is 1/10.
+        # Weights as exact decimal fractions: 0.1 is 1/10.
         exact = [Fraction(str(w)) for w in weights]
         scale = math.lcm(*(w.denominator for w in exact))
         self._shares = [int(w * scale) for w in exact]
@@ -199,7 +199,7 @@ class TrainData:
         self._returned = state["batches"]
 
     def progress(self) -> dict[str, Progress]:
-        """Share and epochs of each source so far, over all hosts."""
+        """Fraction and epochs of each source so far, over all hosts."""
         positions = self._returned * self._batch_size
         counts = self._sampler.counts(positions)
         return {

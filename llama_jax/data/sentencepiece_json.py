@@ -14,7 +14,7 @@ from typing import Any
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 BPE = 2
 _MAX_PIECE_CHARS = 64
-"""Every split of a piece into two is tried; the pieces of trained models have under 20."""
+"""Limit on characters per piece, as every split into two is tried; trained models have under 20."""
 
 
 def to_json(content: bytes) -> dict[str, Any]:
@@ -64,9 +64,10 @@ def parse(content: bytes) -> Any:
         raise ValueError(f"it is damaged: {e}") from None
     if not all(isinstance(p.piece, str) for p in proto.pieces):
         raise ValueError("it is damaged: a piece is not UTF-8 text")
-    # A file cut off between two pieces can be parsed as a smaller vocabulary; these come last.
+    # A file truncated between two pieces can be parsed as a smaller vocabulary. These settings
+    # follow the pieces.
     if not (proto.HasField("trainer_spec") and proto.HasField("normalizer_spec")):
-        raise ValueError("it is cut short: settings of the trainer or normalizer are missing")
+        raise ValueError("it is truncated: settings of the trainer or normalizer are missing")
     return proto
 
 

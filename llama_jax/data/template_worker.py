@@ -2,7 +2,7 @@
 
 A downloaded template is untrusted code. Jinja's sandbox keeps it from files and from Python's
 internals, but does not limit loops or the size of texts, and a long operation in C cannot be
-interrupted from its own process. Here the operating system ends the process.
+interrupted from its own process. The operating system enforces the limits on this process.
 
 ``chat_template`` starts it. Each request is a line of JSON on standard input: ``template``,
 ``variables`` (null: only compile the template), ``names`` of control tokens, and the ``mark`` that
@@ -94,8 +94,8 @@ def _compiled(source: str, mark: str) -> tuple[jinja2.Template, frozenset[str]]:
 class Marker:
     """Puts a mark inside names of control tokens in the text of messages.
 
-    Also where a template could produce a name from the text: the name is in other letter case, has
-    white space inside, or is split between this string and the text around it. Other strings do
+    This includes text from which a template could produce a name: a name in other letter case, with
+    white space inside, or split between this string and the text around it. Other strings do
     not change. ``Tokenizer.encode_marked`` removes the marks.
     """
 
@@ -150,7 +150,7 @@ class Marker:
             return mark.join(["", *text, ""])
         lengths = range(1, min(len(folded), self._longest) + 1)
         inside = folded and text not in self._words and any(folded in n for n in self._folded)
-        # Inside of white space at the ends, because templates strip it.
+        # Not in white space at the ends, because templates strip it.
         before, after = len(text) - len(text.lstrip()), len(text.rstrip())
         if inside or any(folded[-k:] in self._heads for k in lengths):
             text = text[:after] + mark + text[after:]

@@ -199,7 +199,7 @@ class Tokenizer:
 
     @functools.cached_property
     def prefix_bytes(self) -> int:
-        """Bytes of tokens beyond the text's: 1 if a space is put before a text (LLaMA), or 0."""
+        """Bytes of the tokens minus those of the text: 1 if a space is added before it, or 0."""
         return int(self.bytes_of_id_V[self.encode_array("a")].sum()) - 1
 
 
@@ -295,7 +295,7 @@ class JsonTokenizer(Tokenizer):
             self._tokenizer.encode("a b\n")  # some errors occur only here
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException as e:  # a panic of the Rust library is no Exception
+        except BaseException as e:  # a panic of the Rust library is not an Exception
             raise ValueError(str(e)) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -1,4 +1,4 @@
-"""Tokenizer files: recognized by content whatever their name, and converted to Hugging Face's form.
+"""Tokenizer files: recognized by content, not by name, and converted to Hugging Face's format.
 
 Three kinds are known: a SentencePiece model (LLaMA, Llama 2), tiktoken text (Llama 3) and
 ``tokenizer.json`` (Hugging Face).
@@ -70,7 +70,7 @@ class TokenizerFile:
 
 
 def recognize(path: Path) -> TokenizerFile:
-    """Read a tokenizer file and find out its kind from its content.
+    """Read a tokenizer file and determine its kind from its content.
 
     Anything that is neither JSON nor tiktoken text is taken for a SentencePiece model.
 
@@ -203,7 +203,7 @@ def extras(folder: Path) -> list[Path]:
     return found
 
 
-# Meta's tokenizers in Hugging Face's form --------------------------------------------------------
+# Meta's tokenizers in Hugging Face's format ------------------------------------------------------
 
 
 def hf_json(file: TokenizerFile, newer: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _GRACE = 1.0
-"""Seconds from Ctrl-C to the end of the process, whatever it is doing."""
+"""Maximum seconds from Ctrl-C to the end of the process."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _answer(args)
         except BrokenPipeError:
-            # The reader has ended, as in `| head -1`: discard what is still in the buffer.
+            # The reader has exited, as in `| head -1`: discard the rest of the buffer.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except BaseException as e:
@@ -147,19 +147,22 @@ def _parser() -> argparse.ArgumentParser:
     arg("prompt", metavar="PROMPT", help='text to continue; "-" reads a prompt per line from stdin')
     arg = parser.add_argument_group("length and output").add_argument
     arg("--max-new-tokens", type=int, default=128, metavar="T", help="default: 128")
-    arg("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    arg("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; repeatable")
     arg("--n", type=int, default=1, metavar="N", help="continuations per prompt (default: 1)")
     arg("--json", action="store_true", help="a JSON object per line: text, ids, logprobs, finish")
-    arg("--top-logprobs", type=int, default=0, metavar="N", help="--json with the N likeliest "
-        "tokens at each place, at most 20")  # fmt: skip
+    arg("--top-logprobs", type=int, default=0, metavar="N", help="--json with the N most likely "
+        "tokens at each position, at most 20")  # fmt: skip
     arg = parser.add_argument_group("sampling").add_argument
     arg("--temperature", type=float, metavar="X", help="1 is the model's own distribution")
-    arg("--top-k", type=int, metavar="K", help="keep only the K likeliest tokens")
-    arg("--top-p", type=float, metavar="P", help="keep the likeliest tokens that together reach P")
+    arg("--top-k", type=int, metavar="K", help="keep only the K most likely tokens")
+    arg("--top-p", type=float, metavar="P", help="keep the most likely tokens whose probabilities "
+        "add up to P")  # fmt: skip
     arg("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the "
-        "likeliest")  # fmt: skip
+        "most likely")  # fmt: skip
     arg("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
-    arg("--seed", type=int, default=0, metavar="N", help="equal seeds, equal texts (default: 0)")
+    arg(
+        "--seed", type=int, default=0, metavar="N", help="equal seeds give equal texts (default: 0)"
+    )
     arg = parser.add_argument_group("model").add_argument
     arg("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
     arg("--quantize", choices=["int8", "int4"], help="matrices of the layers in 8 or 4 bits")

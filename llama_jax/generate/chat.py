@@ -129,7 +129,7 @@ class Chat:
             raise
 
     def _turn(self, text: str, arguments: dict[str, Any], steps_per_call: int) -> Iterator[str]:
-        """Check all that can be wrong; returns the iterator that generates."""
+        """Check the arguments and the messages; returns the iterator that generates the answer."""
         check_text("the message", text)
         options = check_options(**arguments)
         if self._running is not None:
@@ -154,7 +154,7 @@ class Chat:
         try:
             state = yield from stream_text(sequence, steps, strip=True)
         except BaseException:
-            # The memory of the cache may hold half of this turn: the next one reads all messages.
+            # The cache may hold half of this turn, so the next turn reads all messages again.
             if cache is not None and cache.k_LBKSH.is_deleted():
                 self._ids, self._cache = [], None
             raise

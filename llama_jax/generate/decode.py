@@ -42,7 +42,7 @@ class Request(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """What decoding carries from token to token; one row per sequence."""
+    """The state of decoding; one row per sequence."""
 
     cache: KVCache
     logits_BV: jax.Array
@@ -62,9 +62,9 @@ class Drawn(NamedTuple):
     tokens_TB: Any
     """int32"""
     logprobs_TB: Any
-    """float32, nats; zeros unless asked for"""
+    """float32, nats; zeros unless requested"""
     top_ids_TBN: Any
-    """int32, the likeliest tokens, likeliest first; N is 0 unless asked for"""
+    """int32, the most likely tokens in order; N is 0 unless requested"""
     top_logprobs_TBN: Any
     """float32, nats"""
 
@@ -340,7 +340,7 @@ def _logprob(logits_BV, token_B):
 
 
 def top_logprobs(logits_BV: jax.Array, num_top: int) -> tuple[jax.Array, jax.Array]:
-    """The likeliest tokens of each row: int32 ids and float32 log p, both [B, num_top]."""
+    """The most likely tokens of each row: int32 ids and float32 log p, both [B, num_top]."""
     if not num_top:
         return jnp.zeros((len(logits_BV), 0), jnp.int32), jnp.zeros((len(logits_BV), 0))
     top_BN, ids_BN = jax.lax.top_k(logits_BV, num_top)
@@ -348,7 +348,7 @@ def top_logprobs(logits_BV: jax.Array, num_top: int) -> tuple[jax.Array, jax.Arr
 
 
 def top_dicts(ids_TN: Any, logprobs_TN: Any, num_top: int) -> list[dict[int, float]]:
-    """The ``num_top`` likeliest ids and their log p, one dict per token; none for 0."""
+    """The ``num_top`` most likely ids and their log p, one dict per token; empty for 0."""
     if not num_top:
         return []
     rows = zip(ids_TN[:, :num_top].tolist(), logprobs_TN[:, :num_top].tolist(), strict=True)

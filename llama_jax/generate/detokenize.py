@@ -7,7 +7,7 @@ from typing import Any
 from llama_jax.data.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-"""What decoders write for invalid UTF-8; at the end of a text, perhaps half of a character."""
+"""The character for invalid UTF-8; at the end of a text, it may be an incomplete character."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Generation:
     finish: str
     """"end" (the model ended the document), "stop" (a stop string) or "length" """
     top_logprobs: tuple[dict[int, float], ...] = ()
-    """log p of the likeliest tokens at the place of each id, likeliest first, if asked for"""
+    """log p of the most likely tokens at each position, in order, if requested"""
 
 
 class Detokenizer:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from llama_jax.generate.scores import Scores
 
 Prompt = str | Sequence[int]
-"""Text, or token ids that are used as they are."""
+"""Text, or token ids, to which no BOS id is added."""
 
 
 class LLM:
@@ -78,7 +78,7 @@ class LLM:
           params: its weights, stacked or with one entry per layer.
           tokenizer: may have fewer ids than the embedding has rows.
           compute: dtype and sharding.
-          eos_ids: ids that end a text; default: that of the tokenizer.
+          eos_ids: EOS ids, which end a text; default: that of the tokenizer.
           mesh: the devices that hold the weights, if more than one.
           chat_template: Jinja text in the format of Hugging Face.
           no_template: why there is no chat template, for the error of :meth:`chat`.
@@ -160,8 +160,8 @@ class LLM:
         """Continue a prompt, or each of a list; returns the continuation without the prompt.
 
         Args:
-          prompts: text or token ids, or a list of these. Text gets the id that starts a document;
-            ids are used as they are. Empty text starts a document.
+          prompts: text or token ids, or a list of these. The BOS id is added before text, not
+            before token ids. Empty text means the BOS id alone.
           max_new_tokens: largest number of new tokens; the model's context is a limit as well.
           sampling: :class:`Greedy` or :class:`Sample`.
           n: number of continuations of each prompt.
@@ -169,7 +169,7 @@ class LLM:
           stop: strings that end a text; they are not part of it.
           logprobs: return :class:`Generation` instead of text.
           top_logprobs: return :class:`Generation` with the log-probabilities of this number of
-            likeliest tokens at each place, at most 20.
+            most likely tokens at each position, at most 20.
 
         Returns:
           A text for one prompt (a list of n texts if n > 1), a list of these for a list.
@@ -236,7 +236,7 @@ class LLM:
 
         Args:
           texts: text or token ids, or a list of these; each is scored from the start of a document.
-          top_logprobs: also give the log-probabilities of this number of likeliest tokens at each
+          top_logprobs: also give the log-probabilities of this number of most likely tokens at each
             place, at most 20.
 
         Returns:
@@ -272,7 +272,7 @@ class LLM:
         return Chat(self, system)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the id that starts a document if the tokenizer has one."""
+        """Token ids of a prompt, with the BOS id if the tokenizer has one."""
         return self._ids_of(text)
 
     def _ids_of(self, prompt: Any, where: str = "the prompt") -> list[int]:
@@ -281,9 +281,7 @@ class LLM:
         if isinstance(prompt, str) and self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id, *ids]
         if not ids:
-            raise ValueError(
-                f"{where} is empty: that needs a tokenizer with an id that starts a text"
-            )
+            raise ValueError(f"{where} is empty, which requires a tokenizer with a BOS token")
         self._check_fits(ids, where)
         return ids
 
@@ -423,7 +421,7 @@ def _named(items: list[Any], kind: str = "prompt") -> Iterator[tuple[str, Any]]:
 
 
 def check_eos(eos_ids: Any, cfg: ModelConfig) -> tuple[int, ...]:
-    """The ids that end a text, without duplicates.
+    """The EOS ids, without duplicates.
 
     Raises:
       ValueError: not an id of the model, or a list of them.

@@ -73,9 +73,9 @@ def load(
       MemoryError: the weights are larger than the memory of the device.
     """
     if quantize is not None and quantize not in KINDS:
-        raise ValueError(f"quantize={quantize!r}: there are 'int8' and 'int4'")
+        raise ValueError(f"quantize={quantize!r} must be 'int8' or 'int4'")
     if dtype is not None and str(dtype) not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: there are 'float32' and 'bfloat16'")
+        raise ValueError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
     devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
     platform = devices[0].platform
     weight_dtype = jnp.dtype(dtype or ("float32" if platform == "cpu" else "bfloat16"))
@@ -127,7 +127,7 @@ def _shapes_of(
     cfg: ModelConfig,
     quantize: str | None,
 ) -> Any:
-    """Shapes, dtypes and places of the weights; raises if they do not fit, before any is read."""
+    """Shapes, dtypes and shardings of the weights; checks mesh and memory before any are read."""
     if mesh is not None:
         _check_mesh(cfg, mesh)
     with use_mesh(mesh):
@@ -212,7 +212,7 @@ def _spec(stack: jax.ShapeDtypeStruct) -> tuple:
 
 
 def _put(x: Any, stack: jax.ShapeDtypeStruct, *spec: Any) -> jax.Array:
-    """Put an array of one layer on the devices of its stack."""
+    """Put an array of one layer on the devices of the stacked array."""
     sharding = stack.sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
@@ -245,10 +245,11 @@ def _checkpoint_of(folder: Path, check: Callable[[ModelConfig], Any]) -> Path:
 
 
 def _converted(folder: Path, layout: str) -> Path:
-    """The conversion of ``folder`` in the user's cache, made if it is not there.
+    """The conversion of ``folder`` in the user's cache, made if it does not exist.
 
-    Its name depends on path, size and time of the source's files. A conversion gets its name only
-    when it is complete, and continues after a kill; a second process waits for the first.
+    Its name depends on the paths, sizes and modification times of the source's files. A
+    conversion gets this name when it is complete, and continues after a kill; a second process
+    waits for the first.
     """
     from llama_jax.convert.job import convert
 
@@ -267,7 +268,7 @@ def _converted(folder: Path, layout: str) -> Path:
 
 
 def _cache_folder() -> Path:
-    """Where files outlive the process: compiled programs and converted weights."""
+    """The user's cache folder, for compiled programs and converted weights."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "llama_jax"
 
@@ -318,7 +319,7 @@ def _tokenizer_of(folder: Path, cfg: ModelConfig) -> Tokenizer:
 
 
 def _eos_of(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) -> tuple[int, ...] | None:
-    """The ids that end a text, if ``model.json`` has them."""
+    """The EOS ids, if ``model.json`` has them."""
     ids = metadata.get("token_ids") or {}
     try:
         if not isinstance(ids, dict):

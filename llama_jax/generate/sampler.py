@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits: pure functions that take settings as arrays.
+"""Choice of the next token from the logits: pure functions that take settings as arrays.
 
 Settings are arguments of the compiled step, so changing a temperature does not trigger
 recompilation.
@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 MAX_TOP_LOGPROBS = 20
-"""Alternatives per token that a program computes, whatever number of them is asked for."""
+"""Alternatives per token that a program always computes; fewer may be requested."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """Always take the likeliest token.
+    """Always take the most likely token.
 
     Example::
 
@@ -47,17 +47,17 @@ class Sample:
     """of tokens in the prompt or the text so far, positive logits are divided by it and negative
     ones multiplied; > 0, 1 has no effect (arXiv 1909.05858)"""
     temperature: float = 1.0
-    """logits are divided by it; 0 takes the likeliest token"""
+    """logits are divided by it; 0 takes the most likely token"""
     top_k: int | None = None
-    """keep only the k likeliest tokens"""
+    """keep only the k most likely tokens"""
     top_p: float | None = None
-    """keep the likeliest tokens that together reach this probability (arXiv 1904.09751)"""
+    """keep the most likely tokens that together reach this probability (arXiv 1904.09751)"""
     min_p: float | None = None
     """keep tokens whose probability is at least this fraction of the largest (arXiv 2407.01082)"""
 
     def __post_init__(self):
         limits = {
-            "temperature": (lambda x: x >= 0, "0 (the likeliest token) or more"),
+            "temperature": (lambda x: x >= 0, "0 (the most likely token) or more"),
             "top_p": (lambda x: 0 < x <= 1, "more than 0 and at most 1"),
             "min_p": (lambda x: 0 <= x <= 1, "0 to 1"),
             "repetition_penalty": (lambda x: x > 0, "more than 0 (1 has no effect)"),

@@ -52,7 +52,7 @@ class Scores:
     entropies: tuple[float, ...]
     """entropy of the model's distribution at each token, nats"""
     top_logprobs: tuple[dict[int, float], ...] = ()
-    """log p of the likeliest tokens at the place of each id, likeliest first, if asked for"""
+    """log p of the most likely tokens at each position, in order, if requested"""
 
     @property
     def perplexity(self) -> float:
@@ -132,14 +132,14 @@ def score_all(
 
     Args:
       engine: the model.
-      tokenizer: its tokenizer. Without an id that starts a document, the first id is not scored.
+      tokenizer: its tokenizer. Without a BOS id, the first id is not scored.
       texts: ids of each text.
       num_top: number of alternatives per token.
     """
     made = []
     scored = _score(engine, tokenizer, texts, num_top)
     for ids, (logprob_T, entropy_T, top) in zip(texts, scored, strict=True):
-        first = len(ids) - len(logprob_T)  # an id that starts a document is not scored
+        first = len(ids) - len(logprob_T)  # the BOS id is not scored
         numbers = tuple(logprob_T.tolist()), tuple(entropy_T.tolist())
         text_of = pieces(tokenizer, ids)[first:]
         made.append(Scores(tuple(text_of), tuple(ids[first:]), *numbers, tuple(top)))

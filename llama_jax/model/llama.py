@@ -225,8 +225,8 @@ class Llama(nnx.Module):
             ``positions_BT`` and ``segment_ids_BT``. The caller ensures that ``lengths_B + T`` is at
             most the cache length. A cache that is donated or carried through a loop is updated in
             place.
-          counts_B: int32, 0 to T, only with a cache: number of real tokens of each row, which come
-            first and are added to the row's length. The rest is padding, whose outputs are
+          counts_B: int32, 0 to T, only with a cache: number of real tokens at the start of each
+            row, which are added to its length. The rest is padding, whose outputs are
             undefined. Default: T.
           rope_length: int32 scalar, the sequence length for dynamic rotary frequencies; other types
             ignore it. Default: up to the last real token of ``tokens_BT``. Without a cache,
@@ -244,7 +244,7 @@ class Llama(nnx.Module):
                 "pass neither positions_BT nor segment_ids_BT"
             )
         if cache is None and counts_B is not None:
-            raise ValueError("counts_B counts the tokens that a cache gets: pass a cache too")
+            raise ValueError("counts_B requires a cache")
         B, T = tokens_BT.shape
         if positions_BT is None:
             start = 0 if cache is None else cache.lengths_B[:, None]

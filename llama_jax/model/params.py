@@ -18,7 +18,7 @@ from llama_jax.model.sharding import no_mesh
 Params = dict[str, Any]
 
 FUSED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
-"""Projections of the same input that unstacked layers keep as one matrix: fewer and wider products.
+"""Projections of one input that unstacked layers fuse into one matrix: fewer and wider products.
 Only without a mesh: the columns of one device would mix those of the separate projections."""
 
 

@@ -80,7 +80,7 @@ def max_abs(w_IO: Any) -> Any:
 def scale_of(max_abs_O: Any, kind: str) -> Any:
     """The scale of weights with this maximal magnitude; 1 if all are zero."""
     xp = max_abs_O.__array_namespace__()
-    # Products, here and below: XLA turns these divisions into products, which round differently.
+    # Multiplied, here and below: XLA replaces division by a constant, which rounds differently.
     return xp.where(max_abs_O == 0, 1, max_abs_O * (1 / MAX_INTEGER[kind]))
 
 
@@ -113,7 +113,7 @@ def from_stored(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The arrays of a :class:`QuantizedWeight` from those of a quantized checkpoint.
 
-    A group of int4 that would lie on two devices becomes two groups with the same scale.
+    A group of int4 that would be split over two devices becomes two groups with the same scale.
 
     Args:
       q: int8 [in, out]; for int4 packed, uint8 [in / 2, out].
@@ -154,7 +154,7 @@ def quantize(params: dict[str, Any], kind: str) -> dict[str, Any]:
       ValueError: another kind.
     """
     if kind not in KINDS:
-        raise ValueError(f"quantize={kind!r}: there are 'int8' and 'int4'")
+        raise ValueError(f"quantize={kind!r} must be 'int8' or 'int4'")
     one = functools.partial(quantize_weight, kind=kind)
     stack = jax.jit(functools.partial(jax.lax.map, one))
     blocks = dict(params["blocks"])

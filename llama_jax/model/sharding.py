@@ -65,7 +65,7 @@ class Rules:
         return _spec(letters, dict(self.activations))
 
     def activation_without_tensor(self, letters: str) -> P:
-        """Sharding of an activation that a weight sharded over ``tensor`` is multiplied with."""
+        """Sharding of an activation that is multiplied with a weight sharded over ``tensor``."""
         rules = {k: tuple(a for a in axes if a != "tensor") for k, axes in self.activations}
         return _spec(letters, rules)
 
@@ -363,7 +363,7 @@ def _alternatives(recipe: Recipe, num_devices: int) -> Iterator[Recipe]:
         rows = num_devices // (tensor * context)
         if train.batch_size % rows:
             continue
-        # The most microbatches that leave each device a whole number of rows: least memory.
+        # The most microbatches with a whole number of rows per device: they need the least memory.
         accumulation = max(
             n for n in _divisors(train.batch_size // rows) if n <= train.gradient_accumulation
         )

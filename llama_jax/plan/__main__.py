@@ -81,29 +81,31 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if sum([args.paper, args.table, args.budget is not None, bool(args.target)]) != 1:
         parser.error("give RECIPE --on MACHINE, or --budget, --table or --paper (one of them)")
     if args.inference_tokens and args.budget is None:
-        parser.error("--inference-tokens goes with --budget")
+        parser.error("--inference-tokens requires --budget")
     if args.target and not args.on:
-        parser.error(f"{args.target[0]}: on which machine? give --on, as {EXAMPLES}")
+        parser.error(f"{args.target[0]}: no machine given; add --on MACHINE, such as {EXAMPLES}")
     if train and args.target[0] in inference.MODELS.keys() - recipe_names():
         parser.error(f"{args.target[0]} is a model: give a recipe, or add --inference")
     if args.inference and len(args.target) > 1:
         parser.error(f"--inference takes one model, not {' '.join(args.target)}")
     if args.search and not train:
-        parser.error("--search goes with a recipe")
+        parser.error("--search requires a recipe")
     if args.search and args.on.startswith("cpu"):
         parser.error("--search needs a machine with known rates, not cpu")
     for name in ("dtype", "context", "batch"):
         if getattr(args, name) is not None and not args.inference:
-            parser.error(f"--{name} goes with --inference")
+            parser.error(f"--{name} requires --inference")
     for name in ("power", "price"):
         if getattr(args, name) is not None and not train:
-            parser.error(f"--{name} goes with a recipe")
+            parser.error(f"--{name} requires a recipe")
     if args.on is not None and not args.target:
-        parser.error("--on goes with a recipe or --inference")
+        parser.error("--on requires a recipe or --inference")
     if args.output and (args.table or args.paper):
-        parser.error("--output goes with a recipe, --inference or --budget")
+        parser.error("--output requires a recipe, --inference or --budget")
     if args.output and args.budget is not None and args.output.suffix not in PICTURES:
-        parser.error(f"--output {args.output}: a picture is one of {', '.join(PICTURES)}")
+        parser.error(
+            f"--output {args.output}: the extension of a picture must be {', '.join(PICTURES)}"
+        )
     if args.budget is not None and not 1e15 <= args.budget <= 1e35:
         parser.error(f"--budget {args.budget:g}: the scaling law applies from 1e15 to 1e35 FLOPs")
 
@@ -111,7 +113,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llama_jax.plan",
-        description="Compile a recipe for a machine that need not exist, and report whether it "
+        description="Compile a recipe for a machine that may be absent, and report whether it "
         "fits, how fast it can be and what it costs.",
         epilog=f"machines: {EXAMPLES}, ...",
         allow_abbrev=False,
@@ -132,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     arg("--table", action="store_true", help="inference: every model size on common chips")
     arg("--power", type=_positive, metavar="WATTS", help="per chip, instead of the vendor's number")
     arg("--price", type=_positive, metavar="MONEY", help="per chip-hour")
-    arg("--budget", type=_positive, metavar="FLOPS", help="training FLOPs: which model size?")
+    arg("--budget", type=_positive, metavar="FLOPS", help="the best model size for these FLOPs")
     arg(
         "--inference-tokens", type=_positive, default=0.0, metavar="N",
         help="with --budget: tokens that the trained model will process",

@@ -51,7 +51,7 @@ def plan_training(
       on: name of the machine.
       search: compile several meshes, microbatches and remat; report the fastest that fits.
       watts: power of a chip; None: the table's.
-      price: money per chip-hour.
+      price: price per chip-hour.
 
     Returns:
       (values of the plan, the recipe as compiled: adapted to the machine, or found by the search).

@@ -1,4 +1,4 @@
-"""Compile a recipe's train step for a machine that need not exist."""
+"""Compile a recipe's train step for a machine that may be absent."""
 
 import dataclasses
 import math

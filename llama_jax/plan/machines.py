@@ -89,7 +89,7 @@ def parse_machine(name: str, inference: bool = False) -> Machine:
         unit = "slice" if is_tpu else "machine"
         raise PlanError(f"--on {name}: the largest {unit} of {kind} has {chip.max_chips:,} chips")
     if num_slices * chips > MAX_CHIPS:
-        raise PlanError(f"--on {name}: plans are for {MAX_CHIPS:,} chips at most")
+        raise PlanError(f"--on {name}: a plan has at most {MAX_CHIPS:,} chips")
     if is_tpu:
         return Machine(name, chip, num_slices * chips, num_slices)
     if num_slices > 1:

@@ -15,7 +15,7 @@ def metrics(c: Compiled, watts: float | None = None, price: float | None = None)
     Args:
       c: the compiled step.
       watts: power of a chip; None: the table's.
-      price: money per chip-hour.
+      price: price per chip-hour.
     """
     recipe, chip, memory = c.recipe, c.machine.chip, c.memory
     out: dict[str, Any] = {
@@ -131,7 +131,7 @@ def collectives(c: Compiled) -> list[dict[str, Any]]:
 
 
 def _time(c: Compiled, model_flops: float) -> dict[str, Any]:
-    """The lower bound of a step's time: its slowest term, as if it hid all others."""
+    """The lower bound of a step's time: its slowest term, which hides all others."""
     assert c.cost is not None
     chip, rows = c.machine.chip, collectives(c)
     peak = chip.tflops * 1e12

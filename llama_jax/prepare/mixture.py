@@ -55,7 +55,7 @@ def prepare_mixture(
     """Prepare the tokenizer and every source of a mixture, except what is up to date.
 
     Call it in one process of a run. It encodes in threads (``tokenizers`` and ``sentencepiece``
-    release the GIL), so it starts no process beside a live JAX backend.
+    release the GIL), so it never forks a process in which a JAX backend runs.
 
     Args:
       data: sources (text, or folders prepared before), tokenizer ("": train one of ``vocab_size``
@@ -141,7 +141,7 @@ def _other_sources(out: Path, data: DataConfig) -> dict[str, PreparedSource]:
     """The sources of a mixture that ``data`` does not name."""
     if "splits" in read_json_or_empty(out / MANIFEST):
         raise ValueError(
-            f"{out} is a prepared source, not a folder of sources; give the folder above, "
+            f"{out} is a prepared source, not a folder of sources; give its parent folder, "
             f"{out.resolve().parent}"
         )
     others = {name: entry for name, entry in _entries(out).items() if name not in data.sources}

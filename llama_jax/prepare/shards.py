@@ -28,7 +28,7 @@ PROGRESS_BYTES = 2**26
 """Text between two records of progress."""
 PROGRESS = "progress.json"
 _MAX_AHEAD_BYTES = 2**26
-"""Text read ahead of what is written (or one longer document)."""
+"""Limit on text that was read but not yet written (or one longer document)."""
 _KINDS = ("tokens", "starts")
 """The two files of a shard."""
 
@@ -92,7 +92,7 @@ def encode_files(
             now["bad_lines"] = dict(sorted(bad_lines.items())) if done else {}
             atomic_write(folder / PROGRESS, json.dumps(now).encode())
 
-        # The text before is read again, which counts its bad lines, but not encoded.
+        # The text before is read again to count its bad lines, but not encoded again.
         chunks = _chunks(read_documents(source, files, bad_lines))
         count, unrecorded = state["chunks"], 0
         todo = itertools.islice(chunks, count, None)

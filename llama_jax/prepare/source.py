@@ -118,7 +118,7 @@ def prepare_source(
 
 
 def _changed(source: RawSource, folder: Path, made_from: dict[str, Any]) -> list[str]:
-    """Why a source must be prepared; nothing if its folder is up to date.
+    """The reasons to prepare a source; empty if its folder is up to date.
 
     Raises:
       ValueError: the folder is something else.
@@ -173,7 +173,7 @@ def _unit_folder(partial: Path, index: int) -> Path:
 def _take_unit(partial: Path, count: int, key: str, stack: contextlib.ExitStack) -> int:
     """A unit that is neither complete nor being encoded, locked until ``stack`` is closed.
 
-    ``count`` if all are complete, -1 if other processes are encoding the rest.
+    Returns ``count`` if all are complete, -1 if other processes are encoding the rest.
     """
     done = 0
     for index in range(count):

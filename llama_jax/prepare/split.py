@@ -17,11 +17,11 @@ class SplitRule(NamedTuple):
     """Decides the split of a document by its key, the same in all sources."""
 
     threshold: int
-    """documents whose key is below are in validation"""
+    """threshold: documents with a lower key are in validation"""
     val_keys: frozenset[int] = frozenset()
-    """exceptions: keys in validation though not below"""
+    """exceptions: keys in validation although not below the threshold"""
     train_keys: frozenset[int] = frozenset()
-    """exceptions: keys in training though below"""
+    """exceptions: keys in training although below the threshold"""
 
     def is_val(self, key: int) -> bool:
         """Whether a document with this key is in validation."""
@@ -35,7 +35,7 @@ class SplitRule(NamedTuple):
 def split_rule(
     sources: Iterable[RawSource], val_fraction: float, prepared: Iterable[dict[str, Any]] = ()
 ) -> SplitRule:
-    """The rule under which each source has a document in either split.
+    """A rule with which every source has documents in both splits.
 
     Args:
       sources: raw text.

@@ -43,7 +43,7 @@ _NOT_LIBRARY = {
 # fmt: on
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _MAX_LINE_BYTES = 2**28
-"""Longest line of a .jsonl, of which several copies are in memory."""
+"""Longest line of a .jsonl file; several copies of a line are in memory."""
 KNOWN = f"{', '.join(JSONL)}, .parquet, or text ({' '.join(TEXT[:10])} ...)"
 
 

@@ -109,7 +109,7 @@ def _training_problem(message: str, vocab_size: int) -> str:
 
 
 def lost_in(tokenizer: Tokenizer, text: str) -> str:
-    """The first part of a text that encoding and decoding changes; "" if nothing changes.
+    """The first part of a text that changes when it is encoded and decoded; "" if none does.
 
     Two changes are allowed: every SentencePiece tokenizer decodes the character "▁" to a space,
     and a tokenizer may normalize to NFC, which changes code points but not characters.

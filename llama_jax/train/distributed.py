@@ -32,7 +32,7 @@ from llama_jax.config import ConfigError
 from llama_jax.model.sharding import AXES
 
 RESOLVE_SECONDS = 60
-"""How long the coordinator's name may not resolve (name servers learn of a new pod late)."""
+"""How long to wait until the coordinator's name resolves (DNS learns of a new pod late)."""
 JOIN_SECONDS = 300
 """How long the processes wait for each other."""
 HEARTBEAT_SECONDS = 30

@@ -42,7 +42,7 @@ def verify(folder: str | Path) -> list[str]:
         by `python -m llama_jax.prepare` (a mixture or one source).
 
     Returns:
-      One line for each problem; empty when everything is as it was written.
+      One line for each problem; empty if nothing has changed.
 
     Raises:
       ValueError: the folder is none of these.
@@ -95,8 +95,8 @@ def _listed(folder: Path) -> _Listed:
         return listed
     if not (folder / MANIFEST).exists():
         raise ValueError(
-            f"{folder} is no run, checkpoint, converted weights or prepared data: it has neither "
-            f"{MANIFEST} nor steps/"
+            f"{folder} is not a run, checkpoint, converted weights or prepared data: it has "
+            f"neither {MANIFEST} nor steps/"
         )
     try:
         tree = read_json(folder / MANIFEST, 1 << 30)
@@ -146,7 +146,7 @@ def _without_checksums(root: Path, step: Path) -> list[str]:
     if (step / "checksums.json").exists():
         return [f"{step} has no SHA-256: written by an older version, it cannot be checked"]
     if in_use(root):
-        why = "the run that is going on has not written them yet; try again in a moment"
+        why = "the run in progress has not written them yet; try again in a moment"
         return [f"{step} has no checksums: {why}"] if step.is_dir() else []
     return [
         f"{step} has no checksums: the process ended before they were written; continue the run "
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     size = sum(entry[0] for _, files in listed.lists for entry in files.values())
     data = " and the prepared data" if listed.data and count else ""
     what = f"{count:,} files, {size / 1e9:,.3f} GB{data}" if count else "the prepared data"
-    print(f"{folder}: all right: {what} are as they were written")
+    print(f"{folder}: OK: {what} are unchanged")
     return 0
 
 

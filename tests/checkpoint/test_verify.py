@@ -84,7 +84,7 @@ def damaged(path: Path, compute: str):
 def test_any_altered_byte_is_found_and_named(place, name, capsys):
     folder = place / name
     assert verify.main([str(folder)]) == 0
-    assert "all right" in capsys.readouterr().out
+    assert "OK: " in capsys.readouterr().out
     # .lock and .tokenizer.json (what a tokenizer was trained on) are notes of `prepare` to itself.
     files = [f for f in files_below(folder) if not Path(f).name.startswith(".")]
     assert len(files) >= 4
@@ -129,7 +129,7 @@ def test_steps_that_cannot_be_checked(place, tmp_path):
         remover.start()
         [problem] = verify.verify(run)
         remover.join()
-    assert problem.startswith(f"{second} has no checksums: the run that is going on has not")
+    assert problem.startswith(f"{second} has no checksums: the run in progress has not")
     (second / "checksums.json").write_text("{}")  # of before SHA-256
     [problem] = verify.verify(run)
     assert "written by an older version" in problem

@@ -176,7 +176,7 @@ def test_another_rope_type_keeps_theta_only(load):
             ["data.sources.b.path=./text"],
             "data.sources.b.path='./text' is the text of data.sources.a too",
         ),
-        (["train.batch_size=1000000000"], "64,000,000,000 tokens a step; at most"),
+        (["train.batch_size=1000000000"], "64,000,000,000 tokens per step; at most"),
         (["train.batch_size=1e9"], "train.batch_size=1000000000.0"),
         (["model.vocab_size=10000000000"], "model.vocab_size=10000000000: input should be less"),
         (["model.vocab_size=1e10"], "model.vocab_size=10000000000.0"),

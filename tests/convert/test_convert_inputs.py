@@ -223,7 +223,7 @@ def test_the_hand_written_pickle_is_good(tmp_path):
         (dict(stride="J\xff\xff\xff\xff"), "strides (-1,)"),
         (dict(size="\x88"), "shape (True,)"),
         (dict(stride=""), "strides ()"),
-        (dict(key="7"), "lies in x/data/7, which the file does not hold"),
+        (dict(key="7"), "is stored in x/data/7, which the file does not contain"),
         (dict(storage="QInt8Storage"), "asks for torch.QInt8Storage"),
     ],
 )
@@ -357,7 +357,7 @@ def test_truncated_and_foreign_safetensors(tmp_path, cfg, state):
     [
         (dict(dtype="F8_E4M3"), "has dtype 'F8_E4M3': quantized"),
         (dict(dtype="I8", data_offsets=[0, 768]), "is int8: only float16"),
-        (dict(shape=[24, 31]), "cannot lie in 1536 bytes"),
+        (dict(shape=[24, 31]), "does not fit in 1536 bytes"),
         (dict(shape=[-24, -32]), "has shape [-24, -32]"),
         (dict(shape=[24, 32.0]), "has shape [24, 32.0]"),
         (dict(data_offsets=[2, 1538]), "overlap or leave a gap"),
@@ -503,9 +503,9 @@ def test_a_destination_that_exists(tmp_path, cfg, state, capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (dict(to="gguf"), "to='gguf': there are 'meta', 'hf' and 'orbax'"),
-        (dict(dtype="float64"), "dtype='float64': there are 'keep', 'float16', 'bfloat16', 'float"),
-        (dict(quantize="int2"), "quantize='int2': there are 'int8' and 'int4'"),
+        (dict(to="gguf"), "to='gguf' must be 'meta', 'hf' or 'orbax'"),
+        (dict(dtype="float64"), "dtype='float64' must be one of 'keep', 'float16', 'bfloat16', 'f"),
+        (dict(quantize="int2"), "quantize='int2' must be 'int8' or 'int4'"),
     ],
 )
 def test_unknown_options_are_refused(tmp_path, cfg, state, options, expected):
@@ -587,7 +587,7 @@ def test_shard_counts_that_do_not_divide(tmp_path, cfg, state):
     for to, shards, expected in [
         ("meta", 3, "does not divide n_heads=8, n_kv_heads=4, dim=32; this model can be"),
         ("meta", 8, "does not divide n_kv_heads=4"),
-        ("hf", 100, "the model has 21 tensors only"),
+        ("hf", 100, "the model has only 21 tensors"),
         ("orbax", 2, "--shards is for Meta and Hugging Face"),
         ("hf", 0, "--shards 0 must be at least 1"),
     ]:  # fmt: skip

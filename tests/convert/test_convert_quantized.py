@@ -140,7 +140,7 @@ def test_quantized_checkpoints_cannot_be_converted(folders, tmp_path, capsys):
         assert main(arguments) == 1
         assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="quantize='int2': there are 'int8' and 'int4'"):
+    with pytest.raises(ValueError, match="quantize='int2' must be 'int8' or 'int4'"):
         convert(folders / "meta", tmp_path / "out", quantize="int2")
 
 

@@ -445,7 +445,7 @@ def test_more_tokens_than_rows_are_refused_and_fewer_named(tmp_path):
     (folder / "tokenizer.json").write_bytes(HF_TOKENIZER)
     assert "24 rows, tokenizer.json 6 tokens" in open_folder(folder).warnings[-1]
     (folder / "tokenizer.model").write_bytes(tiktoken_file(50))
-    with pytest.raises(ValueError, match="has 306 tokens, the embedding 24 rows only"):
+    with pytest.raises(ValueError, match="has 306 tokens, the embedding only 24 rows"):
         open_folder(folder)
 
 

@@ -186,7 +186,7 @@ def test_prompts_of_ids(llm):
 
 
 def test_top_logprobs(llm):
-    """The likeliest tokens of the model's distribution; another number does not recompile."""
+    """The most likely tokens of the model's distribution; another number does not recompile."""
     options = dict(max_new_tokens=40, sampling=Sample(temperature=1.5), seed=4)
     plain = llm.generate(["the cat", "a"], logprobs=True, **options)
     assert plain[0].top_logprobs == ()
@@ -409,7 +409,7 @@ def test_the_cache_of_an_ended_row_does_not_grow(llm, tokenizer):
 
 
 def test_the_penalty_counts_the_prompt(llm):
-    """The first new token, when the likeliest one is in the prompt and nowhere else yet."""
+    """The first new token, when the most likely one is in the prompt and nowhere else yet."""
     penalized = Sample(temperature=0.0, repetition_penalty=3.0)
     changed = 0
     for seed in range(6):

@@ -169,7 +169,7 @@ def test_weights_of_another_shape_are_an_error(checkpoint):
 
 
 def test_unknown_kind():
-    with pytest.raises(ValueError, match="quantize='int3': there are 'int8' and 'int4'"):
+    with pytest.raises(ValueError, match="quantize='int3' must be 'int8' or 'int4'"):
         quantize({"blocks": {}}, "int3")
 
 

@@ -885,7 +885,7 @@ def test_the_layout_of_the_recipes(tmp_path, monkeypatch):
     overrides = ["model.vocab_size=320", "data.sources.c4.path=data/web"]
     with pytest.raises(ValueError, match=r"set data\.sources\.c4\.path to one of .*: data/web/web"):
         prepare_mixture(load_recipe(recipe_file, overrides).data, 320, "run/data2")
-    with pytest.raises(SystemExit, match=r"data/c4 is a prepared source.* give the folder above"):
+    with pytest.raises(SystemExit, match=r"data/c4 is a prepared source.* give its parent folder"):
         main(["data/c4", "--source", f"c4={source_path}", "--tokenizer", "tokenizer.model"])
     assert manifest(Path("data/c4")) == json.loads(before["c4/manifest.json"])
 
