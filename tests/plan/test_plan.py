@@ -330,7 +330,7 @@ def test_former_flags_are_refused(flag, capsys):
         (["--budget", "much"], "is not a positive number"),
         (["--budget", "inf"], "is not a positive number"),
         (["--inference-tokens", "1e12", "--paper"], "requires --budget"),
-        (["configs/tiny.toml"], "on which machine?"),
+        (["configs/tiny.toml"], "no machine given; add --on"),
         (["nothing.toml", "--on", "v5e:2x2"], "nothing.toml does not exist"),
         (["configs/tiny.toml", "--on", "v9:2"], "no chip 'v9'"),
         (["tiny", "--on", "v9:2"], "no chip 'v9'"),  # the recipe, not the model
