@@ -4,7 +4,7 @@
 
 Runs a short training run, generates one token with the result, and converts it from the Hugging
 Face format. For each, prints the number of files that ran on the main thread and of distinct pairs
-(caller file, callee file); --pairs lists the pairs.
+(caller file, callee file) and (caller package, callee package); --pairs lists the pairs of files.
 """
 
 import argparse
@@ -62,9 +62,21 @@ class Crossings:
 
     def report(self, title: str, list_pairs: bool) -> None:
         files = {file for pair in self.pairs for file in pair}
-        print(f"{title:<12}{len(files):>4} files {len(self.pairs):>4} pairs")
+        packages = {(package(a), package(b)) for a, b in self.pairs} - {
+            (name, name) for name in map(package, files)
+        }
+        print(
+            f"{title:<12}{len(files):>4} files {len(self.pairs):>4} pairs of files "
+            f"{len(packages):>4} pairs of packages"
+        )
         for (caller, callee), calls in sorted(self.pairs.items()) if list_pairs else ():
             print(f"  {caller} -> {callee} {calls}")
+
+
+def package(file: str) -> str:
+    """``llama_jax/train/loop.py`` -> ``train``, ``llama_jax/io.py`` -> ``io``."""
+    top, name, *_ = Path(file).with_suffix("").parts
+    return name if top == "llama_jax" else top
 
 
 @contextlib.contextmanager
