@@ -5,7 +5,7 @@ SentencePiece encodes the same documents from memory, one after the other in one
 ratio = speed of prepare / (cores x speed of SentencePiece). Both take turns in one process. Other
 load on the machine lowers the ratio; the ratio of CPU times shows by how much.
 
-    python -m benchmarks.tokenize      writes benchmarks/results/tokenize.json
+    python -m benchmarks.tokenization      writes benchmarks/results/tokenization.json
 """
 
 import json
