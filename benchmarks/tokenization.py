@@ -53,7 +53,7 @@ def main() -> None:
         **environment(),
     }
     print(json.dumps(result, indent=1))
-    write("tokenize", result)
+    write("tokenization", result)
 
 
 def measure(
