@@ -64,5 +64,13 @@ def write_settings(app):
     (HERE / "api" / "settings.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def examples_as_code(app, what, name, obj, options, lines):
+    """Show the code of an ``Example:`` section as code; napoleon would make it a paragraph."""
+    for i in reversed(range(len(lines))):
+        if lines[i].strip() == "Example:":
+            lines[i : i + 1] = [lines[i] + ":", ""]
+
+
 def setup(app):
     app.connect("builder-inited", write_settings)
+    app.connect("autodoc-process-docstring", examples_as_code, priority=400)  # before napoleon

@@ -145,9 +145,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(read_limited(path, MAX_RECIPE_BYTES).decode("utf-8"))
     except FileNotFoundError:
-        names = ", ".join(recipe_names())
+        names = recipe_names()
+        nearest = difflib.get_close_matches(path.stem, names, 1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise ConfigError(
-            f"recipe {path} does not exist; recipes are in configs/, and a name is enough: {names}"
+            f"recipe {path} does not exist{hint}\nshipped recipes: {', '.join(names)}"
         ) from None
     except RecursionError:
         raise ConfigError(f"recipe {path} cannot be read: nested too deeply") from None

@@ -56,14 +56,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert LLaMA weights between Meta, Hugging Face and Orbax, bit for bit.",
     )
     arg = parser.add_argument
-    arg("source", nargs="?", type=Path, help="folder of weights; its format is recognized")
-    arg("destination", nargs="?", type=Path, help="folder to create")
+    arg("source", nargs="?", type=Path, metavar="SOURCE",
+        help="folder of weights; its format is recognized")  # fmt: skip
+    arg("destination", nargs="?", type=Path, metavar="DESTINATION", help="folder to create")
     arg("--to", choices=list(NAMES), help="format to write (default: orbax, or hf from orbax)")
     dtypes = ["keep", *(d.name for d in FLOATS)]
     arg("--dtype", choices=dtypes, default="keep", help="dtype to write (default: keep)")
     arg("--quantize", choices=QUANTIZED, help="quantize the matrices of the layers (Orbax only)")
     arg("--shards", type=int, metavar="N", help="files (default: Meta 1, HF at most 5 GB each)")
-    arg("--max-memory", type=_memory, default="2GiB", help="limit of this process (default: 2GiB)")
+    arg("--max-memory", type=_memory, default="2GiB", metavar="SIZE", help="limit of this process, "
+        "such as 8GiB (default: 2GiB)")  # fmt: skip
     arg("--verify", action="store_true", help="read the result back and compare with the source")
     arg("--context", type=int, metavar="T", help="context length, which params.json lacks")
     arg("--inspect", type=Path, metavar="PATH", help="describe the content of a folder")

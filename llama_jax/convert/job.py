@@ -225,8 +225,8 @@ def describe(source: SourceCheckpoint) -> str:
         + (f", as {known[0]}" if known else ""),
         f"  sizes: vocab {cfg.vocab_size}, dim {cfg.dim}, layers {cfg.num_layers}, "
         f"heads {cfg.num_heads} (kv {cfg.num_kv_heads}) of {cfg.head_dim}, "
-        f"feed-forward {cfg.ffn_dim}, context {cfg.context}, norm_eps {cfg.norm_eps:g}, "
-        f"embeddings {'tied' if cfg.tie_embeddings else 'not tied'}",
+        f"feed-forward {cfg.ffn_dim}, context {cfg.context}",
+        f"  norm_eps {cfg.norm_eps:g}, embeddings {'tied' if cfg.tie_embeddings else 'not tied'}",
         f"  rope: {', '.join(f'{k} {v}' for k, v in rope.items())}",
     ]
     lines += [f"  tokenizer: {t.path} ({t.kind}, {t.size} tokens)" for t in source.tokenizers]
@@ -314,7 +314,7 @@ def _verify(plan: Plan) -> None:
         dtypes = plan.source.dtypes()
         compared = logits.compare_logits(plan.source, plan.source, dtypes, plan.max_memory)
         compared = f"the source's {compared}"
-    plan.log(f"verified: {compared}")
+    plan.log(f"{'note' if 'not compared' in compared else 'verified'}: {compared}")
 
 
 # Small files --------------------------------------------------------------------------------------

@@ -77,7 +77,9 @@ def open_orbax(root: Path, path: Path) -> SourceCheckpoint:
     step, steps = _find_step(root, path)
     folder = root / "steps" / str(step) / "model"
     weights = _open_arrays(folder, cfg, quantize)
-    warnings = [f"step {step} of {', '.join(map(str, steps))}"] if len(steps) > 1 else []
+    warnings = []
+    if len(steps) > 1:
+        warnings.append(f"this is step {step}; the folder has steps {', '.join(map(str, steps))}")
     report = Report(f"{root}/model.json")
     token_ids = sources.check_token_ids(metadata["token_ids"], cfg.vocab_size, report)
     warnings += report.warnings

@@ -2,8 +2,8 @@
 
 int8 has one scale per output (LLM.int8(), arXiv 2208.07339, without outliers); int4 one per output
 and group of up to 64 inputs (as GPTQ, arXiv 2210.17323, without error feedback). Both are
-symmetric: round(w / scale) with scale = max |w| / 127 or / 7. Embedding, norms and output matrix
-are not quantized: they are small, and the loss is most sensitive to them.
+symmetric: round(w / scale) with scale = max(abs(w)) / 127 or / 7. Embedding, norms and output
+matrix are not quantized: they are small, and the loss is most sensitive to them.
 """
 
 import dataclasses

@@ -114,7 +114,7 @@ def _print_samples(trainer: "Trainer") -> None:
         prompts, max_new_tokens=100, sampling=Sample(temperature=0.7), seed=recipe.train.seed
     )
     for prompt, text in zip(prompts, texts, strict=True):
-        log("sample:\n" + textwrap.indent(prompt + text, "  | "))
+        log("sample:\n" + textwrap.indent(prompt + text, "  | ", lambda line: True))
 
 
 def _parser() -> argparse.ArgumentParser:

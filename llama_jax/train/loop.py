@@ -234,7 +234,7 @@ class Trainer:
             f"process(es), mesh {sizes} ({self.recipe.mesh.preset})\n"
             f"peak: {self.peak_flops / 1e12:.3g} TFLOP/s per device ({self.peak_source})\n"
             f"model: {model.num_params:,} parameters, {self.compute.dtype} compute | "
-            f"{train.steps:,} steps of {tokens:,} tokens = {train.steps * tokens / 1e6:,.1f}M"
+            f"{train.steps:,} steps of {tokens:,} tokens = {metrics.short(train.steps * tokens)}"
         )
         for name, source in self.mixture.sources.items():
             tokens, val = (source.manifest["splits"][k]["tokens"] for k in ("train", "holdout"))

@@ -103,9 +103,9 @@ def _flatten(record: Record, prefix: str = "") -> list[tuple[str, float]]:
 def train_line(r: Record, steps: int) -> str:
     """The log line of a training record, at most :data:`LINE_WIDTH` columns wide."""
     return (
-        f"step {r['step']:>{len(str(steps))}}/{steps} | {_short(r['tokens'])} tokens | "
+        f"step {r['step']:>{len(str(steps))}}/{steps} | {short(r['tokens'])} tokens | "
         f"loss {r['loss']:.3f}, grad {r['grad_norm']:.2f}, lr {r['learning_rate']:.1e} | "
-        f"{_short(r['tokens_per_second'])} tok/s, MFU {r['mfu']:.1%}, "
+        f"{short(r['tokens_per_second'])} tok/s, MFU {r['mfu']:.1%}, "
         f"wait {r['data_wait']:.1%} | {r['memory_gib']:.1f} GiB"
     )
 
@@ -122,7 +122,7 @@ def eval_lines(record: Record) -> list[str]:
     ]
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """Three significant digits and a unit: 1234567 as "1.23M"."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= 0.9995 * size:  # rounds to 1.00 of this unit

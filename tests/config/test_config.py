@@ -249,8 +249,10 @@ def test_missing_settings(load, gone, message):
 
 
 def test_unreadable_recipes(load, tmp_path):
-    with pytest.raises(ConfigError, match="does not exist; recipes are in configs/"):
+    with pytest.raises(ConfigError, match=r"none.toml does not exist\nshipped recipes: .*tiny"):
         load_recipe(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match=r"does not exist; did you mean llama-7b-tpu\?"):
+        load_recipe("llama-7b-tpus")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_recipe(tmp_path)
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -416,7 +416,7 @@ def test_log_lines_fit_120_columns():
     )
     lines = [line, *metrics.environment().splitlines()]
     assert max(map(len, lines)) <= 120
-    short = [metrics._short(x) for x in (7, 999.4, 999.6, 1234567, 999_999_999, 20e12)]
+    short = [metrics.short(x) for x in (7, 999.4, 999.6, 1234567, 999_999_999, 20e12)]
     assert short == ["7", "999", "1.00k", "1.23M", "1.00B", "20.0T"]
 
 
