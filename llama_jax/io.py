@@ -18,7 +18,7 @@ from typing import Any
 
 MAX_JSON_BYTES = 64 << 20
 """The largest JSON file read; a tokenizer.json of 128k tokens has 17 MB."""
-LFS_POINTER = b"version https://git-lfs"
+_LFS_POINTER = b"version https://git-lfs"
 """First bytes of the small file that Git LFS leaves in place of one that was not downloaded."""
 
 
@@ -64,29 +64,37 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def read_limited(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file of at most ``max_bytes``.
+def open_regular(path: Path) -> io.FileIO:
+    """Open a file for reading, without a buffer.
 
     Raises:
-      ValueError: a folder, pipe or device, a larger file, or a Git LFS pointer; says which.
+      ValueError: a folder, pipe or device, or a Git LFS pointer; says which.
       OSError: missing or not readable.
     """
     # Without O_NONBLOCK, opening a pipe that nobody writes to would wait forever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    info = os.fstat(descriptor)
-    if not stat.S_ISREG(info.st_mode):
+    problem = ""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        problem = "is not a regular file"
+    elif os.pread(descriptor, len(_LFS_POINTER), 0) == _LFS_POINTER:
+        problem = "is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from"
+    if problem:
         os.close(descriptor)
-        raise ValueError(f"{path} is not a regular file")
-    with open(descriptor, "rb") as f:
-        if info.st_size > max_bytes:
-            raise ValueError(f"{path} has {info.st_size:,} bytes; at most {max_bytes:,} are read")
-        content = f.read()
-    if content.startswith(LFS_POINTER):
-        raise ValueError(
-            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` where it came "
-            "from"
-        )
-    return content
+        raise ValueError(f"{path} {problem}")
+    return io.FileIO(descriptor)
+
+
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file of at most ``max_bytes``.
+
+    Raises:
+      ValueError: as for :func:`open_regular`, or a larger file; says which.
+      OSError: missing or not readable.
+    """
+    with open_regular(path) as f:
+        if (size := os.fstat(f.fileno()).st_size) > max_bytes:
+            raise ValueError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read")
+        return f.readall()
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llama_jax.io import atomic_write, read_json, read_limited
+from llama_jax.io import atomic_write, read_json, read_limited, sha256
 
 MANIFEST = "manifest.json"
 MAX_LIST_BYTES = 1 << 30
@@ -78,7 +78,7 @@ def hash_files(folder: Path, names: Iterable[str]) -> Files:
       OSError: a file cannot be read.
     """
     names = sorted(names)
-    digest = lambda name: [(folder / name).stat().st_size, _sha256(folder / name, lambda _: None)]
+    digest = lambda name: [(folder / name).stat().st_size, sha256(folder / name)]
     with _pool() as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
 

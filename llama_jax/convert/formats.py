@@ -9,14 +9,13 @@ import math
 import mmap
 import os
 import reprlib
-import stat
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from llama_jax.io import LFS_POINTER
+from llama_jax.io import open_regular
 
 _MAX_PROBLEMS = 20
 _MAX_PROBLEM_LENGTH = 500
@@ -95,27 +94,6 @@ def first_names(names: list[str], count: int = 10) -> str:
     return ", ".join(name[:100] for name in names[:count]) + more
 
 
-def open_weights(path: Path) -> IO[bytes]:
-    """Open a file of weights for reading.
-
-    Raises:
-      ConvertError: a folder, pipe, device, or Git LFS pointer.
-      OSError: missing or not readable.
-    """
-    # Without O_NONBLOCK, opening a pipe without a writer would block forever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ConvertError(f"{path} is not a regular file")
-    if os.pread(descriptor, len(LFS_POINTER), 0) == LFS_POINTER:
-        os.close(descriptor)
-        raise ConvertError(
-            f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull` where it "
-            "came from"
-        )
-    return open(descriptor, "rb", buffering=0)
-
-
 def view(location: TensorSlice, mapped: mmap.mmap) -> np.ndarray:
     """The tensor as an array over the mapped file; bytes are read when they are used."""
     strides = [s * location.dtype.itemsize for s in location.strides]
@@ -124,7 +102,7 @@ def view(location: TensorSlice, mapped: mmap.mmap) -> np.ndarray:
 
 def map_file(path: Path) -> mmap.mmap:
     """Map a file for reading."""
-    with open_weights(path) as f:
+    with open_regular(path) as f:
         return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -147,9 +125,10 @@ def read_safetensors(path: Path) -> dict[str, TensorSlice]:
     """Locations of the tensors of a ``.safetensors`` file.
 
     Raises:
-      ConvertError: the file is damaged, truncated, or holds unsupported dtypes.
+      ValueError: the file is damaged, truncated, or holds unsupported dtypes.
+      OSError: missing or not readable.
     """
-    with open_weights(path) as f:
+    with open_regular(path) as f:
         size = os.fstat(f.fileno()).st_size
         head = f.read(8)
         length = int.from_bytes(head, "little")

@@ -377,29 +377,27 @@ def create_writer(
     sizes = {n: math.prod(shape) * d.itemsize for n, (shape, d) in tensors.items()}
     total = sum(sizes.values())
     count = shards or math.ceil(total / 5e9)
-    files = {}
-    for i, names in enumerate(_split_evenly(sizes, count), 1):
-        name = "model.safetensors" if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
-        files[name] = names
-    headers: dict[str, bytes] = {}
+    headers: dict[Path, bytes] = {}
     slices: dict[str, TensorSlice] = {}
-    for file, names in files.items():
+    for i, names in enumerate(_split_evenly(sizes, count), 1):
+        file = "model.safetensors" if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
         planned = {n: tensors[n] for n in names}
-        headers[file], locations = formats.plan_safetensors(folder / file, planned)
+        headers[folder / file], locations = formats.plan_safetensors(folder / file, planned)
         slices |= locations
     placed = {t.name: [Shard(slices[t.hf_name], 0, 0)] for t in layer_tensors(cfg)}
     weights = TorchWeights(cfg, placed, interleaved=False)
-    for file, names in files.items():
-        weights.allocate(folder / file, len(headers[file]) + sum(sizes[n] for n in names))
+    for path, header in headers.items():
+        data = sum(sizes[n] for n, location in slices.items() if location.path == path)
+        weights.allocate(path, len(header) + data)
 
     def finish() -> None:
-        for file, header in headers.items():
-            weights.write_bytes(folder / file, 0, header)
+        for path, header in headers.items():
+            weights.write_bytes(path, 0, header)
         weights.close()
         if count > 1:
             index = {
                 "metadata": {"total_size": total, "total_parameters": cfg.num_params},
-                "weight_map": {n: file for file, names in files.items() for n in names},
+                "weight_map": {n: location.path.name for n, location in slices.items()},
             }
             content = json.dumps(index, indent=2) + "\n"
             atomic_write(folder / "model.safetensors.index.json", content.encode())

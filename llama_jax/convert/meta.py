@@ -35,7 +35,12 @@ _NUMBERS = {
 _IRRELEVANT = {"max_seq_len", "max_batch_size", "model_parallel_size"}
 _FALSE_ONLY = {"use_qk_norm", "attn_temperature_tuning", "bias"}
 """settings of later models of Meta that change the computation unless they are false"""
-_LLAMA_32 = [MODELS["llama3.2-1b"], MODELS["llama3.2-3b"]]
+
+
+def _is_llama_32(dim: int, num_layers: int) -> bool:
+    """Whether the sizes are those of Llama 3.2, whose embeddings are tied and RoPE factor is 32."""
+    models = MODELS["llama3.2-1b"], MODELS["llama3.2-3b"]
+    return (dim, num_layers) in [(m.dim, m.num_layers) for m in models]
 
 
 def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
@@ -63,29 +68,8 @@ def parse_params(
     """
     report = Report(where)
     params = {k: v for k, v in params.items() if v is not None}
-    for key in ("quantization_args", "lora_args"):
-        if key in params:
-            report.problem(f"{key} is not supported: the weights are quantized or incomplete")
-    other = [k for k in params if k.startswith(("vision_", "moe"))]
-    for key in other:
-        report.problem(f"{key[:100]} is not supported")
-    for key in sorted(_FALSE_ONLY):
-        if params.get(key):
-            report.problem(f"{key}=true is not supported")
-    known = _NUMBERS | _IRRELEVANT | _FALSE_ONLY | {"use_scaled_rope", "vocab_size"}
-    report.warn_unknown(set(params) - known - set(other))
-    scaled = report.flag(params, "use_scaled_rope")
-    for key in ("dim", "n_layers", "n_heads", "norm_eps", "multiple_of"):
-        if key not in params:
-            report.problem(f"{key} is missing")
-    report.check_numbers(params, sorted(_NUMBERS))
-    report.raise_problems()
+    scaled = _check_params(params, rows, report)
     dim, heads = params["dim"], params["n_heads"]
-    if dim % heads:
-        report.problem(f"dim={dim} is not a multiple of n_heads={heads}")
-    if (vocab := params.get("vocab_size", -1)) not in (-1, rows):
-        report.problem(f"vocab_size={short(vocab)}, but the embedding has {rows} rows")
-    report.raise_problems()
     tree = dict(
         vocab_size=rows,
         dim=dim,
@@ -112,11 +96,39 @@ def parse_params(
     return report.model(tree | {"context": context}), report.warnings
 
 
+def _check_params(params: dict[str, Any], rows: int, report: Report) -> bool:
+    """Raise :class:`ConvertError` for settings that are not supported; returns
+    `use_scaled_rope`."""
+    for key in ("quantization_args", "lora_args"):
+        if key in params:
+            report.problem(f"{key} is not supported: the weights are quantized or incomplete")
+    other = [k for k in params if k.startswith(("vision_", "moe"))]
+    for key in other:
+        report.problem(f"{key[:100]} is not supported")
+    for key in sorted(_FALSE_ONLY):
+        if params.get(key):
+            report.problem(f"{key}=true is not supported")
+    known = _NUMBERS | _IRRELEVANT | _FALSE_ONLY | {"use_scaled_rope", "vocab_size"}
+    report.warn_unknown(set(params) - known - set(other))
+    scaled = report.flag(params, "use_scaled_rope")
+    for key in ("dim", "n_layers", "n_heads", "norm_eps", "multiple_of"):
+        if key not in params:
+            report.problem(f"{key} is missing")
+    report.check_numbers(params, sorted(_NUMBERS))
+    report.raise_problems()
+    dim, heads = params["dim"], params["n_heads"]
+    if dim % heads:
+        report.problem(f"dim={dim} is not a multiple of n_heads={heads}")
+    if (vocab := params.get("vocab_size", -1)) not in (-1, rows):
+        report.problem(f"vocab_size={short(vocab)}, but the embedding has {rows} rows")
+    report.raise_problems()
+    return scaled
+
+
 def _parse_scaled_rope(
     params: dict[str, Any], tree: dict[str, Any], report: Report
 ) -> dict[str, Any]:
-    sizes = ("dim", "num_layers", "num_heads")
-    small = any(all(getattr(m, k) == tree[k] for k in sizes) for m in _LLAMA_32)
+    small = _is_llama_32(tree["dim"], tree["num_layers"])
     factor = params.get("rope_scaling_factor") or (32.0 if small else 8.0)
     if "rope_scaling_factor" not in params:
         why = "the size is that of Llama 3.2" if small else "as in Llama 3.1 and 3.3"
@@ -177,8 +189,7 @@ def make_params(cfg: ModelConfig) -> dict[str, Any]:
     params |= {"norm_eps": cfg.norm_eps, "rope_theta": rope.theta}
     if rope.type == "llama3":
         params["use_scaled_rope"] = True
-        small = any(m.dim == cfg.dim and m.num_layers == cfg.num_layers for m in _LLAMA_32)
-        if rope.factor != (32.0 if small else 8.0):
+        if rope.factor != (32.0 if _is_llama_32(cfg.dim, cfg.num_layers) else 8.0):
             params["rope_scaling_factor"] = rope.factor
         if rope.high_freq_factor != 4.0:
             params["rope_high_freq_factor"] = rope.high_freq_factor
@@ -238,7 +249,7 @@ def open_meta(path: Path, names: list[str], context: int | None) -> SourceCheckp
     axis_of = functools.partial(_shard_axis, by_vocab=by_vocab)
     shards = sources.find_shards(untied, need, tensors, axis_of, "params.json")
     _check_norms(shards, need)
-    if has_output and (hint.tie_embeddings if hint else _is_llama_32(cfg)):
+    if has_output and (hint.tie_embeddings if hint else _is_llama_32(cfg.dim, cfg.num_layers)):
         if sources.same_matrix(untied, shards["embed"], shards["unembed"]):
             cfg = sources.replace(cfg, tie_embeddings=True)
             del shards["unembed"]
@@ -278,10 +289,6 @@ def _model_of_manifest(path: Path, cfg: ModelConfig) -> ModelConfig | None:
         return None
     same = dict(context=cfg.context, tie_embeddings=cfg.tie_embeddings)
     return given if sources.replace(normalized(given), **same) == cfg else None
-
-
-def _is_llama_32(cfg: ModelConfig) -> bool:
-    return cfg.shape("LDV") in [m.shape("LDV") for m in _LLAMA_32]
 
 
 def _check_norms(shards: dict[str, list[Shard]], tensors: dict[str, LayerTensor]) -> None:

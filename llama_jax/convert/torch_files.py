@@ -19,10 +19,10 @@ from llama_jax.convert.formats import (
     ConvertError,
     TensorSlice,
     contiguous,
-    open_weights,
     short,
 )
 from llama_jax.convert.torch_pickle import TensorView, dump_pickle, load_pickle
+from llama_jax.io import open_regular
 
 _MAX_PICKLE_BYTES = 4 << 20
 """size limit of data.pkl; a tensor takes about 200 bytes, and Llama 3.1 405B has 1,138 tensors"""
@@ -30,28 +30,16 @@ _MAX_DIRECTORY_BYTES = 4 << 20
 """size limit of a zip's directory; a tensor takes about 80 bytes"""
 
 
-class _Bounded(io.RawIOBase):
+class _Bounded(io.FileIO):
     """A file that limits the size of one read, which in :mod:`zipfile` the file itself decides."""
 
-    def __init__(self, file: Any):
-        self._file = file
-
     def read(self, size: int | None = -1) -> bytes:
-        rest = os.fstat(self._file.fileno()).st_size - self._file.tell()
+        rest = os.fstat(self.fileno()).st_size - self.tell()
         if (rest if size is None or size < 0 else min(size, rest)) > _MAX_DIRECTORY_BYTES:
             raise ConvertError(
                 f"the zip's table of contents has over {_MAX_DIRECTORY_BYTES:,} bytes"
             )
-        return self._file.read(size)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def seekable(self) -> bool:
-        return True
+        return super().read(-1 if size is None else size)
 
 
 def read(path: Path) -> dict[str, TensorSlice]:
@@ -60,15 +48,15 @@ def read(path: Path) -> dict[str, TensorSlice]:
     The tensors may be nested under "model" or "state_dict"; other entries are ignored.
 
     Raises:
-      ConvertError: the file is damaged, in an old format, or needs code to be loaded.
+      ValueError: the file is damaged, in an old format, or needs code to be loaded.
       OSError: missing or not readable.
     """
-    with open_weights(path) as file:
+    with open_regular(path) as file:
         magic = file.read(16)
         if not magic.startswith(b"PK"):
             raise ConvertError(f"{path}: {_not_a_zip(magic)}")
         try:
-            with zipfile.ZipFile(_Bounded(file)) as archive:  # type: ignore[call-overload]
+            with zipfile.ZipFile(_Bounded(file.fileno(), closefd=False)) as archive:
                 records = _zip_records(file, archive)
                 root, tree = _unpickled(records, archive)
         except (zipfile.BadZipFile, EOFError, struct.error) as e:

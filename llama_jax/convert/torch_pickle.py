@@ -127,6 +127,25 @@ _VALUES = {
 }  # fmt: skip
 
 
+class _Stack(list[Any]):
+    """The stack of a pickle, and its marks."""
+
+    def __init__(self) -> None:
+        self.marks: list[int] = []
+
+    def take(self, count: int) -> tuple[Any, ...]:
+        if len(self) < count:
+            raise ConvertError("its pickle pops more values than it pushed")
+        taken = self[len(self) - count :]
+        del self[len(self) - count :]
+        return tuple(taken)
+
+    def take_to_mark(self) -> list[Any]:
+        if not self.marks:
+            raise ConvertError("its pickle has no mark")
+        return list(self.take(max(0, len(self) - self.marks.pop())))
+
+
 def load_pickle(data: bytes) -> Any:
     """The object of a pickle: dicts, lists, tuples, numbers, strings and :class:`TensorView`.
 
@@ -134,22 +153,8 @@ def load_pickle(data: bytes) -> Any:
       ConvertError: an instruction or name that a state dict of plain tensors does not need.
       Exception: of any type, for a damaged pickle.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
+    stack = _Stack()
     memo: dict[Any, Any] = {}
-
-    def pop(count: int) -> tuple[Any, ...]:
-        if len(stack) < count:
-            raise ConvertError("its pickle pops more values than it pushed")
-        taken = stack[len(stack) - count :]
-        del stack[len(stack) - count :]
-        return tuple(taken)
-
-    def pop_to_mark() -> list[Any]:
-        if not marks:
-            raise ConvertError("its pickle has no mark")
-        return list(pop(max(0, len(stack) - marks.pop())))
-
     for count, (info, arg, _) in enumerate(pickletools.genops(data)):
         if count == _MAX_INSTRUCTIONS:
             raise ConvertError(f"its pickle has over {_MAX_INSTRUCTIONS:,} instructions")
@@ -161,7 +166,7 @@ def load_pickle(data: bytes) -> Any:
             case name if name in _CONSTANTS:
                 stack.append(_CONSTANTS[name]())
             case "MARK":
-                marks.append(len(stack))
+                stack.marks.append(len(stack))
             case "PUT" | "BINPUT" | "LONG_BINPUT":
                 memo[arg] = stack[-1]
             case "MEMOIZE":
@@ -169,31 +174,31 @@ def load_pickle(data: bytes) -> Any:
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(memo[arg])
             case "TUPLE":
-                stack.append(tuple(pop_to_mark()))
+                stack.append(tuple(stack.take_to_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
-                stack.append(pop(int(name[-1])))
+                stack.append(stack.take(int(name[-1])))
             case "LIST":
-                stack.append(pop_to_mark())
+                stack.append(stack.take_to_mark())
             case "DICT":
-                items = pop_to_mark()
+                items = stack.take_to_mark()
                 stack.append({})
                 _set_items(stack[-1], items)
             case "SETITEM" | "SETITEMS" as name:
-                items = list(pop(2)) if name == "SETITEM" else pop_to_mark()
+                items = list(stack.take(2)) if name == "SETITEM" else stack.take_to_mark()
                 _set_items(stack[-1], items)
             case "APPEND" | "APPENDS" as name:
-                items = list(pop(1)) if name == "APPEND" else pop_to_mark()
+                items = list(stack.take(1)) if name == "APPEND" else stack.take_to_mark()
                 _append(stack[-1], items)
             case "GLOBAL":
                 stack.append(_named(*str(arg).split(" ", 1)))
             case "STACK_GLOBAL":
-                stack.append(_named(*pop(2)))
+                stack.append(_named(*stack.take(2)))
             case "BINPERSID":
-                stack.append(_storage(*pop(1)))
+                stack.append(_storage(*stack.take(1)))
             case "REDUCE":
-                stack.append(_call(*pop(2)))
+                stack.append(_call(*stack.take(2)))
             case "BUILD":  # attributes of a dict, such as _metadata of a module's state dict
-                pop(1)
+                stack.take(1)
                 _set_items(stack[-1], [])
             case "STOP":
                 return stack[-1]

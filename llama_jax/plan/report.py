@@ -1,5 +1,6 @@
 """FLOPs, time, energy, carbon and price of a compiled train step, as values and as text."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -31,13 +32,8 @@ def metrics(c: Compiled, watts: float | None = None, price: float | None = None)
         "compile_seconds": c.seconds,
         "memory": {
             "available": chip.memory * GIB if math.isfinite(chip.memory) else None,
-            "peak": memory.peak,
-            "weights": memory.weights,
-            "optimizer": memory.optimizer,
-            "gradients": memory.gradients,
-            "activations": memory.activations,
             "temporary": memory.temporary,
-            "code": memory.code,
+            **dataclasses.asdict(memory),
         },
     }
     if c.cost is None:

@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -102,29 +102,29 @@ def _listed(folder: Path) -> _Listed:
         tree = read_json(folder / MANIFEST, 1 << 30)
         if "sources" in tree or "splits" in tree:
             return _Listed([], [], [folder])
-        return _with_files(folder, read_list(folder / MANIFEST))
     except ValueError as e:
         return _Listed([], [str(e)], [])
+    files, problems = _read_list(folder / MANIFEST)
+    return _Listed([(folder, files)], problems, [])
 
 
-def _with_files(folder: Path, files: Files) -> _Listed:
-    old = [] if files else [f"{folder / MANIFEST} lists no files: written by an older version"]
-    return _Listed([(folder, files)], old, [])
+def _read_list(path: Path) -> tuple[Files, list[str]]:
+    """The files of a list, and why there are none."""
+    try:
+        files = read_list(path)
+    except ValueError as e:
+        return {}, [str(e)]
+    return files, [] if files else [f"{path} lists no files: written by an older version"]
 
 
 def _checkpoint(root: Path, steps: list[Path], prefix: str) -> _Listed:
     """The small files of a checkpoint folder, and these steps: all, or the one called prefix."""
-    problems: list[str] = []
-    files: Files = {}
     try:
-        files = read_list(root / MANIFEST)
-        if not files:
-            problems.append(f"{root / MANIFEST} lists no files: written by an older version")
+        files, problems = _read_list(root / MANIFEST)
     except FileNotFoundError:
         begun = steps or (root / "model.json").exists()
-        problems.append(f"{root / MANIFEST} is missing" if begun else f"{root} holds no checkpoint")
-    except ValueError as e:
-        problems.append(str(e))
+        problem = f"{root / MANIFEST} is missing" if begun else f"{root} holds no checkpoint"
+        files, problems = {}, [problem]
     kept = {n: e for n, e in files.items() if n.startswith(prefix) or not n.startswith("steps/")}
     lists = [(root, kept)]
     for step in steps:
@@ -156,7 +156,10 @@ def _without_checksums(root: Path, step: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns 0 without problems, 1 with problems, 2 if the folder has no hashes."""
-    parser = argparse.ArgumentParser(prog="python -m llama_jax.verify", description=_summary())
+    parser = argparse.ArgumentParser(
+        prog="python -m llama_jax.verify",
+        description="Check every file against the hashes that were written with it.",
+    )
     parser.add_argument("folder", type=Path, help="run, checkpoint, converted weights or data")
     folder = parser.parse_args(argv).folder
     try:
@@ -180,10 +183,6 @@ def main(argv: list[str] | None = None) -> int:
     what = f"{count:,} files, {size / 1e9:,.3f} GB{data}" if count else "the prepared data"
     print(f"{folder}: OK: {what} are unchanged")
     return 0
-
-
-def _summary() -> Any:
-    return "Check every file against the hashes that were written with it."
 
 
 if __name__ == "__main__":
