@@ -3,7 +3,7 @@
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,7 @@ def _model_section(section: dict[str, Any], where: str, origins: Origins) -> dic
 
 def _validate(cls: Any, tree: dict[str, Any], where: str, origins: Origins) -> Any:
     try:
-        for text in _strings(tree):
+        for text in strings_of(tree):
             text.encode()
         # In strict mode pydantic accepts nested dicts and lists only from JSON.
         return TypeAdapter(cls).validate_json(json.dumps(tree, default=str))
@@ -271,14 +271,17 @@ def _origin(setting: tuple[str | int, ...], where: str, origins: Origins) -> str
     return next((origins[key] for key in around if key in origins), where)
 
 
-def _strings(tree: Any) -> Iterator[str]:
+def strings_of(tree: Any) -> Iterator[str]:
     """Every string of a nested value, keys included."""
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, dict | list):
-        inside: Iterable[Any] = [*tree, *tree.values()] if isinstance(tree, dict) else tree
-        for value in inside:
-            yield from _strings(value)
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, str):
+            yield node
+        elif isinstance(node, dict):
+            todo += [*node, *node.values()]
+        elif isinstance(node, list | tuple):
+            todo += node
 
 
 def _explain(error: Any, known: list[str]) -> str:

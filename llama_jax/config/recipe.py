@@ -224,8 +224,7 @@ class Recipe:
                 f"train.batch_size={self.train.batch_size} must be a multiple of "
                 f"train.gradient_accumulation={self.train.gradient_accumulation}"
             )
-        tokens = self.train.batch_size * self.data.seq_len
-        if tokens > MAX_STEP_TOKENS:
+        if (tokens := self.tokens_per_step) > MAX_STEP_TOKENS:
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} x data.seq_len={self.data.seq_len} are "
                 f"{tokens:,} tokens per step; at most {MAX_STEP_TOKENS:,} are possible"
@@ -241,3 +240,8 @@ class Recipe:
                 f"data.skip_batches leaves out {skipped:,} batches, more than the "
                 f"{self.train.steps:,} of train.steps; give only the batches to leave out"
             )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Training tokens of an optimizer step."""
+        return self.train.batch_size * self.data.seq_len

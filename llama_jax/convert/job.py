@@ -85,10 +85,7 @@ def convert(
             _verify(plan)
         _sync(plan.partial)
         (plan.partial / "progress.jsonl").unlink()
-    if plan.destination.exists():
-        plan.destination.rmdir()  # empty when the run started; otherwise this fails
-    plan.partial.rename(plan.destination)
-    sync_folder(plan.destination.absolute().parent)
+    _rename(plan)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     plan.log(
@@ -368,6 +365,14 @@ def _tensor_entries(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
         new = {"shape": shape, "dtype": plan.dtypes[spec.path].name, "sha256": []}
         entries.setdefault(spec.path, new)["sha256"].append(digests[tensor.name])
     return entries
+
+
+def _rename(plan: Plan) -> None:
+    """Rename the complete result to its destination."""
+    if plan.destination.exists():
+        plan.destination.rmdir()  # empty when the run started; otherwise this fails
+    plan.partial.rename(plan.destination)
+    sync_folder(plan.destination.absolute().parent)
 
 
 def _sync(folder: Path) -> None:

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_jax.config.loading import strings_of
 from llama_jax.data.tokenizer import BREAK, Tokenizer, check_text
 
 _WORKER = Path(__file__).with_name("template_worker.py")
@@ -68,7 +69,7 @@ class ChatTemplate:
         # As in transformers, a key whose value is None is left out.
         messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
         for name, tree in (("messages", messages), ("tools", tools)):
-            for text in _strings(tree):
+            for text in strings_of(tree):
                 check_text(name, text)
         variables = dict(
             messages=messages,
@@ -94,19 +95,6 @@ class ChatTemplate:
         if "error" in answer:
             raise ValueError(f"{self._name} fails: {answer['error']}")
         return answer["text"]
-
-
-def _strings(tree: Any) -> Iterator[str]:
-    """Every string of lists and dicts, keys too."""
-    todo = [tree]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, str):
-            yield node
-        elif isinstance(node, dict):
-            todo += [*node, *node.values()]
-        elif isinstance(node, list | tuple):
-            todo += node
 
 
 class _Process:

@@ -25,6 +25,8 @@ FORMAT = 1
 """version of the shards"""
 MANIFEST = "manifest.json"
 SPLITS = ("train", "holdout")
+SHARD_FILES = ("tokens", "starts")
+"""extensions of the two files of a shard"""
 _BLOCK = 2**24  # bytes that verify reads at a time
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
@@ -297,7 +299,7 @@ def _verify_source(folder: Path, manifest: dict[str, Any]) -> list[str]:
 def _verify_shard(
     folder: Path, shard: dict[str, Any], dtype: np.dtype, vocab_size: int, bar: tqdm
 ) -> None:
-    tokens, offsets = (folder / f"{shard['name']}.{kind}" for kind in ("tokens", "starts"))
+    tokens, offsets = (folder / f"{shard['name']}.{kind}" for kind in SHARD_FILES)
     check_file(tokens, shard["tokens"] * dtype.itemsize)
     check_file(offsets, shard["documents"] * 8)
     found = hashlib.sha256()

@@ -20,7 +20,13 @@ import numpy as np
 
 from llama_jax.config import DataConfig
 from llama_jax.data.batch import Batch
-from llama_jax.data.manifest import MixtureManifest, check_tokenizer, find_source, read_manifest
+from llama_jax.data.manifest import (
+    SPLITS,
+    MixtureManifest,
+    check_tokenizer,
+    find_source,
+    read_manifest,
+)  # fmt: skip
 from llama_jax.data.sequences import SequenceDataset, Source, TokenStream
 from llama_jax.data.tokenizer import Tokenizer
 
@@ -66,7 +72,7 @@ def open_mixture(folder: str | Path, moved: Mapping[str, Path] | None = None) ->
                 f"{path} was made with another tokenizer than {folder}; prepare it again"
             )
         sources[name] = Source(name, path, entry["weight"], manifest)
-        for split in ("train", "holdout"):
+        for split in SPLITS:
             stream = TokenStream(path, manifest, split)
             if len(stream) < 2:
                 raise ValueError(f"source {name}: {path} has no {split} text; prepare it again")
@@ -329,6 +335,4 @@ def _count_targets(
     return ValStats(int(counts.sum()), text_bytes, float(-(p * np.log(p)).sum()))
 
 
-@functools.lru_cache(maxsize=4)
-def _tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer.load(path)
+_tokenizer = functools.lru_cache(maxsize=4)(Tokenizer.load)

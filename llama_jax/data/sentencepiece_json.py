@@ -10,6 +10,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from llama_jax.data import tokenizer_json
+
 # Types of pieces, and of models, in SentencePiece's files.
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 BPE = 2
@@ -84,28 +86,21 @@ def _tree(proto: Any) -> dict[str, Any]:
     if prefix:
         after.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     added = [
-        {"id": i, "content": p.piece, "special": p.type != _USER_DEFINED, "normalized": False}
-        | {"single_word": False, "lstrip": False, "rstrip": False}
+        tokenizer_json.added_token(i, p.piece, special=p.type != _USER_DEFINED)
         for i, p in enumerate(pieces)
         if p.type in (_CONTROL, _USER_DEFINED) or i == trainer.unk_id
     ]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "Sequence", "normalizers": before},
-        "pre_tokenizer": None,
-        "post_processor": _bos_template(trainer.bos_id, pieces),
-        "decoder": {"type": "Sequence", "decoders": after},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": pieces[trainer.unk_id].piece,
-            "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
-            "byte_fallback": trainer.byte_fallback, "ignore_merges": False,
-            "vocab": {p.piece: i for i, p in enumerate(pieces)},
-            "merges": _merges(pieces),
-        },
+    bos = trainer.bos_id
+    model = {
+        "unk_token": pieces[trainer.unk_id].piece, "fuse_unk": True, "ignore_merges": False,
+        "byte_fallback": trainer.byte_fallback,
+        "vocab": {p.piece: i for i, p in enumerate(pieces)}, "merges": _merges(pieces),
     }  # fmt: skip
+    return tokenizer_json.make(
+        model, added, tokenizer_json.bos_template(bos, pieces[bos].piece) if bos >= 0 else None,
+        normalizer={"type": "Sequence", "normalizers": before}, pre_tokenizer=None,
+        decoder={"type": "Sequence", "decoders": after},
+    )  # fmt: skip
 
 
 def _merges(pieces: Any) -> list[list[str]]:
@@ -119,21 +114,6 @@ def _merges(pieces: Any) -> list[list[str]]:
             if left in ids and right in ids:
                 merges.append((score, ids[left], ids[right], left, right))
     return [[left, right] for *_, left, right in sorted(merges)]
-
-
-def _bos_template(bos: int, pieces: Any) -> dict[str, Any] | None:
-    """The template that puts the BOS token before each text."""
-    if bos < 0:
-        return None
-    name = pieces[bos].piece
-    token = lambda i: {"SpecialToken": {"id": name, "type_id": i}}
-    text = lambda i: {"Sequence": {"id": "AB"[i], "type_id": i}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [token(0), text(0)],
-        "pair": [token(0), text(0), token(1), text(1)],
-        "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
-    }
 
 
 def _differing(tree: dict[str, Any], content: bytes) -> str | None:

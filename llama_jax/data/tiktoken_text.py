@@ -3,6 +3,8 @@
 import base64
 from typing import Any
 
+from llama_jax.data import tokenizer_json
+
 MAX_BYTES, MAX_TOKENS = 8 << 20, 1_000_000
 """Of a file; Llama 3's has 2.2 MB and 128,000 tokens."""
 MAX_TOKEN_BYTES = 1024
@@ -56,36 +58,21 @@ def to_json(ranks: dict[bytes, int], newer: bool) -> dict[str, Any]:
     text = _byte_characters()
     spell = lambda word: "".join(text[b] for b in word)
     special = special_tokens(newer)
-    added = [
-        {"id": len(ranks) + i, "content": name, "special": True, "normalized": False}
-        | {"single_word": False, "lstrip": False, "rstrip": False}
-        for i, name in enumerate(special)
-    ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     before = [split, level | {"use_regex": False}]
-    start = {"SpecialToken": {"id": special[0], "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
-    begin = {special[0]: {"id": special[0], "ids": [len(ranks)], "tokens": [special[0]]}}
-    template = {"type": "TemplateProcessing", "single": [start, first], "special_tokens": begin}
-    template["pair"] = [start, first, {"SpecialToken": {"id": special[0], "type_id": 1}}, second]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": before},
-        "post_processor": template,
-        "decoder": level | {"use_regex": True},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": True,  # a word that is a token is not merged, as in tiktoken
-            "vocab": {spell(word): rank for word, rank in ranks.items()},
-            "merges": [[spell(a), spell(b)] for _, a, b in merges],
-        },
+    model = {
+        "unk_token": None, "fuse_unk": False, "byte_fallback": False,
+        "ignore_merges": True,  # a word that is a token is not merged, as in tiktoken
+        "vocab": {spell(word): rank for word, rank in ranks.items()},
+        "merges": [[spell(a), spell(b)] for _, a, b in merges],
     }  # fmt: skip
+    return tokenizer_json.make(
+        model, [tokenizer_json.added_token(len(ranks) + i, name) for i, name in enumerate(special)],
+        tokenizer_json.bos_template(len(ranks), special[0]), normalizer=None,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": before},
+        decoder=level | {"use_regex": True},
+    )  # fmt: skip
 
 
 def _byte_characters() -> list[str]:

@@ -22,10 +22,11 @@ _MAX_EXTRA_BYTES = 4 << 20
 _MAX_VALUES = 3_000_000
 """Values in a tokenizer.json, which take 60 bytes or more each when parsed; Llama 3's has 1.1
 million."""
-_EXTRAS = (
+EXTRAS = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+"""Files that Hugging Face keeps beside a tokenizer."""
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
@@ -186,12 +187,12 @@ def find_beside(folder: Path, size: int) -> tuple[list[TokenizerFile], list[str]
 
 
 def extras(folder: Path) -> list[Path]:
-    """Files that Hugging Face keeps beside a tokenizer.
+    """The files of :data:`EXTRAS` in a folder.
 
     Raises:
       ValueError: one of them is damaged; names it.
     """
-    found = [folder / name for name in _EXTRAS if os.path.lexists(folder / name)]
+    found = [folder / name for name in EXTRAS if os.path.lexists(folder / name)]
     for path in found:
         if path.suffix == ".json":
             read_json(path, _MAX_EXTRA_BYTES)

@@ -135,7 +135,7 @@ class Chat:
         if self._running is not None:
             self._running.close()
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self._encode(messages)
+        ids = self._template.encode(messages, self._llm.tokenizer)
         self._llm._check_fits(ids)
         self._running = self._answer(messages, ids, arguments, options, steps_per_call)
         return self._running
@@ -163,6 +163,3 @@ class Chat:
         self._ids, self._cache = [*ids, *answer.ids], state.cache
         self.messages = [*messages, {"role": "assistant", "content": answer.text.strip()}]
         self._turns = [*self._turns, arguments]
-
-    def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
-        return self._template.encode(messages, self._llm.tokenizer)

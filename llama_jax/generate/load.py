@@ -84,13 +84,7 @@ def load(
 
     checkpoint = _checkpoint_of(Path(folder), lambda cfg: shapes_of(cfg, quantize))
     cfg, metadata = read_metadata(checkpoint)
-    try:
-        check_weights(checkpoint)
-    except ConfigError as e:
-        if checkpoint == Path(folder):
-            raise
-        advice = f"{checkpoint} is converted from {folder}: remove it, and load again"
-        raise ConfigError(f"{e}\n{advice}") from e
+    _check_files(checkpoint, Path(folder))
     stored = metadata.get("quantize")
     if stored is not None and quantize not in (None, stored):
         raise ValueError(
@@ -103,16 +97,11 @@ def load(
     template, no_template = _template(checkpoint)
     shapes = shapes_of(cfg, quantize)
     _keep_compiled()
+    read = functools.partial(_quantize_stored, checkpoint)
+    if stored is not None:
+        read = functools.partial(_read_quantized, checkpoint, cfg)
     with use_mesh(mesh):
-        if quantize is None:
-            params = load_weights(checkpoint, shapes)
-            if compute.unroll:
-                params = unstack_layers(params)
-        else:
-            read = functools.partial(_quantize_stored, checkpoint)
-            if stored is not None:
-                read = functools.partial(_read_quantized, checkpoint, cfg)
-            params = _load_quantized(checkpoint, shapes, quantize, compute.unroll, read)
+        params = _load_params(checkpoint, shapes, quantize, compute.unroll, read)
     return LLM(
         cfg, params, tokenizer, compute,
         eos_ids=eos_ids, mesh=mesh, chat_template=template, no_template=no_template,
@@ -141,22 +130,23 @@ def _shapes_of(
     return jax.tree.map(place, abstract)
 
 
-def _load_quantized(
+def _load_params(
     folder: Path,
     like: Any,
-    kind: str,
+    kind: str | None,
     unstacked: bool,
     read: Callable[..., Iterator[QuantizedWeight]],
 ) -> dict[str, Any]:
-    """The weights, with the matrices of the layers read and quantized one by one.
-
-    Peak memory is the quantized model and two matrices.
-    """
-    stacks = {module: like["blocks"][module] for module in MATRICES}
-    norms = {name: x for name, x in like["blocks"].items() if name not in MATRICES}
-    params = load_weights(folder, {**like, "blocks": norms}, partial=True)
+    """The weights; for a ``kind`` of quantization, ``read`` gives the matrices of the layers one by
+    one, so that peak memory is the quantized model and two matrices."""
+    modules = MATRICES if kind else ()
+    stacks = {module: like["blocks"][module] for module in modules}
+    others = {name: x for name, x in like["blocks"].items() if name not in modules}
+    params = load_weights(folder, {**like, "blocks": others}, partial=bool(kind))
     if unstacked:
         params = unstack_layers(params)
+    if not kind:
+        return params
     blocks = params["blocks"]
     names = [(module, name) for module in MATRICES for name in stacks[module]]
     total = sum(stacks[module][name].shape[0] for module, name in names)
@@ -271,6 +261,17 @@ def _cache_folder() -> Path:
     """The user's cache folder, for compiled programs and converted weights."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "llama_jax"
+
+
+def _check_files(checkpoint: Path, folder: Path) -> None:
+    """Compare the files of a checkpoint, ``folder`` or its conversion, with their hashes."""
+    try:
+        check_weights(checkpoint)
+    except ConfigError as e:
+        if checkpoint == folder:
+            raise
+        advice = f"{checkpoint} is converted from {folder}: remove it, and load again"
+        raise ConfigError(f"{e}\n{advice}") from e
 
 
 def _check_mesh(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> None:

@@ -6,30 +6,29 @@ Computed from shapes and the chip's rates; nothing is compiled.
 import math
 from typing import Any
 
+import numpy as np
+
+from llama_jax.checkpoint.model_json import QUANTIZED
 from llama_jax.chips import CHIPS, GIB
 from llama_jax.config.model_config import MODELS, ModelConfig
+from llama_jax.convert.tensors import tensor_specs
 from llama_jax.plan.machines import Machine, PlanError
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 
-def weight_bytes(cfg: ModelConfig, dtype: str) -> float:
+def weight_bytes(cfg: ModelConfig, dtype: str) -> int:
     """Bytes of the weights as `llama_jax.generate` stores them.
 
     int8 and int4 store the layers' matrices in 8 or 4 bits, with a float32 scale per output (int8)
     or per output and 64 inputs (int4); embedding, output matrix and norms stay bfloat16.
     """
-    if dtype in ("float32", "bfloat16"):
-        return cfg.num_params * (4 if dtype == "float32" else 2)
-    from llama_jax.model.quantize import GROUP  # imports JAX, which `prepare_jax` configures first
-
-    total, quantized = 0.0, 0
-    for matrix in ("DQ", "DE", "DE", "QD", "DF", "DF", "FD"):
-        n, m = cfg.shape(matrix)
-        scales = m if dtype == "int8" else m * n / math.gcd(n, GROUP)
-        total += cfg.num_layers * (n * m * (1 if dtype == "int8" else 0.5) + 4 * scales)
-        quantized += cfg.num_layers * n * m
-    return total + 2 * (cfg.num_params - quantized)
+    floating = np.dtype(np.float32 if dtype == "float32" else np.float16)  # as large as bfloat16
+    total = 0
+    for spec in tensor_specs(cfg, dtype if dtype in QUANTIZED else None):
+        layers = cfg.num_layers if spec.stacked else 1
+        total += layers * math.prod(spec.shape(cfg)) * (spec.quantized_dtype or floating).itemsize
+    return total
 
 
 def cache_bytes(cfg: ModelConfig, context: int) -> float:

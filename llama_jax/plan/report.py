@@ -38,7 +38,7 @@ def metrics(c: Compiled, watts: float | None = None, price: float | None = None)
     }
     if c.cost is None:
         return out
-    tokens = recipe.train.batch_size * recipe.data.seq_len
+    tokens = recipe.tokens_per_step
     model_flops = recipe.model.flops_per_token(recipe.data.seq_len) * tokens / c.machine.devices
     out["step"] = {
         "tokens": tokens,
@@ -83,7 +83,7 @@ def step_flops(c: Compiled) -> float:
     assert c.cost is not None
     if not c.cost.kernels_without_flops:
         return c.cost.flops
-    tokens = c.recipe.train.batch_size * c.recipe.data.seq_len / c.machine.devices
+    tokens = c.recipe.tokens_per_step / c.machine.devices
     # Forward pass 1, backward pass 2, and what `recomputed_flops` counts.
     passes = 3.5 + (c.recipe.train.remat != "none")
     return c.cost.flops + passes * _attention_flops(c.recipe) * tokens
@@ -140,13 +140,12 @@ def _time(c: Compiled, model_flops: float) -> dict[str, Any]:
     if chip.dcn and c.machine.slices > 1:
         terms["dcn"] = sum(r["dcn_bytes"] for r in rows) / (chip.dcn * 1e9)
     step = max(terms.values())
-    tokens = c.recipe.train.batch_size * c.recipe.data.seq_len
     estimate = c.cost.cycles / (chip.clock * 1e9) if chip.clock and c.cost.cycles else None
     return {
         "terms": terms,
         "bound_by": max(terms, key=lambda k: terms[k]),
         "step": step,
-        "tokens_per_second": tokens / step,
+        "tokens_per_second": c.recipe.tokens_per_step / step,
         "mfu": model_flops / peak / step,
         "compiler_estimate": estimate,
         "compiler_estimate_mfu": model_flops / peak / estimate if estimate else None,

@@ -65,7 +65,7 @@ def candidates(recipe: Recipe, machine: Machine) -> list[Candidate]:
 def _estimate(recipe: Recipe, machine: Machine) -> tuple[float, float]:
     """(bytes per device, seconds per step) from shapes: good enough to rank candidates."""
     model, mesh, train, chip = recipe.model, recipe.mesh, recipe.train, machine.chip
-    tokens = train.batch_size * recipe.data.seq_len / machine.devices
+    tokens = recipe.tokens_per_step / machine.devices
     D, F, Q, E = model.dim, model.ffn_dim, *(model.size(x) * model.head_dim for x in "NK")
     outputs = Q + 2 * E + 2 * D + 2 * F
     # Every layer's input is kept, and by remat the outputs of its matmuls (sharded over `tensor`).

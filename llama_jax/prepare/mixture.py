@@ -100,12 +100,8 @@ def prepare_mixture(
         sources = _entries(out) if keep_sources else {}
         for name, source in data.sources.items():
             sources[name] = _entry(name, source, out, name in given)
-        tokenizer_entry = {"file": MODEL_FILE, "sha256": sha256(tokenizer.path)}
-        manifest = {
-            "format": FORMAT,
-            "tokenizer": tokenizer_entry | {"trained_on": trained_on},
-            "sources": sources,
-        }
+        file = {"file": MODEL_FILE, "sha256": sha256(tokenizer.path), "trained_on": trained_on}
+        manifest = {"format": FORMAT, "tokenizer": file, "sources": sources}
         old = read_json_or_empty(out / MANIFEST)
         if {**old, "sha256": None} != {**manifest, "sha256": None}:
             write_manifest(out, manifest)
@@ -161,9 +157,6 @@ def _warn_of_leak(name: str, source: PreparedSource, rule: SplitRule) -> None:
 def _entry(name: str, source: SourceConfig, out: Path, is_given: bool) -> dict[str, Any]:
     """A source in the mixture's manifest; the hash finds it again after a move."""
     folder = Path(source.path).resolve() if is_given else out / name
-    content = digest(read_manifest(folder, SourceManifest))
-    if not is_given:
-        return {"folder": name, "weight": source.weight, "content": content}
-    relative = os.path.relpath(folder, out.resolve())
-    entry = {"folder": str(folder), "weight": source.weight, "content": content}
-    return entry | {"relative": relative}
+    entry = {"folder": str(folder) if is_given else name, "weight": source.weight}
+    entry["content"] = digest(read_manifest(folder, SourceManifest))
+    return entry | ({"relative": os.path.relpath(folder, out.resolve())} if is_given else {})

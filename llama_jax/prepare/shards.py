@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llama_jax.data.manifest import SPLITS
+from llama_jax.data.manifest import SHARD_FILES, SPLITS
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.io import atomic_write, read_json_or_empty
 from llama_jax.prepare.split import SplitRule
@@ -29,8 +29,6 @@ PROGRESS_BYTES = 2**26
 PROGRESS = "progress.json"
 _MAX_AHEAD_BYTES = 2**26
 """Limit on text that was read but not yet written (or one longer document)."""
-_KINDS = ("tokens", "starts")
-"""The two files of a shard."""
 
 
 def dtype_of(tokenizer: Tokenizer) -> str:
@@ -66,8 +64,6 @@ def encode_files(
             if left_over.name != ".lock":
                 left_over.unlink()
     bad_lines: collections.Counter[str] = collections.Counter()
-    # Only for plain text the bytes of the files are those of the documents.
-    is_plain = not source.is_python and all(f.name.lower().endswith(TEXT) for f in files)
 
     with contextlib.ExitStack() as stack:
         writers = {
@@ -75,16 +71,8 @@ def encode_files(
         }
         for writer in writers.values():
             stack.enter_context(contextlib.closing(writer))
-        bar = stack.enter_context(
-            tqdm(
-                desc=f"tokenize {source.name}",
-                total=sum(f.stat().st_size for f in files) if is_plain else None,
-                initial=sum(w.total["text_bytes"] for w in writers.values()),
-                unit="B",
-                unit_scale=True,
-                disable=None,  # shown in a terminal only
-            )
-        )
+        encoded_before = sum(w.total["text_bytes"] for w in writers.values())
+        bar = stack.enter_context(_progress_bar(source, files, encoded_before))
 
         def record(chunks: int, done: bool = False) -> None:
             states = {s: writer.state(done) for s, writer in writers.items()}
@@ -107,6 +95,19 @@ def encode_files(
                 record(count)
                 unrecorded = 0
         record(count, done=True)
+
+
+def _progress_bar(source: RawSource, files: list[Path], initial: int) -> tqdm:
+    # Only for plain text the bytes of the files are those of the documents.
+    is_plain = not source.is_python and all(f.name.lower().endswith(TEXT) for f in files)
+    return tqdm(
+        desc=f"tokenize {source.name}",
+        total=sum(f.stat().st_size for f in files) if is_plain else None,
+        initial=initial,
+        unit="B",
+        unit_scale=True,
+        disable=None,  # shown in a terminal only
+    )
 
 
 def _encode(
@@ -178,7 +179,7 @@ def _is_intact(folder: Path, splits: dict[str, Any], width: int) -> bool:
         if opened := state["open"]:
             stem = f"{split}-{len(state['shards']):05d}"
             sizes = opened["tokens"] * width, opened["documents"] * 8
-            for kind, size, expected in zip(_KINDS, sizes, opened["sha256"], strict=True):
+            for kind, size, expected in zip(SHARD_FILES, sizes, opened["sha256"], strict=True):
                 try:
                     with open(folder / f"{stem}.{kind}", "rb") as f:
                         if _hash_start(f, size).hexdigest() != expected:
@@ -211,7 +212,7 @@ class ShardWriter:
         self._name = f"{self._split}-{len(self._shards):05d}"
         self._tokens, self._documents = tokens, documents
         self._hashes = []
-        for kind, size in zip(_KINDS, (tokens * self._width, documents * 8), strict=True):
+        for kind, size in zip(SHARD_FILES, (tokens * self._width, documents * 8), strict=True):
             f = open(self._folder / f"{self._name}.{kind}", "r+b" if size else "wb")  # noqa: SIM115
             self._files.append(f)
             f.truncate(size)
@@ -236,7 +237,7 @@ class ShardWriter:
         self._sync()
         self.close()
         counts = {"name": self._name, "tokens": self._tokens, "documents": self._documents}
-        hashes = zip(_KINDS, self._hashes, strict=True)
+        hashes = zip(SHARD_FILES, self._hashes, strict=True)
         self._shards.append(counts | {f"{kind}_sha256": h.hexdigest() for kind, h in hashes})
 
     def state(self, done: bool) -> dict[str, Any]:

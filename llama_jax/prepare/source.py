@@ -21,6 +21,7 @@ from llama_jax.config import DataConfig
 from llama_jax.data.manifest import (
     FORMAT,
     MANIFEST,
+    SHARD_FILES,
     SPLITS,
     SourceManifest,
     digest,
@@ -57,17 +58,7 @@ def prepare_source(
       ValueError: text that cannot be used, or a tokenizer that loses text.
       OSError: reading or writing failed; incomplete files have been removed.
     """
-    hash_of_tokenizer = sha256(tokenizer.path)
-    made_from = {
-        "input": source.inputs,
-        "holdout": data.val_fraction,
-        "split": rule.exceptions(),
-        "tokenizer": hash_of_tokenizer,
-        "block_bytes": source.block_bytes,
-        "section_blocks": source.section_blocks,
-        "shard_tokens": shards.SHARD_TOKENS,
-        "unit_bytes": UNIT_BYTES,
-    }
+    made_from = _made_from(source, data, rule, tokenizer)
     if not (changed := _changed(source, folder, made_from)):
         return
     if (folder / MANIFEST).exists():
@@ -80,7 +71,7 @@ def prepare_source(
         "made_from": made_from,
         "files": len(source.files),
         "skipped": source.skipped,
-        "tokenizer_sha256": hash_of_tokenizer,
+        "tokenizer_sha256": made_from["tokenizer"],
         "vocab_size": tokenizer.vocab_size,
         "dtype": shards.dtype_of(tokenizer),
     }
@@ -104,17 +95,24 @@ def prepare_source(
                 time.sleep(0.2)
                 continue
             unit = _unit_folder(partial, index)
-            try:
-                with _naming_errors(folder):
-                    shards.encode_files(
-                        source, units[index], unit, tokenizer, rule, key, data.workers
-                    )
-            except Exception:
-                with wait_for_lock(folder.parent):
-                    shutil.rmtree(unit, ignore_errors=True)
-                    with contextlib.suppress(OSError):  # not empty: other units
-                        partial.rmdir()
-                raise
+            with _removed_after_errors(unit), _naming_errors(folder):
+                shards.encode_files(source, units[index], unit, tokenizer, rule, key, data.workers)
+
+
+def _made_from(
+    source: RawSource, data: DataConfig, rule: SplitRule, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Everything that determines the shards; if it changes, the source is prepared again."""
+    return {
+        "input": source.inputs,
+        "holdout": data.val_fraction,
+        "split": rule.exceptions(),
+        "tokenizer": sha256(tokenizer.path),
+        "block_bytes": source.block_bytes,
+        "section_blocks": source.section_blocks,
+        "shard_tokens": shards.SHARD_TOKENS,
+        "unit_bytes": UNIT_BYTES,
+    }
 
 
 def _changed(source: RawSource, folder: Path, made_from: dict[str, Any]) -> list[str]:
@@ -205,7 +203,7 @@ def _merge(partial: Path, count: int, manifest: dict[str, Any], tokenizer: Token
             for shard in unit["shards"]:
                 name = f"{split}-{len(merged):05d}"
                 merged.append(shard | {"name": name})
-                for kind in ("tokens", "starts"):
+                for kind in SHARD_FILES:
                     file = _unit_folder(partial, index) / f"{shard['name']}.{kind}"
                     if file.exists():
                         file.rename(partial / f"{name}.{kind}")
@@ -225,11 +223,10 @@ def _finish(folder: Path, partial: Path) -> None:
     """Rename a merged folder; what it replaces, and all other files in it, are removed."""
     splits = read_manifest(partial, SourceManifest)["splits"]
     names = [shard["name"] for split in SPLITS for shard in splits[split]["shards"]]
-    expected = {f"{n}.{kind}" for n in names for kind in ("tokens", "starts")}
-    for left_over in [
-        f for f in partial.iterdir() if f.name not in {MODEL_FILE, MANIFEST} | expected
-    ]:
-        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+    expected = {f"{n}.{kind}" for n in names for kind in SHARD_FILES}
+    for file in list(partial.iterdir()):
+        if file.name not in {MODEL_FILE, MANIFEST} | expected:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
         if old.exists():
@@ -251,6 +248,19 @@ def _report(source: RawSource, folder: Path) -> None:
             f"source {source.name}: {len(source.files)} text files split into {documents} "
             f"documents of up to {source.block_bytes / 1024:.0f} KiB, at blank lines where possible"
         )
+
+
+@contextlib.contextmanager
+def _removed_after_errors(unit: Path) -> Iterator[None]:
+    """Remove a unit whose encoding fails, and their folder if it was the only one."""
+    try:
+        yield
+    except Exception:
+        with wait_for_lock(unit.parents[1]):
+            shutil.rmtree(unit, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: other units
+                unit.parent.rmdir()
+        raise
 
 
 @contextlib.contextmanager

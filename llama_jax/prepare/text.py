@@ -210,8 +210,8 @@ def read_documents(
       ValueError: not UTF-8, damaged JSON, no text field; names the file and line.
     """
     for file in files:
-        found = _read_module(file, source) if source.is_python else _read_file(file, source)
-        for document in found:
+        prose = source.path == "python:prose"
+        for document in _module(file, prose) if source.is_python else _read_file(file, source):
             if isinstance(document, BadLine):
                 if not source.skip_bad_lines:
                     raise ValueError(
@@ -355,10 +355,6 @@ def _unicode(text: str, where: str) -> str | BadLine:
     return text
 
 
-def _read_module(file: Path, source: RawSource) -> tuple[Document, ...]:
-    return _module(file, source.path == "python:prose")
-
-
 @functools.lru_cache(maxsize=4096)
 def _module(file: Path, prose: bool) -> tuple[Document, ...]:
     """The code or the docstrings of a module. The key of both is that of the code."""
@@ -366,10 +362,7 @@ def _module(file: Path, prose: bool) -> tuple[Document, ...]:
         with tokenize.open(file) as f:
             code = f.read()
         text = "\n\n".join(_docstrings(ast.parse(code))) if prose else code
-    except (
-        SyntaxError,
-        UnicodeDecodeError,
-    ):  # the standard library has some invalid files
+    except (SyntaxError, UnicodeDecodeError):  # the standard library has some invalid files
         return ()
     return (Document(text, _key(code), len(text.encode())),)
 

@@ -12,14 +12,12 @@ from llama_jax.checkpoint.model_json import read_metadata, write_model_files
 from llama_jax.config import ConfigError, Recipe, to_dict
 from llama_jax.data.mixture import Mixture, open_mixture
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_files import EXTRAS, JSON_FILE, MODEL_FILE
 from llama_jax.io import atomic_write, sha256
 from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.train import run_folder
 
-CHAT_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
-    "added_tokens.json", "generation_config.json",
-)  # fmt: skip
+CHAT_FILES = (JSON_FILE, *EXTRAS, "generation_config.json")
 """Files of a chat model's checkpoint, besides its weights, tokenizer.model and model.json."""
 
 
@@ -98,7 +96,7 @@ def reopen_data(recipe: Recipe) -> Mixture:
     paths = {name: Path(source.path) for name, source in recipe.data.sources.items()}
     moved = {n: p.resolve() for n, p in paths.items() if (p / "manifest.json").is_file()}
     mixture = open_mixture(prepared_folder(recipe), moved)
-    saved = Path(recipe.checkpoint.dir) / "tokenizer.model"
+    saved = Path(recipe.checkpoint.dir) / MODEL_FILE
     if sha256(mixture.tokenizer) != sha256(saved):
         raise ConfigError(
             f"{mixture.tokenizer} is not the tokenizer with which this run was trained, {saved}; "

@@ -23,6 +23,7 @@ from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
 from llama_jax.checkpoint.weights import check_weights, load_weights, whole_steps
 from llama_jax.config import ConfigError, Recipe
 from llama_jax.data.batch import Batch, ShardBatch, abstract_batch
+from llama_jax.data.manifest import SPLITS
 from llama_jax.data.mixture import TrainData, eval_batches, val_stats
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model.sharding import changed_settings, mesh_for
@@ -228,7 +229,7 @@ class Trainer:
     def _log_settings(self) -> None:
         model, train, devices = self.recipe.model, self.recipe.train, jax.devices()
         sizes = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
-        tokens = train.batch_size * self.recipe.data.seq_len
+        tokens = self.recipe.tokens_per_step
         log(
             f"devices: {len(devices)} x {devices[0].device_kind} in {jax.process_count()} "
             f"process(es), mesh {sizes} ({self.recipe.mesh.preset})\n"
@@ -237,7 +238,7 @@ class Trainer:
             f"{train.steps:,} steps of {tokens:,} tokens = {metrics.short(train.steps * tokens)}"
         )
         for name, source in self.mixture.sources.items():
-            tokens, val = (source.manifest["splits"][k]["tokens"] for k in ("train", "holdout"))
+            tokens, val = (source.manifest["splits"][k]["tokens"] for k in SPLITS)
             log(f"source {name}: weight {source.weight}, {tokens:,} tokens, {val:,} for validation")
 
     def _compile(self) -> Any:
@@ -338,7 +339,7 @@ class Trainer:
         if step % recipe.train.log_every != 0 and step != recipe.train.steps:
             return
         self.checkpoints.poll()
-        tokens = recipe.train.batch_size * recipe.data.seq_len
+        tokens = recipe.tokens_per_step
         tokens_per_second, data_wait = timer.lap(step, tokens)
         flops = tokens_per_second * recipe.model.flops_per_token(recipe.data.seq_len)
         flops_per_device = flops / self.mesh.size
@@ -413,7 +414,7 @@ class Trainer:
         record = {
             "kind": "eval",
             "step": self.step,
-            "tokens": self.step * recipe.train.batch_size * recipe.data.seq_len,
+            "tokens": self.step * recipe.tokens_per_step,
             **{key: mean(key) for key in ("loss", "bits_per_byte", "unigram_entropy")},
             "sources": losses,
         }

@@ -69,7 +69,7 @@ def loaded(folder, kind, tensor=1, stored=True, dtype="float32"):
             read = functools.partial(loading._read_quantized, folder, CFG)
         else:
             folder = folder / "None"
-        return loading._load_quantized(folder, jax.tree.map(place, like), kind, False, read)
+        return loading._load_params(folder, jax.tree.map(place, like), kind, False, read)
 
 
 def same(a, b):

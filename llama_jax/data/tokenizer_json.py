@@ -1,0 +1,47 @@
+"""The parts of a BPE ``tokenizer.json`` that LLaMA's and Llama 3's have in common."""
+
+from typing import Any
+
+
+def make(
+    model: dict[str, Any],
+    added_tokens: list[dict[str, Any]],
+    post_processor: dict[str, Any] | None,
+    **text: Any,
+) -> dict[str, Any]:
+    """A ``tokenizer.json``.
+
+    Args:
+      model: vocabulary, merges and settings of BPE.
+      added_tokens: control tokens, from :func:`added_token`.
+      post_processor: from :func:`bos_template`, or None.
+      **text: normalizer, pre_tokenizer and decoder.
+    """
+    bpe = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens,
+        "post_processor": post_processor,
+        **text,
+        "model": bpe | {"end_of_word_suffix": None} | model,
+    }
+
+
+def added_token(token: int, name: str, special: bool = True) -> dict[str, Any]:
+    """A token that is not the result of merges."""
+    no = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+    return {"id": token, "content": name, "special": special, **no}
+
+
+def bos_template(bos: int, name: str) -> dict[str, Any]:
+    """The post-processor that puts the BOS token before each text."""
+    token = lambda i: {"SpecialToken": {"id": name, "type_id": i}}
+    text = lambda i: {"Sequence": {"id": "AB"[i], "type_id": i}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [token(0), text(0)],
+        "pair": [token(0), text(0), token(1), text(1)],
+        "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
+    }
