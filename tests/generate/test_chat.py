@@ -295,7 +295,7 @@ def test_a_chat_keeps_its_cache(talker, pieces):
     kept = list(chat._ids)
     answer = chat.say("a mat", max_new_tokens=8)
     assert [m["role"] for m in chat.messages] == ["system", *["user", "assistant"] * 2]
-    ids = chat._encode(chat.messages[:-1])
+    ids = chat._template.encode(chat.messages[:-1], pieces)
     anew, *_ = resume(talker, ids, [], None, max_new_tokens=8, sampling=Greedy(), seed=0)
     assert answer == anew.text.strip()
     assert ids[:10] == kept[:10]
