@@ -17,7 +17,8 @@ from pallas_kernels import dispatch
 class Rope(NamedTuple):
     """A rotary embedding: pair i is rotated by the angle position * inv_freq_H2[i], then scaled.
 
-    Example:
+    Example::
+
       rope = Rope(10000.0 ** (-jnp.arange(0, H, 2) / H), 1.0)
     """
 

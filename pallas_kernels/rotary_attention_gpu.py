@@ -80,6 +80,12 @@ def blocks(H: int, dtype, T: int, S: int) -> tuple[Blocks, Blocks, Blocks]:
     bq = 64 in the forward kernel, keys would be read faster than an H100's L2 bandwidth. Float32
     does not use tensor cores. A block is at most as long as the sequence rounded up to a power of
     2, and at least 16, the smallest size of a tensor core.
+
+    Args:
+      H: head dimension.
+      dtype: of q, k and v.
+      T: number of queries.
+      S: number of keys.
     """
     if dtype == jnp.float32:
         table = Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2)
@@ -166,7 +172,13 @@ def _dot(a, b, trans_b=False):
 
 
 def for_each_block(range_ref, step, carry):
-    """Folds step(is_partial, block, carry) over the range: partial blocks, full ones, partial."""
+    """Folds step(is_partial, block, carry) over the range: partial blocks, full ones, partial.
+
+    Args:
+      range_ref: start, full_start, full_stop and stop of the range.
+      step: function of (is_partial, block, carry), which returns the carry.
+      carry: its first value.
+    """
     start, full_start, full_stop, stop = (range_ref[n] for n in range(4))
     carry = lax.fori_loop(start, full_start, functools.partial(step, True), carry)
     carry = lax.fori_loop(full_start, full_stop, functools.partial(step, False), carry)

@@ -52,7 +52,8 @@ class Checkpoints:
       folder: the run folder.
       keep: number of newest steps to keep.
 
-    Example:
+    Example::
+
       checkpoints = Checkpoints("checkpoints/tiny", keep=2)
       checkpoints.save(100, params, optimizer, {"step": 100, "data": data.state()})
       params, optimizer, run = checkpoints.restore(abstract_params, abstract_optimizer)

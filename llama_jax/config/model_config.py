@@ -31,6 +31,10 @@ class RopeConfig:
 
     Fields are named as in Hugging Face's ``rope_parameters``. A field that ``type`` does not use is
     an error.
+
+    Example::
+
+      RopeConfig(theta=10000.0, type="linear", factor=2.0)
     """
 
     theta: Annotated[float, Field(gt=0)] = 10000.0

@@ -53,7 +53,12 @@ StepRange = Annotated[tuple[int, int], AfterValidator(_step_range)]
 
 @checked
 class SourceConfig:
-    """One text source of the mixture."""
+    """One text source of the mixture.
+
+    Example::
+
+      SourceConfig(path="python:code", weight=0.8)
+    """
 
     path: RequiredPath
     """raw text (folder, .txt, .jsonl[.gz|.zst], .parquet), a folder written by `python -m
@@ -64,7 +69,12 @@ class SourceConfig:
 
 @checked
 class DataConfig:
-    """Text sources, tokenizer and batches."""
+    """Text sources, tokenizer and batches.
+
+    Example::
+
+      DataConfig(sources={"code": SourceConfig(path="python:code")}, seq_len=256)
+    """
 
     sources: dict[str, SourceConfig]
     """the mixture: one table [data.sources.NAME] with path and weight per source"""
@@ -107,7 +117,12 @@ class DataConfig:
 
 @checked
 class MeshConfig:
-    """Device mesh and sharding."""
+    """Device mesh and sharding.
+
+    Example::
+
+      MeshConfig(preset="fsdp_tensor", fsdp=1, tensor=-1)
+    """
 
     preset: Literal["fsdp", "fsdp_tensor", "tensor_sequence"] = "fsdp"
     """shards weights (fsdp), heads and widths too (fsdp_tensor), positions too (tensor_sequence)"""
@@ -123,7 +138,12 @@ class MeshConfig:
 
 @checked
 class OptimConfig:
-    """AdamW and its learning-rate schedule; the defaults are the paper's (section 2.2)."""
+    """AdamW and its learning-rate schedule; the defaults are the paper's (section 2.2).
+
+    Example::
+
+      OptimConfig(peak_lr=3e-4, warmup_steps=2000)
+    """
 
     peak_lr: Annotated[float, Field(gt=0)] = 3e-4
     """peak learning rate"""
@@ -147,7 +167,12 @@ class OptimConfig:
 
 @checked
 class TrainConfig:
-    """Training loop."""
+    """Training loop.
+
+    Example::
+
+      TrainConfig(steps=100, batch_size=8)
+    """
 
     steps: Positive
     """number of optimizer steps"""
@@ -191,7 +216,12 @@ class TrainConfig:
 
 @checked
 class CheckpointConfig:
-    """Run folder and checkpoints."""
+    """Run folder and checkpoints.
+
+    Example::
+
+      CheckpointConfig(dir="checkpoints/tiny")
+    """
 
     dir: RequiredPath
     """run folder: checkpoints, recipe, metrics and loss plot"""

@@ -108,7 +108,13 @@ def map_file(path: Path) -> mmap.mmap:
 
 def release(mapped: mmap.mmap, start: int, stop: int) -> None:
     """Release the mapped pages of bytes start to stop, so that they no longer count as memory of
-    this process."""
+    this process.
+
+    Args:
+      mapped: from :func:`map_file`.
+      start: first byte.
+      stop: byte after the last one.
+    """
     start -= start % mmap.PAGESIZE
     mapped.madvise(mmap.MADV_DONTNEED, start, min(stop, len(mapped)) - start)
 

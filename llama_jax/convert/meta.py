@@ -44,7 +44,13 @@ def _is_llama_32(dim: int, num_layers: int) -> bool:
 
 
 def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """Meta's feed-forward width: 2/3 of 4 D, times the multiplier, rounded up to `multiple_of`."""
+    """Meta's feed-forward width: 2/3 of 4 D, times the multiplier, rounded up to `multiple_of`.
+
+    Args:
+      dim: D.
+      multiple_of: the width is a multiple of it.
+      multiplier: ffn_dim_multiplier; None: 1.
+    """
     width = int(2 * (4 * dim) / 3)
     if multiplier is not None:
         width = int(multiplier * width)
@@ -322,7 +328,13 @@ def splits_vocab(source: SourceCheckpoint) -> bool:
 
 
 def check_writable(cfg: ModelConfig, shards: int | None, by_vocab: bool) -> None:
-    """Raise :class:`ConvertError` if a model cannot be written to this number of files."""
+    """Raise :class:`ConvertError` if a model cannot be written to this number of files.
+
+    Args:
+      cfg: the model.
+      shards: number of files; None: one.
+      by_vocab: split the embedding along the vocabulary (Llama 3).
+    """
     if shards is not None:
         sizes = dict(n_heads=cfg.num_heads, n_kv_heads=cfg.num_kv_heads, ffn_dim=cfg.ffn_dim)
         sizes |= dict(vocab_size=cfg.vocab_size) | ({} if by_vocab else dict(dim=cfg.dim))

@@ -174,7 +174,13 @@ def extras(folder: Path) -> list[Path]:
 
 
 def manifest_sha256(folder: Path, cfg: ModelConfig, quantize: str | None = None) -> dict[str, str]:
-    """SHA-256 of each tensor according to our manifest.json; empty without one."""
+    """SHA-256 of each tensor according to our manifest.json; empty without one.
+
+    Args:
+      folder: the weights.
+      cfg: the model.
+      quantize: "int8" or "int4" if the matrices of the layers are quantized.
+    """
     path = folder / "manifest.json"
     tree = read_settings(path, MAX_INDEX_BYTES) if path.exists() else {}
     if tree.get("rotary_layout") != "half":  # absent, or written by another program
@@ -191,6 +197,11 @@ def manifest_sha256(folder: Path, cfg: ModelConfig, quantize: str | None = None)
 
 def check_token_ids(given: dict[str, Any], rows: int, report: Report) -> dict[str, Any]:
     """Checked bos, eos and pad for an embedding with this number of rows; -1 and null mean absent.
+
+    Args:
+      given: values of bos, eos and pad.
+      rows: rows of the embedding.
+      report: receives problems and warnings.
 
     Raises:
       ConvertError: an id that is not possible.
@@ -233,7 +244,13 @@ def check_tokenizers(source: SourceCheckpoint) -> None:
 
 
 def check_names(have: set[str], need: set[str], where: Path) -> list[str]:
-    """Problems: tensors that are missing, and tensors that do not belong to the model."""
+    """Problems: tensors that are missing, and tensors that do not belong to the model.
+
+    Args:
+      have: names in a file.
+      need: names of the model's tensors.
+      where: the file, for messages.
+    """
     ignored = ("rope.freqs", "rotary_emb.inv_freq")
     extra = [n for n in sorted(have - need) if not n.endswith(ignored)]
     return [f"{where}: {n} is missing" for n in sorted(need - have)] + [
@@ -296,7 +313,13 @@ def find_shards(
 
 
 def same_matrix(cfg: ModelConfig, embed: list[Shard], output: list[Shard]) -> bool:
-    """Whether two [V, D] matrices have the same bits."""
+    """Whether two [V, D] matrices have the same bits.
+
+    Args:
+      cfg: the model.
+      embed: shards of the embedding.
+      output: shards of the output matrix.
+    """
     tensor = layer_tensors(cfg)[0]
     one, other = (TorchWeights(cfg, {"embed": shards}, False) for shards in (embed, output))
     step = rows_per_chunk(tensor, cfg, one.dtype(tensor))

@@ -155,7 +155,13 @@ class Weights(Protocol):
 
     def dtype(self, tensor: LayerTensor) -> np.dtype: ...
     def read(self, tensor: LayerTensor, start: int, stop: int) -> np.ndarray:
-        """Rows start to stop of a tensor, [stop - start, out], in a new array."""
+        """Rows start to stop of a tensor, [stop - start, out], in a new array.
+
+        Args:
+          tensor: what to read.
+          start: first row.
+          stop: row after the last one.
+        """
         ...
 
     def write(self, tensor: LayerTensor, start: int, row_block: np.ndarray) -> None: ...
@@ -167,7 +173,13 @@ little else"""
 
 
 def rows_per_chunk(tensor: LayerTensor, cfg: ModelConfig, dtype: np.dtype) -> int:
-    """Rows of a tensor in one chunk; all chunks have about equal length."""
+    """Rows of a tensor in one chunk; all chunks have about equal length.
+
+    Args:
+      tensor: the tensor.
+      cfg: the model.
+      dtype: of the stored array.
+    """
     rows, columns = tensor.shape(cfg)
     chunks = math.ceil(rows * columns * dtype.itemsize / CHUNK)
     return math.ceil(rows / chunks)
@@ -188,7 +200,13 @@ class Shard(NamedTuple):
 
 
 def shard_shape(whole: tuple[int, ...], axis: int, count: int) -> tuple[int, ...] | None:
-    """Shape of one of `count` shards; -1: not split. None: `count` does not divide the axis."""
+    """Shape of one of `count` shards; -1: not split. None: `count` does not divide the axis.
+
+    Args:
+      whole: shape of the unsplit tensor.
+      axis: axis that is split; -1: none.
+      count: number of shards.
+    """
     if axis < 0:
         return whole
     shape = tuple(n // count if i == axis else n for i, n in enumerate(whole))

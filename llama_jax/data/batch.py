@@ -17,7 +17,8 @@ class Batch(NamedTuple):
     [microbatches, B, T] on the mesh, where B is the size of one microbatch; the loss of one
     microbatch again sees [B, T]. A field that is None is absent from the compiled program.
 
-    Example:
+    Example::
+
       batch = Batch(ids_BT[:, :-1], ids_BT[:, 1:])
     """
 
@@ -67,7 +68,8 @@ class ShardBatch:
       mesh: devices of the run.
       spec: sharding of an array [B, T].
 
-    Example:
+    Example::
+
       shard_batch = ShardBatch(recipe, mesh, P("fsdp"))
       data = TrainData(mixture, recipe.data, recipe.train.batch_size, shard_batch.batch_rows)
       batch = shard_batch(next(data))
@@ -119,7 +121,13 @@ def host_rows(mesh: Mesh, spec: P, rows: int, process: int | None = None) -> np.
 
 
 def local_slice(local_rows: np.ndarray, wanted: slice, rows: int) -> slice:
-    """Position of the consecutive rows ``wanted`` of all ``rows`` in ``local_rows`` (ascending)."""
+    """Position of the consecutive rows ``wanted`` of all ``rows`` in ``local_rows`` (ascending).
+
+    Args:
+      local_rows: indices of the rows that this host holds, ascending.
+      wanted: consecutive rows.
+      rows: number of rows over all hosts.
+    """
     start, end, _ = wanted.indices(rows)
     first = int(np.searchsorted(local_rows, start))
     return slice(first, first + end - start)

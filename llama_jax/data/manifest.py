@@ -348,7 +348,13 @@ def check_doc_offsets(path: Path, offsets: np.ndarray, previous: int, tokens: in
 
 
 def is_increasing(offsets: np.ndarray, low: int, high: int) -> bool:
-    """Whether the offsets increase strictly and are in ``[low, high)``."""
+    """Whether the offsets increase strictly and are in ``[low, high)``.
+
+    Args:
+      offsets: document offsets.
+      low: smallest allowed offset.
+      high: limit above the largest.
+    """
     if not len(offsets):
         return True
     return bool(low <= offsets[0] and offsets[-1] < high and (offsets[1:] > offsets[:-1]).all())

@@ -35,7 +35,13 @@ Rows = Sequence[int] | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Prepared sources with one tokenizer."""
+    """Prepared sources with one tokenizer.
+
+    Example::
+
+      mixture = open_mixture("checkpoints/tiny/data")
+      mixture.sources["code"].weight  # 0.8
+    """
 
     tokenizer: Path
     vocab_size: int
@@ -96,7 +102,8 @@ class MixtureSampler(grain.transforms.DatasetSelectionMap):
       batch_size: B.
       rows: rows of a batch that this host reads.
 
-    Example:
+    Example::
+
       source, sequence = MixtureSampler([0.7, 0.3], 8, range(8))[0]
     """
 
@@ -151,7 +158,8 @@ class TrainData:
     Raises:
       ValueError: a row is outside the batch, or a source is too small for one sequence.
 
-    Example:
+    Example::
+
       data = TrainData(open_mixture("checkpoints/tiny/data"), recipe.data, batch_size=16)
       batch = next(data)
       data.close()
@@ -225,7 +233,13 @@ def _seed(seed: int, name: str) -> int:
 
 
 def fingerprint(mixture: Mixture, cfg: DataConfig, batch_size: int) -> dict[str, Any]:
-    """Everything that determines the order and content of the batches, as plain values."""
+    """Everything that determines the order and content of the batches, as plain values.
+
+    Args:
+      mixture: prepared sources.
+      cfg: sets T, packing and seed.
+      batch_size: sequences per batch over all hosts.
+    """
     return {
         "batch_size": batch_size,
         "seq_len": cfg.seq_len,

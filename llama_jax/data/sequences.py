@@ -22,7 +22,12 @@ MAX_CHECKED_DOCUMENTS = 2**23
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A prepared source: shards in a folder, and their manifest."""
+    """A prepared source: shards in a folder, and their manifest.
+
+    Example::
+
+      source = open_mixture("checkpoints/tiny/data").sources["code"]
+    """
 
     name: str
     folder: Path
@@ -38,7 +43,8 @@ class TokenStream:
       manifest: its checked manifest.
       split: "train" or "holdout".
 
-    Example:
+    Example::
+
       ids_T, is_start_T = TokenStream(source.folder, source.manifest, "train").read(0, 1024)
     """
 
@@ -123,7 +129,8 @@ class SequenceDataset:
     Raises:
       ValueError: the split is too small for one sequence.
 
-    Example:
+    Example::
+
       inputs_T = SequenceDataset(source, cfg, "train")[0].inputs_BT
     """
 

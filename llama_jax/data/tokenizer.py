@@ -129,7 +129,13 @@ class Tokenizer:
         raise NotImplementedError
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of a text, with the BOS and EOS token on request."""
+        """Ids of a text, with the BOS and EOS token on request.
+
+        Args:
+          text: any text; names of control tokens in it are encoded as text.
+          bos: begin with the BOS id.
+          eos: end with the EOS id.
+        """
         return self.encode_array(text, bos, eos).tolist()
 
     def encode_array(self, text: str, bos: bool = False, eos: bool = False) -> np.ndarray:
@@ -141,6 +147,11 @@ class Tokenizer:
         it is split between characters that are adjacent in no token; for Llama 3's and other known
         ``tokenizer.json`` between a letter and white space. A text without such places, and a text
         of any other tokenizer, is encoded whole, which needs about 35 times its memory.
+
+        Args:
+          text: as for :meth:`encode`.
+          bos: begin with the BOS id.
+          eos: end with the EOS id.
         """
         for wanted, name, token in ((bos, "bos", self.bos_id), (eos, "eos", self.eos_id)):
             if wanted and token is None:

@@ -32,7 +32,12 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFile:
-    """A tokenizer file whose kind is known; :attr:`size` and :attr:`ids` parse its content."""
+    """A tokenizer file whose kind is known; :attr:`size` and :attr:`ids` parse its content.
+
+    Example::
+
+      recognize(Path("tokenizer.model")).kind  # "sentencepiece"
+    """
 
     path: Path
     kind: str

@@ -70,7 +70,13 @@ class Drawn(NamedTuple):
 
 
 class Engine:
-    """One model's weights and compiled programs."""
+    """One model's weights and compiled programs.
+
+    Example::
+
+      engine = Engine(cfg, params, compute, mesh=None)
+      state = engine.start([Request(ids, 0)], max_new_tokens=64, seed=0)
+    """
 
     def __init__(
         self,
@@ -110,14 +116,19 @@ class Engine:
             part = list(ids[done : done + size])
             tokens_1T = np.zeros((1, size), np.int32)
             tokens_1T[0, : len(part)] = part
-            left = np.int32(len(ids) - done)
-            args = (self.params, tokens_1T, np.int32(len(part)), cache, left)
+            remaining = np.int32(len(ids) - done)
+            args = (self.params, tokens_1T, np.int32(len(part)), cache, remaining)
             logits_V, cache = self.run("prefill", prefill, args, donated=(3,))
             done += len(part)
         return logits_V, cache
 
     def start(self, requests: Sequence[Request], max_new_tokens: int, seed: int) -> DecodeState:
         """Read each prompt on its own, and make a batch of them.
+
+        Args:
+          requests: the prompts.
+          max_new_tokens: positions to reserve after each prompt.
+          seed: equal seeds give equal samples.
 
         Raises:
           MemoryError: the caches do not fit beside the weights.
@@ -140,7 +151,13 @@ class Engine:
     def insert_all(
         self, requests: Sequence[Request], prefilled: Iterable[tuple[Any, KVCache]], seed: int
     ) -> DecodeState:
-        """Put prefilled prompts (logits, cache) in the rows of a new batch."""
+        """Put prefilled prompts (logits, cache) in the rows of a new batch.
+
+        Args:
+          requests: the prompts.
+          prefilled: results of :meth:`prefill`, one per request.
+          seed: equal seeds give equal samples.
+        """
         batch = next_power_of_two(len(requests))
         root = jax.random.key(seed)
         state: Any = None  # its shapes follow those of the first row
@@ -163,7 +180,7 @@ class Engine:
         logprobs: bool,
         top_logprobs: bool,
     ) -> tuple[DecodeState, Drawn]:
-        """Run :func:`decode`; its results as numpy arrays."""
+        """Run :func:`decode` with these arguments; its results as numpy arrays."""
         name, num_top = "decode", 0
         if top_logprobs:
             name, num_top = "decode with top_logprobs", min(MAX_TOP_LOGPROBS, self.cfg.vocab_size)
@@ -250,7 +267,7 @@ def prefill(
     tokens_1T: jax.Array,
     count: jax.Array,
     cache: KVCache,
-    left: jax.Array,
+    remaining: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
     """Read the first ``count`` tokens of ``tokens_1T`` into a cache of one row.
 
@@ -260,14 +277,14 @@ def prefill(
       tokens_1T: int32; those beyond ``count`` are padding.
       count: int32 scalar.
       cache: of one row.
-      left: int32 scalar, tokens of the prompt from this chunk to its end. Dynamic rotary
+      remaining: int32 scalar, tokens of the prompt from this chunk to its end. Dynamic rotary
         frequencies depend on the length of the whole prompt in each of its chunks.
 
     Returns:
       float32 logits [V] of the token after them, and the cache, whose length excludes padding.
     """
     llama = merge(graphdef, params)
-    length = cache.lengths_B[0] + left
+    length = cache.lengths_B[0] + remaining
     hidden, cache = llama.hidden(tokens_1T, cache=cache, counts_B=count[None], rope_length=length)
     last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
     return reshard(llama.logits(last), P())[0, 0], cache
@@ -348,7 +365,13 @@ def top_logprobs(logits_BV: jax.Array, num_top: int) -> tuple[jax.Array, jax.Arr
 
 
 def top_dicts(ids_TN: Any, logprobs_TN: Any, num_top: int) -> list[dict[int, float]]:
-    """The ``num_top`` most likely ids and their log p, one dict per token; empty for 0."""
+    """The ``num_top`` most likely ids and their log p, one dict per token; empty for 0.
+
+    Args:
+      ids_TN: ids, most likely first.
+      logprobs_TN: their log p, nats.
+      num_top: number of ids to keep.
+    """
     if not num_top:
         return []
     rows = zip(ids_TN[:, :num_top].tolist(), logprobs_TN[:, :num_top].tolist(), strict=True)
@@ -394,7 +417,16 @@ def insert(
     in_context_V: jax.Array,
     key: jax.Array,
 ) -> DecodeState:
-    """Put a prefilled prompt in row ``b``."""
+    """Put a prefilled prompt in row ``b``.
+
+    Args:
+      state: the batch.
+      b: index of the row.
+      logits_V: logits of the next token, float32.
+      cache: of one row.
+      in_context_V: bool, tokens of the prompt.
+      key: random key of the row.
+    """
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=b, axis=1)
     merged = KVCache(
         put(state.cache.k_LBKSH, cache.k_LBKSH),

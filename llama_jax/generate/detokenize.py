@@ -12,7 +12,13 @@ _REPLACEMENT = "\ufffd"
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A continuation and its tokens."""
+    """A continuation and its tokens.
+
+    Example::
+
+      generation = llm.generate("def main(", logprobs=True)
+      generation.text, generation.finish
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -35,6 +41,11 @@ class Detokenizer:
     Args:
       tokenizer: of the model.
       before: ids of the prompt, whose own text is not returned.
+
+    Example::
+
+      detokenizer = Detokenizer(tokenizer, before=prompt_ids)
+      text = "".join(detokenizer.push(i) for i in ids) + detokenizer.rest()
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
@@ -86,6 +97,11 @@ class OutputSequence:
       tokenizer: of the model.
       prompt: ids that the new ones continue.
       stops: strings that end the text.
+
+    Example::
+
+      sequence = OutputSequence(tokenizer, prompt_ids, stops=["\\n\\n"])
+      sequence.append(ids, logprobs, eos_ids, max_tokens=64)
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]):

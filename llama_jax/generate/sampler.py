@@ -79,7 +79,13 @@ def is_integer(value: Any) -> bool:
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
-    """Raise ValueError unless ``value`` is an integer of at least ``minimum``."""
+    """Raise ValueError unless ``value`` is an integer of at least ``minimum``.
+
+    Args:
+      name: the argument, for the message.
+      value: its value.
+      minimum: smallest allowed value.
+    """
     if not is_integer(value) or value < minimum:
         raise ValueError(f"{name}={value!r} must be a whole number, {minimum} or more")
 

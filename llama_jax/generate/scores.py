@@ -147,7 +147,13 @@ def score_all(
 
 
 def perplexity(engine: Engine, tokenizer: Tokenizer, texts: list[list[int]]) -> float:
-    """exp of the mean of -log p over all tokens of all texts, as :func:`score_all` scores them."""
+    """exp of the mean of -log p over all tokens of all texts, as :func:`score_all` scores them.
+
+    Args:
+      engine: the model.
+      tokenizer: its tokenizer.
+      texts: ids of each text.
+    """
     logprobs = [logprob_T for logprob_T, *_ in _score(engine, tokenizer, texts, 0)]
     tokens = sum(map(len, logprobs))
     if not tokens:
@@ -186,7 +192,13 @@ def _score(
 
 
 def windows(ids: list[int], bos_id: int | None, context: int) -> list[tuple[list[int], list[int]]]:
-    """(inputs, targets) in which every id is a target once, following the last inputs."""
+    """(inputs, targets) in which every id is a target once, following the last inputs.
+
+    Args:
+      ids: of a text.
+      bos_id: the BOS id; None if the tokenizer has none.
+      context: largest length of a window.
+    """
     if bos_id is None or ids[:1] == [bos_id]:
         ids, first = ids[1:], ids[:1]
     else:

@@ -85,7 +85,13 @@ def scale_of(max_abs_O: Any, kind: str) -> Any:
 
 
 def to_integers(w_IO: Any, scale: Any, dtype: Any) -> Any:
-    """round(w / scale), ties to even."""
+    """round(w / scale), ties to even.
+
+    Args:
+      w_IO: weights, float32.
+      scale: their scales, broadcast to them.
+      dtype: of the result.
+    """
     return w_IO.__array_namespace__().round(w_IO * (1 / scale)).astype(dtype)
 
 

@@ -35,7 +35,8 @@ AXES = ("data", "fsdp", "tensor", "context")
 class Rules:
     """Mesh axes of each letter, for weights and for activations.
 
-    Example:
+    Example::
+
       rules = PRESETS["fsdp_tensor"]
       w_DF = jax.device_put(w_DF, NamedSharding(mesh, rules.weight("DF")))
     """

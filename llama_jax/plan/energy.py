@@ -33,7 +33,13 @@ def energy(hours: float, watts: float | None, pue: float, carbon: float) -> dict
 
 
 def chip_hours(tokens: float, tokens_per_second: float, chips: int) -> float:
-    """Chip-hours of a run at ``tokens_per_second`` per chip."""
+    """Chip-hours of a run at ``tokens_per_second`` per chip.
+
+    Args:
+      tokens: tokens of the run.
+      tokens_per_second: per chip.
+      chips: number of chips.
+    """
     return tokens / (tokens_per_second * chips) / 3600 * chips
 
 

@@ -163,7 +163,13 @@ def min_memory_traffic(c: Compiled) -> float:
 
 
 def to_text(f: dict[str, Any], title: str, rates: str) -> str:
-    """Format :func:`metrics` for the terminal."""
+    """Format :func:`metrics` for the terminal.
+
+    Args:
+      f: from :func:`metrics`.
+      title: first line.
+      rates: peak rates of a device, as text.
+    """
     lines = [title, *_memory_lines(f)]
     if "step" in f:
         lines += ["", *_step_lines(f)]

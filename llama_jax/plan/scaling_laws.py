@@ -123,7 +123,13 @@ def _size(n: float) -> str:
 
 
 def draw(budget: float, inference_tokens: float, path: Path) -> None:
-    """Plot loss against size for the budget, the choices on that curve, and published models."""
+    """Plot loss against size for the budget, the choices on that curve, and published models.
+
+    Args:
+      budget: FLOPs of training.
+      inference_tokens: tokens that the trained model will process.
+      path: file to write; its suffix is the format.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -219,7 +219,13 @@ class ShardWriter:
             self._hashes.append(_hash_start(f, size) if size else hashlib.sha256())
 
     def add(self, ids: np.ndarray, lengths: list[int], text_bytes: int) -> None:
-        """Append documents: their ids back to back, and the length of each."""
+        """Append documents: their ids back to back, and the length of each.
+
+        Args:
+          ids: of all documents.
+          lengths: number of ids of each document.
+          text_bytes: UTF-8 bytes of all documents.
+        """
         if not self._files:
             self._open()
         starts = (self._tokens + np.cumsum([0, *lengths[:-1]])).astype("<u8")

@@ -70,7 +70,13 @@ def split_rule(
 
 
 def check_val_fraction(data: DataConfig, prepared: dict[str, Any], any_raw: bool) -> None:
-    """Raise ValueError unless all sources have one validation fraction: a text can be in two."""
+    """Raise ValueError unless all sources have one validation fraction: a text can be in two.
+
+    Args:
+      data: sets the fraction of raw text.
+      prepared: manifests of sources prepared before.
+      any_raw: some source is raw text.
+    """
     fractions = {n: m.get("made_from", {}).get("holdout") for n, m in prepared.items()}
     fractions = {n: fraction for n, fraction in fractions.items() if fraction is not None}
     if any_raw:

@@ -69,7 +69,13 @@ class BadLine(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RawSource:
-    """The files of a source of text."""
+    """The files of a source of text.
+
+    Example::
+
+      source = find_files("code", "python:code")
+      documents = read_documents(source, source.files, bad_lines=Counter())
+    """
 
     name: str
     path: str

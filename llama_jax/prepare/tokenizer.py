@@ -164,7 +164,13 @@ def choose_tokenizer(
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, prepared: dict[str, Any]) -> None:
-    """Raise ValueError unless a tokenizer fits the model and is that of all prepared sources."""
+    """Raise ValueError unless a tokenizer fits the model and is that of all prepared sources.
+
+    Args:
+      tokenizer: the mixture's.
+      vocab_size: V of the model.
+      prepared: sources prepared before, by name.
+    """
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, more than "

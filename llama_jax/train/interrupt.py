@@ -21,7 +21,8 @@ class PreemptionHandler:
       ends_process: end the whole process in a phase that saves nothing (a command); otherwise raise
         KeyboardInterrupt in the main thread (a call from a notebook or a test).
 
-    Example:
+    Example::
+
       with listening() as preemption:
         preemption.phase("training", saves=True)
         while preemption.signal is None:

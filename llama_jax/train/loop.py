@@ -90,7 +90,8 @@ class Trainer:
       preemption: the request to stop.
       peak_flops: peak FLOP/s per device, and where this number is from.
 
-    Example:
+    Example::
+
       with jax.set_mesh(mesh):
         finished = Trainer(recipe, mesh, preemption, chips.peak_flops(jax.devices()[0])).train()
     """

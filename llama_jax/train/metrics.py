@@ -35,7 +35,8 @@ class MetricsLog:
       folder: the run folder.
       step: the step from which the run continues; 0 for a new run.
 
-    Example:
+    Example::
+
       log = MetricsLog(Path("checkpoints/tiny"), step=0)
       log.write({"kind": "train", "step": 1, "tokens": 2048, "loss": 8.3})
       log.close("2.6M parameters")
@@ -159,7 +160,13 @@ def _source(package: Path = Path(__file__).parents[1]) -> str:
 
 
 def plot_losses(records: list[Record], path: Path, title: str) -> None:
-    """Plot training and validation loss against tokens, as figure 1 of the paper."""
+    """Plot training and validation loss against tokens, as figure 1 of the paper.
+
+    Args:
+      records: of ``metrics.jsonl``.
+      path: file to write; its suffix is the format.
+      title: title of the plot.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -196,7 +203,15 @@ def memory_gib() -> float:
 
 
 class StepTimer:
-    """Measures throughput between log lines, and the fraction of time spent waiting for data."""
+    """Measures throughput between log lines, and the fraction of time spent waiting for data.
+
+    Example::
+
+      timer = StepTimer()
+      with timer.waiting():
+          batch = next(data)
+      tokens_per_second, wait = timer.lap(step=1, tokens=2048)
+    """
 
     def __init__(self):
         self._start = time.perf_counter()
@@ -238,6 +253,12 @@ class Profiler:
     """Traces the steps ``[first, last]`` into the run folder's ``profile``.
 
     A run that continues inside this range traces the remaining steps.
+
+    Example::
+
+      profiler = Profiler(steps=(10, 12), folder=Path("checkpoints/tiny"))
+      profiler.before(10)  # starts the trace
+      profiler.after(12, metrics)  # ends it
     """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):

@@ -194,7 +194,13 @@ def record(folder: Path, recipe: Recipe, saved: SavedRun | None, step: int) -> N
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Changes:
-    """Settings that differ between two configs (as plain values)."""
+    """Settings that differ between two configs (as plain values).
+
+    Args:
+      before: nested settings.
+      now: nested settings.
+      prefix: of the names in the result.
+    """
     out: Changes = {}
     for key in sorted(before.keys() | now.keys()):
         name, a, b = prefix + key, before.get(key), now.get(key)

@@ -94,7 +94,13 @@ def init_state(recipe: Recipe, compute: ComputeConfig) -> TrainState:
 
 
 def abstract_state(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of :func:`init_state`; no memory is used."""
+    """Shapes, dtypes and shardings of :func:`init_state`; no memory is used.
+
+    Args:
+      recipe: the run.
+      compute: how the model is computed.
+      mesh: devices of the run.
+    """
     with jax.set_mesh(mesh):
         state = jax.eval_shape(functools.partial(init_state, recipe, compute))
     # Vectors and counters have no sharding: they are replicated.
