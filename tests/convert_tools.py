@@ -29,7 +29,7 @@ def small(**changes) -> ModelConfig:
 
 
 def random_bits(shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
-    """Any bits at all: NaNs with payloads, infinities, subnormals, negative zeros."""
+    """Random bits: NaNs with payloads, infinities, subnormals, negative zeros."""
     size = int(np.prod(shape)) * dtype.itemsize
     return np.frombuffer(rng.bytes(size), dtype).reshape(shape)
 
@@ -122,7 +122,7 @@ def our_tree(state: dict, cfg: ModelConfig) -> dict:
 
 
 def meta_shards(state: dict, shards: int, by_rows: bool = False) -> list[dict]:
-    """What each model-parallel rank holds."""
+    """The tensors of each model-parallel rank."""
     out = []
     for i in range(shards):
         shard = {}
@@ -190,7 +190,7 @@ def config_of(cfg: ModelConfig) -> dict:
 
 
 def make_hf(folder: Path, state: dict, cfg: ModelConfig, files=1, suffix="safetensors") -> Path:
-    """A Hugging Face folder; more than one file are cut anywhere, also inside a layer."""
+    """A Hugging Face folder; several files are split anywhere, also inside a layer."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_of(cfg)))
     hf = hf_state(state, cfg)

@@ -153,7 +153,7 @@ def test_commands_that_are_not_run_exist(helps):
                 assert option in helps[verb], f"{path.name}: no setting {option}"
 
 
-def test_links_lead_somewhere():
+def test_links_point_to_existing_pages():
     for path in PAGES:
         text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         for target in re.findall(r"\]\((?!https?:)([^)#\s]+)[^)]*\)", text):

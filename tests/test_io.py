@@ -18,7 +18,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, monk
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)  # data must reach the disk before the name does
+    monkeypatch.setattr(os, "fsync", full)  # data must reach the disk before the rename
     with pytest.raises(OSError, match="No space"):
         io.atomic_write(path, b"new")
     assert path.read_bytes() == b"old"

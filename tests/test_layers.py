@@ -112,12 +112,12 @@ def test_config_needs_the_standard_library_and_its_parsers():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_heavy_imports_stand_in_functions(path):
+def test_heavy_imports_are_inside_functions(path):
     assert not {name.split(".")[0] for name in imports(path, everywhere=False)} & HEAVY
 
 
 def test_the_checker_sees_a_lazy_import(tmp_path):
-    """The two ways of looking differ where they should."""
+    """Imports inside functions are found only on request."""
     path = tmp_path / "a.py"
     path.write_text("import os\ndef f():\n    import torch\nif os:\n    import json\n")
     assert imports(path) == {"os", "torch", "json"}
@@ -125,7 +125,7 @@ def test_the_checker_sees_a_lazy_import(tmp_path):
 
 
 def test_import_is_light():
-    """`import llama_jax` brings no jax; the settings neither."""
+    """`import llama_jax` does not import jax; neither do the settings."""
     code = (
         "import sys, time; start = time.perf_counter(); import llama_jax; "
         "took = time.perf_counter() - start; import llama_jax.config; "

@@ -1,4 +1,4 @@
-"""The entries of tests/mutations/*.toml fit the source as it is."""
+"""The entries of tests/mutations/*.toml match the current source."""
 
 from collections import Counter
 

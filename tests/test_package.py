@@ -1,4 +1,4 @@
-"""What `import llama_jax` gives: public names, version."""
+"""`import llama_jax`: public names and version."""
 
 import importlib.metadata
 import subprocess

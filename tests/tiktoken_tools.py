@@ -8,7 +8,7 @@ import re
 
 _TRAINED_ON = "the theatre then thawed there, others breathe; l'été 漢字 12 3456 they're"
 TEXT = "others breathe the théatre: 12345 漢字\n\n  they're 'Thawed'\t!"
-# Meta's split of TEXT, written by hand.
+# Meta's split of TEXT, written out.
 WORDS = ["others", " breathe", " the", " théatre", ":", " ", "123", "45", " 漢字", "\n\n", " ",
          " they", "'re", " '", "Thawed", "'", "\t", "!"]  # fmt: skip
 assert "".join(WORDS) == TEXT
@@ -45,7 +45,7 @@ def content() -> bytes:
 
 
 def ids() -> list[int]:
-    """Ids of TEXT: of a known word its id; else the pair of lowest rank is merged, repeatedly."""
+    """Ids of TEXT: a known word's id; otherwise, pairs are merged in the order of rank."""
     made = [i for word in WORDS for i in _ids(word.encode())]
     assert len({i for i in made if i > 255}) > 4
     return made

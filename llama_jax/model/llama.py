@@ -35,8 +35,7 @@ from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
 class ComputeConfig:
     """How a model is computed; what it computes is :class:`ModelConfig`.
 
-    Example::
-
+    Example:
       compute = ComputeConfig(jnp.dtype("bfloat16"), unroll=True)
     """
 
@@ -57,8 +56,7 @@ class ComputeConfig:
 class KVCache(NamedTuple):
     """Rotated keys, and values, of all layers. Positions beyond a row's length hold arbitrary data.
 
-    Example::
-
+    Example:
       cache = KVCache.empty(cfg, batch=1, cache_len=256, dtype=jnp.dtype("float32"))
       logits_BTV, cache = llama(tokens_BT, cache=cache)
     """
@@ -169,8 +167,7 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """Embedding, L blocks, a final norm, and the output matrix (the embedding again when tied).
 
-    Example::
-
+    Example:
       llama = Llama(MODELS["tiny"], ComputeConfig(jnp.dtype("float32")), nnx.Rngs(0))
       logits_BTV = llama(tokens_BT)
     """

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be written, or have been damaged; and what is kept."""
+"""Failed saves, damaged checkpoints, and which steps are kept."""
 
 import errno
 import resource
@@ -51,7 +51,7 @@ def test_the_newest_steps_are_kept_and_read_back(tmp_path):
 
 
 def test_what_is_saved_is_the_state_of_that_step(tmp_path):
-    """The next steps overwrite donated buffers while the write is under way."""
+    """The next steps overwrite donated buffers while the checkpoint is being written."""
     checkpoints = Checkpoints(tmp_path, 3)
     params = tree(1.0)
     add = jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p), donate_argnums=0)
@@ -65,7 +65,7 @@ def test_what_is_saved_is_the_state_of_that_step(tmp_path):
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, capfd):
-    """One error says so, and no traceback of the threads that wrote."""
+    """A single error reports it, without tracebacks of the writing threads."""
     checkpoints = saved(tmp_path, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # `a` is 262,144 bytes
@@ -110,7 +110,7 @@ def test_damage_names_the_file_and_the_step_before(tmp_path, damage, item):
 
 
 def test_hashes_of_every_file_follow_the_save_at_once(tmp_path):
-    """Nothing else has to happen, such as a log line or the next save."""
+    """The hashes do not wait for a log line or the next save."""
     checkpoints = Checkpoints(tmp_path, 3)
     checkpoints.save(1, tree(1), {"count": jnp.int32(1)}, {"step": 1})
     step, end = tmp_path / "steps/1", time.monotonic() + 60
@@ -173,7 +173,7 @@ def test_killed_between_save_and_checksums_gets_them_at_the_next_start(tmp_path)
     checkpoints.close()
 
 
-def test_only_damage_is_called_damage(tmp_path, monkeypatch):
+def test_errors_other_than_damage_are_not_called_damage(tmp_path, monkeypatch):
     saved(tmp_path, 1).close()
     checkpoints = Checkpoints(tmp_path, 3)
 
@@ -221,7 +221,7 @@ class _Sharding:
 
 
 def test_processes_share_the_files_of_a_step(tmp_path, monkeypatch):
-    """Each file has one owner, which holds the values; copies are shared out."""
+    """Each file has one owner, which holds its values; replicated files are divided evenly."""
     metadata = '{"shape": [64, 64], "chunk_grid": {"configuration": {"chunk_shape": [16, 8]}}}'
     for name in ("split", "copied"):
         (tmp_path / "model" / name).mkdir(parents=True)
@@ -236,7 +236,7 @@ def test_processes_share_the_files_of_a_step(tmp_path, monkeypatch):
     assert owner("model/split/zarr.json") == owner("_CHECKPOINT_METADATA") == 0
 
 
-def test_folders_that_are_no_checkpoint(tmp_path):
+def test_folders_that_are_not_checkpoints(tmp_path):
     with pytest.raises(ConfigError, match=r"not a checkpoint .*llama_jax.convert"):
         read_metadata(tmp_path)
     with pytest.raises(ConfigError, match="no finished step"):

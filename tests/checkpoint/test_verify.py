@@ -1,4 +1,4 @@
-"""Damage of any file is found and named: by verify in every byte, and where weights are read."""
+"""Damage of any file is found and named: in every byte by verify, and when weights are read."""
 
 import contextlib
 import json
@@ -67,7 +67,7 @@ def place(tmp_path_factory):
 
 @contextlib.contextmanager
 def damaged(path: Path, compute: str):
-    """A file in that state for a while."""
+    """Context manager: the file has this content inside the block."""
     before = path.read_bytes()
     if compute == "missing":
         path.unlink()
@@ -106,13 +106,13 @@ def test_missing_and_longer_files_are_found_and_named(place, name, capsys):
         for compute in ("missing", "longer"):
             with damaged(folder / file, compute):
                 assert verify.main([str(folder)]) in (1, 2), (file, compute)
-            # A list that is missing is told by its folder.
+            # For a missing list, the message names its folder.
             named = file.rpartition("/")[0] if file.endswith(".json") else file
             assert str(folder / named) in "".join(capsys.readouterr()), (file, compute)
 
 
 def test_steps_that_cannot_be_checked(place, tmp_path):
-    """While a run goes on, old steps are removed and the newest has no list yet."""
+    """During a run, old steps are removed and the newest has no list yet."""
     run = tmp_path / "run"
     shutil.copytree(place / "run", run)
     first, second = run / "steps/1", run / "steps/2"
@@ -142,7 +142,7 @@ def test_other_folders_are_refused(place, tmp_path, capsys):
 
 
 def convert_error(source: Path, out: Path, capsys) -> str:
-    """What the command says; nothing with the destination's name is left."""
+    """The output of the command; no destination is created."""
     assert main([str(source), str(out), "--max-memory", "64GiB"]) == 1
     assert not out.exists()
     error = capsys.readouterr().err
@@ -179,7 +179,7 @@ def test_reading_weights_refuses_damage(place, tmp_path, capsys):
 
 
 def test_a_missing_chunk_is_never_zeros(place, tmp_path, capsys):
-    """Even where no list says that it should be there."""
+    """Even if no list contains the file."""
     for name, file in (("orbax", CHUNK), ("int8", CHUNK.replace("up", "up.q"))):
         folder = tmp_path / name
         shutil.copytree(place / name, folder)
@@ -206,7 +206,7 @@ def set_json(file: str, change):
 
 
 def replaced(file: str, make):
-    """A damage that puts something else in the place of a file."""
+    """A damage that replaces a file with something else."""
 
     def damage(folder: Path) -> None:
         (folder / file).rename(folder.with_suffix(".before"))
@@ -259,7 +259,7 @@ HOSTILE = {
 
 
 def test_malformed_checkpoints_are_refused_in_one_line(place, tmp_path, capsys):
-    """Without a list of hashes, as a stranger's folder may come."""
+    """Without a list of hashes, as in a folder from an unknown source."""
     for i, (what, (damage, says, converts)) in enumerate(HOSTILE.items()):
         folder = tmp_path / f"{i}"
         shutil.copytree(place / "orbax", folder)

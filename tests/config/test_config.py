@@ -267,7 +267,7 @@ def test_unreadable_recipes(load, tmp_path):
         load_recipe(tmp_path / "binary.toml")
 
 
-def test_a_recipe_says_where(tmp_path):
+def test_errors_name_the_recipe_file(tmp_path):
     with pytest.raises(ConfigError, match=r"^somewhere: "):
         check_recipe({}, "somewhere")
     with pytest.raises(ConfigError, match=r"^model\.json: "):
@@ -321,7 +321,7 @@ def test_shapes_by_letter():
 
 
 def test_flops_per_token():
-    """6 a weight of a matrix product, and causal attention at half, of 7B at 2,048 tokens."""
+    """7B at 2,048 tokens: 6 FLOPs per matmul weight, and causal attention at half."""
     cfg = MODELS["llama-7b"]
     products = cfg.num_params - 32000 * 4096
     attention = 12 * 32 * 32 * 128 * 2048 / 2

@@ -17,7 +17,7 @@ NAMES = [s.name.replace("NAME", "a") for s in config.settings()]
 SHARED_FILE = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-# Values as a person, or a program that writes TOML, may give them.
+# Values that a person or a program that writes TOML may use.
 WRITTEN = VALUES.map(lambda v: json.dumps(v, ensure_ascii=False)) | st.text(max_size=30)
 WRITTEN |= st.sampled_from(["nan", "-inf", "1e999", "1979-05-27", "[" * 2000, "'", '"\\uD800"'])
 
@@ -28,7 +28,7 @@ def file(tmp_path_factory):
 
 
 def read(file, content: bytes, *overrides):
-    """Read a recipe; what is accepted is the same after it was written and read again."""
+    """Read a recipe; an accepted recipe is unchanged after writing and reading it."""
     file.write_bytes(content)
     try:
         recipe = config.load_recipe(file, overrides)

@@ -57,7 +57,7 @@ def test_every_direct_dependency_has_an_upper_bound():
 
 
 def test_conftest_names_existing_files():
-    """A file that was renamed would lose its place in the order and its quick compilation."""
+    """A renamed file would lose its position in the order and its fast compilation."""
     import conftest
 
     stems = {path.stem for path in ROOT.glob("tests/**/test_*.py")}

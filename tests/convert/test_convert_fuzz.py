@@ -225,6 +225,6 @@ def test_any_tokenizer(tmp_path_factory, sentencepiece_model, data):
 
 
 def test_the_folders_are_good(folders):
-    """Without this check the tests above would prove nothing."""
+    """Otherwise the tests above would pass without testing anything."""
     assert open_folder(folders["hf"]).tokenizers[0].size == 6
     assert open_folder(folders["meta"]).cfg.num_layers == 2

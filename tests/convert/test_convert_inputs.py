@@ -57,7 +57,7 @@ def test_long_errors_are_cut():
 # Meta
 
 
-def test_no_folder_of_weights(tmp_path):
+def test_folders_without_weights(tmp_path):
     refused(tmp_path / "nothing", "nothing does not exist")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -206,7 +206,7 @@ def one_tensor(
 
 
 def test_the_hand_written_pickle_is_good(tmp_path):
-    """Without this check the tests of refusals below would prove nothing."""
+    """Otherwise the tests of refused files below would pass without testing anything."""
     region = torch_files.read(with_pickle(tmp_path / "x.pth", one_tensor()))["a"]
     assert region.shape == (4,)
 

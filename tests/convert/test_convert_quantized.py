@@ -38,7 +38,7 @@ TEXT = ["the cat sat on a mat", "some animals saw 12 cats", "日本 and é", "de
 def folders(tmp_path_factory):
     """Checkpoints of the same source: unquantized, int8 and int4.
 
-    In bfloat16 many numbers lie exactly between two integers: rounding has to agree.
+    In bfloat16 many numbers are exactly between two integers, so the rounding must agree.
     """
     folder = tmp_path_factory.mktemp("weights")
     state = tools.meta_state(CFG, tools.DTYPES["bfloat16"], make=tools.random_values)

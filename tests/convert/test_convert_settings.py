@@ -25,7 +25,7 @@ from llama_jax.prepare.tokenizer import train_tokenizer
 
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 YARN = dict(factor=4.0, original_max_position_embeddings=1024)
-# What stands in the scaling table (of a context of 4096), and what we make of it.
+# The scaling table of config.json (context 4096), and our config for it.
 ROPES = {
     "default": (dict(rope_type="default"), dict(type="default")),
     "linear": (dict(rope_type="linear", factor=2.0), dict(type="linear", factor=2.0)),
@@ -315,7 +315,7 @@ def test_a_manifest_that_contradicts_params_is_ignored(tmp_path):
     params = json.loads((made / "params.json").read_text())
     (made / "params.json").write_text(json.dumps(params | {"norm_eps": 1e-6}))
     found = open_folder(made)
-    assert (found.cfg.context, found.cfg.norm_eps) == (4096, 1e-6)  # a guess
+    assert (found.cfg.context, found.cfg.norm_eps) == (4096, 1e-6)  # estimated
 
 
 # Tokenizers
@@ -513,7 +513,7 @@ def test_a_tokenizer_without_equivalent_json_is_reported(tmp_path, capsys):
     ("name", "size", "taken"), [("7B", 40, True), ("weights", 40, False), ("LLaMA-13B", 48, False)]
 )
 def test_a_tokenizer_of_the_parent_folder_must_fit(tmp_path, name, size, taken):
-    """As Meta published LLaMA 1: folders 7B, 13B ... beside one tokenizer."""
+    """As Meta published LLaMA 1: one tokenizer next to the folders 7B, 13B and so on."""
     cfg = small(vocab_size=size)
     folder = tools.make_meta(tmp_path / name, tools.meta_state(cfg, DTYPES["float16"]), cfg)
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(tmp_path / "sp"))

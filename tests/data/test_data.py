@@ -181,7 +181,7 @@ def test_read_across_shards(mixture):
 
 
 def test_more_shards_than_a_process_may_open(tmp_path):
-    """Descriptors stay few; a file that took another's place is not mistaken for it."""
+    """Few file descriptors are open; a replaced file is opened again."""
     docs = [[BOS, i % 250 + 3, EOS] for i in range(300)]
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     for offset in (0, 1):
@@ -242,7 +242,7 @@ def windows_of(mixture: Mixture) -> dict[bytes, list[tuple[str, int]]]:
 
 
 def test_realised_mixture_and_epochs(mixture):
-    """Counted from the batches themselves: shares, and every sequence once an epoch."""
+    """Counted from the batches: shares of the sources, and every sequence once per epoch."""
     where = windows_of(mixture)
     data = TrainData(mixture, config(), 10)
     lengths = {n: len(SequenceDataset(s, config(), "train")) for n, s in mixture.sources.items()}
@@ -436,7 +436,7 @@ def test_val_stats(mixture):
 
 
 def test_no_validation_window_in_training(tmp_path):
-    """Through prepare: no validation document is met in an epoch of training."""
+    """With prepared data: an epoch of training contains no validation document."""
     from llama_jax.prepare.mixture import prepare_mixture
 
     path = tmp_path / "a.jsonl"
@@ -491,7 +491,7 @@ def test_sequences_longer_than_the_text(mixture):
 
 
 def test_validation_text_is_read_by_one_process(mixture, monkeypatch):
-    """The others get the figures, exactly; they read nothing."""
+    """The other processes receive the exact values and read nothing."""
     from jax.experimental import multihost_utils
 
     expected = val_stats(mixture, config(), 4, 10, "a")
@@ -541,7 +541,7 @@ def test_ids_outside_the_vocabulary(copy):
 
 
 def alter(path: Path, change: Any, *keys: Any) -> None:
-    """Change one value of a manifest ("gone": leave it out), as a program would that wrote it."""
+    """Change one value of a manifest ("gone": remove it) and update its hash."""
     content = tree = json.loads(path.read_text())
     for key in keys[:-1]:
         tree = tree[key]
@@ -592,7 +592,7 @@ BAD_MANIFESTS = [
 
 
 def test_manifests(copy):
-    """Every field that is wrong or missing is named in one line, by opening and by verify."""
+    """Opening and verify name every wrong or missing field in one line."""
     assert verify(copy) == []
     for place, change, keys, message in BAD_MANIFESTS:
         path = copy / place / "manifest.json"

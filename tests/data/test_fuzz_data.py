@@ -45,7 +45,7 @@ def places(tree: Any, path: tuple = ()) -> list[tuple]:
 
 @st.composite
 def mutated(draw, content: bytes) -> bytes:
-    """Bytes with some replaced, removed, repeated or put in."""
+    """Bytes with some replaced, removed, repeated or inserted."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
@@ -111,7 +111,7 @@ def test_manifests(folder, data):
 
 
 def use(path: Path) -> None:
-    """Load a tokenizer and do all that is done with one."""
+    """Load a tokenizer and use every method."""
     with contextlib.suppress(ValueError, OSError):
         tokenizer = Tokenizer.load(path)
         ids = tokenizer.encode("every  good é☃ <s>\n")

@@ -1,4 +1,4 @@
-"""Tokenizer: known ids, lossless encoding, training, and files that are no tokenizer."""
+"""Tokenizer: known ids, lossless encoding, training, and files that are not tokenizers."""
 
 import base64
 import json

@@ -60,7 +60,7 @@ def test_encoding_is_lossless_and_bytes_add_up(tokenizer):
         ids = tokenizer.encode(text, bos=True, eos=True)
         assert tokenizer.decode(ids) == text
         assert tokenizer.bytes_of_id_V[ids].sum() == len(text.encode())
-        # No control id comes out of a text, whatever is written there.
+        # Encoding a text never gives a control id.
         assert max(ids[1:-1], default=0) < N
     assert tokenizer.decode(tokenizer.encode("語")[:-1]) == "\ufffd"
     assert tokenizer.decode([N + 256, *tokenizer.encode("the"), 10**9]) == "the"
@@ -142,8 +142,8 @@ def test_other_tokenizers_of_hugging_face(tmp_path):
     assert tokenizer._cut("a b" * 99, 3) == 297  # not known to be exact: encoded whole
 
 
-def test_the_fuller_tokenizer_of_a_folder(tmp_path):
-    """Tokens added to a model's are in its tokenizer.json alone, and are controls there."""
+def test_the_larger_tokenizer_of_a_folder_is_read(tmp_path):
+    """Added tokens are only in tokenizer.json, as control tokens."""
     model = train_tokenizer(["the theatre then thawed there\n"] * 40, 280, tmp_path / "t.model")
     (tmp_path / "t.model").rename(tmp_path / "tokenizer.model")
     vocab = {model.piece(i): i for i in range(280)}
@@ -162,7 +162,7 @@ def test_the_fuller_tokenizer_of_a_folder(tmp_path):
     fuller = Tokenizer.load(tmp_path)
     assert (fuller.vocab_size, fuller.path) == (282, path)
     assert fuller.encode_marked("<|im_start|>")[0] == 280
-    # Not fuller: the model's own file. Another vocabulary: neither.
+    # Without more ids: tokenizer.model is read. With another vocabulary: an error.
     path.write_text(json.dumps(tree | {"added_tokens": tree["added_tokens"][:3]}))
     assert Tokenizer.load(tmp_path).path.name == "tokenizer.model"
     swapped = vocab | {model.piece(270): 271, model.piece(271): 270}

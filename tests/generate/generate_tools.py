@@ -1,4 +1,4 @@
-"""Shared by the tests of generation."""
+"""Helpers for the tests of generation."""
 
 from llama_jax.generate.decode import DECODE_STEPS_PER_CALL
 from llama_jax.generate.detokenize import OutputSequence

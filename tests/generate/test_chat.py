@@ -1,4 +1,4 @@
-"""Chat templates: transformers' ids, no control ids from what is said, hostile templates."""
+"""Chat templates: ids equal transformers', messages give no control ids, hostile templates."""
 
 import json
 import time
@@ -96,7 +96,7 @@ def test_ids_are_those_of_transformers(path, tokenizer, source):
 
 
 def test_what_templates_may_write(tokenizer):
-    """The same without transformers, by hand."""
+    """The same without transformers: the expected ids are written out."""
     ids = ChatTemplate(CHATML).encode(TALK[:2], tokenizer)
     im = {name: tokenizer.controls[name] for name in EXTRA}
     text = tokenizer.encode("user\nthe théatre: 2 < 3, [x] 漢字\n\n")
@@ -135,8 +135,8 @@ WAYS = [
 ]  # fmt: skip
 
 
-def test_what_is_said_is_text(tokenizer, pieces):
-    """No control id from a message, role, system message or tool, whatever the template does."""
+def test_messages_are_encoded_as_text(tokenizer, pieces):
+    """No template turns a message, role, system message or tool into a control id."""
     for way in WAYS:
         source = (
             "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role" + way + " }}{{ m.content"
@@ -159,7 +159,7 @@ def test_what_is_said_is_text(tokenizer, pieces):
 
 
 def test_roles_and_tools_are_text(tokenizer):
-    """Names that a template makes with them are control ids for the roles that it means."""
+    """A template that builds a name from a role gives control ids for known roles only."""
     template = ChatTemplate("{% for m in messages %}<|{{ m.role }}|>{% endfor %}")
     talk = [{"role": r, "content": ""} for r in ("user", "eot_id", "begin_of_text", "im_end")]
     ids = template.encode(talk, tokenizer)
@@ -176,7 +176,7 @@ def test_roles_and_tools_are_text(tokenizer):
     assert json.loads(text[text.index('{\n  "s"') :]) == tools[0]
 
 
-def test_messages_that_cannot_be(tokenizer):
+def test_invalid_messages(tokenizer):
     template = ChatTemplate("{{ messages[0].content }}")
     with pytest.raises(ValueError, match="messages is not valid Unicode"):
         template.encode([{"role": "user", "content": "\udfff"}], tokenizer)
@@ -204,7 +204,7 @@ HOSTILE = {
 
 
 def test_hostile_templates(tokenizer):
-    """Ended in about two seconds of computing and 1 GiB, in one line that names the template."""
+    """Ended after about 2 s of CPU time or 1 GiB, with one line that names the template."""
     for source, message in HOSTILE.items():
         before = time.monotonic()
         with pytest.raises(ValueError, match=r"the chat template of x ") as error:
@@ -289,7 +289,7 @@ def talker(pieces):
 
 
 def test_a_chat_keeps_its_cache(talker, pieces):
-    """Each answer equals that of the whole conversation read anew."""
+    """Each answer equals that of a new cache that reads the whole conversation."""
     chat = talker.chat(system="cats")
     chat.say("the cat", max_new_tokens=8)
     kept = list(chat._ids)
@@ -310,7 +310,7 @@ def test_a_chat_keeps_its_cache(talker, pieces):
         broken.chat()
 
 
-def test_a_chat_goes_on_after_errors(talker, monkeypatch):
+def test_a_chat_continues_after_errors(talker, monkeypatch):
     """Ctrl-C at any point, a bad argument, a message too long: the turn is undone."""
     whole = talker.chat()
     want = [whole.say(text, max_new_tokens=6) for text in ("the cat", "a mat")]
@@ -403,8 +403,8 @@ def test_an_unfinished_stream_changes_nothing(talker):
     next(left)
     assert chat.messages == []
     assert chat.say("a mat", **options) == want
-    assert list(left) == []  # abandoned by the turn after it
+    assert list(left) == []  # abandoned by the next turn
     assert [m["content"] for m in chat.messages] == ["a mat", want]
-    with pytest.raises(ValueError, match="max_new_tokens=0"):  # at once, not at the first piece
+    with pytest.raises(ValueError, match="max_new_tokens=0"):  # immediately, not at the first piece
         chat.stream("the cat", max_new_tokens=0)
     assert chat.retry(seed=0) == want

@@ -1,4 +1,4 @@
-"""Continuations: a real model's text, transformers' ids, rows that do not depend on each other."""
+"""Generation: text of a real model, ids of transformers, rows independent of each other."""
 
 import contextlib
 import dataclasses
@@ -54,7 +54,7 @@ UNROLLED = ComputeConfig(jnp.dtype("float32"), unroll=True)
 
 
 def model(tokenizer, seed=0, std=0.3, compute=F32, **changes):
-    """A random model whose logits differ enough to make text of."""
+    """A random model whose logits differ enough to generate varied text."""
     cfg = small(vocab_size=300, context=400, **changes)
     return LLM(cfg, params_of(Llama(cfg, compute, nnx.Rngs(seed), std)), tokenizer, compute)
 
@@ -80,7 +80,7 @@ def test_unstacked_layers_give_the_same_text(llm, tokenizer):
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory):
     if not STORIES.exists():
-        # Only where the material lies beside the project; the tests below run without it as well.
+        # Only where the real model is present; the tests below do not need it.
         return None
     folder = tmp_path_factory.mktemp("stories") / "st"
     command = [sys.executable, "-m", "llama_jax.convert", str(STORIES / "hf-mha"), str(folder)]
@@ -89,7 +89,7 @@ def stories(tmp_path_factory):
 
 
 def test_a_real_model(stories):
-    """The text of llama2.c, alone and beside rows of other lengths; its likelihoods."""
+    """The text of llama2.c, alone and in a batch with other lengths; its log-probabilities."""
     if stories is None:
         return
     golden = json.loads((STORIES / "golden.json").read_text())
@@ -158,7 +158,7 @@ def test_seeds_and_samples(llm):
 
 
 def test_equal_prompts_have_different_samples(llm):
-    """A repeated prompt is the next sample of it, wherever it stands among other prompts."""
+    """A repeated prompt gets its next sample, at any position among other prompts."""
     options = dict(max_new_tokens=20, sampling=Sample(), seed=4)
     mixed = llm.generate(["the cat", "a", "the cat", "a", "the cat"], **options)
     assert len(set(mixed)) == 5
@@ -170,7 +170,7 @@ def test_equal_prompts_have_different_samples(llm):
 
 
 def test_prompts_of_ids(llm):
-    """Ids are used as they are; they mix with texts in a list."""
+    """No BOS id is added to ids; a list may contain ids and texts."""
     options = dict(max_new_tokens=20, sampling=Sample(), seed=4)
     ids, text = llm.encode("the cat"), llm.generate("the cat", **options)
     assert llm.generate(ids, **options) == text
@@ -231,10 +231,10 @@ def test_overloads_of_generate():
 
 @pytest.mark.parametrize("length", [600])
 def test_chunks_of_a_prompt_equal_the_whole(tokenizer, length):
-    """A prompt in padded chunks, and what follows it, equal one pass over all of it."""
+    """A prompt read in padded chunks gives the same continuation as one pass over it."""
     cfg = dataclasses.replace(model(tokenizer).cfg, context=1024)
     llm = LLM(cfg, params_of(Llama(cfg, F32, nnx.Rngs(0), 0.3)), tokenizer, F32)
-    llm._engine.empty_cache(300)  # a smaller one first: sizes are kept apart
+    llm._engine.empty_cache(300)  # a smaller one first: each size has its own program
     ids = np.random.default_rng(0).integers(3, 300, length).tolist()
     logits_V, cache = llm._engine.prefill(ids, llm._engine.empty_cache(length + 256))
     whole = merge(structure(cfg, F32), llm.params)(np.asarray([ids]))[0, -1]
@@ -260,7 +260,7 @@ def test_nothing_recompiles(tokenizer):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_stream_joins_to_the_text(llm, seed):
-    """No piece ends inside a character: this model speaks bytes at random."""
+    """No piece ends inside a character; this model generates random bytes."""
     compute = dict(max_new_tokens=60, sampling=Sample(temperature=1.5), seed=seed)
     whole = llm.generate("日本", **compute)
     pieces = list(llm.stream("日本", **compute))
@@ -287,7 +287,7 @@ def test_text_is_made_of_new_tokens_alone(tokenizer, monkeypatch):
     assert row.result().text == decode(tokenizer, ids)
 
 
-def test_ends(llm, tokenizer):
+def test_how_sequences_end(llm, tokenizer):
     (g,) = llm.generate(["the cat"], max_new_tokens=3, logprobs=True)
     assert isinstance(g, Generation)
     assert (g.finish, len(g.ids), len(g.logprobs)) == ("length", 3, 3)
@@ -312,7 +312,7 @@ def test_draws_and_logprobs_are_the_models_own(llm):
 
 
 def test_the_penalty_counts_what_was_drawn(llm):
-    """So large a penalty never takes a token twice; without it, this text repeats itself."""
+    """With a very large penalty no token occurs twice; without it, this text repeats."""
     draw = lambda penalty: llm.generate(
         ["def main("], max_new_tokens=60, logprobs=True,
         sampling=Sample(temperature=0.0, repetition_penalty=penalty),
@@ -357,7 +357,7 @@ def test_a_mesh_gives_the_same_text(llm, tokenizer):
         (b"a", {}, "the prompt must be text or token ids, not bytes: b'a'"),
         ("a\ud800", {}, "the prompt is not valid Unicode: .* at 1"),
         (["a", "cat " * 400], {}, r"prompts\[1\] has \d+ tokens"),
-        # As large as its key would be another's.
+        # Its 32-bit key would equal that of a smaller seed.
         ("a", {"seed": 2**32}, "seed=4294967296 must be less than"),
         ("a", {"stop": 3}, "stop=3 must be texts"),
         ("a", {"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number, 1 or more"),
@@ -409,7 +409,7 @@ def test_the_cache_of_an_ended_row_does_not_grow(llm, tokenizer):
 
 
 def test_the_penalty_counts_the_prompt(llm):
-    """The first new token, when the most likely one is in the prompt and nowhere else yet."""
+    """The first new token, when the most likely token is in the prompt."""
     penalized = Sample(temperature=0.0, repetition_penalty=3.0)
     changed = 0
     for seed in range(6):
@@ -438,7 +438,7 @@ def test_a_prompt_fills_the_context_but_for_one_token(llm):
 
 
 def test_ids_that_the_tokenizer_does_not_know(tokenizer):
-    """An embedding with more rows than the tokenizer has ids: they are drawn, and give no text."""
+    """An embedding with more rows than the tokenizer has ids: the extra ids give no text."""
     cfg = small(vocab_size=400, context=200)  # caches of one size, compiled once
     llm = LLM(
         cfg, params_of(Llama(cfg, F32, nnx.Rngs(0), 0.3)), tokenizer, F32,
@@ -577,12 +577,12 @@ def test_ctrl_c(monkeypatch, capsys):
     assert main(["x", "a"]) == 130
     assert capsys.readouterr().err == "\nstopped\n"
 
-    def compiling(*_, **__):  # Python's own exception comes only when it is over
+    def compiling(*_, **__):  # Python raises its exception only after the compilation
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
             time.sleep(0.01)
         assert over.wait(20)
-        raise ImportError("numpy could not be imported")  # what a library makes of it
+        raise ImportError("numpy could not be imported")  # the error that a library raises instead
 
     over, ended = threading.Event(), []
     monkeypatch.setattr("llama_jax.generate.__main__.load", compiling)

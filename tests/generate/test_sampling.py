@@ -1,4 +1,4 @@
-"""Samplers draw from the distribution they say: 20,000 draws against its own probabilities."""
+"""Samplers draw from the stated distribution: 20,000 draws against computed probabilities."""
 
 import math
 
@@ -49,7 +49,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_distribution(case):
-    """Chi-square at one in a million; what is left out never comes."""
+    """Chi-square test at one in a million; dropped tokens are never drawn."""
     sampling, p = CASES[case]
     if p is None:  # the steps in order, written out
         p = softmax(LOGITS / 1.5)
@@ -66,7 +66,7 @@ def test_distribution(case):
     assert statistic < limit
 
 
-def test_greedy_and_its_equals():
+def test_samplers_that_equal_greedy():
     for sampling in (Greedy(), Sample(temperature=0.0), Sample(top_k=1), Sample(top_p=1e-6)):
         assert draws(sampling)[0] == DRAWS
 
@@ -85,7 +85,7 @@ def test_repetition_penalty():
 
 
 def test_a_row_does_not_depend_on_other_rows():
-    """The same row with the same key gives the same token, whatever is beside it."""
+    """The same row with the same key gives the same token in any batch."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(16, 50)).astype(np.float32)
     keys = jax.random.split(jax.random.key(1), 16)
@@ -116,18 +116,18 @@ def kept_by(sampling, logits_BV):
 
 
 def test_top_p_where_a_sum_meets_it_exactly():
-    """The tokens that together reach top_p are enough: the next one is left out."""
+    """Tokens whose sum reaches top_p exactly are enough: the next one is dropped."""
     even = jnp.zeros((1, 4))  # a quarter each, exactly
     for top_p, count in ((0.25, 1), (0.5, 2), (0.75, 3), (0.7501, 4), (0.2, 1), (1.0, 4)):
         assert kept_by(Sample(top_p=top_p), even).sum() == count, top_p
     halves = jnp.log(jnp.array([[0.125, 0.5, 0.125, 0.25]]))
     assert kept_by(Sample(top_p=0.75), halves).tolist() == [[False, True, False, True]]
-    # top_k first: what it leaves is all there is.
+    # top_k applies first: top_p counts only the tokens that it keeps.
     assert kept_by(Sample(top_k=2, top_p=0.6), halves).tolist() == [[False, True, False, False]]
 
 
 def test_top_k_keeps_the_unlikely():
-    """Also where the float32 sum of those before has reached 1."""
+    """Even if the float32 sum of the more likely tokens has reached 1."""
     steep = jnp.arange(0, -60, -1.0)[None]
     assert kept_by(Sample(top_k=50), steep).sum() == 50
     close = jnp.array([[20.0, 1.0, np.nextafter(np.float32(1), np.float32(0)), 0.5]])
@@ -154,7 +154,7 @@ def test_the_tokens_kept_are_those_of_transformers():
         theirs = torch.tensor(logits_BV)
         for name, value in compute.items():
             theirs = kinds[name](value)(None, theirs)
-        # Of tokens with equal logits at the border, either may keep one or the other.
+        # Among equal logits at the limit, the two may keep different tokens.
         mine = np.where(kept_by(Sample(**compute), logits_BV), logits_BV, -np.inf)
         np.testing.assert_array_equal(np.sort(mine), np.sort(theirs.numpy()), err_msg=str(compute))
 

@@ -160,7 +160,7 @@ def dynamic(tokenizer):
     return LLM(cfg, tree_of(random_weights(cfg)), tokenizer, F32)
 
 
-def test_padding_does_not_stretch_dynamic_rope(dynamic):
+def test_padding_does_not_change_dynamic_rope(dynamic):
     """96 tokens are padded to 128: more than the context that the frequencies are made for."""
     text = "1" * 94
     ids = [1, *dynamic.tokenizer.encode(text)]
@@ -182,7 +182,7 @@ def test_a_prompt_in_chunks_has_the_frequencies_of_its_length(dynamic):
     np.testing.assert_allclose(logits_V, whole, atol=1e-5 * float(np.ptp(whole)))
 
 
-def test_dynamic_rope_as_transformers(dynamic):
+def test_dynamic_rope_equals_transformers(dynamic):
     torch = pytest.importorskip("torch", reason="needs torch and transformers")
     pytest.importorskip("transformers")
     theirs = hf_model(dynamic.cfg, random_weights(dynamic.cfg))
@@ -238,13 +238,13 @@ def test_pieces_join_to_the_text(any_tokenizer, monkeypatch):
         made = pieces(any_tokenizer, ids)
         assert "".join(made) == any_tokenizer.decode(ids) == text
         assert len(made) == len(ids)
-        for n in range(len(ids)):  # up to a whole character, all of the text is out
+        for n in range(len(ids)):  # at a character boundary, all of the text has been returned
             text_so_far = any_tokenizer.decode(ids[: n + 1])
             if not text_so_far.endswith("\ufffd"):
                 assert "".join(made[: n + 1]) == text_so_far
         half = len(ids) // 2
         before, streamed = any_tokenizer.decode(ids[:half]), ""
-        if "\ufffd" not in text + before:  # else it is cut in a character
+        if "\ufffd" not in text + before:  # otherwise the ids end inside a character
             row = OutputSequence(any_tokenizer, ids[:half], ())
             for i in ids[half:]:
                 row.append([i], [0.0], (), 10**6)

@@ -26,7 +26,7 @@ def _once(run):
     return 0.5, 0.0
 
 
-def test_timed(small, tmp_path, capsys):
+def test_timing_on_a_present_chip(small, tmp_path, capsys):
     args = argparse.Namespace(models=["8B"], lengths=[512], results=tmp_path)
     bench.keep(args, "a Machine (of kind 3)", bench.timed(args, jax.devices()[0]))
     kept = json.loads((tmp_path / "kernels-a-machine-of-kind-3.json").read_text())
@@ -82,7 +82,7 @@ def test_compiled(small, tmp_path, capsys, monkeypatch):
     assert "  3/3   8B decode, 2 rows of 64" in capsys.readouterr().out
 
 
-def test_a_line_says_the_loops():
+def test_the_printed_line_lists_the_loops():
     both = dict(temporary_mib=96.04, moved_mb=143.4)
     loops = dict(program=1, full=1132, partial=1137, per_head=49654)
     row = dict(

@@ -90,7 +90,7 @@ def test_attention_compiles(gpu, H, documents):
     both = compiled_for(gpu, functools.partial(_both_ways, "gpu"), *arguments)
     for kernel in ("d_q", "d_kv"):
         assert f"rotary_attention_{kernel}" in both.as_text()
-    # Turned queries beside that, and one number more.
+    # Also rotated queries, and one more number per query and head.
     limit = q_bytes + k_bytes + 2 * (number + angles) + (1 << 18)
     assert both.memory_analysis().temp_size_in_bytes < limit
 

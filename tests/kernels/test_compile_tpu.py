@@ -89,7 +89,7 @@ def test_attention_compiles(chip, T, K, H, documents, dtype):
     assert program.memory_analysis().temp_size_in_bytes < tables + heads + MIB
 
 
-def test_it_refuses_what_it_cannot_hold(monkeypatch):
+def test_too_many_keys_for_vmem_are_refused(monkeypatch):
     """The float32 gradients of a head's keys stay in VMEM."""
     monkeypatch.setattr("pallas_kernels.dispatch.platform", lambda: "tpu")
     monkeypatch.setattr("pallas_kernels.dispatch.device_kind", lambda: "TPU v5")

@@ -164,7 +164,7 @@ def test_attention_and_gradients(case, dtype, implementation):
         assert got.shape == like.shape
         assert np.isfinite(np.float32(got)).all()
         if case == "one_query" and not exact.any():
-            # One key has weight 1 whatever the score: no gradient but rounding.
+            # A single key has weight 1 for any score: the gradient is only rounding error.
             assert np.abs(np.float32(got)).max() < 10 * TOLERANCE[dtype]
         else:
             assert relative_l2(got, exact) < TOLERANCE[dtype]
@@ -205,7 +205,7 @@ def test_large_scores_do_not_overflow(implementation):
         q, k, v, q_pos, rope, **keywords, implementation=implementation))  # fmt: skip
     out = np.asarray(attend(q * 1e4, k * 1e4))
     assert np.isfinite(out).all()
-    # So sharp a softmax picks values: each output is a row of v.
+    # The softmax is one-hot: each output is a row of v.
     per_head = np.repeat(v, q.shape[2] // v.shape[2], axis=2)
     nearest = np.abs(out[:, :, None] - per_head[:, None]).max(-1).min(2)
     assert np.median(nearest) < 1e-6

@@ -18,8 +18,8 @@ from pallas_kernels import rotary_attention
 IMPLEMENTATIONS = ["xla", "tpu", "gpu"]
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
-# (B, T, S, N, K, H), options: what every implementation can do. Blocks of 128 are met
-# before, on and after the diagonal, whole and in part, with documents that fill blocks or do not.
+# (B, T, S, N, K, H), options: what every implementation can do. Blocks of 128 are
+# before, on and after the diagonal, full and partial, with documents aligned to blocks or not.
 CASES = {
     "one_position": ((2, 1, 1, 2, 1, 64), {}),
     "blocks": ((1, 256, 256, 2, 2, 64), {}),
@@ -87,13 +87,13 @@ def _check(case, dtype, implementation):
         assert x.shape == like.shape
         assert np.isfinite(np.float32(x)).all()
         if keywords["kv_positions_BS"].shape[1] == 1 and np.abs(exact).max() < 1e-9:
-            # One key has weight 1 whatever the score: no gradient but rounding.
+            # A single key has weight 1 for any score: the gradient is only rounding error.
             assert np.abs(np.float32(x)).max() < 10 * TOLERANCE[dtype]
         else:
             assert relative_l2(x, exact) < TOLERANCE[dtype]
 
 
-# Compiling an interpreted kernel takes seconds: left out is what other tests here see of it.
+# Compiling an interpreted kernel takes seconds, so cases that other tests cover are left out.
 LEFT_OUT = {
     "gpu": ("blocks", "document_a_row", "strewn_documents", "fully_masked_queries"),
     "tpu": ("document_a_row", "fully_masked_queries"),
@@ -152,7 +152,7 @@ def test_all_masked_gives_zeros_and_no_nan(implementation):
 
 @implementations
 def test_padding_never_leaks(implementation):
-    """Ids of their own: whatever numbers are there, and come back to them, change nothing else."""
+    """Padding has its own ids: its values and their gradients do not change the rest."""
     arrays, q_pos, rope, keywords, _ = _arguments("documents", "float32")
     ids = keywords["segment_ids_BT"].copy()
     ids[0, 170:], ids[1, :30] = -1, -2
@@ -173,14 +173,14 @@ def test_large_scores_do_not_overflow(implementation):
     run = _both_ways(implementation, q_pos, rope, keywords)
     out, *grads = map(np.asarray, run(q * 1e4, k * 1e4, v, d_out))
     assert all(np.isfinite(x).all() for x in (out, *grads))
-    # So sharp a softmax picks values: each output is a row of v.
+    # The softmax is one-hot: each output is a row of v.
     per_head = np.repeat(v, q.shape[2] // v.shape[2], axis=2)
     nearest = np.abs(out[:, :, None] - per_head[:, None]).max(-1).min(2)
     assert np.median(nearest) < 1e-6
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
-def test_far_positions_as_the_reference(implementation):
+def test_far_positions_equal_the_reference(implementation):
     """Float32 angles of positions about a million: far from float64's, the same everywhere."""
     case = (1, 150, 150, 2, 1, 64), {"positions": 1 << 20}
     arrays, q_pos, rope, keywords, _ = _arguments(case, "float32")

@@ -1,4 +1,4 @@
-"""What is the GPU implementations' own: documents as cuDNN wants them, and what each refuses."""
+"""GPU implementations: documents in cuDNN's format, and unsupported arguments."""
 
 import functools
 
@@ -35,11 +35,11 @@ def test_documents_as_offsets(rows, starts, lengths):
 @pytest.mark.parametrize(
     "rows", [[[1, 2, 3, 4]], [[1, 2, 1, 1]], [[1, 1, 1, 1], [0, 3, 3, 0]], [[1, 2, 1, 2]]]
 )
-def test_documents_that_offsets_cannot_say(rows):
+def test_documents_that_offsets_cannot_describe(rows):
     assert not documents(jnp.asarray(rows), max_documents=3)[2]
 
 
-# Which blocks are looked at -----------------------------------------------------------------------
+# Which blocks are visited -------------------------------------------------------------------------
 
 
 def test_earlier_documents_are_skipped():
@@ -52,7 +52,7 @@ def test_earlier_documents_are_skipped():
     ]
 
 
-# What they refuse ---------------------------------------------------------------------------------
+# Unsupported arguments ----------------------------------------------------------------------------
 
 
 def _call(H=64, dtype=jnp.bfloat16, **options):
@@ -95,13 +95,13 @@ def test_cudnn_refuses(options, why, monkeypatch):
 
 
 def test_heads_of_32():
-    """Of all kernels only these have them; the other cases are in `test_rotary_attention`."""
+    """Only these kernels support it; the other cases are in `test_rotary_attention`."""
     options = {"q_offset": 70, "documents": 3, "positions": 150, "rope_scale": 1.1}
     suite._check(((2, 50, 130, 4, 1, 32), options), "float32", "gpu")
 
 
 def _by_offsets(causal, scale, q, k, v, starts, lengths):
-    """What cuDNN is asked for, by XLA: each run of a row, cut out by its offset and length."""
+    """cuDNN's operation computed by XLA: each document, selected by its offset and length."""
     out = []
     for b in range(q.shape[0]):
         at = np.arange(q.shape[1])[:, None]
@@ -119,7 +119,7 @@ def _by_offsets(causal, scale, q, k, v, starts, lengths):
     ids=["plain", "not_causal", "documents", "strewn"],
 )
 def test_around_cudnn(options, monkeypatch):
-    """Rotation, scale, offsets, the way to our kernel; what cuDNN itself does (on a GPU) by XLA."""
+    """Rotation, scale, offsets, fallback to our kernel; XLA computes cuDNN's part."""
     plain = functools.partial(jax.nn.dot_product_attention, implementation="xla")
     module = "pallas_kernels.rotary_attention_cudnn."
     monkeypatch.setattr(module + "_check_supported", lambda *_: None)

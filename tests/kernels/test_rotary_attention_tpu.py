@@ -1,4 +1,4 @@
-"""What is the TPU implementation's own: chunks, races, sizes, refusals, and the model over it."""
+"""TPU implementation: chunks, races, block sizes, and unsupported arguments."""
 
 import jax
 import jax.numpy as jnp

@@ -118,7 +118,7 @@ def _decode(implementation):
     [("float32", *pair) for pair in PAIRS] + [("bfloat16", *p) for p in PAIRS if p[0] in HALF],
 )
 def test_decode(case, dtype, implementation):
-    """Output, and the caches: the new positions in their places, everything else as it was."""
+    """Output and caches: new positions are written, everything else is unchanged."""
     arguments = _arguments(case, dtype)
     rope = rope_for(arguments[0].shape[3])
     want = decode64(*map(np.float64, arguments[:5]), *arguments[5:], rope)
@@ -156,7 +156,7 @@ def test_random_shapes(dtype, implementation):
 
 
 def test_without_jit():
-    """Operation by operation, as in a notebook."""
+    """Without jit, as in a notebook."""
     arguments = _arguments("one", "float32")
     got = rotary_decode_attention(*arguments, rope_for(8))
     for x, compiled in zip(got, _decode("xla")(*arguments, rope_for(8)), strict=True):
@@ -194,7 +194,7 @@ def test_decode_after_prefill_equals_attention(chunks, implementation):
 
 
 def test_tpu_kernel_has_no_races():
-    """Two rows whose new positions cross a tile, in the interpreter that watches every access."""
+    """Two rows whose new positions cross a tile, in the interpreter that detects races."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
     from jax.experimental.pallas import tpu as pltpu
 

@@ -51,7 +51,9 @@ def test_equals_golden(case):
     assert len(want) == len(grads)
 
 
-@pytest.mark.skipif(not HAS_TORCH, reason="needs torch and transformers; the golden file stands in")
+@pytest.mark.skipif(
+    not HAS_TORCH, reason="needs torch and transformers; the golden file replaces them"
+)
 @pytest.mark.parametrize("case", ["grouped", "yarn_mscale", "far_llama3"])
 def test_equals_transformers(case):
     """Every logit and gradient, where the golden file has samples."""
@@ -108,7 +110,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_in_the_abstract(name):
+def test_parameter_counts_of_every_model(name):
     """Published counts, the formula and the arrays agree; no weight is allocated."""
     cfg = MODELS[name]
     compute = ComputeConfig(jnp.dtype("bfloat16"), remat="full")
@@ -277,7 +279,7 @@ def test_decode_rows_of_different_lengths():
             tokens, cache=cache, counts_B=counts
         )
     )
-    # In two chunks of 5: a row that is through has no real token in the second.
+    # In two chunks of 5: a row may have no real token in the second.
     for at in (0, 5):
         counts = jnp.clip(lengths - at, 0, 5)
         logits, cache = prefill(params, tokens[:, at : at + 5], cache, counts)
@@ -348,7 +350,7 @@ def test_remat_and_unroll_change_nothing(remat, unroll):
         assert tools.relative_l2(grads[name], want_grads[name]) < 2e-6, name
 
 
-def test_remat_keeps_what_it_says():
+def test_remat_keeps_the_stated_arrays():
     """Counts matrix products: "matmuls" recomputes those in attention, "full" all of them."""
     tokens, params = tools.random_tokens(GQA, 1, 8), tools.tree_of(tools.random_weights(GQA))
 
@@ -367,7 +369,7 @@ def test_remat_keeps_what_it_says():
 
     none, matmuls, full = map(products, ("none", "matmuls", "full"))
     assert none < matmuls < full
-    # A layer has seven matrices; the last product's output is needed by nobody again.
+    # A layer has seven matrices; the output of the last product is not needed again.
     assert full - matmuls >= 6 * GQA.num_layers
     assert matmuls - none <= 3 * GQA.num_layers
 
@@ -409,7 +411,7 @@ def test_rms_norm_in_bfloat16_rounds_where_meta_does():
     normed = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5)
     want = jnp.bfloat16(np.float32(jnp.bfloat16(normed)) * scale)
     got = rms_norm(x, jnp.asarray(scale), 1e-5)
-    # Not all: a number in the middle between two of bfloat16's may go either way.
+    # Not all: a number halfway between two bfloat16 values may round either way.
     assert np.mean(np.asarray(got) == np.asarray(want)) > 0.995
 
 
@@ -453,7 +455,7 @@ def test_dynamic_rope_follows_the_length(length):
 
 
 def test_dynamic_rope_does_not_count_padding():
-    """A prompt gives the same logits with padding, which alone exceeds the context."""
+    """A prompt gives the same logits with padding that exceeds the context."""
     cfg = tools.small({"type": "dynamic", "factor": 4.0}, context=16, num_layers=1, head_dim=16)
     llama = tools.model_of(cfg)(tools.tree_of(tools.random_weights(cfg)))
     tokens, count = tools.random_tokens(cfg, 1, 10), jnp.array([10], jnp.int32)

@@ -97,7 +97,7 @@ def _one_device(cfg):
 @pytest.mark.parametrize(
     ("case", "remat", "unroll", "cfg"),
     [
-        # Every mesh; remat, unroll and tied embeddings go round.
+        # Every mesh; remat, unroll and tied embeddings alternate.
         (case, REMATS[i % 3], i % 4 == 1, TIED if i % 2 else CFG)
         for i, case in enumerate(CASES)
     ]
@@ -117,7 +117,7 @@ def test_equals_one_device(case, remat, unroll, cfg, capfd):
         params = jax.device_put(tools.tree_of(tools.random_weights(cfg)), specs)
         batch = [jax.device_put(x, P(("data", "fsdp"))) for x in _batch(cfg)]
         loss, grads = jax.jit(jax.value_and_grad(_loss(cfg, compute)))(params, *batch)
-    # The partitioner never gives up and copies an array whole to every device.
+    # The partitioner never falls back to copying a whole array to every device.
     assert "full rematerialization" not in capfd.readouterr().err
     assert float(loss) == pytest.approx(want, rel=1e-5)
     placed = tools.flat_of(specs)
@@ -372,7 +372,7 @@ def test_tensor_and_context_across_slices(sizes, message):
 
 def check_rows(mesh, rows):
     """A host reads exactly the rows of its devices, and hands each device the right ones; of many
-    hosts 16 are looked at."""
+    hosts 16 are checked."""
     spec = PRESETS["fsdp"].activation_without_tensor("BT")
     hosts = sorted({d.process_index for d in mesh.devices.flat})
     held = {p: host_rows(mesh, spec, rows, p) for p in hosts[:: max(1, len(hosts) // 16)]}
@@ -421,7 +421,7 @@ def test_every_mesh_on_every_topology(name):
         check_fits(recipe, mesh)
         held = check_rows(mesh, len(devices))
         interleaved += any(np.ptp(rows) >= len(rows) for rows in held.values())
-    # On a torus a host's rows are apart, which no (index, count) of equal shares describes.
+    # On a torus a host's rows are not contiguous, so no (index, count) describes them.
     assert interleaved or not name.startswith("v5p")
 
 
@@ -508,8 +508,10 @@ RECIPES = sorted(ROOT.glob("configs/llama-*.toml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_shipped_recipes_start_on_every_size_of_machine(path):
-    """Unedited: mesh.data and train.gradient_accumulation follow the machine, the batch does not
-    change; on odd sizes the error names settings that work."""
+    """mesh.data and train.gradient_accumulation adapt to the machine, the batch does not change.
+
+    On odd sizes, the error names settings that work.
+    """
     assert len(RECIPES) == 8
     recipe = load_recipe(path)
     for count in (8, 64, 256, 512, 1024, 2048):

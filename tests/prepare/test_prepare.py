@@ -166,7 +166,7 @@ def test_only_what_changed_is_prepared_again(tmp_path, model, caplog):
     train_tokenizer(texts(100), 300, other)
 
     def run(model: str = model, val_fraction: float = 0.1) -> str:
-        """Prepare; returns what was said, and checks that shards moved only if something was."""
+        """Prepare; returns the output, and checks that shards changed only if there was output."""
         before = {f: f.stat().st_mtime_ns for f in out.glob("a/*")}
         caplog.clear()
         prepare_mixture(config(model, a=source, val_fraction=val_fraction), 320, out)
@@ -233,7 +233,7 @@ def test_a_failure_leaves_no_incomplete_files(tmp_path, model, monkeypatch):
 
 
 def test_killed_while_writing(tmp_path, model, monkeypatch):
-    """SIGKILL while a source is written: it is not taken for complete, and a new run continues."""
+    """SIGKILL while a source is written: it does not count as complete, and a new run continues."""
     source, out = jsonl(tmp_path / "a.jsonl", texts(3000)), tmp_path / "out"
     code = f"""
 import os, signal
@@ -268,7 +268,7 @@ mixture.prepare_mixture(DataConfig(sources={{"a": SourceConfig(path={str(source)
     assert 0 < sum(encoded) < 2700
     fresh = prepare_mixture(config(model, a=source), 320, tmp_path / "fresh")
     assert contents(out) == contents(fresh)
-    # Damage to what was written so far is not taken over: the unit is made again.
+    # A unit whose partial files are damaged is encoded again.
     tokens = damaged / "a.partial/unit-00000/train-00000.tokens"
     tokens.write_bytes(tokens.read_bytes()[:100] + b"\0" * 10)
     assert contents(prepare_mixture(config(model, a=source), 320, damaged)) == contents(fresh)
@@ -402,7 +402,7 @@ def test_skipped_bad_lines_are_counted(tmp_path, model, caplog, capsys):
     out = tmp_path / "out" / "a"
     assert manifest(out)["bad_lines"] == {"no text": 3, "not JSON": 2, "not Unicode": 1}
     assert len(documents(out, "train") + documents(out, "holdout")) == 80
-    # Without it, what was prepared with it is no answer.
+    # Without the option, the prepared result is not accepted.
     with pytest.raises(SystemExit, match="line 41 is not JSON"):
         main([*arguments])
     text = tmp_path / "b.txt"
@@ -559,7 +559,9 @@ def test_text_is_kept_byte_for_byte(tmp_path, model):
     bodies = ["a\r\nb\r\n", "\ttabs\n\n\n", "  spaces  ", "no newline", "é 😀\n"]
     for i, body in enumerate(bodies):
         (tmp_path / "in" / f"{i}.txt").write_bytes(body.encode())
-    (tmp_path / "in" / "5.txt").write_bytes(b"\xef\xbb\xbfmarked")  # the mark is no text
+    (tmp_path / "in" / "5.txt").write_bytes(
+        b"\xef\xbb\xbfmarked"
+    )  # the byte order mark is not text
     out = prepare_mixture(config(model, a=tmp_path / "in"), 320, tmp_path / "out")
     ids = documents(out / "a", "train") + documents(out / "a", "holdout")
     assert {Tokenizer.load(model).decode(i) for i in ids} == {*bodies, "marked"}
@@ -789,7 +791,7 @@ def test_embedded_sources_share_their_split(embedded):
     assert not held_out["code"] & trained["prose"]
     assert not held_out["prose"] & trained["code"]
     assert held_out["prose"] <= held_out["code"]
-    # Nor is any held-out document one that was trained on, or inside one.
+    # No validation document equals a training document or is part of one.
     for n in keys:
         for d in documents(embedded / n, "holdout"):
             text = tokenizer.decode(d)

@@ -1,4 +1,4 @@
-"""Joining the processes of a job: launcher variables, missing values, and no training alone."""
+"""Joining the processes of a job: launcher variables, missing values, and no separate training."""
 
 import os
 import socket
@@ -171,7 +171,7 @@ def test_a_coordinator_that_does_not_resolve(env, monkeypatch):
     env(HAND | dict(JAX_COORDINATOR_ADDRESS="no-such-host.invalid:1234"))
     with pytest.raises(ConfigError, match=r"no-such-host.invalid does not resolve after 0.1 s"):
         start_distributed()
-    # A name that is learnt a little later is no error.
+    # A name that resolves a little later is not an error.
     monkeypatch.setattr(distributed, "RESOLVE_SECONDS", 2)
     answers = iter([OSError("not yet"), []])
 

@@ -36,7 +36,7 @@ def values():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The run's folder. Time passes only where the test says: reading a batch, handing it over."""
+    """The run folder. On the test's clock, only reading and transferring a batch take time."""
     folder = tmp_path_factory.mktemp("golden")
     now = [0.0]
 
@@ -105,7 +105,7 @@ def ends(path: str, name: str) -> bool:
 
 
 def test_initial_weights_are_the_recipes(values):
-    """From train.seed; the same on every machine, so that a recipe says what a run was."""
+    """They depend on train.seed alone and are the same on every machine."""
     found = golden.recorded_weights()
     assert found.keys() == {k.removeprefix("initial/") for k in values if k.startswith("initial/")}
     for name, value in found.items():
@@ -140,8 +140,8 @@ def test_shares_and_epochs_of_the_sources(records, values):
             assert r["sources"][name]["epochs"] == pytest.approx(count / length)
 
 
-def test_the_stored_figures_are_the_references(values):
-    """Again from the recorded inputs, where torch is installed: float64, so nearly to the bit."""
+def test_the_stored_values_are_the_references(values):
+    """Recomputed in float64 from the recorded inputs, where torch is installed."""
     pytest.importorskip("torch")
     again = golden.reference(*golden.inputs_of(values))
     assert again.keys() == {k for k in values if k != "order" and not k.startswith("initial/")}
@@ -150,7 +150,7 @@ def test_the_stored_figures_are_the_references(values):
 
 
 def test_the_reference_is_no_part_of_the_project():
-    """Its half of the script imports nothing of llama_jax."""
+    """The part of the script that computes the reference does not import llama_jax."""
     text = golden.__loader__.get_source(golden.__name__)
     half = text.split("# What is recorded from llama_jax")[0].split('"""', 2)[2]
     assert "llama_jax" not in half.replace("without llama_jax", "")

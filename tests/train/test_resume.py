@@ -143,7 +143,7 @@ def same_losses(a: Path, b: Path, rtol: float = 1e-5) -> None:
 
 
 def until(process, seen, timeout: float = 120) -> None:
-    """Wait for something to be there while the process lives."""
+    """Wait until a condition holds while the process is alive."""
     end = time.monotonic() + timeout
     while not seen() and process.poll() is None:
         assert time.monotonic() < end, "nothing happened"
@@ -205,7 +205,7 @@ def test_asked_to_stop_saves_and_continues(place):
 
 
 def test_another_mesh_continues_the_same_run(place):
-    """8 devices to 4, FSDP to tensor and sequence: the losses are those of one device to 1e-5."""
+    """From 8 devices to 4, FSDP to tensor and sequence: losses of one device within 1e-5."""
     run = place / "moved"
     meshes = [
         (8, ["mesh.preset=fsdp"]),

@@ -155,7 +155,7 @@ def test_a_run_writes_all_its_files(place):
     assert val["bits_per_byte"] > 0 < val["unigram_entropy"]
 
 
-def test_a_finished_run_says_so(run, place):
+def test_a_finished_run_reports_it(run, place):
     before = (place / "run/metrics.jsonl").read_text()
     code, out, _ = run("train.log_every=3")  # a setting that may change
     assert code == 0

@@ -1,4 +1,4 @@
-"""Properties of training that a whole run does not show, each with the cheapest test.
+"""Properties of training that a whole run does not show, each tested as cheaply as possible.
 
 The loop is tested with a step that computes nothing, so that a run takes seconds.
 """
@@ -47,7 +47,7 @@ CFG = tools.small()
 
 
 def batch_of(rows: int = 2, T: int = 12) -> Batch:
-    """Random ids and masks, two segments a row, positions that no default would give."""
+    """Random ids and masks, two segments per row, positions that differ from the defaults."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, CFG.vocab_size, (rows, T + 1), np.int32)
     return Batch(
@@ -63,7 +63,7 @@ def test_the_loss_uses_everything_in_a_batch():
     """Mask, segments and positions: the sum equals that of the model's own logits, which use them.
 
     Positions that restart with each document give the same loss as ones that do not, since rotary
-    attention sees differences alone; so these have gaps.
+    attention depends only on differences, so these have gaps.
     """
     batch = batch_of()
     build = tools.model_of(CFG)
@@ -117,7 +117,7 @@ def test_the_optimizer_is_adamw_with_a_warm_up_and_a_cosine(decay, clip):
 
 
 def test_norm_statistics_are_float32():
-    """With bfloat16 activations too: equal to float32 statistics rounded once, but for ties."""
+    """Also with bfloat16 activations: equal to float32 statistics rounded once, except for ties."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 32, 64)) * 3, jnp.bfloat16)
     exact = np.asarray(x, np.float64)
     exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5)
@@ -273,7 +273,7 @@ def test_a_failed_save_leaves_nothing(tmp_path):
 
 
 def test_the_run_record_is_checked_too(tmp_path):
-    """Otherwise a changed data position would silently continue with other sequences."""
+    """Otherwise a run would silently continue from a changed data position."""
     checkpoints = Checkpoints(tmp_path, 2)
     save(checkpoints, 1)
     checkpoints.close()
@@ -341,7 +341,7 @@ def test_a_file_that_takes_the_place_of_another_is_read(tmp_path):
     assert (TokenStream(folder, manifest, "train").read(0, 600)[0] == 9).all()
 
 
-def test_sources_of_one_length_are_shuffled_apart():
+def test_sources_of_one_length_are_shuffled_differently():
     data = data_of(source("a"), source("b"))
     rows = np.concatenate([next(data).inputs_BT for _ in range(20)])
     data.close()
@@ -363,7 +363,7 @@ def test_the_largest_id_is_one_less_than_the_vocabulary(fits):
 
 
 def test_a_text_changed_in_place_is_prepared_again(tmp_path):
-    """Another content of the same size, by its time; and nothing is made twice without a change."""
+    """New content of the same size is detected by its time; other text is not prepared again."""
     text = tmp_path / "a.jsonl"
     lines = [json.dumps({"text": f"the cat sat on mat {i}"}) for i in range(40)]
     text.write_text("\n".join(lines))
@@ -371,7 +371,7 @@ def test_a_text_changed_in_place_is_prepared_again(tmp_path):
         sources={"a": SourceConfig(path=str(text))},
         tokenizer=str(golden.FOLDER / "numbers/tokenizer.model"),
         seq_len=16,
-        val_fraction=0.3,  # so many are held out that no text decides the rule by which they are
+        val_fraction=0.3,  # a large fraction, so the split rule has no exceptions
     )
 
     def tokens():
