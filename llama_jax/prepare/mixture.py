@@ -37,7 +37,12 @@ from llama_jax.io import read_json_or_empty, sha256
 from llama_jax.prepare.source import prepare_source, wait_for_lock
 from llama_jax.prepare.split import SplitRule, check_val_fraction, split_rule
 from llama_jax.prepare.text import find_files
-from llama_jax.prepare.tokenizer import check_tokenizer, choose_tokenizer, install_tokenizer
+from llama_jax.prepare.tokenizer import (
+    check_tokenizer,
+    check_unchanged,
+    choose_tokenizer,
+    install_tokenizer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +81,14 @@ def prepare_mixture(
     given = {n: s for n, source in data.sources.items() if (s := _prepared(n, source))}
     others = _other_sources(out, data) if keep_sources else {}
     prepared = {**given, **others}
-    manifests = {name: source.manifest for name, source in prepared.items()}
     raw = {
         name: find_files(name, source.path, data.skip_bad_lines)
         for name, source in data.sources.items()
         if name not in given
     }
-    check_val_fraction(data, manifests, bool(raw))
-    rule = split_rule(raw.values(), data.val_fraction, manifests.values())
+    check_val_fraction(data, prepared, bool(raw))
+    manifests = [source.manifest for source in prepared.values()]
+    rule = split_rule(raw.values(), data.val_fraction, manifests)
     for name, other in others.items():
         _warn_of_leak(name, other, rule)
     out.mkdir(parents=True, exist_ok=True)
@@ -94,13 +99,19 @@ def prepare_mixture(
         tokenizer, trained_on = choose_tokenizer(data, vocab_size, out, raw, rule, folder)
         check_tokenizer(tokenizer, vocab_size, prepared)
         tokenizer = install_tokenizer(tokenizer, out)
+        tokenizer_sha256 = sha256(tokenizer.path)
     for name, text in raw.items():
-        prepare_source(text, data, rule, tokenizer, out / name)
+        prepare_source(text, data, rule, tokenizer, tokenizer_sha256, out / name)
     with wait_for_lock(out):
+        check_unchanged(tokenizer, tokenizer_sha256)
+        if keep_sources:  # another command may have added some since
+            others = _other_sources(out, data)
+            check_tokenizer(tokenizer, vocab_size, others)
+            check_val_fraction(data, {**given, **others}, bool(raw))
         sources = _entries(out) if keep_sources else {}
         for name, source in data.sources.items():
             sources[name] = _entry(name, source, out, name in given)
-        file = {"file": MODEL_FILE, "sha256": sha256(tokenizer.path), "trained_on": trained_on}
+        file = {"file": MODEL_FILE, "sha256": tokenizer_sha256, "trained_on": trained_on}
         manifest = {"format": FORMAT, "tokenizer": file, "sources": sources}
         old = read_json_or_empty(out / MANIFEST)
         if {**old, "sha256": None} != {**manifest, "sha256": None}:
@@ -126,11 +137,13 @@ def _prepared(name: str, source: SourceConfig) -> PreparedSource | None:
 
 
 def _entries(out: Path) -> dict[str, Any]:
-    """The sources in the manifest of a mixture; {} if there is none, or it is damaged."""
+    """The sources in the manifest of a mixture; {} if there is none."""
+    if not (out / MANIFEST).exists():
+        return {}
     try:
         return read_manifest(out, MixtureManifest)["sources"]
-    except ValueError:
-        return {}
+    except ValueError as e:
+        raise ValueError(f"{e}: remove {out / MANIFEST}, and name every source") from None
 
 
 def _other_sources(out: Path, data: DataConfig) -> dict[str, PreparedSource]:

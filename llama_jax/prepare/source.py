@@ -30,11 +30,11 @@ from llama_jax.data.manifest import (
 )  # fmt: skip
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.tokenizer_files import MODEL_FILE
-from llama_jax.io import atomic_write, folder_lock, read_json_or_empty, sha256, sync_folder
+from llama_jax.io import atomic_write, folder_lock, read_json_or_empty, sync_folder
 from llama_jax.prepare import shards
 from llama_jax.prepare.split import SplitRule
 from llama_jax.prepare.text import TEXT, RawSource
-from llama_jax.prepare.tokenizer import check_lossless
+from llama_jax.prepare.tokenizer import check_lossless, check_unchanged
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,12 @@ UNIT_BYTES = 2**28
 
 
 def prepare_source(
-    source: RawSource, data: DataConfig, rule: SplitRule, tokenizer: Tokenizer, folder: Path
+    source: RawSource,
+    data: DataConfig,
+    rule: SplitRule,
+    tokenizer: Tokenizer,
+    tokenizer_sha256: str,
+    folder: Path,
 ) -> None:
     """Encode a source into ``folder``, unless the folder is up to date.
 
@@ -52,13 +57,14 @@ def prepare_source(
       data: val_fraction and workers.
       rule: which documents are in validation.
       tokenizer: the mixture's.
+      tokenizer_sha256: hash of its file when it was loaded.
       folder: where the result will be.
 
     Raises:
       ValueError: text that cannot be used, or a tokenizer that loses text.
       OSError: reading or writing failed; incomplete files have been removed.
     """
-    made_from = _made_from(source, data, rule, tokenizer)
+    made_from = _made_from(source, data, rule, tokenizer_sha256)
     if not (changed := _changed(source, folder, made_from)):
         return
     if (folder / MANIFEST).exists():
@@ -71,7 +77,7 @@ def prepare_source(
         "made_from": made_from,
         "files": len(source.files),
         "skipped": source.skipped,
-        "tokenizer_sha256": made_from["tokenizer"],
+        "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": tokenizer.vocab_size,
         "dtype": shards.dtype_of(tokenizer),
     }
@@ -83,6 +89,7 @@ def prepare_source(
             with wait_for_lock(folder.parent):
                 if not _changed(source, folder, made_from):  # another process completed it
                     return
+                check_unchanged(tokenizer, tokenizer_sha256)
                 merged = read_json_or_empty(partial / MANIFEST).get("made_from") == made_from
                 index = len(units) if merged else _take_unit(partial, len(units), key, stack)
                 if index == len(units):
@@ -100,14 +107,14 @@ def prepare_source(
 
 
 def _made_from(
-    source: RawSource, data: DataConfig, rule: SplitRule, tokenizer: Tokenizer
+    source: RawSource, data: DataConfig, rule: SplitRule, tokenizer_sha256: str
 ) -> dict[str, Any]:
     """Everything that determines the shards; if it changes, the source is prepared again."""
     return {
         "input": source.inputs,
         "holdout": data.val_fraction,
         "split": rule.exceptions(),
-        "tokenizer": sha256(tokenizer.path),
+        "tokenizer": tokenizer_sha256,
         "block_bytes": source.block_bytes,
         "section_blocks": source.section_blocks,
         "shard_tokens": shards.SHARD_TOKENS,

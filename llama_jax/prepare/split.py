@@ -74,10 +74,10 @@ def check_val_fraction(data: DataConfig, prepared: dict[str, Any], any_raw: bool
 
     Args:
       data: sets the fraction of raw text.
-      prepared: manifests of sources prepared before.
+      prepared: sources prepared before, each with its manifest.
       any_raw: some source is raw text.
     """
-    fractions = {n: m.get("made_from", {}).get("holdout") for n, m in prepared.items()}
+    fractions = {n: s.manifest.get("made_from", {}).get("holdout") for n, s in prepared.items()}
     fractions = {n: fraction for n, fraction in fractions.items() if fraction is not None}
     if any_raw:
         fractions["the other sources"] = data.val_fraction

@@ -17,7 +17,7 @@ from llama_jax.config import DataConfig
 from llama_jax.data.manifest import digest
 from llama_jax.data.tokenizer import MAX_IDS, Tokenizer
 from llama_jax.data.tokenizer_files import MODEL_FILE
-from llama_jax.io import atomic_write, read_json_or_empty, sha256
+from llama_jax.io import atomic_write, in_use, read_json_or_empty, sha256
 from llama_jax.prepare.split import SplitRule
 from llama_jax.prepare.text import Document, RawSource, read_documents
 
@@ -156,6 +156,7 @@ def choose_tokenizer(
     is_current = known.get("trained_on") == trained_on and target.is_file()
     if is_current and sha256(target) == known.get("sha256"):
         return Tokenizer.load(target), trained_on
+    _check_not_in_use(out)
     log.info(f"training a tokenizer of {vocab_size} ids")
     tokenizer = train_tokenizer(_sample(data, raw, rule), vocab_size, target)
     known = {"trained_on": trained_on, "sha256": sha256(target)}
@@ -191,8 +192,28 @@ def install_tokenizer(tokenizer: Tokenizer, out: Path) -> Tokenizer:
     """Copy a tokenizer to the folder of the mixture, unless it is there."""
     target, content = out / MODEL_FILE, tokenizer.path.read_bytes()
     if not target.is_file() or target.read_bytes() != content:
+        _check_not_in_use(out)
         atomic_write(target, content)
     return Tokenizer.load(target)
+
+
+def _check_not_in_use(out: Path) -> None:
+    """Raise ValueError while another command encodes a source with the tokenizer of ``out``."""
+    for unit in out.glob("*.partial/unit-*"):
+        if in_use(unit):
+            raise ValueError(
+                f"another command prepares source {unit.parent.stem} in {out} with another "
+                "tokenizer: wait until it has ended, or write to another folder"
+            )
+
+
+def check_unchanged(tokenizer: Tokenizer, expected_sha256: str) -> None:
+    """Raise ValueError if a tokenizer's file was replaced after the tokenizer was loaded."""
+    if sha256(tokenizer.path) != expected_sha256:
+        raise ValueError(
+            f"another command replaced {tokenizer.path} while this one was encoding with it; run "
+            "this command again"
+        )
 
 
 def _sample(data: DataConfig, raw: dict[str, RawSource], rule: SplitRule) -> Iterator[str]:

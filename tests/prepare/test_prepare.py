@@ -920,6 +920,72 @@ def test_a_source_is_added_to_a_folder(tmp_path):
     assert list(manifest(out)["sources"]) == ["b"]
 
 
+def during_the_second_source(monkeypatch, action: Any) -> None:
+    """Run ``action`` once, while a unit of source b is being encoded."""
+    encode = shards.encode_files
+
+    def encode_and_act(source: Any, *args: Any) -> None:
+        if source.name == "b":
+            monkeypatch.setattr(shards, "encode_files", encode)
+            action()
+        encode(source, *args)
+
+    monkeypatch.setattr(shards, "encode_files", encode_and_act)
+
+
+def test_another_command_in_the_same_folder_at_the_same_time(tmp_path, model, monkeypatch):
+    """It cannot replace the tokenizer in use, or add a source with another validation fraction."""
+    files = {n: jsonl(tmp_path / f"{n}.jsonl", texts(60, i)) for i, n in enumerate("abc")}
+    out, other = tmp_path / "out", tmp_path / "other.model"
+    train_tokenizer(texts(100), 300, other)
+    both = [str(out), "--source", f"a={files['a']}", "--source", f"b={files['b']}"]
+    both += ["--tokenizer", model]
+
+    def another(*options: str) -> None:
+        main([str(out), "--source", f"c={files['c']}", *options])
+
+    def refused() -> None:
+        for options in (["--tokenizer", str(other)], ["--vocab-size", "310"]):
+            with pytest.raises(SystemExit, match=r"command prepares source b in .* with"):
+                another(*options)
+
+    during_the_second_source(monkeypatch, refused)
+    main(both)
+    assert verify(out) == []
+    assert list(manifest(out)["sources"]) == ["a", "b"]
+
+    shutil.rmtree(out)
+    fraction = ["--tokenizer", model, "--val-fraction", "0.3"]
+    during_the_second_source(monkeypatch, lambda: another(*fraction))
+    with pytest.raises(SystemExit, match=r"differs: 0\.3 in c, 0\.02 in the other sources"):
+        main(both)
+    assert list(manifest(out)["sources"]) == ["c"]
+
+    # Between two sources no unit is locked: the command whose tokenizer was replaced ends.
+    shutil.rmtree(out)
+    replace = lambda: (out / "tokenizer.model").write_bytes(other.read_bytes())
+    during_the_second_source(monkeypatch, replace)
+    with pytest.raises(SystemExit, match=r"another command replaced .* while"):
+        main(both)
+    assert not (out / "b").exists()
+    main(both)
+    assert verify(out) == []
+
+
+def test_a_damaged_list_of_sources_is_not_replaced(tmp_path, model):
+    """The command would forget the other sources."""
+    a, b = (jsonl(tmp_path / f"{n}.jsonl", texts(60, i)) for i, n in enumerate("ab"))
+    out = tmp_path / "out"
+    main([str(out), "--source", f"a={a}", "--tokenizer", model])
+    text = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(text.replace('"weight": 1', '"weight": 2'))
+    with pytest.raises(SystemExit, match=r"was altered.*: remove .*manifest\.json, and name every"):
+        main([str(out), "--source", f"b={b}", "--tokenizer", model])
+    (out / "manifest.json").unlink()
+    main([str(out), "--source", f"a={a}", "--source", f"b={b}", "--tokenizer", model])
+    assert verify(out) == []
+
+
 def test_an_added_small_source_does_not_leak(tmp_path, model, caplog):
     """Its validation document may be a training document of a source that was there before."""
     docs = sorted(texts(100), key=text_module._key)
