@@ -302,9 +302,10 @@ class Trainer:
                 with timer.paused():
                     self._evaluate()
             if save:
+                # A copy of the losses: Orbax writes the record later, during the next steps.
                 record = {
                     "step": self.step, "data": self.data.state(), "seed": train.seed,
-                    "losses": self.losses,
+                    "losses": list(self.losses),
                 }  # fmt: skip
                 self.checkpoints.save(self.step, *self.state, record)
             if stop:

@@ -225,6 +225,22 @@ def test_the_logged_loss_is_the_mean_since_the_last_line(monkeypatch, tmp_path):
         assert losses == {8: 4.5, 16: 12.5, 20: 18.5}, run
 
 
+def test_a_saved_record_does_not_change_afterwards(monkeypatch, tmp_path):
+    """Orbax writes it in a thread, while the next steps already add their losses."""
+    save, records = Checkpoints.save, {}
+
+    def keep(self, step, params, optimizer, run):
+        records[step] = run
+        save(self, step, params, optimizer, run)
+
+    monkeypatch.setattr(Checkpoints, "save", keep)
+    loss = lambda step: {"loss": step.astype(jnp.float32)}
+    settings = ["train.log_every=8", "checkpoint.save_every=5"]
+    assert a_run(monkeypatch, tmp_path, loss, *settings) == 0
+    losses = {step: run["losses"] for step, run in records.items()}
+    assert losses == {5: [1, 2, 3, 4, 5], 10: [9, 10], 15: [9, 10, 11, 12, 13, 14, 15], 20: []}
+
+
 # Checkpoints -------------------------------------------------------------------------------------
 
 
