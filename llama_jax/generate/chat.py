@@ -86,8 +86,8 @@ class Chat:
     ) -> Iterator[str]:
         """Yield the answer of :meth:`say` in pieces while it is generated.
 
-        The turn is added to ``messages`` at the end of the iterator; the next turn abandons an
-        iterator that has not ended.
+        The turn is added to ``messages`` at the end of the iterator; the next turn, :meth:`undo`
+        and :meth:`retry` abandon an iterator that has not ended.
 
         Arguments and errors are those of :meth:`say`.
         """
@@ -102,6 +102,7 @@ class Chat:
         """
         if not self._turns:
             raise ValueError("there is no turn to undo")
+        self._abandon_stream()
         *self.messages, message, _ = self.messages
         self._turns = self._turns[:-1]
         return message["content"]
@@ -132,13 +133,17 @@ class Chat:
         """Check the arguments and the messages; returns the iterator that generates the answer."""
         check_text("the message", text)
         options = check_options(**arguments)
-        if self._running is not None:
-            self._running.close()
+        self._abandon_stream()
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._template.encode(messages, self._llm.tokenizer)
         self._llm._check_fits(ids)
         self._running = self._answer(messages, ids, arguments, options, steps_per_call)
         return self._running
+
+    def _abandon_stream(self) -> None:
+        """End an iterator of :meth:`stream` that is not at its end."""
+        if self._running is not None:
+            self._running.close()
 
     def _answer(
         self,

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]
 """Text, or token ids, to which no BOS id is added."""
 
+_NOT_IDS = (str, bytes, bytearray, memoryview)
+"""Sequences of integers or text that are not token ids."""
+
 
 class LLM:
     """A model with its tokenizer, ready to generate; made by :func:`llama_jax.load`.
@@ -404,13 +407,13 @@ def _split(prompts: Any) -> tuple[bool, list[Any]]:
     """Whether there is a single prompt, and the list of prompts."""
     if isinstance(prompts, np.ndarray):
         prompts = prompts.tolist()
-    listed = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
+    listed = isinstance(prompts, Sequence) and not isinstance(prompts, _NOT_IDS)
     single = not listed or (len(prompts) > 0 and _is_ids(prompts))
     return single, [prompts] if single else list(prompts)
 
 
 def _is_ids(prompt: Any) -> bool:
-    sequence = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes)
+    sequence = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, _NOT_IDS)
     return sequence and all(map(is_integer, prompt))
 
 

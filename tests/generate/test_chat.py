@@ -408,3 +408,8 @@ def test_an_unfinished_stream_changes_nothing(talker):
     with pytest.raises(ValueError, match="max_new_tokens=0"):  # immediately, not at the first piece
         chat.stream("the cat", max_new_tokens=0)
     assert chat.retry(seed=0) == want
+    left = chat.stream("the cat", **options)
+    next(left)
+    assert chat.undo() == "a mat"
+    assert list(left) == []  # else it would bring the removed turn back
+    assert chat.messages == []

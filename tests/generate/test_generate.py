@@ -355,6 +355,8 @@ def test_a_mesh_gives_the_same_text(llm, tokenizer):
         (5, {}, "the prompt must be text or token ids, not int: 5"),
         (["a", None], {}, r"prompts\[1\] must be text or token ids, not NoneType"),
         (b"a", {}, "the prompt must be text or token ids, not bytes: b'a'"),
+        (bytearray(b"a"), {}, "the prompt must be text or token ids, not bytearray"),
+        ([memoryview(b"a")], {}, "the prompt must be text or token ids, not memoryview"),
         ("a\ud800", {}, "the prompt is not valid Unicode: .* at 1"),
         (["a", "cat " * 400], {}, r"prompts\[1\] has \d+ tokens"),
         # Its 32-bit key would equal that of a smaller seed.
