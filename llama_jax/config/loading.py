@@ -175,6 +175,7 @@ def _read_extended(path: Path, extending: tuple[Path, ...] = ()) -> tuple[dict[s
     data, base_data = tree.get("data"), merged.get("data")
     if isinstance(data, dict) and "sources" in data and isinstance(base_data, dict):
         base_data.pop("sources", None)
+        origins = {key: file for key, file in origins.items() if key[:2] != ("data", "sources")}
     _merge(merged, tree, origins, str(path), ())
     return merged, origins
 
@@ -289,6 +290,8 @@ def _explain(error: Any, known: list[str]) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         if name in RENAMED:
             return f"unknown setting {name}: it is now called {RENAMED[name]}"
+        if name == "extends":
+            return "extends is a setting of a file: write a recipe that has it"
         return f"unknown setting {name}{_nearest(name, known)}"
     if error["type"] in ("missing", "missing_argument"):
         hint = ' (or give model.name, for example "tiny")' if name.startswith("model") else ""

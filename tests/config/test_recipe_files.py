@@ -66,6 +66,8 @@ def test_sources_replace_the_whole_mixture(write):
     assert list(load_recipe(path).data.sources) == ["b"]
     # An override adds a source, or changes one.
     assert list(load_recipe(path, ["data.sources.c.path=c"]).data.sources) == ["b", "c"]
+    # The error for a source that was replaced does not name the recipe that had it.
+    assert error_of(path, "data.sources.a.weight=2").startswith(f"{path}: ")
 
 
 def test_a_resolved_recipe_is_complete(write, tmp_path):
@@ -86,6 +88,7 @@ def test_errors_name_the_file_that_has_the_setting(write):
     assert any(line.startswith("command line: mesh.preset='x'") for line in lines)
     line = error_of(path, "optim={b1=3.0}").splitlines()[0]
     assert line.startswith("command line: optim.b1=3.0")
+    assert "command line: extends is a setting of a file" in error_of(path, "extends=tiny")
     assert error_of(path, "model.name=x").startswith("command line: model.name='x'")
     write("base.toml", MINIMAL.replace('"tiny"', '"tinny"'))
     assert error_of(path).startswith(f"{base}: model.name='tinny'")
