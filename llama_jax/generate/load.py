@@ -1,5 +1,6 @@
 """Load a model: a run of training, converted weights, or weights of Hugging Face or Meta."""
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -231,10 +232,11 @@ def _checkpoint_of(folder: Path, check: Callable[[ModelConfig], Any]) -> Path:
     if not found.tokenizers:
         raise ConfigError(f"{folder} has no tokenizer (tokenizer.model or tokenizer.json)")
     check(found.cfg)
-    return _converted(folder.resolve(), NAMES[found.format])
+    tokenizers = [tokenizer.path for tokenizer in found.tokenizers]
+    return _converted(folder.resolve(), NAMES[found.format], tokenizers)
 
 
-def _converted(folder: Path, layout: str) -> Path:
+def _converted(folder: Path, layout: str, tokenizers: list[Path]) -> Path:
     """The conversion of ``folder`` in the user's cache, made if it does not exist.
 
     Its name depends on the paths, sizes and modification times of the source's files. A
@@ -243,13 +245,19 @@ def _converted(folder: Path, layout: str) -> Path:
     """
     from llama_jax.convert.job import convert
 
-    files = sorted(p for p in folder.glob("[!.]*") if p.is_file())
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    # The tokenizer of Meta's LLaMA 1 is in the parent folder.
+    files = {p for p in folder.glob("[!.]*") if p.is_file()} | {p.resolve() for p in tokenizers}
+    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
     key = hashlib.sha256(json.dumps([str(folder), stats]).encode()).hexdigest()[:16]
     cache = _cache_folder() / "converted"
-    cache.mkdir(parents=True, exist_ok=True)
-    converted = cache / f"{folder.name}-{key}"
-    with (cache / f"{converted.name}.lock").open("w") as lock:
+    converted = cache / f"{folder.name[:40]}-{key}"  # file names have at most 255 bytes
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock_file = (cache / f"{converted.name}.lock").open("a")
+    except OSError as e:
+        advice = "set XDG_CACHE_HOME to a folder that can hold converted weights"
+        raise OSError(e.errno, f"{e.strerror}; {advice}", e.filename) from None
+    with lock_file as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
         if not converted.exists():
             print(f"converting {folder} ({layout}) once, to {converted}", file=sys.stderr)
@@ -259,8 +267,12 @@ def _converted(folder: Path, layout: str) -> Path:
 
 def _cache_folder() -> Path:
     """The user's cache folder, for compiled programs and converted weights."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "llama_jax"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "llama_jax"
+    try:
+        return Path.home() / ".cache/llama_jax"
+    except RuntimeError:
+        raise ConfigError("this user has no home folder: set XDG_CACHE_HOME to a folder") from None
 
 
 def _check_files(checkpoint: Path, folder: Path) -> None:
@@ -304,7 +316,9 @@ def _check_memory(folder: Path, abstract: Any, kind: str, devices: list[jax.Devi
 
 def _keep_compiled() -> None:
     """Keep compiled programs in the user's cache folder."""
-    if not jax.config.values["jax_compilation_cache_dir"]:
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    with contextlib.suppress(ConfigError):  # without a home folder, nothing is kept
         jax.config.update("jax_compilation_cache_dir", str(_cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from convert_tools import DTYPES, make_hf, make_meta, meta_state, random_values, small
 
@@ -83,6 +84,48 @@ def test_a_source_that_has_changed_is_converted_again(source, weights, tokenizer
     shutil.copy(tokenizer, source)
     assert text_of(source) != first
     assert len(cache()) == 2
+
+
+def test_a_changed_tokenizer_in_the_parent_folder(weights, tokenizer, cache, tmp_path):
+    """LLaMA 1 of Meta has one tokenizer beside the folders 7B, 13B, ..."""
+    folder = tmp_path / "LLaMA/7B"
+    folder.parent.mkdir()
+    make_meta(folder, weights, CFG)
+    shutil.copy(tokenizer, tmp_path / "LLaMA")
+    llama_jax.load(folder)
+    llama_jax.load(folder)
+    assert len(cache()) == 1
+    texts = [t for t in (*TEXT, "ten dogs ran") for _ in range(50)]
+    train_tokenizer(texts, 300, tmp_path / "LLaMA/tokenizer.model")
+    llama_jax.load(folder)
+    assert len(cache()) == 2
+
+
+def test_a_cache_that_cannot_be_written(source, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"Not a directory; set XDG_CACHE_HOME to a folder .*file/"):
+        llama_jax.load(source)
+    converted = job.convert(source, tmp_path / "converted")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    compiled = "jax_compilation_cache_dir"
+    before = jax.config.values[compiled]
+    jax.config.update(compiled, None)
+    try:
+        with pytest.raises(ConfigError, match="no home folder: set XDG_CACHE_HOME"):
+            llama_jax.load(source)
+        llama_jax.load(converted)
+    finally:
+        jax.config.update(compiled, before)
+
+
+def test_a_source_with_a_long_name(source, cache):
+    assert text_of(source.rename(source.with_name("é" * 120))) == text_of(cache()[0])
 
 
 def test_sources_that_cannot_be_loaded(source, cache, tmp_path):
