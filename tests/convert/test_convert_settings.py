@@ -293,6 +293,13 @@ def test_settings_without_counterpart_in_params_are_refused():
     assert (params["use_scaled_rope"], params["rope_scaling_factor"]) == (True, 16.0)
 
 
+def test_the_factor_of_a_model_as_deep_and_wide_as_llama_32_is_kept():
+    """Reader and writer omit and assume the same factor, whatever the number of heads."""
+    cfg = dataclasses.replace(MODELS["llama3.2-1b"], num_heads=16, head_dim=128)
+    back, _ = meta.parse_params(meta.make_params(cfg), cfg.vocab_size, True, False, "params.json")
+    assert back == cfg
+
+
 @pytest.mark.parametrize("equal", [True, False])
 def test_llama_32_ties_what_is_equal(tmp_path, monkeypatch, equal):
     """Its Meta files may repeat the embedding as output.weight."""
