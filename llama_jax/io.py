@@ -105,7 +105,15 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         file.
       OSError: missing or not readable.
     """
-    content = read_limited(path, max_bytes)
+    return parse_json(read_limited(path, max_bytes), path)
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in the content of a file.
+
+    Raises:
+      ValueError: as for :func:`read_json`.
+    """
     try:
         tree = json.loads(content.decode("utf-8"))
     except RecursionError:

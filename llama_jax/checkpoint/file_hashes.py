@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llama_jax.io import atomic_write, read_json, read_limited, sha256
+from llama_jax.io import atomic_write, parse_json, read_limited, sha256
 
 MANIFEST = "manifest.json"
 MAX_LIST_BYTES = 1 << 30
@@ -46,10 +46,9 @@ def read_list(path: Path) -> Files:
       ValueError: damaged; names the file.
       OSError: missing or not readable.
     """
-    tree = read_json(path, MAX_LIST_BYTES)
     content = read_limited(path, MAX_LIST_BYTES)
     seals = list(_SEAL.finditer(content))
-    files = tree.get("files")
+    files = parse_json(content, path).get("files")
     if not seals and files is None:
         return {}  # of a version that listed no files
     start, end = seals[-1].span(1) if seals else (0, 0)

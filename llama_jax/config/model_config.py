@@ -143,7 +143,7 @@ class ModelConfig:
             return self.num_heads // self.num_kv_heads
         if letter in "QE":
             return self.head_dim * (self.num_heads if letter == "Q" else self.num_kv_heads)
-        return getattr(self, _FIELD_OF_LETTER[letter])
+        return getattr(self, FIELD_OF_LETTER[letter])
 
     def shape(self, letters: str) -> tuple[int, ...]:
         """Shape of a weight, ``shape("LDF")``."""
@@ -168,15 +168,10 @@ class ModelConfig:
         return 6 * (self.num_params - lookup) + attention
 
 
-_FIELD_OF_LETTER = dict(
-    V="vocab_size",
-    D="dim",
-    L="num_layers",
-    N="num_heads",
-    K="num_kv_heads",
-    H="head_dim",
+FIELD_OF_LETTER = dict(
+    V="vocab_size", D="dim", L="num_layers", N="num_heads", K="num_kv_heads", H="head_dim",
     F="ffn_dim",
-)
+)  # fmt: skip
 
 
 def _model(V, D, L, N, K, F, eps, theta, context, factor=None, *, tie=False) -> ModelConfig:

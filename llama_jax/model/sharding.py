@@ -27,6 +27,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ConfigError, MeshConfig, Recipe
+from llama_jax.config.model_config import FIELD_OF_LETTER
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -401,7 +402,7 @@ def _undivided(recipe: Recipe, mesh: Mapping[str, int]) -> list[str]:
     sizes = {
         "B": (micro, "train.batch_size / train.gradient_accumulation"),
         "T": (recipe.data.seq_len, "data.seq_len"),
-        **{x: (model.size(x), name) for x, name in _MODEL_SETTINGS.items()},
+        **{x: (model.size(x), f"model.{FIELD_OF_LETTER[x]}") for x in "DNKFV"},
     }
     problems = []
     for rule, letters in ((rules.activation, "B T N K F V"), (rules.weight, "DF")):
@@ -415,15 +416,6 @@ def _undivided(recipe: Recipe, mesh: Mapping[str, int]) -> list[str]:
                         f"{name}={size} is not a multiple of {num_shards} ({shards} of the mesh)"
                     )
     return problems
-
-
-_MODEL_SETTINGS = dict(
-    D="model.dim",
-    N="model.num_heads",
-    K="model.num_kv_heads",
-    F="model.ffn_dim",
-    V="model.vocab_size",
-)
 
 
 def _text(sizes: Mapping[str, int]) -> str:
