@@ -293,7 +293,7 @@ def _first_failure(run: Run, status: int) -> str:
 
 
 def _import_heavy() -> None:
-    """Libraries that nearly every test needs, once. None of it is ours: that is imported anew."""
+    """Import the libraries that nearly every test needs. Our own modules are imported per run."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
     import flax.nnx

@@ -206,7 +206,7 @@ def find_source(folder: Path, name: str, entry: dict[str, Any]) -> tuple[Path, d
     if (first / MANIFEST).exists() or not wanted:
         raise ValueError(f"source {name} of {folder}: {problem}")
     raise ValueError(
-        f"source {name} of {folder} is neither at {first} nor beside the mixture; move it back, or "
+        f"source {name} of {folder} is neither at {first} nor next to the mixture; restore it, or "
         "prepare it again"
     )
 

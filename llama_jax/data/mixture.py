@@ -81,7 +81,8 @@ def open_mixture(folder: str | Path, moved: Mapping[str, Path] | None = None) ->
         for split in SPLITS:
             stream = TokenStream(path, manifest, split)
             if len(stream) < 2:
-                raise ValueError(f"source {name}: {path} has no {split} text; prepare it again")
+                kind = "training" if split == "train" else "validation"
+                raise ValueError(f"source {name}: {path} has no {kind} text; prepare it again")
             stream.check_doc_offsets()
     return Mixture(tokenizer, max(s.manifest["vocab_size"] for s in sources.values()), sources)
 

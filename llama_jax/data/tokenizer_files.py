@@ -78,7 +78,7 @@ class TokenizerFile:
 def recognize(path: Path) -> TokenizerFile:
     """Read a tokenizer file and determine its kind from its content.
 
-    Anything that is neither JSON nor tiktoken text is taken for a SentencePiece model.
+    Anything that is neither JSON nor tiktoken text is read as a SentencePiece model.
 
     Raises:
       ValueError: missing, empty, too large, or a Git LFS pointer; names the file.

@@ -131,7 +131,7 @@ class Engine:
           seed: equal seeds give equal samples.
 
         Raises:
-          MemoryError: the caches do not fit beside the weights.
+          MemoryError: the caches do not fit in memory with the weights.
         """
         longest = max(len(r.ids) for r in requests)
         # The last chunk of a prompt is padded, and no sequence is longer than the context.
@@ -221,7 +221,7 @@ class Engine:
         return min(max(next_power_of_two(positions), 2 * chunk), largest)
 
     def _check_memory(self, rows: int, cache_len: int) -> None:
-        """Raise MemoryError before allocating caches that do not fit beside the weights."""
+        """Raise MemoryError before allocating caches that do not fit in memory with the weights."""
         batch = next_power_of_two(rows)
         caches = self._bytes_per_position * cache_len * (batch + 1)  # one is being prefilled
         devices = self.devices()
@@ -230,7 +230,7 @@ class Engine:
             gb = lambda x: f"{x / 1e9:.1f} GB"
             raise MemoryError(
                 f"a cache of {rows} rows of {cache_len} positions takes "
-                f"{gb(caches / len(devices))} per device beside "
+                f"{gb(caches / len(devices))} per device in addition to "
                 f"{gb(self.weight_bytes / len(devices))} of weights, and "
                 f"{devices[0].device_kind} has {gb(available)}: give fewer prompts at once, "
                 'fewer new tokens, load with quantize="int8", or with a mesh over more devices'

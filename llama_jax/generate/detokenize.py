@@ -129,7 +129,7 @@ class OutputSequence:
           logprobs: log p of each.
           stop_ids: ids that end a sequence.
           max_tokens: end at this number of tokens.
-          top_logprobs: alternatives to each id, if asked for.
+          top_logprobs: alternatives to each id, if requested.
         """
         for i, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
             if self.finish:

@@ -179,7 +179,7 @@ class LLM:
 
         Raises:
           ValueError: an invalid argument, or a prompt that does not fit the context.
-          MemoryError: the caches of all sequences do not fit beside the weights.
+          MemoryError: the caches of all sequences do not fit in memory with the weights.
         """
         single, items = _split(prompts)
         check_integer("n", n, 1)

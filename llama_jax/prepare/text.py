@@ -277,7 +277,7 @@ def _block_end(content: bytes, block_bytes: int) -> int:
     if block_bytes >= len(content):
         return len(content)
     for mark in (b"\n\n", b"\n", b" "):
-        # Not in the first half, so that blocks have about the size asked for.
+        # Not in the first half, so that blocks have about the requested size.
         if (at := content.rfind(mark, block_bytes // 2, block_bytes)) >= 0:
             return at + len(mark)
     end = block_bytes

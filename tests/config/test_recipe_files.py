@@ -121,7 +121,7 @@ def test_shipped_recipes_have_names(write, tmp_path, monkeypatch):
     assert load_recipe("llama-7b-tpu") == load_recipe(ROOT / "configs/llama-7b-tpu.toml")
     path = write("a.toml", 'extends = "tiny"\ntrain.steps = 7\n')
     assert load_recipe(path).model == load_recipe("tiny").model
-    (tmp_path / "tiny").mkdir()  # a folder is no recipe
+    (tmp_path / "tiny").mkdir()  # a folder is not a recipe
     assert load_recipe("tiny").train.steps == 400
     (tmp_path / "tiny").rmdir()
     write("tiny", MINIMAL)  # a file is preferred

@@ -293,7 +293,7 @@ def test_hosts_share_the_same_global_batches(mixture, packing):
         assert same(one, run(shares))
 
 
-# Rows of a batch of 8 by host: one after the other, in turns, and as on a TPU torus.
+# Rows of a batch of 8 by host: contiguous, alternating, and as on a TPU torus.
 SHARES = [
     [[0, 1, 2, 3], [4, 5, 6, 7]],
     [[0, 2, 4, 6], [1, 3, 5, 7]],
@@ -541,7 +541,7 @@ def test_ids_outside_the_vocabulary(copy):
 
 
 def alter(path: Path, change: Any, *keys: Any) -> None:
-    """Change one value of a manifest ("gone": remove it) and update its hash."""
+    """Change one value of a manifest ("gone": remove it)."""
     content = tree = json.loads(path.read_text())
     for key in keys[:-1]:
         tree = tree[key]
@@ -625,8 +625,7 @@ def test_manifests(copy):
 
 
 def test_verify_finds_every_altered_file(copy):
-    """A byte of a shard, of its starts, of the tokenizer; a file gone; and which of it opening
-    finds."""
+    """A byte of a shard, of its starts or of the tokenizer, a missing file; which opening finds."""
     files = [f for f in copy.rglob("*") if f.suffix in (".tokens", ".starts", ".model")]
     assert len(files) > 20
     for file in files:
@@ -679,5 +678,5 @@ def test_ids_of_four_bytes_beyond_the_vocabulary(tmp_path):
 def test_no_validation_text_is_an_error_at_the_start(copy):
     empty = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
     alter(copy / "b" / "manifest.json", empty, "splits", "holdout")
-    with pytest.raises(ValueError, match=r"source b: .*/b has no holdout text"):
+    with pytest.raises(ValueError, match=r"source b: .*/b has no validation text"):
         open_mixture(copy)

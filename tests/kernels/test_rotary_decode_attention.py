@@ -135,7 +135,7 @@ def test_decode(case, dtype, implementation):
 @dtypes
 def test_random_shapes(dtype, implementation):
     rng = np.random.default_rng(7)
-    # A kernel is interpreted anew for each shape, which takes seconds.
+    # An interpreted kernel is compiled again for each shape, which takes seconds.
     for _ in range(4 if implementation == "xla" else 2 if dtype == "float32" else 1):
         B, K, G, T = rng.integers(1, 4), rng.integers(1, 4), rng.integers(1, 9), rng.integers(1, 17)
         S, H = 16 * rng.integers(1, 20), rng.choice([64, 128])

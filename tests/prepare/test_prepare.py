@@ -199,7 +199,7 @@ def test_a_failure_leaves_no_incomplete_files(tmp_path, model, monkeypatch):
     source, out = jsonl(tmp_path / "a.jsonl", texts(200)), tmp_path / "out"
     monkeypatch.setattr(shards, "CHUNK_BYTES", 500)
     good = source.read_text()
-    # The split is decided early, so the broken line is met while shards are being written.
+    # The split is decided first, so the broken line is read while shards are being written.
     source.write_text(good + '{"text": "never ends\n')
     with pytest.raises(ValueError, match="line 201 is not JSON"):
         prepare_mixture(config(model, a=source), 320, out)
@@ -453,7 +453,7 @@ def test_a_moved_mixture_is_found(tmp_path, model):
     assert verify(tmp_path / "two" / "mix") == []
     (tmp_path / "two" / "y").rename(tmp_path / "elsewhere")
     prepare_mixture(config(model, x=b), 320, tmp_path / "two" / "parts")
-    with pytest.raises(ValueError, match=r"source x of .* is neither at .* nor beside"):
+    with pytest.raises(ValueError, match=r"source x of .* is neither at .* nor next to"):
         data_module.open_mixture(tmp_path / "two" / "mix")
 
 

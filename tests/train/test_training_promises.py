@@ -361,7 +361,7 @@ def test_sources_of_one_length_are_shuffled_differently():
     data = data_of(source("a"), source("b"))
     rows = np.concatenate([next(data).inputs_BT for _ in range(20)])
     data.close()
-    # Both have the same text, in turns: the orders would be equal.
+    # Both have the same text; with one order for both, the batches would alternate.
     assert len({row.tobytes() for row in rows}) > 30
     assert (rows[::2] == rows[1::2]).all(axis=1).sum() < len(rows) / 8
 
