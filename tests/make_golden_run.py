@@ -183,7 +183,7 @@ def reference(order: np.ndarray, initial: dict[str, np.ndarray]) -> dict[str, np
         eps=optim["eps"],
     )
     losses, norms, rates = [], [], []
-    figures: dict[str, list] = {}
+    val_metrics: dict[str, list] = {}
     for update, batch in enumerate(training_batches(recipe, order)):
         adamw.zero_grad()
         # One pass over the whole batch: accumulating its parts must give the same.
@@ -203,10 +203,10 @@ def reference(order: np.ndarray, initial: dict[str, np.ndarray]) -> dict[str, np
         norms.append(norm)
         if (update + 1) % train["eval_every"] == 0 or update + 1 == steps:
             for name, value in evaluate(torch, weights, recipe).items():
-                figures.setdefault(f"eval/{name}", []).append(value)
+                val_metrics.setdefault(f"eval/{name}", []).append(value)
     clipped = sum(n > optim["max_grad_norm"] for n in norms)
     assert 3 <= clipped <= steps - 3, norms
-    out = {"loss": losses, "grad_norm": norms, "learning_rate": rates, **figures}
+    out = {"loss": losses, "grad_norm": norms, "learning_rate": rates, **val_metrics}
     final = {f"final/{k}": w.detach().numpy().astype(np.float32) for k, w in weights.items()}
     return {k: np.array(v, np.float64) for k, v in out.items()} | final
 

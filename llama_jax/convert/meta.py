@@ -265,7 +265,7 @@ def open_meta(path: Path, names: list[str], context: int | None) -> SourceCheckp
             warnings.append("output.weight differs from tok_embeddings.weight: not tied")
     tokenizers = tokenizer_files.find(path)
     if not tokenizers:
-        tokenizers, notes = tokenizer_files.find_beside(path, cfg.vocab_size)
+        tokenizers, notes = tokenizer_files.find_in_parent(path, cfg.vocab_size)
         warnings += notes
     weights = TorchWeights(cfg, shards, interleaved=True)
     return SourceCheckpoint(

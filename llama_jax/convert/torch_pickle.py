@@ -140,7 +140,7 @@ class _Stack(list[Any]):
         del self[len(self) - count :]
         return tuple(taken)
 
-    def take_to_mark(self) -> list[Any]:
+    def pop_to_mark(self) -> list[Any]:
         if not self.marks:
             raise ConvertError("its pickle has no mark")
         return list(self.take(max(0, len(self) - self.marks.pop())))
@@ -174,20 +174,20 @@ def load_pickle(data: bytes) -> Any:
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(memo[arg])
             case "TUPLE":
-                stack.append(tuple(stack.take_to_mark()))
+                stack.append(tuple(stack.pop_to_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
                 stack.append(stack.take(int(name[-1])))
             case "LIST":
-                stack.append(stack.take_to_mark())
+                stack.append(stack.pop_to_mark())
             case "DICT":
-                items = stack.take_to_mark()
+                items = stack.pop_to_mark()
                 stack.append({})
                 _set_items(stack[-1], items)
             case "SETITEM" | "SETITEMS" as name:
-                items = list(stack.take(2)) if name == "SETITEM" else stack.take_to_mark()
+                items = list(stack.take(2)) if name == "SETITEM" else stack.pop_to_mark()
                 _set_items(stack[-1], items)
             case "APPEND" | "APPENDS" as name:
-                items = list(stack.take(1)) if name == "APPEND" else stack.take_to_mark()
+                items = list(stack.take(1)) if name == "APPEND" else stack.pop_to_mark()
                 _append(stack[-1], items)
             case "GLOBAL":
                 stack.append(_named(*str(arg).split(" ", 1)))

@@ -164,7 +164,7 @@ def find(folder: Path) -> list[TokenizerFile]:
     return found
 
 
-def find_beside(folder: Path, size: int) -> tuple[list[TokenizerFile], list[str]]:
+def find_in_parent(folder: Path, size: int) -> tuple[list[TokenizerFile], list[str]]:
     """The tokenizer in the parent of a folder called 7B, 13B and so on, as Meta published LLaMA 1.
 
     Args:

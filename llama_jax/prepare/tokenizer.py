@@ -108,7 +108,7 @@ def _training_problem(message: str, vocab_size: int) -> str:
     return f"training a tokenizer of vocab_size={vocab_size} failed: {message}"
 
 
-def lost_in(tokenizer: Tokenizer, text: str) -> str:
+def first_change(tokenizer: Tokenizer, text: str) -> str:
     """The first part of a text that changes when it is encoded and decoded; "" if none does.
 
     Two changes are allowed: every SentencePiece tokenizer decodes the character "▁" to a space,
@@ -240,7 +240,7 @@ def check_lossless(tokenizer: Tokenizer, source: RawSource) -> None:
     left, count, changed = _CHECKED_BYTES, 0, []
     for document in _mixed_documents(source):
         count += 1
-        if found := lost_in(tokenizer, document.text[:_CHECKED_BYTES]):
+        if found := first_change(tokenizer, document.text[:_CHECKED_BYTES]):
             changed.append(found)
         if (left := left - document.size) <= 0:
             break

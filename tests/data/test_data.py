@@ -486,8 +486,8 @@ def test_sequences_longer_than_the_text(mixture):
     count = tokens["holdout"]
     (batch,) = eval_batches(mixture, config(seq_len=count + 9), 4, 10, "a")
     assert batch.mask_BT.sum() == batch.mask_BT[0, : count - 1].sum() == count - 1
-    figures = val_stats(mixture, config(seq_len=count + 9), 4, 10, "a")
-    assert figures == val_stats(mixture, config(), 4, 10**6, "a")
+    stats = val_stats(mixture, config(seq_len=count + 9), 4, 10, "a")
+    assert stats == val_stats(mixture, config(), 4, 10**6, "a")
 
 
 def test_validation_text_is_read_by_one_process(mixture, monkeypatch):

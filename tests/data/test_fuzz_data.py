@@ -20,7 +20,7 @@ from llama_jax.data.mixture import TrainData, open_mixture
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.prepare.text import _json_text
-from llama_jax.prepare.tokenizer import lost_in, train_tokenizer
+from llama_jax.prepare.tokenizer import first_change, train_tokenizer
 
 TEXTS = [f"text {i}: every good boy does fine and then some\n" for i in range(60)]
 SHARED_FOLDER = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -116,7 +116,7 @@ def use(path: Path) -> None:
         tokenizer = Tokenizer.load(path)
         ids = tokenizer.encode("every  good é☃ <s>\n")
         tokenizer.decode([*ids, 0, 5, 10**6])
-        lost_in(tokenizer, "every good boy")
+        first_change(tokenizer, "every good boy")
         assert len(tokenizer.bytes_of_id_V) == tokenizer.vocab_size
         tokenizer.encode_marked("<s>every")
         tokenizer.mark(tokenizer.eos_id)

@@ -13,7 +13,7 @@ import pytest
 
 from llama_jax.data import tokenizer as tokenizer_module
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.prepare.tokenizer import lost_in, train_tokenizer
+from llama_jax.prepare.tokenizer import first_change, train_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -280,13 +280,13 @@ def test_a_tokenizer_that_normalizes_is_not_cut(tmp_path, monkeypatch):
     assert tokenizer._cut(text, 50) == len(text)
     assert tokenizer.encode(text) == tokenizer._processor.encode(text)
     # It also loses text: case and accents stay, but runs of spaces do not.
-    assert "'the  cat' becomes 'the cat'" in lost_in(tokenizer, "the  cat")
-    assert "☃" in lost_in(tokenizer, "the ☃ cat")
-    assert lost_in(tokenizer, "the cat") == ""
+    assert "'the  cat' becomes 'the cat'" in first_change(tokenizer, "the  cat")
+    assert "☃" in first_change(tokenizer, "the ☃ cat")
+    assert first_change(tokenizer, "the cat") == ""
 
 
 def test_a_space_character_that_text_has_itself_is_no_loss(trained):
-    assert lost_in(trained, "the▁cat  sat ☃") == ""
+    assert first_change(trained, "the▁cat  sat ☃") == ""
 
 
 def test_a_model_without_bos(tmp_path):

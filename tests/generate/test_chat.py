@@ -296,8 +296,8 @@ def test_a_chat_keeps_its_cache(talker, pieces):
     answer = chat.say("a mat", max_new_tokens=8)
     assert [m["role"] for m in chat.messages] == ["system", *["user", "assistant"] * 2]
     ids = chat._template.encode(chat.messages[:-1], pieces)
-    anew, *_ = resume(talker, ids, [], None, max_new_tokens=8, sampling=Greedy(), seed=0)
-    assert answer == anew.text.strip()
+    expected, *_ = resume(talker, ids, [], None, max_new_tokens=8, sampling=Greedy(), seed=0)
+    assert answer == expected.text.strip()
     assert ids[:10] == kept[:10]
     plain = LLM(talker.cfg, talker.params, pieces, F32)
     with pytest.raises(ValueError, match="no chat template: it is a base model"):

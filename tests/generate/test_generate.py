@@ -327,8 +327,8 @@ def test_a_cache_is_used_up_to_the_first_different_id(llm):
     _, known, cache = resume(llm, [1, 20, 30, 40], [], None, **ask)
     ids = [1, 20, 31, 40, 50]
     again, *_ = resume(llm, ids, known, cache, **ask)
-    anew, *_ = resume(llm, ids, [], None, **ask)
-    assert again.ids == anew.ids
+    expected, *_ = resume(llm, ids, [], None, **ask)
+    assert again.ids == expected.ids
 
 
 def test_a_mesh_gives_the_same_text(llm, tokenizer):
