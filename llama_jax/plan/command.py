@@ -77,9 +77,11 @@ def plan_training(
         changes["train.remat"] = compiled.recipe.train.remat
     recipe, train = compiled.recipe, compiled.recipe.train
     sizes = " x ".join(f"{a} {n}" for a, n in compiled.mesh.items() if n > 1) or "one device"
+    count = recipe.model.num_params
+    size = f"{count / 1e9:.3g}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
     title = (
         f"{path} on {machine.name}: {machine.chips} x {machine.chip.title}\n"
-        f"{recipe.model.num_params / 1e9:.3g}B parameters, mesh {sizes} ({recipe.mesh.preset}), "
+        f"{size} parameters, mesh {sizes} ({recipe.mesh.preset}), "
         f"{train.batch_size} sequences of {recipe.data.seq_len} tokens per step, "
         f"{train.gradient_accumulation} microbatch(es)"
     )

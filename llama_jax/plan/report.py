@@ -180,8 +180,9 @@ def to_text(f: dict[str, Any], title: str, rates: str) -> str:
 
 def _memory_lines(f: dict[str, Any]) -> list[str]:
     m = {k: (v or 0) / GIB for k, v in f["memory"].items()}
+    unit, scale = ("GiB", 1) if m["peak"] > 0.1 else ("MiB", 1024)
     if not m["available"]:
-        verdict = f"needs {m['peak']:.2f} GiB per device"
+        verdict = f"needs {m['peak'] * scale:.2f} {unit} per device"
     elif f["fits"]:
         verdict = f"FITS: {m['peak']:.2f} of {m['available']:.2f} GiB per device"
     else:
@@ -197,7 +198,7 @@ def _memory_lines(f: dict[str, Any]) -> list[str]:
         "temporary": "rest of the peak: one layer's arrays, gathered weights, logits, buffers",
         "code": "the program, not included in the peak",
     }
-    rows = [f"  {k:<12}{m[k]:>9.2f} GiB  {what}" for k, what in meaning.items()]
+    rows = [f"  {k:<12}{m[k] * scale:>9.2f} {unit}  {what}" for k, what in meaning.items()]
     return [f"{verdict} (compiled in {f['compile_seconds']:.0f} s)", *rows]
 
 

@@ -110,10 +110,9 @@ def _print_samples(trainer: "Trainer") -> None:
         return
     compute = ComputeConfig(np.dtype("float32"), unroll=trainer.compute.unroll)
     llm = LLM(recipe.model, jax.device_get(trainer.state.params), trainer.tokenizer, compute)
-    texts = llm.generate(
-        prompts, max_new_tokens=100, sampling=Sample(temperature=0.7), seed=recipe.train.seed
-    )
-    for prompt, text in zip(prompts, texts, strict=True):
+    # Different seeds: with equal ones, a barely trained model continues all prompts alike.
+    for seed, prompt in enumerate(prompts, recipe.train.seed):
+        text = llm.generate(prompt, max_new_tokens=100, sampling=Sample(temperature=0.7), seed=seed)
         log("sample:\n" + textwrap.indent(prompt + text, "  | ", lambda line: True))
 
 
