@@ -73,9 +73,10 @@ class PreemptionHandler:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         first, self.signal = self.signal is None, self.signal or number
         if first and self.saves:
+            again = "again " if number == signal.SIGINT else ""
             text = (
                 f"{name} while {self.doing}: will end when a checkpoint is saved; press Ctrl-C "
-                "again to end immediately without saving"
+                f"{again}to end immediately without saving"
             )
             os.write(2, f"\n{text}\n".encode())
             return False
