@@ -121,7 +121,10 @@ def _differing(tree: dict[str, Any], content: bytes) -> str | None:
     import sentencepiece
     import tokenizers
 
-    theirs = sentencepiece.SentencePieceProcessor(model_proto=content)
+    try:
+        theirs = sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError as e:
+        raise ValueError(f"sentencepiece refuses it: {e}") from None
     try:
         ours = tokenizers.Tokenizer.from_str(json.dumps(tree))
     except Exception as e:  # the library raises nothing narrower

@@ -624,8 +624,8 @@ def test_an_unknown_accelerator_is_measured_in_bfloat16(monkeypatch):
     [
         ("flash", "no implementation 'flash'; there are tpu, cudnn, gpu, xla"),
         ("cudnn", "cuDNN runs on NVIDIA GPUs, not on cpu"),
-        ("gpu", "head_dim 48: the GPU kernels have 32, 64 and 128"),
-        ("tpu", "head_dim 48: the TPU kernels have 64 and 128"),
+        ("gpu", "head_dim 48: the GPU kernels support 32, 64 and 128"),
+        ("tpu", "head_dim 48: the TPU kernels support 64 and 128"),
         ("xla", ""),
         ("", ""),
     ],
