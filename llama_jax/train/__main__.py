@@ -111,7 +111,8 @@ def _print_samples(trainer: "Trainer") -> None:
     compute = ComputeConfig(np.dtype("float32"), unroll=trainer.compute.unroll)
     llm = LLM(recipe.model, jax.device_get(trainer.state.params), trainer.tokenizer, compute)
     # Different seeds: with equal ones, a barely trained model continues all prompts alike.
-    for seed, prompt in enumerate(prompts, recipe.train.seed):
+    for i, prompt in enumerate(prompts):
+        seed = (recipe.train.seed + i) % 2**32
         text = llm.generate(prompt, max_new_tokens=100, sampling=Sample(temperature=0.7), seed=seed)
         log("sample:\n" + textwrap.indent(prompt + text, "  | ", lambda line: True))
 

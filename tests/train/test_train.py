@@ -535,3 +535,34 @@ def test_a_full_disk_is_reported_by_the_main_thread_alone(monkeypatch):
             thread.start()
             thread.join()
     assert said == [KeyError]
+
+
+def test_samples_have_their_own_seeds_and_every_line_is_marked(monkeypatch, capsys):
+    """Also for the largest seed, whose successor would be refused after hours of training."""
+    from types import SimpleNamespace
+
+    from llama_jax.train.__main__ import _print_samples
+
+    seeds = []
+
+    class Model:
+        def __init__(self, *_):
+            pass
+
+        def generate(self, prompt, *, seed, **_):
+            seeds.append(seed)
+            return "a\n\nb"
+
+    monkeypatch.setattr("llama_jax.generate.llm.LLM", Model)
+    settings = SimpleNamespace(seed=2**32 - 1, sample_prompts=("x", "x"))
+    trainer = SimpleNamespace(
+        recipe=SimpleNamespace(train=settings, model=None),
+        compute=SimpleNamespace(unroll=False),
+        state=SimpleNamespace(params={}),
+        tokenizer=None,
+    )
+    _print_samples(trainer)
+    assert seeds == [2**32 - 1, 0]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line != "sample:"]
+    assert len(lines) == 6
+    assert all(line.startswith("  | ") for line in lines)
