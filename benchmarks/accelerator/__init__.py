@@ -1,0 +1,1 @@
+"""Measures one GPU or TPU: ``python -m benchmarks.accelerator``."""
