@@ -1,15 +1,19 @@
 """Rotary attention for NVIDIA GPUs in Pallas (Triton), forward and backward: FlashAttention-2
 (arXiv 2307.08691).
 
+jax 0.11.0 deprecated Pallas' Triton lowering, which "will be removed in a future version". Then
+these kernels raise NotImplementedError, and they are deleted when Mosaic GPU kernels have replaced
+them on a device.
+
 Queries are rotated in float32 when a block of them is loaded. Keys are rotated by XLA beforehand:
 rotating them in the kernel, again for every block of queries, took 46 to 61% more instructions.
-Gradients are rotated back in float32 before rounding.
+Gradients are rotated back in float32 before rounding, those of keys by XLA.
 
 XLA computes for each block the range of blocks to visit and those that need no mask
 (`block_ranges`), so other documents are skipped.
 
-Letters as in `rotary_attention`; h = H // 2. The two halves of a head are separate arrays, because
-the rotation pairs them and Triton cannot slice an array in registers.
+Letters as in `rotary_attention`; h = H // 2. Where a kernel rotates, the two halves of a head are
+separate arrays, because the rotation pairs them and Triton cannot slice an array in registers.
 """
 
 import functools
@@ -20,11 +24,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import dispatch
 from pallas_kernels.ranges import block_ranges
 from pallas_kernels.rotary_attention import Rope, rotate
+
+try:
+    from jax.experimental.pallas import triton as plt
+except ImportError as e:  # a later jax
+    raise NotImplementedError(
+        f"jax {jax.__version__} has no Triton lowering of Pallas, which the GPU kernels need"
+    ) from e
 
 MASK_VALUE = float(jnp.finfo(jnp.float32).min)
 
@@ -74,12 +84,12 @@ def blocks(H: int, dtype, T: int, S: int) -> tuple[Blocks, Blocks, Blocks]:
 
     Estimated, not measured. The limit is 255 registers per thread in a program of 8 warps. In
     float32, the forward kernel holds an output [bq, H] and scores [bq, bk]; the gradient of q needs
-    a second array of scores, and the gradients of k and v two outputs [bk, H]. For H = 128,
-    bfloat16 and segments, ptxas for sm_90a reports 207, 196 and 255 registers, with 47 spilled in
-    the last (none with bq = 32, where reading shared memory takes longer than the products). With
-    bq = 64 in the forward kernel, keys would be read faster than an H100's L2 bandwidth. Float32
-    does not use tensor cores. A block is at most as long as the sequence rounded up to a power of
-    2, and at least 16, the smallest size of a tensor core.
+    a second array of scores, and the gradients of k and v two outputs [bk, H]. For H = 128 and
+    bfloat16, ptxas for sm_90a reports at most 248, 200 and 255 registers and no spills. From 4096
+    keys on, the forward kernel loads 128 at a time: half as many rescalings, and still one program
+    per multiprocessor. With bq = 64 in the forward kernel, keys would be read faster than an H100's
+    L2 bandwidth. Float32 does not use tensor cores. A block is at most as long as the sequence
+    rounded up to a power of 2, and at least 16, the smallest size of a tensor core.
 
     Args:
       H: head dimension.
@@ -91,7 +101,9 @@ def blocks(H: int, dtype, T: int, S: int) -> tuple[Blocks, Blocks, Blocks]:
         table = Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2)
     else:
         table = (
-            Blocks(128, 64, 8 if H == 128 else 4, 3),
+            Blocks(128, 128, 8, 2)
+            if H == 128 and S >= 4096
+            else Blocks(128, 64, 8 if H == 128 else 4, 3),
             Blocks(128, 64, 8, 2),
             Blocks(64, 128, 8, 2),
         )
@@ -133,10 +145,9 @@ def _backward(config, residuals, d_out):
         config, ranges, *inputs, _cos_sin(positions, rope), segments, kv_segments, offset
     )
     ranges = _ranges(config, config.d_kv, q, k, segments, kv_segments, offset, "k")
-    d_k, d_v = _call_d_kv(
-        config, ranges, *inputs, _cos_sin(kv_positions, rope), segments, kv_segments, offset
-    )
-    return d_q, d_k, d_v, *(None,) * 6
+    d_k, d_v = _call_d_kv(config, ranges, *inputs, segments, kv_segments, offset)
+    d_k = rotate(jnp.sum(d_k, axis=0), -kv_positions, rope).astype(k.dtype)
+    return d_q, d_k, jnp.sum(d_v, axis=0).astype(v.dtype), *(None,) * 6
 
 
 _attention.defvjp(_forward, _backward)
@@ -273,23 +284,28 @@ def _d_q_kernel(
 
 
 def _d_kv_kernel(
-    offset_ref, range_ref, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, cos_ref,
-    sin_ref, q_ids_ref, k_ids_ref, d_k_ref, d_v_ref, *, config,
+    offset_ref, range_ref, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref,
+    q_ids_ref, k_ids_ref, d_k_ref, d_v_ref, *, config,
 ):  # fmt: skip
+    """Gradients of rotated keys and of values, summed over the query heads of q_ref.
+
+    The heads are not split in halves: with two arrays for each of q, k and d_k, ptxas spilled up to
+    200 bytes per thread.
+    """
     bq, bk = config.d_kv[:2]
-    G, H = q_ref.shape[1:]
-    h, dtype = H // 2, k_ref.dtype
+    heads, H = q_ref.shape[1:]
+    dtype = k_ref.dtype
     s = pl.program_id(0) * bk + jnp.arange(bk)[:, None]
-    k_a, k_b, v = k_ref[:, :h], k_ref[:, h:], v_ref[...]
+    k, v = k_ref[...], v_ref[...]
     k_ids = None if k_ids_ref is None else k_ids_ref[...][:, None]
 
     def head(g, carry):
         def step(is_partial, i, carry):
-            d_a, d_b, d_v = carry
+            d_k, d_v = carry
             rows = pl.ds(i * bq, bq)
-            a, b, d_out = q_ref[rows, g, :h], q_ref[rows, g, h:], d_out_ref[rows, g, :]
+            q, d_out = q_ref[rows, g, :], d_out_ref[rows, g, :]
             # Scores with keys as rows, so the products below need no transpose.
-            scores = _dot(k_a, a, True) + _dot(k_b, b, True)
+            scores = _dot(k, q, True)
             if is_partial:
                 t = i * bq + jnp.arange(bq)[None, :]
                 q_ids = None if q_ids_ref is None else q_ids_ref[rows][None, :]
@@ -298,16 +314,15 @@ def _d_kv_kernel(
             d_v += _dot(weights.astype(dtype), d_out)
             d_weights = _dot(v, d_out, True) - delta_ref[g, rows][None, :]
             d_scores = (weights * d_weights).astype(dtype)
-            return d_a + _dot(d_scores, a), d_b + _dot(d_scores, b), d_v
+            return d_k + _dot(d_scores, q), d_v
 
         return for_each_block(range_ref, step, carry)
 
-    zeros = jnp.zeros((bk, h), jnp.float32)
-    d_a, d_b, d_v = lax.fori_loop(0, G, head, (zeros, zeros, jnp.zeros((bk, H), jnp.float32)))
-    d_v_ref[...] = d_v.astype(d_v_ref.dtype)
+    zeros = jnp.zeros((bk, H), jnp.float32)
+    d_k, d_v = lax.fori_loop(0, heads, head, (zeros, zeros))
     # q includes the scale and log2(e); the product with ln(2) removes the latter.
-    ln2 = math.log(2)
-    _rotate_inverse(d_a * ln2, d_b * ln2, cos_ref[...], sin_ref[...], d_k_ref)
+    d_k_ref[...] = d_k * math.log(2)
+    d_v_ref[...] = d_v.astype(d_v_ref.dtype)
 
 
 # Calls of the kernels -----------------------------------------------------------------------------
@@ -370,26 +385,48 @@ def _call_d_q(config, ranges, q, k, v, d_out, lse, delta, cos_sin, segments, kv_
     )  # fmt: skip
 
 
-def _call_d_kv(config, ranges, q, k, v, d_out, lse, delta, cos_sin, segments, kv_segments, offset):
+def query_head_parts(programs: int, G: int) -> int:
+    """Into how many parts the G query heads of a key head are divided in the gradients of k and v.
+
+    One program for each block of keys leaves an H100 (132 multiprocessors, one program each) idle
+    with one key head per device.
+
+    Args:
+      programs: number of programs with one part.
+      G: query heads per key head.
+
+    Returns:
+      The smallest divisor of G with at least 132 programs, or else G.
+    """
+    return next(n for n in range(1, G + 1) if G % n == 0 and (n * programs >= 132 or n == G))
+
+
+def _call_d_kv(config, ranges, q, k, v, d_out, lse, delta, segments, kv_segments, offset):
+    """Gradients of rotated keys (float32) and of values, to be summed over axis 0."""
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
     block, G, segmented = config.d_kv, N // K, segments is not None
-    # Grid: (block of keys, key head, batch row); each program loops over the G query heads.
-    heads = pl.BlockSpec((None, T, G, H), lambda j, n, b: (b, 0, n, 0))
-    keys = pl.BlockSpec((None, block.k, None, H), lambda j, n, b: (b, j, n, 0))
-    row = pl.BlockSpec((None, G, T), lambda j, n, b: (b, n, 0))
-    cos = pl.BlockSpec((None, block.k, H // 2), lambda j, n, b: (b, j, 0))
+    parts = query_head_parts(S // block.k * K * B, G)
+    # Grid: (block of keys, key head and part of its query heads, batch row).
+    heads = pl.BlockSpec((None, T, G // parts, H), lambda j, n, b: (b, 0, n, 0))
+    keys = pl.BlockSpec((None, block.k, None, H), lambda j, n, b: (b, j, lax.div(n, parts), 0))
+    row = pl.BlockSpec((None, G // parts, T), lambda j, n, b: (b, n, 0))
+    out = pl.BlockSpec(
+        (None, None, block.k, None, H),
+        lambda j, n, b: (lax.rem(n, parts), b, j, lax.div(n, parts), 0),
+    )
     return _compiled(
         _d_kv_kernel, config, block, "rotary_attention_d_kv",
-        grid=(S // block.k, K, B),
+        grid=(S // block.k, K * parts, B),
         in_specs=[
             pl.BlockSpec((1,), lambda j, n, b: (0,)),
             pl.BlockSpec((None, None, 4), lambda j, n, b: (b, j, 0)),
-            heads, keys, keys, heads, row, row, cos, cos,
+            heads, keys, keys, heads, row, row,
             pl.BlockSpec((None, T), lambda j, n, b: (b, 0)) if segmented else None,
             pl.BlockSpec((None, block.k), lambda j, n, b: (b, j)) if segmented else None,
         ],
-        out_specs=[keys, keys],
-        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
-    )(
-        offset, ranges, q, k, v, d_out, lse, delta, *cos_sin, segments, kv_segments
-    )  # fmt: skip
+        out_specs=[out, out],
+        out_shape=[
+            jax.ShapeDtypeStruct((parts, *k.shape), jnp.float32),
+            jax.ShapeDtypeStruct((parts, *v.shape), jnp.float32 if parts > 1 else v.dtype),
+        ],
+    )(offset, ranges, q, k, v, d_out, lse, delta, segments, kv_segments)  # fmt: skip

@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import dispatch
-from pallas_kernels.rotary_attention_gpu import MASK_VALUE, _dot
+from pallas_kernels.rotary_attention_gpu import MASK_VALUE, _dot, plt
 
 BLOCK_K = 64
 """keys loaded at a time: 32 KiB of keys and values per stage, three stages, two programs per

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.chips import gpu_topology
 from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
+from pallas_kernels.rotary_attention_gpu import query_head_parts
 
 needs_compiler = pytest.mark.usefixtures("compiler")
 
@@ -20,15 +21,17 @@ def compiler():
     pytest.importorskip("jax_cuda13_plugin", reason="needs jax's CUDA plugin")
 
 
-def compiled_for(gpu, function, *shapes, count=1, donate=()):
+NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+
+
+def compiled_for(gpu, function, *shapes, count=1, donate=(), options=None):
     """The function compiled for a GPU by name; shapes are arrays or ShapeDtypeStructs."""
     mesh = Mesh(np.array(gpu_topology(gpu, count)), ("x",), axis_types=(AxisType.Explicit,))
     everywhere = NamedSharding(mesh, PartitionSpec())
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
     with jax.set_mesh(mesh):
-        return (
-            jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(place, shapes)).compile()
-        )
+        lowered = jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(place, shapes))
+        return lowered.compile(compiler_options=options)
 
 
 @needs_compiler
@@ -79,7 +82,9 @@ def _both_ways(implementation, q, k, v, *rest):
 @needs_compiler
 @pytest.mark.parametrize(("gpu", "H", "documents"), [("h100", 128, True), ("h200", 64, False)])
 def test_attention_compiles(gpu, H, documents):
-    """Temporary memory holds little more than rotated keys and one number per query and head."""
+    """No registers are spilled. Temporary memory holds little more than rotated keys and one number
+    per query and head.
+    """
     T, N, K = 4096, 32, 8
     arguments = _arguments(1, T, N, K, H, documents=documents)
     q_bytes, k_bytes, number = T * N * H * 2, T * K * H * 2, T * N * 4
@@ -87,11 +92,12 @@ def test_attention_compiles(gpu, H, documents):
     forward = compiled_for(gpu, functools.partial(_attend, "gpu"), *arguments)
     assert "rotary_attention_forward" in forward.as_text()
     assert forward.memory_analysis().temp_size_in_bytes < k_bytes + number + angles + (1 << 18)
-    both = compiled_for(gpu, functools.partial(_both_ways, "gpu"), *arguments)
+    both = compiled_for(gpu, functools.partial(_both_ways, "gpu"), *arguments, options=NO_SPILLS)
     for kernel in ("d_q", "d_kv"):
         assert f"rotary_attention_{kernel}" in both.as_text()
-    # Also rotated queries, and one more number per query and head.
-    limit = q_bytes + k_bytes + 2 * (number + angles) + (1 << 18)
+    # Also rotated queries, the gradient of rotated keys in float32, and one more number per query
+    # and head.
+    limit = q_bytes + 3 * k_bytes + 2 * (number + angles) + (1 << 18)
     assert both.memory_analysis().temp_size_in_bytes < limit
 
 
@@ -108,6 +114,26 @@ def test_attention_compiles(gpu, H, documents):
 def test_attention_compiles_at_any_length(gpu, B, T, H, documents, dtype):
     arguments = _arguments(B, T, 4, 2, H, dtype, documents)
     compiled_for(gpu, functools.partial(_both_ways, "gpu"), *arguments)
+
+
+@needs_compiler
+def test_one_key_head_fills_the_gpu():
+    """The gradients of keys and values run in at least 132 programs, the multiprocessors of an
+    H100, with 8 query heads and one key head on a device; without spills.
+    """
+    T, G, H = 4096, 8, 128
+    arguments = _arguments(1, T, G, 1, H, documents=True)
+    both = compiled_for("h100", functools.partial(_both_ways, "gpu"), *arguments, options=NO_SPILLS)
+    d_kv = next(x for x in both.as_text().splitlines() if "rotary_attention_d_kv" in x)
+    # Each program writes a block of 128 keys of one part of the heads.
+    assert f"f32[8,1,{T},1,{H}]" in d_kv
+
+
+@pytest.mark.parametrize(
+    ("programs", "G", "parts"), [(32, 8, 8), (64, 8, 4), (132, 8, 1), (1, 4, 4), (50, 6, 3)]
+)
+def test_parts_of_query_heads(programs, G, parts):
+    assert query_head_parts(programs, G) == parts
 
 
 @needs_compiler
