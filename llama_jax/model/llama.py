@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig
+from llama_jax.model.quantize import is_quantized, matmul
 from llama_jax.model.rope import rope_of
 from llama_jax.model.sharding import (
     PRESETS,
@@ -357,18 +358,18 @@ def _project(compute: ComputeConfig, x, w, w_letters: str, out_letters: str, out
     B, T = x.shape[:2]
     # An array or a QuantizedWeight, inside an nnx.Variable or not.
     w = w.get_value() if isinstance(w, nnx.Variable) else w
-    product = functools.partial(jnp.einsum, preferred_element_type=out_dtype or compute.dtype)
+    out_dtype = out_dtype or compute.dtype
     if no_mesh():
-        y = product("xi,io->xo", x.reshape(B * T, -1), w.astype(compute.dtype)).reshape(B, T, -1)
+        w = w if is_quantized(w) else w.astype(compute.dtype)
+        y = matmul(x.reshape(B * T, -1), w, out_dtype).reshape(B, T, -1)
         return checkpoint_name(y, "matmul")
-    tokens, out = (
-        compute.rules.activation_without_tensor("BT"),
-        compute.rules.activation(out_letters),
-    )
+    tokens = compute.rules.activation_without_tensor("BT")
     flat = not is_sharded(tokens[1])
     gathered = compute.rules.weight_without_fsdp(w_letters, tokens[:1] if flat else tokens)
     w_in, w_out = gathered.partitions
-    if compute.reduce_float32:
+    if is_quantized(w):
+        w = w.reshard(w_in, w_out)
+    elif compute.reduce_float32:
         w = gather_float32_gradient(w, gathered, compute.dtype)
     else:
         w = gather(w.astype(compute.dtype), gathered)
@@ -377,11 +378,11 @@ def _project(compute: ComputeConfig, x, w, w_letters: str, out_letters: str, out
     x = x.reshape(B, T, -1, out_sharding=P(*tokens, w_in))
     if flat:
         x = x.reshape(B * T, -1, out_sharding=P(tokens[0], w_in))
-        y = product("xi,io->xo", x, w, out_sharding=P(tokens[0], w_out, unreduced=partial))
+        y = matmul(x, w, out_dtype, P(tokens[0], w_out, unreduced=partial))
         y = y.reshape(B, T, -1, out_sharding=P(*tokens, w_out, unreduced=partial))
     else:
-        y = product("BTi,io->BTo", x, w, out_sharding=P(*tokens, w_out, unreduced=partial))
-    return checkpoint_name(reshard(y, out), "matmul")
+        y = matmul(x, w, out_dtype, P(*tokens, w_out, unreduced=partial))
+    return checkpoint_name(reshard(y, compute.rules.activation(out_letters)), "matmul")
 
 
 def _attend(

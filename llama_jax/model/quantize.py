@@ -3,7 +3,8 @@
 int8 has one scale per output (LLM.int8(), arXiv 2208.07339, without outliers); int4 one per output
 and group of up to 64 inputs (as GPTQ, arXiv 2210.17323, without error feedback). Both are
 symmetric: round(w / scale) with scale = max(abs(w)) / 127 or / 7. Embedding, norms and output
-matrix are not quantized: they are small, and the loss is most sensitive to them.
+matrix are not quantized: they are small, and the loss is most sensitive to them. :func:`matmul`
+multiplies with such matrices.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from llama_jax.model.sharding import no_mesh, num_shards
 
@@ -37,7 +39,7 @@ class QuantizedWeight:
 
     Example:
       w = quantize_weight(w_IO, "int8")
-      y = x @ w.astype(jnp.bfloat16)
+      y = matmul(x, w, jnp.bfloat16)
     """
 
     q: jax.Array
@@ -45,12 +47,55 @@ class QuantizedWeight:
     grouped: bool
 
     def astype(self, dtype: jnp.dtype) -> jax.Array:
-        """The matrix of one layer, [in, out]; XLA fuses this into the product that uses it."""
+        """The matrix of one layer, [in, out]. In products use :func:`matmul`: on a GPU, XLA would
+        write this matrix to memory and read it again."""
         w = self.q.astype(dtype) * self.scale.astype(dtype)
         if not self.grouped:
             return w
         groups, _, out = jax.typeof(w).sharding.spec
         return _reshape(w, (-1, w.shape[-1]), (groups, out))
+
+    def reshard(self, inputs: Any, out: Any) -> "QuantizedWeight":
+        """The matrix of one layer, with inputs and outputs sharded over these mesh axes."""
+        groups = (inputs, None) if self.grouped else (None,)
+        rows = groups if self.grouped else (inputs,)
+        q = jax.sharding.reshard(self.q, PartitionSpec(*rows, out))
+        return dataclasses.replace(
+            self, q=q, scale=jax.sharding.reshard(self.scale, PartitionSpec(*groups, out))
+        )
+
+
+def matmul(
+    x: jax.Array,
+    w: "jax.Array | QuantizedWeight",
+    out_dtype: jnp.dtype,
+    out_sharding: PartitionSpec | None = None,
+) -> jax.Array:
+    """x [..., in] times a matrix [in, out], a plain or a quantized one.
+
+    Scales per output are applied to the product, which is accumulated in float32: XLA reads the
+    integers inside the product, and writes a scaled copy of the matrix on no chip.
+
+    Args:
+      x: activations, in the dtype of the computation.
+      w: an array in x's dtype, or a quantized matrix.
+      out_dtype: of the result.
+      out_sharding: with a mesh, of the result; unreduced where the inputs are sharded.
+    """
+    product = functools.partial(jnp.einsum, "...i,io->...o")
+    if not is_quantized(w):
+        return product(x, w, preferred_element_type=out_dtype, out_sharding=out_sharding)
+
+    def local(x, w):
+        if w.grouped:
+            return product(x, w.astype(x.dtype), preferred_element_type=out_dtype)
+        y = product(x, w.q.astype(x.dtype), preferred_element_type=jnp.float32)
+        return (y * w.scale[0]).astype(out_dtype)
+
+    if out_sharding is None:
+        return local(x, w)
+    spec = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, (x, w))
+    return jax.shard_map(local, in_specs=spec, out_specs=out_sharding, check_vma=False)(x, w)
 
 
 @functools.partial(jax.jit, static_argnames="kind")
@@ -143,7 +188,7 @@ def from_stored(
 def _reshape(w: jax.Array, shape: tuple[int, ...], spec: tuple) -> jax.Array:
     if no_mesh():
         return w.reshape(shape)
-    return w.reshape(shape, out_sharding=jax.sharding.PartitionSpec(*spec))
+    return w.reshape(shape, out_sharding=PartitionSpec(*spec))
 
 
 def quantize(params: dict[str, Any], kind: str) -> dict[str, Any]:

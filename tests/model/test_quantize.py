@@ -23,6 +23,7 @@ from llama_jax.model.params import abstract_params, merge, params_of, structure,
 from llama_jax.model.quantize import (
     QuantizedWeight,
     is_quantized,
+    matmul,
     quantize,
     quantize_weight,
     weight_bytes,
@@ -82,6 +83,26 @@ def test_the_model_equals_one_with_the_rounded_weights(kind):
     of_quantized = logits(quantized)
     np.testing.assert_allclose(of_quantized, logits(rounded), atol=2e-6)
     assert not np.allclose(of_quantized, logits(params), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_product_is_summed_in_float32_and_rounded_once(kind):
+    """In bfloat16, within half of the last bit of the exact result; differentiable in x."""
+    rng = np.random.default_rng(0)
+    w = quantize_weight(rng.standard_normal((512, 24), np.float32), kind)
+    x = jnp.asarray(rng.standard_normal((2, 3, 512)), jnp.bfloat16)
+    exact = np.asarray(x, np.float64) @ np.asarray(w.astype(jnp.float32), np.float64)
+    got, pull = jax.vjp(lambda x: matmul(x, w, jnp.bfloat16), x)
+    assert got.dtype == jnp.bfloat16
+    # In int4 the scaled weights are rounded as well.
+    error, most = np.abs(np.asarray(got, np.float64) - exact), np.abs(exact).max()
+    slack = 1e-5 if kind == "int8" else 0.01
+    assert (error <= 2.0**-8 * np.abs(exact) + slack * most).all()
+    gradient = jnp.asarray(rng.standard_normal(got.shape), jnp.bfloat16)
+    want = np.asarray(gradient, np.float32) @ np.asarray(w.astype(jnp.float32)).T
+    (d_x,) = pull(gradient)
+    assert d_x.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(d_x, np.float32), want, atol=0.02 * np.abs(want).max())
 
 
 def test_sizes_of_the_published_models():
