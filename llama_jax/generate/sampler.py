@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
+
 MAX_TOP_LOGPROBS = 20
 """Alternatives per token that a program always computes; fewer may be requested."""
 
@@ -206,7 +208,6 @@ def repetition_penalty(
 def warp_logits(logits_BV: jax.Array, s: Settings) -> jax.Array:
     """Logits of the distribution to draw from: divided by the temperature, -inf if dropped."""
     largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    # Sorting the vocabulary costs more than a layer of a small model, so only if needed.
     logits_BV = jax.lax.cond(
         (s.top_k < logits_BV.shape[-1]) | (s.tail >= 0), _top_k_top_p, lambda x, _: x, logits_BV, s
     )
@@ -222,21 +223,79 @@ def _top_k_top_p(logits_BV: jax.Array, s: Settings) -> jax.Array:
     Tokens are compared by their original logits: after subtraction and division, logits that
     differ only in their last bits can be equal.
     """
-    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-    least = jnp.minimum(s.top_k, logits_BV.shape[-1]) - 1
-    first_k_BV = sorted_BV >= jnp.take(sorted_BV, least[None], axis=-1)
-    scaled_BV = (sorted_BV - sorted_BV[:, :1]) / s.temperature
-    p_BV = jax.nn.softmax(jnp.where(first_k_BV, scaled_BV, -jnp.inf), axis=-1)
-    # Summed from the least likely token, as transformers does: the sum of a short tail is exact,
-    # 1 minus the sum of all others is not.
-    up_to_BV = jax.lax.cumsum(p_BV, axis=1, reverse=True)
-    kept_B1 = jnp.sum(first_k_BV & (up_to_BV > s.tail), axis=-1, keepdims=True)
-    kept_B1 = jnp.maximum(kept_B1, 1)
-    last_B1 = jnp.take_along_axis(sorted_BV, kept_B1 - 1, axis=-1)
-    # The number of tokens is that of transformers. Among tokens as likely as the last one, those
-    # with the largest ids are kept (in transformers this depends on torch's sort).
-    is_last_BV = logits_BV == last_B1
-    from_end_BV = jax.lax.cumsum(is_last_BV.astype(jnp.int32), axis=1, reverse=True)
-    free_B1 = kept_B1 - jnp.sum(sorted_BV > last_B1, axis=-1, keepdims=True)
-    keep_BV = (logits_BV > last_B1) | (is_last_BV & (from_end_BV <= free_B1))
+    B, V = logits_BV.shape
+    order_BV = _order(logits_BV)
+    kth_B = jax.lax.cond(
+        s.top_k < V,
+        lambda: _largest_bound(order_BV, jnp.ones_like(logits_BV), V - s.top_k),
+        lambda: jnp.full(B, _LOWEST),
+    )
+    first_k_BV = order_BV >= kth_B[:, None]
+    scaled_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / s.temperature
+
+    def top_p():
+        p_BV = jax.nn.softmax(jnp.where(first_k_BV, scaled_BV, -jnp.inf), axis=-1)
+        return _without_tail(order_BV, p_BV, s.tail)
+
+    keep_BV = jax.lax.cond(s.tail >= 0, top_p, lambda: first_k_BV)
     return jnp.where(keep_BV, logits_BV, -jnp.inf)
+
+
+def _without_tail(order_BV: jax.Array, p_BV: jax.Array, tail: jax.Array) -> jax.Array:
+    """Which tokens to keep when the least likely ones, of total probability ``tail``, are dropped.
+
+    The tail is summed, as in transformers: the sum of a short tail is exact, 1 minus the sum of all
+    others is not. The number of tokens is that of transformers. Among tokens as likely as the last
+    one, those with the largest ids are kept (in transformers this depends on torch's sort).
+    """
+    largest_B1 = jnp.max(order_BV, axis=-1, keepdims=True)  # at least one token is kept
+    last_B1 = jnp.minimum(_largest_bound(order_BV, p_BV, tail)[:, None], largest_B1)
+    is_last_BV = order_BV == last_B1
+
+    def some_of_the_last():
+        p_B1 = jnp.max(jnp.where(is_last_BV, p_BV, 0), axis=-1, keepdims=True)
+        rank_BV = jax.lax.cumsum(is_last_BV.astype(jnp.int32), axis=1)
+        up_to_BV = _sums_below(order_BV, p_BV, last_B1) + rank_BV * p_B1
+        return is_last_BV & ((up_to_BV > tail) | (rank_BV == rank_BV[:, -1:]))
+
+    equal = jnp.any(jnp.sum(is_last_BV, axis=-1) > 1)
+    return (order_BV > last_B1) | jax.lax.cond(equal, some_of_the_last, lambda: is_last_BV)
+
+
+_LOWEST = jnp.iinfo(jnp.int32).min
+
+
+def _order(x: jax.Array) -> jax.Array:
+    """int32 numbers in the same order as the float32 ``x``."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # -0 equals 0
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _largest_bound(order_BV: jax.Array, weights_BV: jax.Array, limit: jax.Array) -> jax.Array:
+    """The largest bound below which the sum of weights is at most ``limit``, int32 [B].
+
+    This replaces sorting: the bound is found digit by digit, each with one pass over the vocabulary
+    that sums below all its values. A CPU computes one sum after the other, so its digits are bits.
+
+    Args:
+      order_BV: int32 keys.
+      weights_BV: float32, not negative.
+      limit: scalar.
+    """
+    bits = 1 if dispatch.platform() == "cpu" else 4
+
+    def digit(i, bound_B):
+        shift = 32 - bits * (i + 1)
+        bounds_BR = bound_B[:, None] + (jnp.arange(1, 1 << bits, dtype=jnp.int32) << shift)
+        below_BR = _sums_below(order_BV, weights_BV, bounds_BR)
+        return bound_B + (jnp.sum(below_BR <= limit, axis=1, dtype=jnp.int32) << shift)
+
+    return jax.lax.fori_loop(0, 32 // bits, digit, jnp.full(len(order_BV), _LOWEST))
+
+
+def _sums_below(order_BV: jax.Array, weights_BV: jax.Array, bounds_BR: jax.Array) -> jax.Array:
+    """Sums of the weights whose key is below each bound, float32 [B, R]."""
+    # XLA's CPU compiler vectorizes a sum over any axis but the last.
+    columns = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128))).reshape(len(x), 1, -1, 128)
+    below = columns(order_BV) < bounds_BR[:, :, None, None]
+    return jnp.sum(jnp.sum(jnp.where(below, columns(weights_BV), 0), axis=2), axis=2)

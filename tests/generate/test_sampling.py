@@ -1,6 +1,7 @@
 """Samplers draw from the stated distribution: 20,000 draws against computed probabilities."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +158,53 @@ def test_the_tokens_kept_are_those_of_transformers():
         # Among equal logits at the limit, the two may keep different tokens.
         mine = np.where(kept_by(Sample(**compute), logits_BV), logits_BV, -np.inf)
         np.testing.assert_array_equal(np.sort(mine), np.sort(theirs.numpy()), err_msg=str(compute))
+
+
+def kept_by_sort(sampling, logits_V):
+    """Kept ids of one row, from a sort in float64: all sets that rounding allows."""
+    x = logits_V.astype(np.float64) + 0.0
+    ids = np.lexsort((-np.arange(len(x)), -x))  # most likely first, then the largest id
+    if sampling.top_k is not None and sampling.top_k < len(x):
+        ids = ids[x[ids] >= x[ids[sampling.top_k - 1]]]
+    with np.errstate(over="ignore"):
+        p = softmax((x[ids] - x.max()) / np.float64(np.float32(sampling.temperature)))
+    up_to = np.cumsum(p[::-1])[::-1]
+    tail = np.float64(np.float32(1 - sampling.top_p)) if sampling.top_p else -1
+    sizes = [max(np.sum(up_to > tail + error), 1) for error in (1e-6, 0, -1e-6)]
+    return [set(ids[:n][np.isfinite(x[ids[:n]])]) for n in range(min(sizes), max(sizes) + 1)]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_the_tokens_kept_are_those_of_a_sort(platform, monkeypatch):
+    """714 sets of random, equal, infinite, tiny and steep logits; digits of 1 and of 4 bits."""
+    monkeypatch.setattr("pallas_kernels.dispatch.platform", lambda: platform)
+    rng = np.random.default_rng(0)
+    normal = lambda scale: (rng.normal(size=(5, 301)) * scale).astype(np.float32)
+    rows = [normal(3), normal(30), np.asarray(jnp.asarray(normal(9), jnp.bfloat16), np.float32)]
+    rows += [np.where(normal(1) > 0, normal(3), -np.inf), np.abs(normal(2)) - 20, normal(1e-3)]
+    rows += [np.where(normal(1) > 0.5, zero, -zero) for zero in np.float32([0.0, 1.0])]
+    rows += [np.full((2, 301), -7.5, np.float32)]
+    logits_BV = np.concatenate(rows)
+    logits_BV[:, -1] = np.maximum(logits_BV[:, -1], -9)
+    warp = jax.jit(lambda *args: warp_logits(*args))  # not shared between platforms
+    samplings = [dict(top_k=k) for k in (1, 2, 50, 300, 301, 10**10)]
+    samplings += [dict(top_p=p) for p in (1e-9, 0.1, 0.5, 0.9, 0.999, 1 - 1e-7, 1.0)]
+    samplings += [dict(top_k=40, top_p=0.8), dict(temperature=1e-30, top_k=9, top_p=0.9)]
+    samplings += [dict(temperature=0.3, top_p=0.7), dict(temperature=1e20, top_k=77, top_p=0.35)]
+    for sampling in (Sample(**settings) for settings in samplings):
+        kept_BV = np.isfinite(warp(logits_BV, settings_of(sampling)))
+        for row, logits_V in zip(kept_BV, logits_BV, strict=True):
+            if sampling.temperature == 1e-30:  # what is kept has overflowed to -inf
+                logits_V = np.where(logits_V == logits_V.max(), logits_V, -np.inf)
+            assert set(np.flatnonzero(row)) in kept_by_sort(sampling, logits_V), sampling
+
+
+def test_nothing_is_sorted():
+    """A sort of the vocabulary would cost more than a layer of a small model."""
+    args = jnp.zeros((1, 1000)), settings_of(Sample(top_k=50, top_p=0.9))
+    program = jax.jit(warp_logits).lower(*args).compile().as_text()
+    assert " while(" in program
+    assert not re.search(r" (sort|topk)\(|TopK", program)
 
 
 def test_not_a_sampler():
