@@ -243,13 +243,15 @@ _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def topology(name: str) -> list[Any]:
-    """Devices of one TPU host (v5e, v5p, v6e) or of one GPU (a100, h100, h200), for compiling.
+    """Devices of one TPU host (v5e, v5p, v6e, tpu7x) or of one GPU (a100, h100, h200).
+
+    They compile, but hold no arrays.
 
     Raises:
       ValueError: no such chip.
       RuntimeError: the compiler, libtpu or jax's CUDA plugin, is not installed.
     """
-    hosts = {"v5e": (2, 2), "v5p": (2, 2, 1), "v6e": (2, 2)}
+    hosts = {"v5e": (2, 2), "v5p": (2, 2, 1), "v6e": (2, 2), "tpu7x": (2, 2, 1)}
     if name in hosts:
         return tpu_topology(name, hosts[name])
     if name not in _GPU_SPECS:

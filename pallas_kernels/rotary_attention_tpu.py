@@ -25,11 +25,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch
 from pallas_kernels.ranges import block_ranges
 from pallas_kernels.rotary_attention import Rope, rotate
+from pallas_kernels.rotary_attention_tpu_sizes import LANES, sizes
 
-LANES = 128
 # Finite: a fully masked row computes with it, and inf - inf would be NaN.
 MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -64,7 +63,9 @@ def tpu(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset,
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"{q.dtype}: the TPU kernels support float32 and bfloat16")
     offset = q_offset if isinstance(q_offset, int) else None
-    config = KernelConfig(causal, scale, offset, T, S, *sizes(T, S, H, q.dtype.itemsize))
+    documents = segments is not None
+    chosen = sizes(T, S, H, q.dtype.itemsize, documents)
+    config = KernelConfig(causal, scale, offset, T, S, *chosen)
     pad_q, pad_k = (
         functools.partial(_pad, config.block_q),
         functools.partial(_pad, config.block_k),
@@ -75,78 +76,6 @@ def tpu(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset,
         jnp.asarray(q_offset, jnp.int32).reshape(1),
     )  # fmt: skip
     return out[:, :T]
-
-
-# Sizes --------------------------------------------------------------------------------------------
-
-_VMEM_MIB = {"TPU v5 lite": 128, "TPU v5e": 128, "TPU v6 lite": 128, "TPU v6e": 128}
-"""Per chip; 64 for v5p, TPU7x and chips that are not listed."""
-
-
-def sizes(T: int, S: int, H: int, itemsize: int):
-    """The last seven fields of :class:`KernelConfig`.
-
-    Blocks are 512 by 512: with smaller ones the matrix unit waits for the row statistics of the
-    softmax, with larger ones the masked half of a diagonal block grows. Blocks are smaller if
-    padding to 512 would add more than an eighth.
-
-    VMEM then limits how many keys (and queries in the backward kernel) are held at a time. The sums
-    below count arrays that the pipeline loads or stores twice (double buffering), others once.
-
-    Args:
-      T: number of queries.
-      S: number of keys.
-      H: head dimension.
-      itemsize: bytes per number of q, k and v.
-
-    Raises:
-      NotImplementedError: the float32 gradients of S keys do not fit in VMEM.
-    """
-    block_q, block_k = _block(T), _block(S)
-    T, S = T + -T % block_q, S + -S % block_k
-    capacity = _VMEM_MIB.get(dispatch.device_kind(), 64) << 20
-    budget = capacity * 7 // 8
-    lanes = max(H, LANES)
-    scores = 4 * block_q * block_k
-
-    def forward(chunks):
-        keys = S // chunks
-        held = lanes * (4 * itemsize * keys + (itemsize + 8) * keys * (chunks == 1))
-        return held + block_q * lanes * (5 * itemsize + 8 + 12 + 4) + 4 * scores
-
-    def backward(chunks_q, chunks_k):
-        queries, keys = T // chunks_q, S // chunks_k
-        rows = 160 * (queries + keys)  # row statistics and ids, padded to 8 sublanes
-        of_q = queries * lanes * (9 * itemsize + 8 + 4)
-        of_k = keys * lanes * (9 * itemsize + 8) + S * lanes * 8
-        return of_q + of_k + rows + 5 * scores
-
-    fit_forward = [n for n in _divisors(S // block_k) if forward(n) <= budget]
-    pairs = [(n, m) for n in _divisors(T // block_q) for m in _divisors(S // block_k)]
-    # Fewest loads; among those all keys at once, which are then rotated in the kernel.
-    pairs.sort(key=lambda pair: (pair[0] * pair[1], pair[1]))
-    fit_backward = [pair for pair in pairs if backward(*pair) <= budget]
-    if not fit_forward or not fit_backward:
-        raise NotImplementedError(
-            f"{S} keys: their float32 gradients do not fit {capacity >> 20} MiB of VMEM; "
-            "shard the sequence over more devices"
-        )
-    chunks_q, chunks_k = fit_backward[0]
-    return (
-        block_q, block_k, S // fit_forward[0], T // chunks_q, S // chunks_k, capacity * 15 // 16,
-        dispatch.platform() == "cpu",
-    )  # fmt: skip
-
-
-def _block(n: int) -> int:
-    for block in (512, 256):
-        if -n % block <= n // 8:
-            return block
-    return LANES
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 # The custom_vjp -----------------------------------------------------------------------------------

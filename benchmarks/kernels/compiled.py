@@ -87,10 +87,10 @@ def attention(mesh, name, attend, model, T, documents):
     row = dict(model=model, T=T, documents=documents, implementation=name)
     blocks = None
     if name == "tpu" and not documents:
-        from pallas_kernels.rotary_attention_tpu import sizes
+        from pallas_kernels.rotary_attention_tpu_sizes import sizes
 
         with jax.set_mesh(mesh):
-            block, _, keys, *backward, _, _ = sizes(T, T, q.shape[3], q.dtype.itemsize)
+            block, _, keys, *backward, _, _ = sizes(T, T, q.shape[3], q.dtype.itemsize, False)
         parts = tuple(-(-T // n) for n in backward)
         blocks = bench_schedule.Blocks(q.shape[2] // k.shape[2], T // block, T // keys, parts)
     return row, blocks, {"forward": (jax.jit(attend), (q, k, v, *rest)),

@@ -68,6 +68,8 @@ def arguments(B, T, N, K, H, dtype="bfloat16", documents=True):
         ("v6e", 8192, 2, 128, False, "bfloat16"),
         ("v6e", 32768, 1, 128, True, "bfloat16"),
         ("v5p", 1000, 1, 128, True, "bfloat16"),
+        ("tpu7x", 8192, 1, 128, False, "bfloat16"),
+        ("tpu7x", 16384, 1, 128, True, "bfloat16"),
     ],
 )
 def test_attention_compiles(chip, T, K, H, documents, dtype):

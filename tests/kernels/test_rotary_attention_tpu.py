@@ -9,7 +9,8 @@ from test_kernels import relative_l2
 
 from pallas_kernels import Rope, rotary_attention
 from pallas_kernels.ranges import block_ranges
-from pallas_kernels.rotary_attention_tpu import KernelConfig, sizes, visible_pairs
+from pallas_kernels.rotary_attention_tpu import KernelConfig, visible_pairs
+from pallas_kernels.rotary_attention_tpu_sizes import sizes
 
 
 def _inputs(T, N, K, H, documents):
@@ -47,6 +48,16 @@ def test_streamed_in_chunks(monkeypatch):
     want = _both_ways("xla", arrays, ids)
     _in_chunks(monkeypatch, 512)
     for got, exact in zip(_both_ways("tpu", arrays, ids), want, strict=True):
+        assert relative_l2(got, np.float64(exact)) < 5e-6
+
+
+def test_blocks_of_1024(monkeypatch):
+    """As on a TPU7x: a full block and two on the diagonal."""
+    chosen = (1024, 1024, 2048, 2048, 2048, 60 << 20, True)
+    monkeypatch.setattr("pallas_kernels.rotary_attention_tpu.sizes", lambda *_: chosen)
+    arrays, _ = _inputs(2048, 1, 1, 128, 1)
+    want = _both_ways("xla", arrays, None)
+    for got, exact in zip(_both_ways("tpu", arrays, None), want, strict=True):
         assert relative_l2(got, np.float64(exact)) < 5e-6
 
 
@@ -119,11 +130,12 @@ def test_cost_counts_the_visible_pairs(T, S, offset):
     assert visible_pairs(config._replace(causal=False)) == T * S
 
 
-@pytest.mark.parametrize("kind", ["TPU v5", "TPU v6 lite"])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("kind", ["TPU v5", "TPU v6 lite", "TPU7x"])
 @pytest.mark.parametrize("T", [1, 128, 600, 2048, 4096, 8192, 32768])
-def test_sizes_cover_the_sequence(T, kind, monkeypatch):
+def test_sizes_cover_the_sequence(T, kind, documents, monkeypatch):
     monkeypatch.setattr("pallas_kernels.dispatch.device_kind", lambda: kind)
-    block_q, block_k, forward_k, backward_q, backward_k, _, _ = sizes(T, T, 128, 2)
+    block_q, block_k, forward_k, backward_q, backward_k, _, _ = sizes(T, T, 128, 2, documents)
     padded = T + -T % block_q
     assert padded - T <= max(T // 8, 127)
     for chunk, block in ((forward_k, block_k), (backward_q, block_q), (backward_k, block_k)):
@@ -131,6 +143,27 @@ def test_sizes_cover_the_sequence(T, kind, monkeypatch):
         assert chunk % block == 0
     if T <= 4096:
         assert (forward_k, backward_q, backward_k) == (padded,) * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "T", "S", "documents", "blocks"),
+    [
+        ("TPU v6 lite", 4096, 4096, False, (1024, 1024)),
+        ("TPU7x", 16384, 16384, False, (1024, 1024)),
+        # A chunk of a prompt, with the cache as keys.
+        ("TPU v6e", 1024, 8192, False, (1024, 1024)),
+        ("TPU v6 lite", 4096, 4096, True, (512, 512)),
+        ("TPU v6 lite", 2048, 2048, False, (512, 512)),
+        ("TPU7x", 200, 4096, False, (128, 1024)),
+        # The float32 gradients of the keys leave no space for larger blocks.
+        ("TPU7x", 32768, 32768, False, (512, 512)),
+        ("TPU v5", 8192, 8192, False, (512, 512)),
+        ("TPU v5 lite", 8192, 8192, False, (512, 512)),
+    ],
+)
+def test_blocks_fit_the_chip(kind, T, S, documents, blocks, monkeypatch):
+    monkeypatch.setattr("pallas_kernels.dispatch.device_kind", lambda: kind)
+    assert sizes(T, S, 128, 2, documents)[:2] == blocks
 
 
 @pytest.mark.parametrize(

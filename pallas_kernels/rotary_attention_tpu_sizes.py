@@ -1,0 +1,88 @@
+"""Block sizes of the TPU attention kernels, by chip, and how much of a head they hold in VMEM."""
+
+from pallas_kernels import dispatch
+
+LANES = 128
+_VMEM_MIB = {"TPU v5 lite": 128, "TPU v5e": 128, "TPU v6 lite": 128, "TPU v6e": 128}
+"""Per chip; 64 for v5p, TPU7x and chips that are not listed."""
+
+_WIDE = ("TPU v6 lite", "TPU v6e", "TPU7x")
+"""Chips with matrix units of 256 by 256, which wait for the softmax in blocks of 512."""
+
+
+def sizes(T: int, S: int, H: int, itemsize: int, documents: bool):
+    """The last seven fields of :class:`KernelConfig`.
+
+    Blocks are 512 by 512: with smaller ones the matrix unit waits for the row statistics of the
+    softmax, with larger ones the masked half of a diagonal block grows. They are 1024 by 1024 on
+    chips with wide matrix units, for at least 4096 keys without documents, whose borders would lie
+    in more of the large blocks. Blocks are smaller if padding would add more than an eighth, or if
+    they do not fit in VMEM.
+
+    Args:
+      T: number of queries.
+      S: number of keys.
+      H: head dimension.
+      itemsize: bytes per number of q, k and v.
+      documents: whether there are segment ids.
+
+    Raises:
+      NotImplementedError: the float32 gradients of S keys do not fit in VMEM.
+    """
+    kind = dispatch.device_kind()
+    capacity = _VMEM_MIB.get(kind, 64) << 20
+    large = kind in _WIDE and S >= 4096 and not documents
+    for largest in (1024, 512) if large else (512,):
+        block_q, block_k = _block(T, largest), _block(S, largest)
+        if chunks := _chunks(T, S, H, itemsize, block_q, block_k, capacity * 7 // 8):
+            return (
+                block_q, block_k, *chunks, capacity * 15 // 16, dispatch.platform() == "cpu"
+            )  # fmt: skip
+    raise NotImplementedError(
+        f"{S} keys: their float32 gradients do not fit {capacity >> 20} MiB of VMEM; "
+        "shard the sequence over more devices"
+    )
+
+
+def _chunks(T: int, S: int, H: int, itemsize: int, block_q: int, block_k: int, budget: int):
+    """Keys in VMEM at a time in the forward kernel, queries and keys in the backward kernel.
+
+    The sums count arrays that the pipeline loads or stores twice (double buffering), others once.
+    None: not even one block fits.
+    """
+    T, S = T + -T % block_q, S + -S % block_k
+    lanes = max(H, LANES)
+    scores = 4 * block_q * block_k
+
+    def forward(chunks):
+        keys = S // chunks
+        held = lanes * (4 * itemsize * keys + (itemsize + 8) * keys * (chunks == 1))
+        return held + block_q * lanes * (5 * itemsize + 8 + 12 + 4) + 4 * scores
+
+    def backward(chunks_q, chunks_k):
+        queries, keys = T // chunks_q, S // chunks_k
+        rows = 160 * (queries + keys)  # row statistics and ids, padded to 8 sublanes
+        of_q = queries * lanes * (9 * itemsize + 8 + 4)
+        of_k = keys * lanes * (9 * itemsize + 8) + S * lanes * 8
+        return of_q + of_k + rows + 5 * scores
+
+    fit_forward = [n for n in _divisors(S // block_k) if forward(n) <= budget]
+    pairs = [(n, m) for n in _divisors(T // block_q) for m in _divisors(S // block_k)]
+    # Fewest loads; among those all keys at once, which are then rotated in the kernel.
+    pairs.sort(key=lambda pair: (pair[0] * pair[1], pair[1]))
+    fit_backward = [pair for pair in pairs if backward(*pair) <= budget]
+    if not fit_forward or not fit_backward:
+        return None
+    chunks_q, chunks_k = fit_backward[0]
+    return S // fit_forward[0], T // chunks_q, S // chunks_k
+
+
+def _block(n: int, largest: int) -> int:
+    for block in (1024, 512, 256):
+        if block <= largest and -n % block <= n // 8:
+            return block
+    return LANES
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
