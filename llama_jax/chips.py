@@ -242,6 +242,17 @@ _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 # Devices of absent machines: they compile, but hold no arrays -------------------------------------
 
 
+def compile_for(device: Any) -> Any:
+    """Context manager in which a program without a mesh is compiled for an absent device."""
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+    # A mesh without axes: there is nothing to shard over, but kernels find their chip in it.
+    chip = AbstractDevice(
+        device.device_kind, num_cores=getattr(device, "num_cores", None), platform=device.platform
+    )
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=chip))
+
+
 def topology(name: str) -> list[Any]:
     """Devices of one TPU host (v5e, v5p, v6e, tpu7x) or of one GPU (a100, h100, h200).
 

@@ -146,7 +146,7 @@ def make_train_step(
             (total, grads), _ = jax.lax.scan(add, zeros, batch)
         metrics = {
             "loss": total,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(_count(state.optimizer)),
         }
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from llama_jax.chips import topology
+from llama_jax.chips import compile_for, topology
 from llama_jax.config import MODELS
 from llama_jax.model.llama import ComputeConfig, KVCache
 from llama_jax.model.params import abstract_params, merge, structure, unstack_layers
-from llama_jax.model.sharding import AXES, PRESETS, reshard, use_mesh
+from llama_jax.model.sharding import AXES, PRESETS, reshard
 from llama_jax.plan.hlo import count
-from pallas_kernels import Rope, dispatch, rotary_decode_attention
+from pallas_kernels import Rope, rotary_decode_attention
 
 CFG = MODELS["llama2-7b"]
 SLOTS = 4096
@@ -83,9 +83,6 @@ def test_the_whole_step(name, chips, B, monkeypatch):
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     devices = topology(name)[:chips]
     mesh = None if gpu else mesh_of(devices)
-    if gpu:
-        monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
-        monkeypatch.setattr(dispatch, "device_kind", lambda: devices[0].device_kind)
     # As in `llama_jax.load`: on one GPU without a mesh and with unstacked layers; on a TPU stacked.
     compute = ComputeConfig(jnp.dtype(jnp.bfloat16), PRESETS["fsdp_tensor"], unroll=gpu)
     graphdef = structure(CFG, compute, unstacked=gpu)
@@ -101,7 +98,7 @@ def test_the_whole_step(name, chips, B, monkeypatch):
         return jnp.argmax(whole_BTV, axis=-1).astype(jnp.int32), cache
 
     spec_of = lambda x: None if gpu else x.sharding.spec
-    with use_mesh(mesh):
+    with compile_for(devices[0]) if gpu else jax.set_mesh(mesh):
         weights = abstract_params(CFG, compute)
         weights = jax.eval_shape(unstack_layers, weights) if gpu else weights
         params = jax.tree.map(lambda x: place(x, spec_of(x), jnp.bfloat16), weights)
