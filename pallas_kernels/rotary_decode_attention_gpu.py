@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import dispatch
-from pallas_kernels.rotary_attention_gpu import MASK_VALUE, _dot, plt
+from pallas_kernels.rotary_attention_gpu import MASK_VALUE, _dot, check_triton, plt
 
 BLOCK_K = 64
 """keys loaded at a time: 32 KiB of keys and values per stage, three stages, two programs per
@@ -32,6 +32,7 @@ PROGRAMS = 264
 
 def gpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
     """`rotary_decode_attention` in Pallas, with positional arguments."""
+    check_triton()
     B, T, N, H = q.shape
     K, S = cache_k.shape[2:4]
     G = N // K
