@@ -247,9 +247,8 @@ def compile_for(device: Any) -> Any:
     from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
     # A mesh without axes: there is nothing to shard over, but kernels find their chip in it.
-    chip = AbstractDevice(
-        device.device_kind, num_cores=getattr(device, "num_cores", None), platform=device.platform
-    )
+    cores = getattr(device, "num_cores", None) or getattr(device, "core_count", None)
+    chip = AbstractDevice(device.device_kind, num_cores=cores, platform=device.platform)
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=chip))
 
 

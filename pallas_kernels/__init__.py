@@ -3,7 +3,15 @@
 from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
 """
 
+from pallas_kernels.add_rms_norm import add_rms_norm, rms_norm
 from pallas_kernels.rotary_attention import Rope, rotary_attention
-from pallas_kernels.rotary_decode_attention import rotary_decode_attention
+from pallas_kernels.rotary_decode_attention import fused_decode_attention, rotary_decode_attention
 
-__all__ = ["Rope", "rotary_attention", "rotary_decode_attention"]
+__all__ = [
+    "Rope",
+    "add_rms_norm",
+    "fused_decode_attention",
+    "rms_norm",
+    "rotary_attention",
+    "rotary_decode_attention",
+]

@@ -22,6 +22,14 @@ def device_kind() -> str:
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
+def num_cores() -> int | None:
+    """Multiprocessors of the GPU that is compiled for, found as in :func:`platform`, if known."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.num_cores
+    return getattr(jax.devices()[0], "core_count", None)
+
+
 def call(
     op: str,
     table: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]],

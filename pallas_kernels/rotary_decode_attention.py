@@ -90,6 +90,42 @@ def rotary_decode_attention(
     )  # fmt: skip
 
 
+def fused_decode_attention(
+    qkv_PBTMH: jax.Array,
+    cache_k_LBKSH: jax.Array,
+    cache_v_LBKSH: jax.Array,
+    layer: jax.Array,
+    lengths_B: jax.Array,
+    rope: Rope,
+    dtype: jnp.dtype,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """:func:`rotary_decode_attention` of the result of one product with fused matrices q, k, v.
+
+    A GPU reads it as it is: neither a sum nor a slice is a kernel launch of its own.
+
+    Args:
+      qkv_PBTMH: P partial sums of the N queries, K keys and K values, M = N + 2 K. Rows beyond
+        those of the cache are ignored.
+      cache_k_LBKSH: rotated keys.
+      cache_v_LBKSH: values.
+      layer: int32 scalar.
+      lengths_B: int32, number of valid positions of each row before this call.
+      rope: frequencies.
+      dtype: that the sums are rounded to, and of the result.
+      implementation: "gpu" or "xla".
+
+    Returns:
+      As :func:`rotary_decode_attention`.
+    """
+    return dispatch.call(
+        "fused_decode_attention", _FUSED, implementation,
+        qkv_PBTMH, cache_k_LBKSH, cache_v_LBKSH, layer, lengths_B, rope,
+        qkv_PBTMH.shape[-1] ** -0.5, dtype,
+    )  # fmt: skip
+
+
 def _check_within(name: str, x, maximum: int, why: str) -> None:
     """Checks values if they are known: not inside jit, and not if on other hosts' devices."""
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
@@ -146,6 +182,14 @@ def _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
     return out.astype(q.dtype), cache_k, cache_v
 
 
+def _xla_fused(qkv, cache_k, cache_v, layer, lengths, rope, scale, dtype):
+    B, K = cache_k.shape[1:3]
+    N = qkv.shape[3] - 2 * K
+    total = jnp.sum(qkv[:, :B], axis=0, dtype=jnp.float32).astype(dtype)
+    q, k, v = jnp.split(total, (N, N + K), axis=2)
+    return _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale)
+
+
 def _append(cache_LBKSH, new_BTKH, layer, lengths_B):
     """Writes the new positions row by row: for a scatter, XLA on CPU would copy the cache."""
     new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(cache_LBKSH.dtype)
@@ -173,8 +217,18 @@ def _gpu(*args):
     return gpu(*args)
 
 
+def _gpu_fused(*args):
+    from pallas_kernels.rotary_decode_attention_gpu import gpu_fused
+
+    return gpu_fused(*args)
+
+
 _IMPLEMENTATIONS = {
     "tpu": (("tpu",), _tpu),
     "gpu": (("gpu", "cuda"), _gpu),
     "xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla),
+}
+_FUSED = {
+    "gpu": (("gpu", "cuda"), _gpu_fused),
+    "xla": (_IMPLEMENTATIONS["xla"][0], _xla_fused),
 }

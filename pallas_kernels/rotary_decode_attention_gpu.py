@@ -2,7 +2,7 @@
 
 One kernel rotates the new queries and keys, writes the new keys and values into the cache in place,
 and attends. With one new token there are fewer heads than a GPU needs programs, so the valid
-positions of each row are split evenly over several programs, whose softmaxes XLA then merges
+positions of each row are split evenly over several programs, whose softmaxes a second kernel merges
 (Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Invalid positions are not
 read. The first split attends to the new keys directly and writes them: no program reads what
 another writes.
@@ -26,85 +26,130 @@ BLOCK_K = 64
 """keys loaded at a time: 32 KiB of keys and values per stage, three stages, two programs per
 multiprocessor; estimated for a Hopper GPU, not measured"""
 
-PROGRAMS = 264
-"""minimal number of programs: two for each of 132 multiprocessors"""
+RESIDENT = 2
+"""programs that run at a time on one multiprocessor, estimated as above"""
 
 
 def gpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
     """`rotary_decode_attention` in Pallas, with positional arguments."""
+    sources = tuple((x[None], 0) for x in (q, k, v))
+    return _decode(sources, q.dtype, cache_k, cache_v, layer, lengths, rope, scale)
+
+
+def gpu_fused(qkv_PBTMH, cache_k, cache_v, layer, lengths, rope, scale, dtype):
+    """`fused_decode_attention` in Pallas, with positional arguments."""
+    K = cache_k.shape[2]
+    N = qkv_PBTMH.shape[3] - 2 * K
+    sources = tuple((qkv_PBTMH, first_head) for first_head in (0, N, N + K))
+    return _decode(sources, dtype, cache_k, cache_v, layer, lengths, rope, scale)
+
+
+def num_splits(programs: int, cache_len: int, multiprocessors: int) -> int:
+    """Into how many programs the positions of a row and key head are split.
+
+    The time is proportional to the number of waves of programs times the blocks of a split. The
+    smallest number of splits within 10% of the shortest time is chosen: each writes partial sums.
+
+    Args:
+      programs: without splits.
+      cache_len: S; a split has at least four blocks of it.
+      multiprocessors: of the GPU.
+    """
+    blocks, slots = pl.cdiv(cache_len, BLOCK_K), RESIDENT * multiprocessors
+    choices = range(1, pl.cdiv(blocks, 4) + 1)
+    times = [pl.cdiv(programs * n, slots) * pl.cdiv(blocks, n) for n in choices]
+    return next(n for n, time in zip(choices, times, strict=True) if time <= 1.1 * min(times))
+
+
+def _decode(sources, dtype, cache_k, cache_v, layer, lengths, rope, scale):
+    """Attention of queries, keys and values, each given as (array, first head).
+
+    The array, [P, B, T, heads, H], holds P partial sums, which are added and rounded to ``dtype``.
+    """
     check_triton()
-    B, T, N, H = q.shape
-    K, S = cache_k.shape[2:4]
-    G = N // K
+    (q, _), (_, first_key), _ = sources
+    (_, B, K, S, H), T = cache_k.shape, q.shape[2]
+    G = (first_key or q.shape[3]) // K  # in a fused array, the keys follow the queries
     if H not in (32, 64, 128):
         raise NotImplementedError(f"head_dim {H}: the GPU kernels support 32, 64 and 128")
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"{q.dtype}: the GPU kernels support float32 and bfloat16")
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"{dtype}: the GPU kernels support float32 and bfloat16")
     rows = min(64, max(16, pl.next_power_of_2(T * G)))
     row_blocks = pl.cdiv(T * G, rows)
-    wanted = PROGRAMS // (B * K * row_blocks)
-    splits = max(1, min(wanted, pl.cdiv(S, 4 * BLOCK_K)))
-    q_rows = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+    splits = num_splits(B * K * row_blocks, S, dispatch.num_cores() or 132)
     factor = scale * math.log2(math.e)
-    acc, m, l, *caches = _call(
-        q_rows, k, v, cache_k, cache_v, layer, lengths, rope, G, rows, row_blocks, splits, factor
+    partial, caches = _call(
+        sources, dtype, cache_k, cache_v, layer, lengths, rope, G, rows, row_blocks, splits, factor
     )
-    # Rescales each split, [B, K, splits, rows], to the maximum over all splits.
-    alpha = jnp.exp2(m - jnp.max(m, axis=2, keepdims=True))
-    out = jnp.einsum("bksr,bksrh->bkrh", alpha, acc)
-    out = out / jnp.sum(l * alpha, axis=2)[..., None]
-    out = out[:, :, : T * G].reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4)
-    return out.reshape(q.shape).astype(q.dtype), *caches
+    out = partial[0] if splits == 1 else _merge(*partial, dtype)
+    return out, *caches
 
 
-def _call(q, k, v, cache_k, cache_v, layer, lengths, rope, G, rows, row_blocks, splits, factor):
-    (L, B, K, S, H), T = cache_k.shape, k.shape[1]
+def _call(
+    sources, dtype, cache_k, cache_v, layer, lengths, rope, G, rows, row_blocks, splits, factor
+):
+    """The result, or the sums, maxima and normalizers of each split; and the caches."""
+    (L, B, K, S, H), T = cache_k.shape, sources[0][0].shape[2]
     # Grid: (split, block of rows, batch row and key head).
     b, n = lambda z: lax.div(z, K), lambda z: lax.rem(z, K)
-    part = (None, None, None, rows)
-    index = lambda i, r, z: (b(z), n(z), i, r)
-    new = pl.BlockSpec((None, T, None, H), lambda i, r, z: (b(z), 0, n(z), 0))
+
+    def source(array, first_head, heads):
+        index = lambda i, r, z: (0, b(z), 0, n(z) + first_head // heads, 0)
+        return pl.BlockSpec((array.shape[0], None, T, heads, H), index)
+
     cache = pl.BlockSpec((L, None, None, S, H), lambda i, r, z: (0, b(z), n(z), 0, 0))
-    partial = (B, K, splits, row_blocks * rows)
+    index = lambda i, r, z: (i, b(z), 0, n(z))
+    acc = pl.BlockSpec((None, None, T, G, H), lambda *at: (*index(*at), 0))
+    number = pl.BlockSpec((None, None, T, G), index)
     of = jax.ShapeDtypeStruct
-    return pl.pallas_call(
-        functools.partial(_kernel, G=G, T=T, splits=splits, factor=factor),
+    out_specs, out_shape = [acc], [of((splits, B, T, K * G, H), jnp.float32)]
+    if splits == 1:
+        out_shape = [of((1, B, T, K * G, H), dtype)]
+    else:
+        out_specs += [number] * 2
+        out_shape += [of((splits, B, T, K * G), jnp.float32)] * 2
+    *partial, cache_k, cache_v = pl.pallas_call(
+        functools.partial(_kernel, dtype=dtype, rows=rows, splits=splits, factor=factor),
         grid=(splits, row_blocks, B * K),
         in_specs=[
             pl.BlockSpec((1,), lambda i, r, z: (0,)),
             pl.BlockSpec((1,), lambda i, r, z: (b(z),)),
             pl.BlockSpec((H // 2,), lambda i, r, z: (0,)),
             pl.BlockSpec((1,), lambda i, r, z: (0,)),
-            pl.BlockSpec((None, None, rows, H), lambda i, r, z: (b(z), n(z), r, 0)),
-            new, new, cache, cache,
+            *(source(*x, heads) for x, heads in zip(sources, (G, 1, 1), strict=True)),
+            cache, cache,
         ],
-        out_specs=[
-            pl.BlockSpec((*part, H), lambda *at: (*index(*at), 0)),
-            pl.BlockSpec(part, index), pl.BlockSpec(part, index), cache, cache,
-        ],
-        out_shape=[
-            of((*partial, H), jnp.float32), of(partial, jnp.float32), of(partial, jnp.float32),
-            of(cache_k.shape, cache_k.dtype), of(cache_v.shape, cache_v.dtype),
-        ],
-        input_output_aliases={7: 3, 8: 4},
+        out_specs=[*out_specs, cache, cache],
+        out_shape=[*out_shape, of(cache_k.shape, cache_k.dtype), of(cache_v.shape, cache_v.dtype)],
+        input_output_aliases={7: len(out_specs), 8: len(out_specs) + 1},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         interpret=dispatch.platform() == "cpu",
         name="rotary_decode_attention",
     )(
         layer.reshape(1), lengths, rope.inv_freq_H2,
-        jnp.asarray(rope.scale, jnp.float32).reshape(1), q, k, v, cache_k, cache_v,
+        jnp.asarray(rope.scale, jnp.float32).reshape(1), *(x for x, _ in sources),
+        cache_k, cache_v,
     )  # fmt: skip
+    return ([partial[0][0]] if splits == 1 else partial), (cache_k, cache_v)
 
 
 def _kernel(
     layer_ref, length_ref, inv_freq_ref, scale_ref, q_ref, k_ref, v_ref, cache_k_ref, cache_v_ref,
-    acc_ref, m_ref, l_ref, new_cache_k_ref, new_cache_v_ref, *, G, T, splits, factor,
+    *out_refs, dtype, rows, splits, factor,
 ):  # fmt: skip
+    *partial_refs, new_cache_k_ref, new_cache_v_ref = out_refs
     split, block = pl.program_id(0), pl.program_id(1)
-    rows, H = q_ref.shape
-    h, dtype = H // 2, q_ref.dtype
+    _, T, G, H = q_ref.shape
+    h = H // 2
     layer, length = layer_ref[0], length_ref[0]
     half_a, half_b, full = pl.ds(0, h), pl.ds(h, h), pl.ds(0, H)
+    columns_a = jnp.arange(h)[None, :]
+    load = lambda ref, at, mask: plt.load(ref.at[at], mask=mask, other=0)
+
+    def summed(ref, at, mask):
+        """Partial sums, added in float32 and rounded."""
+        parts = (load(ref, (jnp.int32(i), *at), mask) for i in range(ref.shape[0]))
+        return functools.reduce(jnp.add, parts).astype(dtype)
 
     def rotated(a, b, t):
         """Halves of rows, rotated as new position t, in float32."""
@@ -114,10 +159,12 @@ def _kernel(
         return a * cos - b * sin, b * cos + a * sin
 
     row = block * rows + jnp.arange(rows)
-    t, valid = lax.div(row, G), (row < T * G)[:, None]
-    load = lambda ref, at, mask: plt.load(ref.at[at], mask=mask, other=0)
+    t, g, valid = lax.div(row, G), lax.rem(row, G), row < T * G
+    query = t[:, None], g[:, None]
     q_a, q_b = rotated(
-        load(q_ref, (slice(None), half_a), valid), load(q_ref, (slice(None), half_b), valid), t
+        summed(q_ref, (*query, columns_a), valid[:, None]),
+        summed(q_ref, (*query, columns_a + h), valid[:, None]),
+        t,
     )
     q_a, q_b = (q_a * factor).astype(dtype), (q_b * factor).astype(dtype)
 
@@ -138,15 +185,16 @@ def _kernel(
         )
         return attend(carry, k_a, k_b, v, (s < length)[None, :])
 
-    size = min(BLOCK_K, max(16, pl.next_power_of_2(T)))
+    size, head = min(BLOCK_K, max(16, pl.next_power_of_2(T))), jnp.int32(0)
 
     def load_new(j):
         """New keys, rotated, and values, rounded to the cache's dtype as later calls read them."""
         s = j * size + jnp.arange(size)
         at, mask = pl.ds(j * size, size), (s < T)[:, None]
-        k_a, k_b = rotated(load(k_ref, (at, half_a), mask), load(k_ref, (at, half_b), mask), s)
+        k_a, k_b = (summed(k_ref, (at, head, half), mask) for half in (half_a, half_b))
+        k_a, k_b = rotated(k_a, k_b, s)
         k_a, k_b = k_a.astype(cache_k_ref.dtype), k_b.astype(cache_k_ref.dtype)
-        return s, k_a, k_b, load(v_ref, (at, full), mask).astype(cache_v_ref.dtype)
+        return s, k_a, k_b, summed(v_ref, (at, head, full), mask).astype(cache_v_ref.dtype)
 
     def attend_new(j, carry):
         s, k_a, k_b, v = load_new(j)
@@ -174,4 +222,40 @@ def _kernel(
     )
     carry = lax.fori_loop(0, jnp.where(is_first, lax.div(last_t, size) + 1, 0), attend_new, carry)
     pl.when(is_first & (block == 0))(lambda: lax.fori_loop(0, pl.cdiv(T, size), write_new, None))
-    acc_ref[...], m_ref[...], l_ref[...] = carry
+    acc, m, l = carry
+    columns = jnp.arange(H)[None, :]
+    if splits == 1:
+        out = (acc / l[:, None]).astype(dtype)
+        plt.store(partial_refs[0].at[(*query, columns)], out, mask=valid[:, None])
+        return
+    plt.store(partial_refs[0].at[(*query, columns)], acc, mask=valid[:, None])
+    for ref, number in zip(partial_refs[1:], (m, l), strict=True):
+        plt.store(ref.at[t, g], number, mask=valid)
+
+
+def _merge(acc, m, l, dtype):
+    """Rescales each split, [splits, B, T, N, H], to the maximum over all splits, and adds them."""
+    splits, *rows, H = acc.shape
+    R, padded = math.prod(rows), pl.next_power_of_2(splits)
+
+    def kernel(acc_ref, m_ref, l_ref, out_ref):
+        i, columns = jnp.arange(padded), jnp.arange(H)[None, :]
+        load = lambda ref, other: plt.load(ref.at[i], mask=i < splits, other=other)
+        m, l = load(m_ref, MASK_VALUE), load(l_ref, 0)
+        acc = plt.load(acc_ref.at[i[:, None], columns], mask=(i < splits)[:, None], other=0)
+        alpha = jnp.exp2(m - jnp.max(m))
+        out = jnp.sum(alpha[:, None] * acc, axis=0) / jnp.sum(alpha * l)
+        out_ref[...] = out.astype(dtype)
+
+    number = pl.BlockSpec((splits, None), lambda r: (0, r))
+    out = pl.pallas_call(
+        kernel,
+        grid=(R,),
+        in_specs=[pl.BlockSpec((splits, None, H), lambda r: (0, r, 0)), number, number],
+        out_specs=pl.BlockSpec((None, H), lambda r: (r, 0)),
+        out_shape=jax.ShapeDtypeStruct((R, H), dtype),
+        compiler_params=plt.CompilerParams(num_warps=2),
+        interpret=dispatch.platform() == "cpu",
+        name="merge_splits",
+    )(acc.reshape(splits, R, H), m.reshape(splits, R), l.reshape(splits, R))
+    return out.reshape(*rows, H)

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig
 from llama_jax.generate.sampler import MAX_TOP_LOGPROBS, Settings, choose
-from llama_jax.model.llama import ComputeConfig, KVCache
+from llama_jax.model.cache import KVCache
+from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import Params, merge, structure
 from llama_jax.model.quantize import bytes_of
 from llama_jax.model.sharding import no_mesh, reshard, use_mesh

@@ -31,7 +31,8 @@ from llama_jax.generate.sampler import (
     check_top_logprobs,
     is_integer,
 )
-from llama_jax.model.llama import ComputeConfig, KVCache
+from llama_jax.model.cache import KVCache
+from llama_jax.model.llama import ComputeConfig
 
 if TYPE_CHECKING:
     from llama_jax.generate.chat import Chat

@@ -16,6 +16,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig
+from llama_jax.model.cache import KVCache
+from llama_jax.model.partial_sums import (
+    Residual,
+    add_and_norm,
+    partial_products,
+    use_partial_sums,
+)
 from llama_jax.model.quantize import is_quantized, matmul
 from llama_jax.model.rope import rope_of
 from llama_jax.model.sharding import (
@@ -29,7 +36,12 @@ from llama_jax.model.sharding import (
     no_mesh,
     reshard,
 )
-from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
+from pallas_kernels import (
+    Rope,
+    fused_decode_attention,
+    rotary_attention,
+    rotary_decode_attention,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,34 +64,6 @@ class ComputeConfig:
     """attention implementation by name; None: the first one that the platform supports"""
     reduce_float32: bool = False
     """sum weight gradients over devices in float32 instead of ``dtype``"""
-
-
-class KVCache(NamedTuple):
-    """Rotated keys, and values, of all layers. Positions beyond a row's length hold arbitrary data.
-
-    Example:
-      cache = KVCache.empty(cfg, batch=1, cache_len=256, dtype=jnp.dtype("float32"))
-      logits_BTV, cache = llama(tokens_BT, cache=cache)
-    """
-
-    k_LBKSH: jax.Array
-    v_LBKSH: jax.Array
-    lengths_B: jax.Array
-    """int32, number of valid positions of each row"""
-
-    @classmethod
-    def empty(cls, cfg: ModelConfig, batch: int, cache_len: int, dtype: jnp.dtype) -> "KVCache":
-        """A cache without valid positions.
-
-        Args:
-          cfg: the model.
-          batch: number of rows, B.
-          cache_len: positions per row, S.
-          dtype: of keys and values.
-        """
-        L, K, H = cfg.shape("LKH")
-        zeros = jnp.zeros((L, batch, K, cache_len, H), dtype)
-        return cls(zeros, zeros, jnp.zeros(batch, jnp.int32))
 
 
 class AttentionInputs(NamedTuple):
@@ -106,9 +90,21 @@ class Attention(nnx.Module):
         self.bounds = Q, Q + E
 
     def __call__(self, x_BTD, attn_inputs: AttentionInputs, cache=None, layer=None):
+        if cache is not None and hasattr(self, "qkv") and use_partial_sums(x_BTD.shape[1]):
+            return self._partial(x_BTD, attn_inputs, cache, layer)
         q_BTNH, k_BTKH, v_BTKH = map(self._heads, self._qkv(x_BTD))
         out_BTNH, cache = _attend(self.compute, q_BTNH, k_BTKH, v_BTKH, attn_inputs, cache, layer)
         return _project(self.compute, out_BTNH, self.o, "QD", "BTD"), cache
+
+    def _partial(self, x_BTD, attn_inputs: AttentionInputs, cache, layer):
+        """The output as partial sums, [P, B, T, D]."""
+        qkv_PBTQ = partial_products(x_BTD, self.qkv)
+        out_BTNH, k, v = fused_decode_attention(
+            qkv_PBTQ.reshape(*qkv_PBTQ.shape[:3], -1, self.head_dim),
+            cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, attn_inputs.rope, x_BTD.dtype,
+        )  # fmt: skip
+        out_PBTD = partial_products(out_BTNH.reshape(*x_BTD.shape[:2], -1), self.o)
+        return out_PBTD, cache._replace(k_LBKSH=k, v_LBKSH=v)
 
     def _qkv(self, x_BTD):
         if hasattr(self, "qkv"):  # fused by params.unstack_layers
@@ -136,14 +132,18 @@ class MLP(nnx.Module):
         self.down = w("FD", init_std / math.sqrt(2 * cfg.num_layers))
         self.compute = compute
 
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD, partial: bool = False):
+        """[B, T, D]; with ``partial``, partial sums [P, B, T, D]."""
         if hasattr(self, "gate_up"):  # fused by params.unstack_layers
             gate_up = _project(self.compute, x_BTD, self.gate_up, "DF", "BTF")
             gate_BTF, up_BTF = jnp.split(gate_up, 2, axis=-1)
         else:
             gate_BTF = _project(self.compute, x_BTD, self.gate, "DF", "BTF")
             up_BTF = _project(self.compute, x_BTD, self.up, "DF", "BTF")
-        return _project(self.compute, jax.nn.silu(gate_BTF) * up_BTF, self.down, "FD", "BTD")
+        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        if partial:
+            return partial_products(hidden_BTF, self.down)
+        return _project(self.compute, hidden_BTF, self.down, "FD", "BTD")
 
 
 class Block(nnx.Module):
@@ -156,13 +156,15 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg, compute, init_std, rngs)
         self.eps = cfg.norm_eps
 
-    def __call__(self, x_BTD, attn_inputs: AttentionInputs, cache=None, layer=None):
+    def __call__(self, x: Residual, attn_inputs: AttentionInputs, cache=None, layer=None):
         BTD = self.attention.compute.rules.activation_without_tensor("BTD")
-        normed_BTD = reshard(rms_norm(x_BTD, self.attention_norm[...], self.eps), BTD)
-        out_BTD, cache = self.attention(normed_BTD, attn_inputs, cache, layer)
-        x_BTD = x_BTD + out_BTD
-        normed_BTD = reshard(rms_norm(x_BTD, self.mlp_norm[...], self.eps), BTD)
-        return x_BTD + self.mlp(normed_BTD), cache
+        x_BTD, normed_BTD = add_and_norm(x, self.attention_norm[...], self.eps)
+        out, cache = self.attention(reshard(normed_BTD, BTD), attn_inputs, cache, layer)
+        partial = out.ndim == 4
+        x = (x_BTD, out) if partial else x_BTD + out
+        x_BTD, normed_BTD = add_and_norm(x, self.mlp_norm[...], self.eps)
+        out = self.mlp(reshard(normed_BTD, BTD), partial)
+        return (x_BTD, out) if partial else x_BTD + out, cache
 
 
 class Llama(nnx.Module):
@@ -259,11 +261,11 @@ class Llama(nnx.Module):
         positions_BT = reshard(positions_BT, self.compute.rules.activation_without_tensor("BT"))
         attn_inputs = AttentionInputs(rope_of(self.cfg, last), positions_BT, segment_ids_BT)
         x_BTD = _embed(self.compute, self.embed[...], tokens_BT)
-        x_BTD, cache = self._layers(x_BTD, attn_inputs, cache)
+        x, cache = self._layers(x_BTD, attn_inputs, cache)
         if cache is not None:
             grown_B = cache.lengths_B + (T if counts_B is None else counts_B)
             cache = cache._replace(lengths_B=grown_B)
-        x_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
+        _, x_BTD = add_and_norm(x, self.norm[...], self.cfg.norm_eps)
         x_BTD = reshard(x_BTD, self.compute.rules.activation_without_tensor("BTD"))
         return x_BTD if cache is None else (x_BTD, cache)
 
@@ -296,21 +298,6 @@ class Llama(nnx.Module):
         else:
             carry, _ = jax.lax.scan(body, (x_BTD, cache), (self.blocks, jnp.arange(L)))
         return carry
-
-
-def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over D, arXiv 1910.07467.
-
-    Args:
-      x_BTD: any floating dtype, which is also the result's.
-      scale_D: the learned scale.
-      eps: added to the mean square.
-    """
-    # float32: in bfloat16 the mean square loses too many bits.
-    x = x_BTD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    # Rounded before the product with the scale, as in Meta's code that trained the models.
-    return (x.astype(x_BTD.dtype) * scale_D).astype(x_BTD.dtype)
 
 
 def _weight(

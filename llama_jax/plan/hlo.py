@@ -63,6 +63,8 @@ class Cost:
     """calls of Pallas and cuDNN kernels, by name"""
     kernels_without_flops: int = 0
     """calls of kernels that declare no FLOPs"""
+    launches: int = 0
+    """on a GPU, kernels launched: fusions, products, copies and calls of kernels"""
 
     def by_kind(self) -> dict[str, float]:
         """Bytes of each kind of collective."""
@@ -111,6 +113,8 @@ class _Counter:
         inner = self.computations.get(called(op, "calls"), {}) if op.kind == "fusion" else {}
         flops = _matmul_flops(table, op) + self._fused(inner, called(op, "calls"), times)
         self._collective(op, "", times)
+        if op.kind not in _FREE and not op.kind.endswith("-done"):
+            self.cost.launches += times
         moved: float = 0 if op.kind in _FREE else self._moved(table, op, inner)
         cycles = _estimated_cycles(op)
         is_matmul = flops > 0

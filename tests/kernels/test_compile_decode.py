@@ -1,5 +1,6 @@
 """The decode step compiled for absent chips: memory, in-place updates, bytes moved."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,8 +12,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from llama_jax.chips import compile_for, topology
 from llama_jax.config import MODELS
-from llama_jax.model.llama import ComputeConfig, KVCache
+from llama_jax.model.cache import KVCache
+from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import abstract_params, merge, structure, unstack_layers
+from llama_jax.model.quantize import quantize
 from llama_jax.model.sharding import AXES, PRESETS, reshard
 from llama_jax.plan.hlo import count
 from pallas_kernels import Rope, rotary_decode_attention
@@ -67,6 +70,44 @@ def test_the_kernel_alone(machine, name, B, T, N, K, dtype):
     assert program.cost_analysis()["bytes accessed"] < 1.05 * 2 * one / L
 
 
+def _step(cfg, devices, B, quantized=None):
+    """A greedy decode step as in `llama_jax.load`, and the shapes of its cache.
+
+    On one GPU without a mesh and with unstacked layers; on TPUs stacked.
+    """
+    gpu = devices[0].platform != "tpu"
+    mesh = None if gpu else mesh_of(devices)
+    compute = ComputeConfig(jnp.dtype(jnp.bfloat16), PRESETS["fsdp_tensor"], unroll=gpu)
+    graphdef = structure(cfg, compute, unstacked=gpu)
+    place = lambda x, spec, dtype=None: jax.ShapeDtypeStruct(
+        x.shape,
+        dtype or x.dtype,
+        sharding=SingleDeviceSharding(devices[0]) if gpu else NamedSharding(mesh, spec),
+    )
+
+    def step(params, tokens_BT, cache):
+        logits_BTV, cache = merge(graphdef, params)(tokens_BT, cache=cache)
+        whole_BTV = reshard(logits_BTV, PartitionSpec())
+        return jnp.argmax(whole_BTV, axis=-1).astype(jnp.int32), cache
+
+    def weights():
+        params = abstract_params(cfg, compute)
+        params = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), params)
+        if quantized:
+            params = jax.eval_shape(lambda p: quantize(p, quantized), params)
+        return jax.eval_shape(unstack_layers, params) if gpu else params
+
+    spec_of = lambda x: None if gpu else x.sharding.spec
+    with compile_for(devices[0]) if gpu else jax.set_mesh(mesh):
+        params = jax.tree.map(lambda x: place(x, spec_of(x)), weights())
+        cache = jax.eval_shape(lambda: KVCache.empty(cfg, B, SLOTS, jnp.bfloat16))
+        spec = compute.rules.activation
+        specs = KVCache(spec("LBKSH"), spec("LBKSH"), spec("B"))
+        cache = KVCache(*map(place, cache, specs))
+        tokens = place(jax.ShapeDtypeStruct((B, 1), jnp.int32), spec("BT"))
+        return jax.jit(step, donate_argnums=2).lower(params, tokens, cache).compile(), cache
+
+
 @pytest.mark.parametrize(
     ("name", "chips", "B"),
     [("v5e", 1, 1), ("v6e", 1, 1), ("v5e", 4, 16), ("v6e", 4, 16), ("h200", 1, 1), ("h200", 1, 16)],
@@ -81,33 +122,7 @@ def test_the_whole_step(name, chips, B, monkeypatch):
     pytest.importorskip(package, reason="needs the compiler")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-    devices = topology(name)[:chips]
-    mesh = None if gpu else mesh_of(devices)
-    # As in `llama_jax.load`: on one GPU without a mesh and with unstacked layers; on a TPU stacked.
-    compute = ComputeConfig(jnp.dtype(jnp.bfloat16), PRESETS["fsdp_tensor"], unroll=gpu)
-    graphdef = structure(CFG, compute, unstacked=gpu)
-    place = lambda x, spec, dtype=None: jax.ShapeDtypeStruct(
-        x.shape,
-        dtype or x.dtype,
-        sharding=SingleDeviceSharding(devices[0]) if gpu else NamedSharding(mesh, spec),
-    )
-
-    def step(params, tokens_BT, cache):
-        logits_BTV, cache = merge(graphdef, params)(tokens_BT, cache=cache)
-        whole_BTV = reshard(logits_BTV, PartitionSpec())
-        return jnp.argmax(whole_BTV, axis=-1).astype(jnp.int32), cache
-
-    spec_of = lambda x: None if gpu else x.sharding.spec
-    with compile_for(devices[0]) if gpu else jax.set_mesh(mesh):
-        weights = abstract_params(CFG, compute)
-        weights = jax.eval_shape(unstack_layers, weights) if gpu else weights
-        params = jax.tree.map(lambda x: place(x, spec_of(x), jnp.bfloat16), weights)
-        cache = jax.eval_shape(lambda: KVCache.empty(CFG, B, SLOTS, jnp.bfloat16))
-        spec = compute.rules.activation
-        specs = KVCache(spec("LBKSH"), spec("LBKSH"), spec("B"))
-        cache = KVCache(*map(place, cache, specs))
-        tokens = place(jax.ShapeDtypeStruct((B, 1), jnp.int32), spec("BT"))
-        program = jax.jit(step, donate_argnums=2).lower(params, tokens, cache).compile()
+    program, cache = _step(CFG, topology(name)[:chips], B)
     memory = program.memory_analysis()
     stacks = (cache.k_LBKSH.size + cache.v_LBKSH.size) * 2 // chips
     assert stacks <= memory.alias_size_in_bytes < stacks + 1024
@@ -117,3 +132,18 @@ def test_the_whole_step(name, chips, B, monkeypatch):
     # What a GPU kernel reads of a cache is not in the program: its live blocks, by its loops.
     moved = count(program.as_text()).bytes + (stacks if gpu else 0)
     assert 0.99 * (matrices + stacks) < moved < 1.05 * (matrices + stacks)
+
+
+@pytest.mark.parametrize(("B", "quantized"), [(1, None), (16, None), (1, "int8")])
+def test_kernel_launches_of_a_layer(B, quantized):
+    """8B on an H100: four products, attention and its merging, two norms and SwiGLU.
+
+    Counted as what a second layer adds to a program with one.
+    """
+    pytest.importorskip("jax_cuda13_plugin", reason="needs the compiler")
+    launches = []
+    for layers in (1, 2):
+        cfg = dataclasses.replace(MODELS["llama3.1-8b"], num_layers=layers)
+        program, _ = _step(cfg, topology("h100")[:1], B, quantized)
+        launches.append(count(program.as_text()).launches)
+    assert launches[1] - launches[0] <= 9

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Rope, rotary_attention, rotary_decode_attention
+from pallas_kernels import (
+    Rope,
+    fused_decode_attention,
+    rotary_attention,
+    rotary_decode_attention,
+)
+from pallas_kernels.rotary_decode_attention_gpu import num_splits
 
 TOLERANCE = {"float32": 5e-6, "bfloat16": 1e-2}
 IMPLEMENTATIONS = ["xla", "tpu", "gpu"]
@@ -129,6 +135,44 @@ def test_decode(case, dtype, implementation):
     for x, exact, before in zip(got[1:], want[1:], arguments[3:5], strict=True):
         untouched = exact == np.float64(before)
         assert (np.asarray(x)[untouched] == before[untouched]).all()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "gpu"])
+@pytest.mark.parametrize(("case", "dtype"), [("h64_odd", "float32"), ("h128", "bfloat16")])
+def test_fused_queries_keys_and_values(case, dtype, implementation):
+    """One array of partial sums, with a row more than the cache, gives what three arrays give."""
+    q, k, v, *rest = _arguments(case, dtype)
+    rope = rope_for(q.shape[3])
+    want = rotary_decode_attention(q, k, v, *rest, rope, implementation="xla")
+    whole = np.concatenate([q, k, v], axis=2).astype(np.float32)
+    part = np.asarray(jnp.asarray(whole * 0.25, dtype), np.float32)
+    parts = np.stack([part, whole - part])
+    parts = np.concatenate([parts, np.full_like(parts[:, :1], np.nan)], axis=1)
+    cache_k, cache_v, layer, lengths = rest
+    got = fused_decode_attention(
+        parts, cache_k, cache_v, jnp.int32(layer), lengths, rope, jnp.dtype(dtype),
+        implementation=implementation,
+    )  # fmt: skip
+    for x, exact in zip(got, want, strict=True):
+        assert x.dtype == exact.dtype
+        assert relative_l2(np.float64(x), np.float64(exact)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("programs", "cache_len", "multiprocessors", "splits"),
+    [
+        (8, 4096, 132, 16),  # 8B, one row: one wave
+        (128, 4096, 132, 2),  # 16 rows: one wave of 256
+        (320, 4096, 132, 3),  # 40 rows: 3.6 of 4 waves; without splits, 1.2 of 2
+        (264, 4096, 132, 1),
+        (8, 512, 132, 2),  # at least four blocks a split
+        (8, 64, 132, 1),
+        (32, 8192, 108, 6),
+        (4096, 4096, 132, 1),
+    ],
+)
+def test_splits_fill_whole_waves(programs, cache_len, multiprocessors, splits):
+    assert num_splits(programs, cache_len, multiprocessors) == splits
 
 
 @implementations

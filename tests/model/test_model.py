@@ -14,10 +14,12 @@ from flax import nnx
 from make_golden import GOLDEN, golden_of, sample
 
 from llama_jax.config import MODELS, ModelConfig, RopeConfig
-from llama_jax.model.llama import ComputeConfig, KVCache, Llama, rms_norm
+from llama_jax.model.cache import KVCache
+from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.params import abstract_params, merge, params_of, structure, unstack_layers
+from llama_jax.model.partial_sums import num_parts
 from llama_jax.model.rope import rope_of
-from pallas_kernels import Rope
+from pallas_kernels import Rope, rms_norm
 from pallas_kernels.rotary_attention import rotate
 
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
@@ -486,6 +488,38 @@ def test_unstacked_layers_decode_the_same():
     params = params_of(Llama(cfg, compute, nnx.Rngs(0)))
     together = decode(params, unstacked=False)
     unstacked = decode(unstack_layers(params), unstacked=True)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, unstacked
-    )
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.tree.map(same, together, unstacked)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_partial_sums_decode_the_same(batch, monkeypatch):
+    """The path of decode steps on a GPU, here by the reference implementations of its kernels."""
+    cfg = tools.small(num_kv_heads=2)
+    compute = ComputeConfig(jnp.dtype(jnp.float32), unroll=True)
+    tokens_BT = tools.random_tokens(cfg, batch, 9)
+    params = unstack_layers(params_of(Llama(cfg, compute, nnx.Rngs(0))))
+
+    def decode(params):
+        llama = merge(structure(cfg, compute, unstacked=True), params)
+        _, cache = llama(tokens_BT[:, :8], cache=KVCache.empty(cfg, batch, 12, jnp.float32))
+        return llama(tokens_BT[:, 8:], cache=cache)
+
+    want = jax.jit(decode)(params)
+    monkeypatch.setattr("llama_jax.model.llama.use_partial_sums", lambda tokens: tokens == 1)
+    monkeypatch.setattr("llama_jax.model.partial_sums.num_parts", lambda *sizes: 4)
+    got = jax.jit(lambda params: decode(params))(params)
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.tree.map(same, want, got)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "parts"),
+    [
+        (4096, 6144, 4), (4096, 4096, 8), (4096, 28672, 1), (14336, 4096, 8), (2048, 3072, 4),
+        (8192, 2048, 16), (576, 960, 1), (1536, 576, 2), (96, 64, 1),
+    ],
+)  # fmt: skip
+def test_number_of_partial_sums(inputs, outputs, parts):
+    """On an H100; each part has at least 512 inputs, and divides them."""
+    assert num_parts(inputs, outputs, 132) == parts

@@ -18,7 +18,8 @@ from llama_jax.checkpoint.weights import load_layers, load_weights
 from llama_jax.config import MODELS, ConfigError
 from llama_jax.convert.job import convert
 from llama_jax.generate import load as loading
-from llama_jax.model.llama import ComputeConfig, KVCache, Llama
+from llama_jax.model.cache import KVCache
+from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.params import abstract_params, merge, params_of, structure, unstack_layers
 from llama_jax.model.quantize import (
     QuantizedWeight,

@@ -50,8 +50,9 @@ ENTRY %main (a: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
 
 
 def test_a_loop_unrolled_by_two():
-    """From 0 to 10 in steps of 2: five iterations."""
+    """From 0 to 10 in steps of 2: five iterations, each with a sum and a product."""
     assert hlo.count(UNROLLED).flops == 5 * 2 * 4 * 4 * 4
+    assert hlo.count(UNROLLED).launches == 5 * 2
 
 
 def test_flops_of_every_form_of_matmul():

@@ -31,7 +31,7 @@ from llama_jax.config import DataConfig, OptimConfig, SourceConfig
 from llama_jax.data.batch import Batch
 from llama_jax.data.mixture import Mixture, TrainData
 from llama_jax.data.sequences import Source, TokenStream
-from llama_jax.model.llama import ComputeConfig, rms_norm
+from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.sharding import AXES
 from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.train import loop, metrics
@@ -39,6 +39,7 @@ from llama_jax.train.__main__ import main
 from llama_jax.train.distributed import any_device, any_process
 from llama_jax.train.optim import make_optimizer
 from llama_jax.train.step import compute_config, nll_sum
+from pallas_kernels import rms_norm
 
 CFG = tools.small()
 

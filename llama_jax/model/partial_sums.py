@@ -1,0 +1,74 @@
+"""Decode steps with few kernel launches on a GPU: products as partial sums.
+
+A product of few rows is too small for a GPU unless its inputs are split over several programs,
+whose partial sums must be added. Here the kernel that uses the product adds them.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama_jax.model.quantize import QuantizedWeight, is_quantized, matmul
+from llama_jax.model.sharding import no_mesh
+from pallas_kernels import add_rms_norm, dispatch, rms_norm
+
+Residual = jax.Array | tuple[jax.Array, jax.Array]
+"""x [B, T, D], or x and the partial sums [P, B, T, D] of what is to be added to it."""
+
+
+def use_partial_sums(tokens: int) -> bool:
+    """Whether a call with a cache and this many new tokens per row takes this path."""
+    return tokens == 1 and no_mesh() and dispatch.platform() in ("gpu", "cuda")
+
+
+def num_parts(inputs: int, outputs: int, multiprocessors: int) -> int:
+    """Number of partial sums of a product with few rows.
+
+    A power of two that gives about 1.5 tiles of 128 outputs per multiprocessor, as XLA chooses
+    where it splits a product, and that leaves at least 512 inputs to each part.
+
+    Args:
+      inputs: of the product.
+      outputs: of the product.
+      multiprocessors: of the GPU.
+    """
+    wanted = 1.5 * multiprocessors * 128 / outputs
+    most = math.gcd(inputs, 1 << max(0, inputs // 512).bit_length() - 1) if inputs >= 512 else 1
+    return min(most, 2 ** max(0, round(math.log2(wanted))))
+
+
+def partial_products(x_BTI: jax.Array, w: jax.Array | QuantizedWeight | nnx.Variable) -> jax.Array:
+    """The product with a matrix [in, out] as P partial sums in float32, [P, B, T, out], T = 1.
+
+    If P > 1 and B = 1 there is a second row, to be ignored: for a single row, XLA would replace the
+    product by sums that read a float32 copy of the matrix.
+    """
+    w = w.get_value() if isinstance(w, nnx.Variable) else w
+    B, _, inputs = x_BTI.shape
+    outputs = (w.q if is_quantized(w) else w).shape[-1]
+    P = num_parts(inputs, outputs, dispatch.num_cores() or 132)
+    if is_quantized(w) and w.grouped:
+        P = 1
+    elif not is_quantized(w):
+        w = w.astype(x_BTI.dtype)
+    if P == 1:
+        return matmul(x_BTI, w, jnp.float32)[None]
+    x = jnp.broadcast_to(x_BTI, (max(B, 2), 1, inputs)).reshape(-1, P, inputs // P)
+    split = lambda w: w.reshape(P, inputs // P, -1)
+    if is_quantized(w):
+        w, axes = dataclasses.replace(w, q=split(w.q)), dataclasses.replace(w, q=0, scale=None)
+    else:
+        w, axes = split(w), 0
+    product = functools.partial(matmul, out_dtype=jnp.float32)
+    return jax.vmap(product, in_axes=(1, axes))(x, w)[:, :, None]
+
+
+def add_and_norm(x: Residual, scale_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """The residual stream with everything added, and its RMSNorm."""
+    if isinstance(x, tuple):
+        return add_rms_norm(*x, scale_D, eps)
+    return x, rms_norm(x, scale_D, eps)
