@@ -29,8 +29,8 @@ NEEDED = (
     "typing_extensions", "typing_inspection", "tomli_w",
 )  # fmt: skip
 STEPS = {
-    "card": 30, "correctness": 100, "attention": 90, 
-    "decode_attention": 60, "products": 40,
+    "card": 30, "correctness": 100, "attention": 90, "torch_attention": 30, "decode_attention": 50,
+    "products": 40, "generate": 110, "train": 80, "torch_train": 60, "torch_generate": 80,
 }  # fmt: skip
 """Name -> seconds that the step takes on a GPU, estimated"""
 

@@ -50,7 +50,8 @@ class Sizes(NamedTuple):
     """models that generate, small first"""
     batches: tuple[int, ...]
     prompt: int
-    new_tokens: int
+    prefill: int
+    """tokens of the prompt whose reading is timed"""
     train_model: str
     train_batch: tuple[int, int]
     """B, T of the training step"""
@@ -64,7 +65,7 @@ FULL = Sizes(
     tokens=16384, lengths=(4096, 16384), heads=(32, 8, 128),
     decode_heads=(64, 8, 128), decode_rows=(1, 8, 32), decode_lengths=(2048, 8192, 32768),
     decode_bytes=256 << 20, matrix=(4096, 28672), num_matrices=4, products_rows=(1, 16, 2048),
-    models=("llama3.2-1b", "llama3.1-8b"), batches=(1, 16), prompt=512, new_tokens=128,
+    models=("llama3.2-1b", "llama3.1-8b"), batches=(1, 16), prompt=512, prefill=4096,
     train_model="llama3.2-1b", train_batch=(4, 4096), rounds=7, round_seconds=0.05,
 )  # fmt: skip
 TINY = Sizes(
@@ -72,8 +73,8 @@ TINY = Sizes(
     tokens=128, lengths=(64, 128), heads=(2, 1, 64),
     decode_heads=(4, 2, 32), decode_rows=(1, 2), decode_lengths=(64,),
     decode_bytes=1 << 12, matrix=(64, 128), num_matrices=2, products_rows=(1, 16),
-    models=("stories260k", "tiny"), batches=(1, 2), prompt=16, new_tokens=8,
-    train_model="stories260k", train_batch=(2, 64), rounds=2, round_seconds=0.0,
+    models=("stories260k", "tiny"), batches=(2,), prompt=16, prefill=40,
+    train_model="tiny", train_batch=(2, 64), rounds=2, round_seconds=0.0,
 )  # fmt: skip
 
 

@@ -90,28 +90,28 @@ def _attention_inputs(T, S, H, seed, documents=False, masked=False, first=0, cau
     return arrays, more, static
 
 
+def attention_program(static, implementation, _, q, k, v, d_out, more):
+    """The function to compile: output and gradients."""
+    attend = lambda q, k, v: rotary_attention(
+        q, k, v, more["positions_BT"], rope_of(q.shape[-1]), implementation=implementation,
+        **{n: x for n, x in more.items() if n != "positions_BT"}, **static,
+    )  # fmt: skip
+    out, pull = jax.vjp(attend, q, k, v)
+    return out, *pull(d_out)
+
+
 def check_attention(name: str, make: Callable[[int], Any], want: dict[int, Any]) -> Row:
     """Forward and backward."""
     static = make(0)[2]
-
-    def both(implementation, _, q, k, v, d_out, more):
-        attend = lambda q, k, v: rotary_attention(
-            q, k, v, more["positions_BT"], rope_of(q.shape[-1]), implementation=implementation,
-            **{n: x for n, x in more.items() if n != "positions_BT"}, **static,
-        )  # fmt: skip
-        out, pull = jax.vjp(attend, q, k, v)
-        return out, *pull(d_out)
-
+    both = lambda implementation: functools.partial(attention_program, static, implementation)
     program, errors, worst = None, [], []
     for seed in (0, 1):
         arrays, more, _ = make(seed)
         if program is None:
-            program = _Poisoned(functools.partial(both, name), (*arrays, more))
+            program = _Poisoned(both(name), (*arrays, more))
         if seed not in want:
             wide = [x.astype(jnp.float32) for x in arrays]
-            want[seed] = jax.device_get(
-                _reference(functools.partial(both, "xla"))(None, *wide, more)
-            )
+            want[seed] = jax.device_get(_reference(both("xla"))(None, *wide, more))
         got = program(*arrays, more)
         pairs = [relative_errors(g, w) for g, w in zip(got, want[seed], strict=True)]
         errors.append([whole for whole, _ in pairs])
@@ -146,14 +146,16 @@ def decode_cases(s: Sizes) -> dict[str, tuple]:
     }
 
 
+def decode_program(implementation, _, q, k, v, cache_k, cache_v, lengths):
+    """The function to compile: output and the two caches."""
+    return rotary_decode_attention(
+        q, k, v, cache_k, cache_v, 1, lengths, rope_of(q.shape[-1]), implementation=implementation
+    )
+
+
 def check_decode(name: str, T: int, S: int, H: int, lengths: list[int]) -> Row:
     """Output and caches; slots that hold nothing are NaN before."""
     B, N, K, L = len(lengths), 8, 2, 2
-
-    def decode(implementation, _, q, k, v, cache_k, cache_v, lengths):
-        return rotary_decode_attention(
-            q, k, v, cache_k, cache_v, 1, lengths, rope_of(H), implementation=implementation
-        )
 
     length_B = jnp.asarray(lengths, jnp.int32)
     live = (jnp.arange(S) < length_B[:, None])[None, :, None, :, None]
@@ -168,9 +170,9 @@ def check_decode(name: str, T: int, S: int, H: int, lengths: list[int]) -> Row:
         caches = [jnp.where(live, x, jnp.nan) for x in caches]
         if program is None:
             arguments = (q, k, v, *caches, length_B)
-            program = _Poisoned(functools.partial(decode, name), arguments, donated=(4, 5))
+            program = _Poisoned(functools.partial(decode_program, name), arguments, donated=(4, 5))
         wide = [x.astype(jnp.float32) for x in (q, k, v, *caches)]
-        want = _reference(functools.partial(decode, "xla"))(None, *wide, length_B)
+        want = _reference(functools.partial(decode_program, "xla"))(None, *wide, length_B)
         got = program(q, k, v, *(x + 0 for x in caches), length_B)
         errors.append(list(relative_errors(got[0], want[0])))
         for before, after, right in zip(caches, got[1:], want[1:], strict=True):

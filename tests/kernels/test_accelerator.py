@@ -8,8 +8,11 @@ import sys
 import pytest
 
 from benchmarks.accelerator import __main__ as accelerator
-from benchmarks.accelerator import table
+from benchmarks.accelerator import ahead, table, torch_peers, train
+from benchmarks.accelerator.common import TINY
 from benchmarks.common import ROOT
+from llama_jax.chips import gpu_topology
+from llama_jax.config import MODELS
 
 ABSENT = ("grain", "tensorboardX", "pyarrow", "orbax", "sentencepiece", "tokenizers", "matplotlib")
 
@@ -132,3 +135,58 @@ def test_targets():
         "0.90: met", "not measured", "0.79: NOT MET", "2.00: met", "not measured", "1.50: met",
         "0.51: met", "1.02: NOT MET",
     ]  # fmt: skip
+
+
+# The peers in PyTorch run on a CPU here, eagerly -----------------------------------------------
+
+
+def test_torch_attention_and_training_run():
+    pytest.importorskip("torch")
+    row = torch_peers.attention("cpu", TINY, 64, "cudnn", "forward + backward")
+    assert row["seconds"]["runs"] == TINY.rounds
+    pytest.importorskip("transformers")
+    row = torch_peers.train("cpu", TINY._replace(train_model="stories260k"), compile_=False)
+    assert row["numbers"]["tokens/s"] > 0
+
+
+def test_the_static_cache_gives_the_tokens_of_generate():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    model = torch_peers.llama(MODELS["stories260k"], "cpu", torch.float32).eval()
+    ids = torch.randint(1, 512, (2, 9))
+    each, tokens = torch_peers.greedy("cpu", model, ids, steps=3, compile_=False)
+    want = model.generate(
+        ids, do_sample=False, max_new_tokens=15, eos_token_id=None, pad_token_id=0
+    )
+    assert each["runs"] == 4
+    assert torch.cat(tokens, dim=1).tolist() == want[:, 9:].tolist()
+
+
+def test_without_cuda_the_row_says_so():
+    assert torch_peers.guarded(pytest.fail)() == {"not measured": "no torch with CUDA"}
+
+
+# Compiled for an absent H100 ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [
+        ("right: attention gpu, masked rows", 1),
+        ("right: decode gpu, position 131071, H 64", 1),
+        ("attention T 16384, forward: gpu, 128x128 8 warps 2 stages", 2),
+        ("decode attention B 32, S 32768: gpu", 10),
+        ("product of 16 rows, int4", 2),
+        ("generate llama3.1-8b, largest random matrix", 20),
+    ],
+)
+def test_full_sizes_compile(name, gib):
+    pytest.importorskip("jax_cuda13_plugin", reason="needs jax's CUDA plugin")
+    program = dict(ahead.programs(gpu_topology("h100")[0]))[name]()
+    assert train.peak_gib(program.memory_analysis()) < gib
+
+
+def test_every_part_has_programs_for_an_absent_gpu():
+    pytest.importorskip("jax_cuda13_plugin", reason="needs jax's CUDA plugin")
+    names = [name for name, _ in ahead.programs(gpu_topology("h100")[0])]
+    assert len(names) == len(set(names)) > 60

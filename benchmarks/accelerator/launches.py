@@ -1,0 +1,38 @@
+"""Counts the kernels that a GPU is asked to run for each token, in a compiled decode program."""
+
+from llama_jax.plan.hlo_text import Op, all_called, called, parse, trip_count
+
+_NO_KERNEL = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
+    "opt-barrier", "async-done", "copy-done", "async-update", "iota",
+}  # fmt: skip
+
+
+def launches(text: str) -> int:
+    """Instructions of the largest loop's body that start a kernel or a copy.
+
+    Args:
+      text: `jax.stages.Compiled.as_text()` of the program that adds tokens; its loop over tokens
+        is the largest one.
+    """
+    computations, _ = parse(text)
+    loops = [op for ops in computations.values() for op in ops.values() if op.kind == "while"]
+    return max((_count(computations, called(op, "body")) for op in loops), default=0)
+
+
+def _count(computations: dict[str, dict[str, Op]], name: str) -> int:
+    total = 0
+    for op in computations[name].values():
+        if op.kind == "while":
+            inner = _count(computations, called(op, "body"))
+            try:
+                total += trip_count(computations, op) * inner
+            except ValueError:
+                total += inner
+        elif op.kind in ("call", "async-start"):
+            total += sum(_count(computations, c) for c in all_called(op) if c in computations)
+        elif op.kind == "conditional":  # the cheapest branch: greedy, no log p
+            total += min(_count(computations, c) for c in all_called(op) if c in computations)
+        elif op.kind not in _NO_KERNEL:
+            total += 1
+    return total
