@@ -58,9 +58,9 @@ def rotary_attention(
       q_offset: index of query 0 among the keys, for a shard of a longer sequence.
       causal: query t attends to key s only if s <= t + q_offset, by index, not by position.
       scale: factor on the scores; default: H ** -0.5.
-      implementation: "tpu", "cudnn", "gpu" or "xla"; default: the first of them, in this order,
-        that runs on the platform and supports the arguments. cuDNN precedes our GPU kernel, whose
-        speed has not been measured. On a CPU, "tpu" and "gpu" run in Pallas' interpreter.
+      implementation: "tpu", "cudnn", "gpu", "mosaic" or "xla"; default: the first of them, in this
+        order, that runs on the platform and supports the arguments. cuDNN precedes our GPU kernels,
+        whose speed has not been measured. On a CPU, kernels run in Pallas' interpreters.
 
     Returns:
       [B, T, N, H] in q's dtype; scores, softmax and sums are float32. The output of a fully masked
@@ -257,6 +257,12 @@ def _gpu(*args):
     return gpu(*args)
 
 
+def _mosaic(*args):
+    from pallas_kernels.rotary_attention_mosaic import mosaic
+
+    return mosaic(*args)
+
+
 def _tpu(*args):
     from pallas_kernels.rotary_attention_tpu import tpu
 
@@ -267,5 +273,6 @@ _IMPLEMENTATIONS = {
     "tpu": (("tpu",), _tpu),
     "cudnn": (("gpu", "cuda"), _cudnn),
     "gpu": (("gpu", "cuda"), _gpu),
+    "mosaic": (("gpu", "cuda"), _mosaic),
     "xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla),
 }
