@@ -7,7 +7,7 @@ RMSNorm before each sub-layer, SwiGLU, grouped-query attention with rotary embed
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig
 from llama_jax.model.cache import KVCache
+from llama_jax.model.layers import one_block, unstack
 from llama_jax.model.partial_sums import (
     Residual,
     add_and_norm,
@@ -38,6 +39,7 @@ from llama_jax.model.sharding import (
 )
 from pallas_kernels import (
     Rope,
+    dispatch,
     fused_decode_attention,
     rotary_attention,
     rotary_decode_attention,
@@ -290,7 +292,13 @@ class Llama(nnx.Module):
 
         body = _remat(body, self.compute.remat)
         L = self.cfg.num_layers
-        if self.compute.unroll or isinstance(self.blocks, nnx.List):
+        unstacked = isinstance(self.blocks, nnx.List)
+        one_device = unstacked and no_mesh() and not use_partial_sums(x_BTD.shape[1])
+        if one_device and dispatch.platform() == "cpu":  # a GPU would wait for each choice
+            block_of = one_block(self.layers())
+            step = lambda carry, layer: body(carry, (block_of(layer), layer))
+            carry, _ = jax.lax.scan(step, (x_BTD, cache), jnp.arange(L))
+        elif self.compute.unroll or unstacked:
             body = body if cache is None else jax.jit(body)  # decoding: traced once for all layers
             carry = (x_BTD, cache)
             for i, block in enumerate(self.layers()):
@@ -424,12 +432,3 @@ def _remat(body, policy: str):
         "matmuls": jax.checkpoint_policies.save_only_these_names("matmul"),
     }
     return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
-
-
-def unstack(tree_L: Any) -> list[Any]:
-    """Splits a tree of arrays that are stacked along L into one tree per layer."""
-    leaves, treedef = jax.tree.flatten(tree_L)
-    # The gradient of lax.split is one concatenation; that of indexing is L sums of padded arrays.
-    split = [jax.lax.split(w, [1] * w.shape[0]) for w in leaves]
-    layers = zip(*split, strict=True)
-    return [jax.tree.unflatten(treedef, [x.squeeze(0) for x in layer]) for layer in layers]

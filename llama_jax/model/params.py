@@ -4,14 +4,16 @@ Checkpoints, conversion and compiled steps hold parameters as a dict; :func:`mer
 :class:`Llama` of them. For decoding, layers are unstacked and their projections fused.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from llama_jax.config import ModelConfig
-from llama_jax.model.llama import ComputeConfig, Llama, unstack
+from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.quantize import is_quantized
 from llama_jax.model.sharding import no_mesh
 
@@ -79,7 +81,12 @@ def unstack_layers(params: Params) -> Params:
         out = {}
         for name in list(tree):
             x = tree.pop(name)
-            out[name] = unstack_arrays(x) if isinstance(x, dict) else _unstack(x)
+            # One small program for all layers: one that returns all of them compiles for seconds.
+            out[name] = (
+                unstack_arrays(x)
+                if isinstance(x, dict)
+                else [_layer(x, np.int32(i)) for i in range(x.shape[0])]
+            )
         return out
 
     lists = unstack_arrays(params["blocks"])
@@ -98,7 +105,7 @@ def fuse_projections(layer: Params) -> Params:
     return layer
 
 
-_unstack = jax.jit(unstack)
+_layer = jax.jit(functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False))
 
 
 @jax.jit

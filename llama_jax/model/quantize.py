@@ -10,7 +10,7 @@ multiplies with such matrices.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,24 @@ class QuantizedWeight:
         )
 
 
+class LayerWeights(NamedTuple):
+    """A matrix of every layer, of which :func:`matmul` uses that of one layer without copying it.
+
+    Example:
+      y = matmul(x, LayerWeights((w0_IO, w1_IO), jnp.int32(1)), jnp.float32)
+    """
+
+    weights: tuple[Any, ...]
+    """arrays, or quantized matrices"""
+    layer: jax.Array
+    """int32 scalar"""
+
+    def astype(self, dtype: jnp.dtype) -> "LayerWeights":
+        """The same matrices in another dtype, where they are not quantized."""
+        cast = lambda w: w if is_quantized(w) else w.astype(dtype)
+        return self._replace(weights=tuple(map(cast, self.weights)))
+
+
 def matmul(
     x: jax.Array,
     w: "jax.Array | QuantizedWeight",
@@ -82,6 +100,9 @@ def matmul(
       out_dtype: of the result.
       out_sharding: with a mesh, of the result; unreduced where the inputs are sharded.
     """
+    if isinstance(w, LayerWeights):
+        products = [functools.partial(matmul, w=w_IO, out_dtype=out_dtype) for w_IO in w.weights]
+        return jax.lax.switch(w.layer, products, x)
     product = functools.partial(jnp.einsum, "...i,io->...o")
     if not is_quantized(w):
         return product(x, w, preferred_element_type=out_dtype, out_sharding=out_sharding)

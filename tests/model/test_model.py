@@ -492,6 +492,27 @@ def test_unstacked_layers_decode_the_same():
     jax.tree.map(same, together, unstacked)
 
 
+def test_unstacked_layers_are_compiled_once_on_a_cpu():
+    """More layers give more matrix products but no other code, and no matrix is copied."""
+
+    def compiled(num_layers):
+        cfg = tools.small(num_layers=num_layers, num_kv_heads=2)
+        compute = ComputeConfig(jnp.dtype(jnp.float32), unroll=True)
+        params = unstack_layers(params_of(Llama(cfg, compute, nnx.Rngs(0))))
+        cache = KVCache.empty(cfg, 1, 128, jnp.float32)
+        of_model = functools.partial(merge, structure(cfg, compute, unstacked=True))
+        program = jax.jit(
+            lambda params, tokens, cache: of_model(params)(tokens, cache=cache), donate_argnums=2
+        )
+        matrices = sum(w.nbytes for w in jax.tree.leaves(params["blocks"]))
+        return program.lower(params, jnp.zeros((1, 2), int), cache).compile(), matrices
+
+    (few, matrices), (many, more_matrices) = compiled(2), compiled(6)
+    assert few.as_text().count("exponential(") == many.as_text().count("exponential(")
+    temp = lambda program: program.memory_analysis().temp_size_in_bytes
+    assert temp(many) - temp(few) < (more_matrices - matrices) / 2
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_partial_sums_decode_the_same(batch, monkeypatch):
     """The path of decode steps on a GPU, here by the reference implementations of its kernels."""

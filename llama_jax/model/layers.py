@@ -1,0 +1,39 @@
+"""Layers stacked along L, one by one, and in a loop over separate arrays."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama_jax.model.quantize import LayerWeights
+
+
+def one_block(blocks: list[Any]) -> Callable[[jax.Array], Any]:
+    """The block of a layer whose index is an array: its code is compiled once for all layers.
+
+    Its matrices are :class:`LayerWeights`, so that none is copied, as slices of a stack would be.
+    """
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    graphdefs, states = zip(*map(nnx.split, blocks), strict=True)
+    variables = zip(*(jax.tree.leaves(s, is_leaf=is_variable) for s in states), strict=True)
+    values = [(first, [v.get_value() for v in (first, *rest)]) for first, *rest in variables]
+    values = [(v, jnp.stack(x) if getattr(x[0], "ndim", 2) == 1 else tuple(x)) for v, x in values]
+    tree = jax.tree.structure(states[0], is_leaf=is_variable)
+
+    def block_of(layer: jax.Array) -> Any:
+        choose = lambda x: LayerWeights(x, layer) if isinstance(x, tuple) else x[layer]
+        chosen = [variable.replace(choose(x)) for variable, x in values]
+        return nnx.merge(graphdefs[0], jax.tree.unflatten(tree, chosen))
+
+    return block_of
+
+
+def unstack(tree_L: Any) -> list[Any]:
+    """Splits a tree of arrays that are stacked along L into one tree per layer."""
+    leaves, treedef = jax.tree.flatten(tree_L)
+    # The gradient of lax.split is one concatenation; that of indexing is L sums of padded arrays.
+    split = [jax.lax.split(w, [1] * w.shape[0]) for w in leaves]
+    layers = zip(*split, strict=True)
+    return [jax.tree.unflatten(treedef, [x.squeeze(0) for x in layer]) for layer in layers]
