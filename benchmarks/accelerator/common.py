@@ -23,8 +23,8 @@ class Sizes(NamedTuple):
     copy_bytes: int
     product: int
     """rows and columns of the square product"""
-    every_case: bool
-    """all correctness checks, or one of two (compiling an interpreted kernel takes seconds)"""
+    every_row: bool
+    """all rows, or about half of them (compiling an interpreted kernel takes seconds)"""
     check_T: int
     """tokens of the correctness checks; not a multiple of a block"""
     check_S: int
@@ -60,7 +60,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(
-    copy_bytes=2 << 30, product=8192, every_case=True,
+    copy_bytes=2 << 30, product=8192, every_row=True,
     check_T=1000, check_S=1000, last_position=131071,
     tokens=16384, lengths=(4096, 16384), heads=(32, 8, 128),
     decode_heads=(64, 8, 128), decode_rows=(1, 8, 32), decode_lengths=(2048, 8192, 32768),
@@ -69,9 +69,9 @@ FULL = Sizes(
     train_model="llama3.2-1b", train_batch=(4, 4096), rounds=7, round_seconds=0.05,
 )  # fmt: skip
 TINY = Sizes(
-    copy_bytes=1 << 16, product=64, every_case=False, check_T=72, check_S=100, last_position=255,
-    tokens=128, lengths=(64, 128), heads=(2, 1, 64),
-    decode_heads=(4, 2, 32), decode_rows=(1, 2), decode_lengths=(64,),
+    copy_bytes=1 << 16, product=64, every_row=False, check_T=72, check_S=100, last_position=255,
+    tokens=128, lengths=(64,), heads=(2, 1, 64),
+    decode_heads=(4, 2, 32), decode_rows=(2,), decode_lengths=(64,),
     decode_bytes=1 << 12, matrix=(64, 128), num_matrices=2, products_rows=(1, 16),
     models=("stories260k", "tiny"), batches=(2,), prompt=16, prefill=40,
     train_model="tiny", train_batch=(2, 64), rounds=2, round_seconds=0.0,

@@ -34,7 +34,7 @@ def kernels(table: Mapping[str, Any]) -> list[str]:
 
 
 def rows(s: Sizes, earlier: dict[str, Row]) -> Rows:
-    step = 1 if s.every_case else 2
+    step = 1 if s.every_row else 2
     for case, make in list(attention_cases(s).items())[::step]:
         want: dict[int, Any] = {}  # computed once, by the first implementation
         for name in kernels(ATTENTION):

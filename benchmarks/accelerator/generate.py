@@ -35,7 +35,7 @@ def rows(s: Sizes, earlier: dict[str, Row]) -> Rows:
     small, large = s.models
     order = [(small, "bfloat16"), (large, "bfloat16"), (large, "int8"), (small, "int8")]
     for batch in s.batches:
-        for model, kind in order:
+        for model, kind in order[:: 1 if s.every_row else 2]:
             yield (
                 f"generate {model}, {kind}, batch {batch}",
                 functools.partial(decode_rate, s, engines, model, kind, batch, copy),

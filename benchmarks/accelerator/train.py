@@ -32,7 +32,7 @@ LOSS_CHUNK = 4096
 
 def rows(s: Sizes, earlier: dict[str, Row]) -> Rows:
     for attention in kernels(_IMPLEMENTATIONS):
-        for remat in ("matmuls", "none"):
+        for remat in ("matmuls", "none")[: 2 if s.every_row else 1]:
             yield (
                 f"train {s.train_model}, remat {remat}, {attention}",
                 functools.partial(measure, s, remat, attention),
