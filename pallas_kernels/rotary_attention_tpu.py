@@ -1,7 +1,8 @@
 """Rotary attention for TPU in Pallas (Mosaic): the forward kernel, and code shared with the
 backward kernel. The algorithm is FlashAttention-2 (arXiv 2307.08691).
 
-A program of the forward kernel holds a block of queries of one head and loops over blocks of keys.
+A program of the forward kernel holds a block of queries of one head, or of some query heads of one
+key head as more rows of the products, and loops over blocks of keys.
 If the keys and values of a head fit, they stay in VMEM; the keys are rotated there once per key
 head and used by all G query heads. Otherwise they are streamed through VMEM in chunks, and XLA
 rotates the keys beforehand. Queries are rotated when they are loaded. One backward kernel
@@ -43,6 +44,8 @@ class KernelConfig(NamedTuple):
     T: int
     S: int
     """numbers of queries and keys; the rest is padding"""
+    heads: int
+    """query heads of a key head that a program processes together"""
     block_q: int
     block_k: int
     forward_k: int
@@ -64,7 +67,7 @@ def tpu(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset,
         raise NotImplementedError(f"{q.dtype}: the TPU kernels support float32 and bfloat16")
     offset = q_offset if isinstance(q_offset, int) else None
     documents = segments is not None
-    chosen = sizes(T, S, H, q.dtype.itemsize, documents)
+    chosen = sizes(T, S, H, q.shape[2] // k.shape[2], q.dtype.itemsize, documents)
     config = KernelConfig(causal, scale, offset, T, S, *chosen)
     pad_q, pad_k = (
         functools.partial(_pad, config.block_q),
@@ -138,14 +141,23 @@ def kernel_shape(shape):
     return (B, T, N * H) if H == LANES else (B, N, T, H)
 
 
-def head_spec(H: int, rows: int, at):
-    """Block spec of rows of a head; ``at`` maps grid indices to (b, block, head)."""
+def head_spec(H: int, rows: int, at, heads: int | None = None):
+    """Block spec of rows of a head, or of some heads for :func:`head`.
+
+    ``at`` maps grid indices to (b, block, index of the head or of the group of heads).
+    """
 
     def index(*grid):
         b, block, head = at(*grid)
         return (b, block, head) if H == LANES else (b, head, block, 0)
 
-    return pl.BlockSpec((None, rows, H) if H == LANES else (None, None, rows, H), index)
+    block = (None, rows, (heads or 1) * H) if H == LANES else (None, heads, rows, H)
+    return pl.BlockSpec(block, index)
+
+
+def head(ref, n: int):
+    """Head n of a block of :func:`head_spec`, as a ref [rows, H]."""
+    return ref.at[:, n * LANES : (n + 1) * LANES] if len(ref.shape) == 2 else ref.at[n]
 
 
 def number_spec(rows: int, at):
@@ -252,7 +264,8 @@ def _kernel(
 ):  # fmt: skip
     b, i, g, chunk = (pl.program_id(n) for n in (0, 2, 3, 4))
     block, block_k = pl.num_programs(2) * b + i, config.block_k
-    rows, H = q_ref.shape
+    block_q, heads = config.block_q, range(config.heads)
+    rows, H = q_s.shape
     if k_table_ref is not None:
         pl.when((i == 0) & (g == 0))(lambda: rotate_all(k_ref, k_table_ref, k_s, block_k))
     keys = k_ref if k_table_ref is None else k_s
@@ -261,9 +274,12 @@ def _kernel(
     def _():
         # exp2 is the hardware instruction; the factor log2(e) goes into the queries.
         factor = config.scale * math.log2(math.e)
-        q_s[...] = (rotate_block(q_ref[...], q_table_ref[...]) * factor).astype(q_s.dtype)
-        if q_ids_ref is not None:
-            q_ids_s[...] = column(q_ids_ref[...])
+        for n in heads:
+            at = pl.ds(n * block_q, block_q)
+            q = rotate_block(head(q_ref, n)[...], q_table_ref[...])
+            q_s[at, :] = (q * factor).astype(q_s.dtype)
+            if q_ids_ref is not None:
+                q_ids_s[at, :] = column(q_ids_ref[...])
         m_s[...] = jnp.full_like(m_s, MASK_VALUE)
         l_s[...] = jnp.zeros_like(l_s)
         acc_s[...] = jnp.zeros_like(acc_s)
@@ -273,7 +289,8 @@ def _kernel(
         scores = dot(q_s[...], keys[at, :], "nt")
         if is_partial:
             first = chunk * k_ref.shape[0] + j * block_k
-            t = i * rows + lax.broadcasted_iota(jnp.int32, (rows, LANES), 0)
+            row = lax.broadcasted_iota(jnp.int32, (rows, LANES), 0)
+            t = i * block_q + (row & (block_q - 1))  # sizes of blocks are powers of 2
             last = lanes(last_visible(config, t, offset_ref) - first, block_k)
             visible = lax.broadcasted_iota(jnp.int32, scores.shape, 1) <= last
             if q_ids_ref is not None:
@@ -299,34 +316,37 @@ def _kernel(
         fully_masked = m_s[...] < MASK_VALUE / 2
         l = jnp.where(fully_masked, 1, l_s[...])
         out = jnp.where(lanes(fully_masked, H), 0, acc_s[...] / lanes(l, H))
-        out_ref[...] = out.astype(out_ref.dtype)
-        lse = jnp.where(fully_masked, -MASK_VALUE, m_s[...] + jnp.log2(l))
-        lse_ref[...] = lse.T[:1]
+        lse = jnp.where(fully_masked, -MASK_VALUE, m_s[...] + jnp.log2(l)).T[:1]
+        for n in heads:
+            at = slice(n * block_q, (n + 1) * block_q)
+            head(out_ref, n)[...] = out[at].astype(out_ref.dtype)
+            lse_ref[n] = lse[:, at]
 
 
 def _call(config, H, q_k_v, tables, ids, offset):
     (q, k, v), (q_table, k_table) = q_k_v, tables
     (B, T), S = q_table.shape[:2], k.shape[1 if H == LANES else 2]
-    heads = lambda x: x.shape[2] // H if H == LANES else x.shape[1]
-    N, K = heads(q), heads(k)
-    G, rows, keys = N // K, config.block_q, config.forward_k
+    count = lambda x: x.shape[2] // H if H == LANES else x.shape[1]
+    N, K = count(q), count(k)
+    heads, rows, keys = config.heads, config.block_q, config.forward_k
+    G = N // K // heads  # groups of heads
     ranges = block_ranges("q", rows, config.block_k, (B, T, S), config.S, config.causal, offset,
                    *(ids or (None, None)))  # fmt: skip
-    of_q = head_spec(H, rows, lambda b, h, i, g, j, *_: (b, i, h * G + g))
+    of_q = head_spec(H, rows, lambda b, h, i, g, j, *_: (b, i, h * G + g), heads)
     of_k = head_spec(H, keys, lambda b, h, i, g, j, *_: (b, j, h))
     table_spec = lambda n, at: pl.BlockSpec((None, n, H), at)
     number = lambda n, at: None if ids is None else number_spec(n, at)
     size, passes = q.dtype.itemsize, 1 if keys == S else T // rows * G
     moved = size * (2 * q.size + passes * 2 * k.size) + 4 * (B * N * T + B * (T + S) * H)
     scratch = [
-        pltpu.VMEM((rows, H), q.dtype),
+        pltpu.VMEM((heads * rows, H), q.dtype),
         pltpu.VMEM((S if k_table is not None else 8, H), k.dtype),
-        pltpu.VMEM((rows, LANES) if ids is not None else (8, LANES), jnp.int32),
-        pltpu.VMEM((rows, LANES), jnp.float32),
-        pltpu.VMEM((rows, LANES), jnp.float32),
-        pltpu.VMEM((rows, H), jnp.float32),
+        pltpu.VMEM((heads * rows if ids is not None else 8, LANES), jnp.int32),
+        pltpu.VMEM((heads * rows, LANES), jnp.float32),
+        pltpu.VMEM((heads * rows, LANES), jnp.float32),
+        pltpu.VMEM((heads * rows, H), jnp.float32),
     ]
-    lse_spec = pl.BlockSpec((None, None, 1, rows), lambda b, h, i, g, j, *_: (b, h * G + g, 0, i))
+    lse_spec = pl.BlockSpec((None, heads, 1, rows), lambda b, h, i, g, j, *_: (b, h * G + g, 0, i))
     return pl.pallas_call(
         functools.partial(_kernel, config=config),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -1,9 +1,9 @@
 """Rotary attention for TPU: the backward kernel, for the gradients of q, k and v.
 
-A program holds queries of one head and keys, all of them if VMEM allows, and loops over the blocks
-of keys and, for each, the blocks of queries that attend to it. Scores have keys as rows: of the
-five products, only the gradient of q needs a transpose. The float32 gradients of a key head stay in
-VMEM until all its queries have been processed.
+A program holds queries of one or some heads and keys, all of them if VMEM allows, and loops over
+the blocks of keys and, for each, the blocks of queries that attend to it. Scores have keys as rows:
+of the five products, only the gradient of q needs a transpose. The float32 gradients of a key head
+stay in VMEM until all its queries have been processed.
 """
 
 import functools
@@ -26,6 +26,7 @@ from pallas_kernels.rotary_attention_tpu import (
     dot,
     for_each_block,
     from_kernel_layout,
+    head,
     head_spec,
     kernel_shape,
     lanes,
@@ -56,12 +57,16 @@ def _kernel(
     q_s, k_s, delta_s, d_q_s, d_k_s, d_v_s, *, config, chunks,
 ):  # fmt: skip
     b, i, g, j = (pl.program_id(n) for n in (0, 2, 3, 4))
-    block_q, block_k = config.block_q, config.block_k
-    (queries, H), keys = q_ref.shape, k_ref.shape[0]
+    block_q, block_k, heads = config.block_q, config.block_k, range(config.heads)
+    rows = len(heads) * block_q
+    queries, (keys, H) = q_table_ref.shape[0], k_ref.shape
     blocks_q, blocks_k = queries // block_q, keys // block_k
     resident = chunks == 1
     k_rotated = k_s if resident else k_ref
     q_at = lambda n: pl.ds(pl.multiple_of(n * block_q, block_q), block_q)
+    # In scratch, the rows of the heads in a block of queries are together.
+    rows_at = lambda n: pl.ds(pl.multiple_of(n * rows, rows), rows)
+    head_at = lambda n, h: pl.ds(pl.multiple_of(n * rows + h * block_q, block_q), block_q)
 
     @pl.when((i == 0) & (g == 0) & (j == 0))
     def _():
@@ -74,14 +79,16 @@ def _kernel(
     def _():
         def prepare(n, _):
             at = q_at(n)
+            d_q_s[rows_at(n), :] = jnp.zeros((rows, H), jnp.float32)
             # As in the forward kernel.
             factor = config.scale * math.log2(math.e)
-            q_s[at, :] = (rotate_block(q_ref[at, :], q_table_ref[at, :]) * factor).astype(q_s.dtype)
-            d_q_s[at, :] = jnp.zeros((block_q, H), jnp.float32)
-            # Equals the row sums of weights * d_weights, without a pass over [T, S].
-            product = out_ref[at, :].astype(jnp.float32) * d_out_ref[at, :].astype(jnp.float32)
-            delta = jnp.sum(product, axis=1, keepdims=True)
-            delta_s[:, at] = jnp.broadcast_to(delta, (block_q, LANES)).T[:8]
+            for h in heads:
+                q = rotate_block(head(q_ref, h)[at, :], q_table_ref[at, :])
+                q_s[head_at(n, h), :] = (q * factor).astype(q_s.dtype)
+                # Equals the row sums of weights * d_weights, without a pass over [T, S].
+                out, d_out = (head(x, h)[at, :].astype(jnp.float32) for x in (out_ref, d_out_ref))
+                delta = jnp.sum(out * d_out, axis=1, keepdims=True)
+                delta_s[:, head_at(n, h)] = jnp.broadcast_to(delta, (block_q, LANES)).T[:8]
 
         lax.fori_loop(0, blocks_q, prepare, None)
 
@@ -92,22 +99,25 @@ def _kernel(
         k_ids = None if k_ids_ref is None else column(k_ids_ref[:, at_k])
 
         def step(is_partial, m):
-            at = q_at(m)
-            k, q, d_out = k_rotated[at_k, :], q_s[at, :], d_out_ref[at, :]
+            at, at_rows = q_at(m), rows_at(m)
+            of_heads = lambda parts, axis: jnp.concatenate(list(parts), axis)
+            d_out = of_heads((head(d_out_ref, h)[at, :] for h in heads), 0)
+            lse = of_heads((lse_ref[h, :, at] for h in heads), 1)
+            k, q = k_rotated[at_k, :], q_s[at_rows, :]
             scores = dot(k, q, "nt")
             if is_partial:
-                row = lax.broadcasted_iota(jnp.int32, (1, block_q), 1)
+                row = lax.broadcasted_iota(jnp.int32, (1, rows), 1) & (block_q - 1)
                 last = last_visible(config, i * queries + m * block_q + row, offset_ref)
                 visible = lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= last - first
                 if k_ids is not None:
-                    visible &= lanes(k_ids, block_q) == q_ids_ref[:, at]
+                    visible &= lanes(k_ids, rows) == of_heads([q_ids_ref[:, at]] * len(heads), 1)
                 scores = jnp.where(visible, scores, MASK_VALUE)
-            weights = jnp.exp2(scores - lse_ref[:, at])
+            weights = jnp.exp2(scores - lse)
             d_v_s[at_sum, :] += dot(weights.astype(d_out.dtype), d_out, "nn")
             d_weights = dot(v_ref[at_k, :], d_out, "nt")
-            d_scores = (weights * (d_weights - delta_s[:1, at])).astype(q.dtype)
+            d_scores = (weights * (d_weights - delta_s[:1, at_rows])).astype(q.dtype)
             d_k_s[at_sum, :] += dot(d_scores, q, "nn")
-            d_q_s[at, :] += dot(d_scores, k, "tn")
+            d_q_s[at_rows, :] += dot(d_scores, k, "tn")
 
         block = (b * chunks + j) * blocks_k + n
         for_each_block(range_ref, block, i * blocks_q, blocks_q, step)
@@ -118,8 +128,10 @@ def _kernel(
     def _():
         def finish(n, _):
             at = q_at(n)
-            d_q = rotate_block(d_q_s[at, :] * config.scale, q_table_ref[at, :], inverse=True)
-            d_q_ref[at, :] = d_q.astype(d_q_ref.dtype)
+            for h in heads:
+                d_q = d_q_s[head_at(n, h), :] * config.scale
+                d_q = rotate_block(d_q, q_table_ref[at, :], inverse=True)
+                head(d_q_ref, h)[at, :] = d_q.astype(d_q_ref.dtype)
 
         lax.fori_loop(0, blocks_q, finish, None)
 
@@ -139,11 +151,12 @@ def _kernel(
 def _call(config, q_shape, k_shape, arrays, tables, ids, offset):
     q, k = arrays[:2]
     (B, T, N, H), (_, S, K, _) = q_shape, k_shape
-    G, queries, keys = N // K, config.backward_q, config.backward_k
+    heads, queries, keys = config.heads, config.backward_q, config.backward_k
+    G = N // K // heads  # groups of heads
     chunks_q, chunks = T // queries, S // keys
     ranges = block_ranges("k", config.block_q, config.block_k, (B, T, S), config.S, config.causal,
                    offset, *(ids or (None, None)))  # fmt: skip
-    of_q = head_spec(H, queries, lambda b, h, i, g, j, *_: (b, i, h * G + g))
+    of_q = head_spec(H, queries, lambda b, h, i, g, j, *_: (b, i, h * G + g), heads)
     of_k = head_spec(H, keys, lambda b, h, i, g, j, *_: (b, j, h))
     # The gradients of keys are written after their last queries; until then block 0 stays mapped.
     last = lambda i, g, j: jnp.where((i == chunks_q - 1) & (g == G - 1), j, 0)
@@ -159,7 +172,7 @@ def _call(config, q_shape, k_shape, arrays, tables, ids, offset):
             grid=(B, K, chunks_q, G, chunks),
             in_specs=[
                 of_q, of_k, of_k, of_q, of_q,
-                pl.BlockSpec((None, None, 1, queries),
+                pl.BlockSpec((None, heads, 1, queries),
                              lambda b, h, i, g, j, *_: (b, h * G + g, 0, i)),
                 pl.BlockSpec((None, queries, H), lambda b, h, i, g, j, *_: (b, i, 0)),
                 pl.BlockSpec((None, keys, H), lambda b, h, i, g, j, *_: (b, last(i, g, j), 0)),
@@ -168,10 +181,10 @@ def _call(config, q_shape, k_shape, arrays, tables, ids, offset):
             ],
             out_specs=[of_q, of_d_k, of_d_k],
             scratch_shapes=[
-                pltpu.VMEM((queries, H), q.dtype),
+                pltpu.VMEM((heads * queries, H), q.dtype),
                 pltpu.VMEM((keys if chunks == 1 else 8, H), k.dtype),
-                pltpu.VMEM((8, queries), jnp.float32),
-                pltpu.VMEM((queries, H), jnp.float32),
+                pltpu.VMEM((8, heads * queries), jnp.float32),
+                pltpu.VMEM((heads * queries, H), jnp.float32),
                 pltpu.VMEM((S, H), jnp.float32),
                 pltpu.VMEM((S, H), jnp.float32),
             ],

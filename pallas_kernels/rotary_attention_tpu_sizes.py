@@ -7,22 +7,25 @@ _VMEM_MIB = {"TPU v5 lite": 128, "TPU v5e": 128, "TPU v6 lite": 128, "TPU v6e": 
 """Per chip; 64 for v5p, TPU7x and chips that are not listed."""
 
 _WIDE = ("TPU v6 lite", "TPU v6e", "TPU7x")
-"""Chips with matrix units of 256 by 256, which wait for the softmax in blocks of 512."""
+"""Chips with matrix units of 256 by 256, half of which is idle for H = 128: there the kernels wait
+for the softmax, and less if a step has 1024 rows."""
 
 
-def sizes(T: int, S: int, H: int, itemsize: int, documents: bool):
-    """The last seven fields of :class:`KernelConfig`.
+def sizes(T: int, S: int, H: int, G: int, itemsize: int, documents: bool):
+    """The last eight fields of :class:`KernelConfig`.
 
     Blocks are 512 by 512: with smaller ones the matrix unit waits for the row statistics of the
-    softmax, with larger ones the masked half of a diagonal block grows. They are 1024 by 1024 on
-    chips with wide matrix units, for at least 4096 keys without documents, whose borders would lie
-    in more of the large blocks. Blocks are smaller if padding would add more than an eighth, or if
-    they do not fit in VMEM.
+    softmax, with larger ones the masked half of a diagonal block grows. On chips with wide matrix
+    units, up to four query heads of a key head make the 1024 rows of a step; if G is 1, blocks are
+    1024 by 1024 for at least 4096 keys without documents, whose borders would lie in more of the
+    large blocks. Blocks are smaller if padding would add more than an eighth, or if they do not fit
+    in VMEM.
 
     Args:
       T: number of queries.
       S: number of keys.
       H: head dimension.
+      G: query heads per key head.
       itemsize: bytes per number of q, k and v.
       documents: whether there are segment ids.
 
@@ -31,20 +34,25 @@ def sizes(T: int, S: int, H: int, itemsize: int, documents: bool):
     """
     kind = dispatch.device_kind()
     capacity = _VMEM_MIB.get(kind, 64) << 20
-    large = kind in _WIDE and S >= 4096 and not documents
-    for largest in (1024, 512) if large else (512,):
-        block_q, block_k = _block(T, largest), _block(S, largest)
-        if chunks := _chunks(T, S, H, itemsize, block_q, block_k, capacity * 7 // 8):
-            return (
-                block_q, block_k, *chunks, capacity * 15 // 16, dispatch.platform() == "cpu"
-            )  # fmt: skip
+    choices = [(1, 512, 512)]  # heads, largest block of queries and of keys
+    if kind in _WIDE and S >= 4096 and not documents:
+        choices.insert(0, (1, 1024, 1024))
+    if kind in _WIDE and (heads := max(n for n in (1, 2, 3, 4) if G % n == 0)) > 1:
+        choices.insert(0, (heads, 512 if heads == 2 else 256, 512))
+    for heads, most_q, most_k in choices:
+        block_q, block_k = _block(T, most_q), _block(S, most_k)
+        if chunks := _chunks(T, S, H, itemsize, heads, block_q, block_k, capacity * 7 // 8):
+            interpret = dispatch.platform() == "cpu"
+            return heads, block_q, block_k, *chunks, capacity * 15 // 16, interpret
     raise NotImplementedError(
         f"{S} keys: their float32 gradients do not fit {capacity >> 20} MiB of VMEM; "
         "shard the sequence over more devices"
     )
 
 
-def _chunks(T: int, S: int, H: int, itemsize: int, block_q: int, block_k: int, budget: int):
+def _chunks(
+    T: int, S: int, H: int, itemsize: int, heads: int, block_q: int, block_k: int, budget: int
+) -> tuple[int, int, int] | None:
     """Keys in VMEM at a time in the forward kernel, queries and keys in the backward kernel.
 
     The sums count arrays that the pipeline loads or stores twice (double buffering), others once.
@@ -52,17 +60,17 @@ def _chunks(T: int, S: int, H: int, itemsize: int, block_q: int, block_k: int, b
     """
     T, S = T + -T % block_q, S + -S % block_k
     lanes = max(H, LANES)
-    scores = 4 * block_q * block_k
+    scores = 4 * heads * block_q * block_k
 
     def forward(chunks):
         keys = S // chunks
         held = lanes * (4 * itemsize * keys + (itemsize + 8) * keys * (chunks == 1))
-        return held + block_q * lanes * (5 * itemsize + 8 + 12 + 4) + 4 * scores
+        return held + heads * block_q * lanes * (5 * itemsize + 8 + 12 + 4) + 4 * scores
 
     def backward(chunks_q, chunks_k):
         queries, keys = T // chunks_q, S // chunks_k
-        rows = 160 * (queries + keys)  # row statistics and ids, padded to 8 sublanes
-        of_q = queries * lanes * (9 * itemsize + 8 + 4)
+        rows = 160 * (heads * queries + keys)  # row statistics and ids, padded to 8 sublanes
+        of_q = queries * lanes * (heads * (9 * itemsize + 4) + 8)
         of_k = keys * lanes * (9 * itemsize + 8) + S * lanes * 8
         return of_q + of_k + rows + 5 * scores
 

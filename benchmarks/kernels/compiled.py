@@ -58,7 +58,7 @@ def compiled(args, device: jax.Device, folder: str) -> list[dict[str, Any]]:
         attentions = candidates("rotary_attention", dispatch.platform(), others=False)
         decoders = candidates("rotary_decode_attention", dispatch.platform())
     todo = [
-        *(attention(mesh, name, attend, *case) for case in cases(args)
+        *(attention(args.chip, mesh, name, attend, *case) for case in cases(args)
           for name, attend in attentions.items()),
         *(decoding(mesh, name, *cache) for cache in CACHES for name in decoders),
     ]  # fmt: skip
@@ -77,7 +77,7 @@ def compiled(args, device: jax.Device, folder: str) -> list[dict[str, Any]]:
     return rows
 
 
-def attention(mesh, name, attend, model, T, documents):
+def attention(chip, mesh, name, attend, model, T, documents):
     """(row to fill, blocks per head if known, programs to compile)."""
     of = functools.partial(_of, mesh)
     q, k, v, d_out = map(of, shapes(model, T).values())
@@ -87,12 +87,8 @@ def attention(mesh, name, attend, model, T, documents):
     row = dict(model=model, T=T, documents=documents, implementation=name)
     blocks = None
     if name == "tpu" and not documents:
-        from pallas_kernels.rotary_attention_tpu_sizes import sizes
-
         with jax.set_mesh(mesh):
-            block, _, keys, *backward, _, _ = sizes(T, T, q.shape[3], q.dtype.itemsize, False)
-        parts = tuple(-(-T // n) for n in backward)
-        blocks = bench_schedule.Blocks(q.shape[2] // k.shape[2], T // block, T // keys, parts)
+            blocks = bench_schedule.blocks_of(chip, T, q.shape[3], q.shape[2] // k.shape[2])
     return row, blocks, {"forward": (jax.jit(attend), (q, k, v, *rest)),
                          "both": (jax.jit(both), (q, k, v, d_out, *rest))}  # fmt: skip
 
@@ -128,7 +124,7 @@ def static(program, arguments, mesh, blocks, folder) -> dict[str, Any]:
             bench_schedule.by_loop(way, loops) if way else {"step": loops[0].stop - loops[0].start}
         )
         if way and blocks:
-            own["per_head"] = bench_schedule.per_head(way, own, blocks)
+            own |= bench_schedule.count_head(way, own, blocks)
         found.setdefault("bundles", {})[way or kernel] = own
     return found
 
@@ -148,8 +144,12 @@ def line(row: dict[str, Any]) -> str:
     most = row["both" if "both" in row else "decode"]
     for kernel, own in most.get("bundles", {}).items():
         loops = [f"{name} {own[name]:,}" for name in ("full", "partial", "step") if name in own]
-        head_of = f", {own['per_head']:,} per head" if "per_head" in own else ""
-        parts.append(f"{kernel} bundles: {', '.join(loops)}{head_of}")
+        parts.append(f"{kernel} bundles: {', '.join(loops)}")
+        if "at_least" in own:
+            parts[-1] += (
+                f"; a head at least {own['at_least']:,} cycles (bundles {own['bundles']:,}, "
+                f"floor of the matrix unit {own['mxu_floor']:,})"
+            )
     return f"{head} {' | '.join(parts)}"
 
 

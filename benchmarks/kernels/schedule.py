@@ -1,7 +1,9 @@
 """Counts the VLIW bundles of a TPU kernel's loops in the schedule that libtpu dumps.
 
-One bundle issues per cycle, so bundles are cycles without waits for memory. A kernel's grid is a
-loop of its schedule, like each loop in its body. Branches count as taken.
+One bundle issues per cycle, but a bundle can wait for memory or for the matrix unit, so a count is
+a lower bound of the cycles, never a time. The products of a step need a number of cycles of their
+own, the floor; a step is counted as its bundles or its floor, whichever is more. A kernel's grid is
+a loop of its schedule, like each loop in its body. Branches count as taken.
 """
 
 import re
@@ -23,15 +25,36 @@ class Loop(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Trip counts of the loops for one query head of T causal positions."""
+    """How our attention kernels divide the T causal positions of G query heads of a key head."""
 
+    chip: str
+    T: int
+    H: int
     G: int
-    blocks: int
-    """blocks of queries, and of keys: T / block length"""
+    heads: int
+    """query heads per step"""
+    block_q: int
+    block_k: int
+    """queries and keys per step"""
     forward: int
     """chunks of keys in the forward kernel"""
     backward: tuple[int, int]
     """chunks of queries and of keys in the backward kernel"""
+
+
+MXU = {"v5e": (4 * 128**2, 128), "v5p": (4 * 128**2, 128),
+       "v6e": (4 * 256**2, 256), "tpu7x": (4 * 256**2, 256)}  # fmt: skip
+"""Multiplications per cycle of a core (published FLOP/s divided by two and by the clock, 1.5, 1.75,
+1.75 and 2.2 GHz) and the side of its matrix units. A product that contracts over H < side, or has
+H < side columns, uses H / side of a unit."""
+
+PRODUCTS = {"forward": 2, "backward": 5}
+
+
+def mxu_floor(chip: str, products: int, scores: int, H: int) -> int:
+    """Cycles that products of a block with this number of scores need."""
+    rate, side = MXU[chip]
+    return products * scores * -(-H // side) * side // rate
 
 
 def compiler_options(folder: str) -> dict[str, str]:
@@ -98,12 +121,35 @@ def by_loop(way: str, loops: Sequence[Loop]) -> dict[str, int]:
 
 
 def per_head(way: str, own: Mapping[str, int], blocks: Blocks) -> int:
-    """Bundles per query head, without documents; G heads share the rotation of keys."""
-    G, n, forward, (queries, keys) = blocks
-    trips = {"rotate_k": n / G, "full": n * (n - 1) // 2, "partial": n}
+    """Bundles, or cycles, per query head, without documents; G heads share the rotated keys."""
+    _, T, _, G, heads, block_q, block_k, forward, (queries, keys) = blocks
+    n, n_k = T // block_q, T // block_k
+    full = sum(i * block_q // block_k for i in range(n))
+    visited = sum(-(-(i + 1) * block_q // block_k) for i in range(n))
+    trips: dict[str, float] = {"full": full, "partial": visited - full}
+    trips["rotate_k"] = n_k * heads / G
     if way == "forward":
         trips["program"] = n * forward
     else:
-        trips |= {"program": queries * keys, "prepare": n, "keys": n * queries,
-                  "finish_q": n, "finish_k": n / G}  # fmt: skip
-    return round(sum(count * trips[name] for name, count in own.items()))
+        trips |= {"program": queries * keys, "prepare": n, "keys": n_k * queries,
+                  "finish_q": n, "finish_k": n_k * heads / G}  # fmt: skip
+    return round(sum(count * trips[name] for name, count in own.items()) / heads)
+
+
+def count_head(way: str, own: Mapping[str, int], blocks: Blocks) -> dict[str, int]:
+    """Per query head: bundles, cycles of the products, and the cycles that both need at least."""
+    scores = blocks.heads * blocks.block_q * blocks.block_k
+    step = mxu_floor(blocks.chip, PRODUCTS[way], scores, blocks.H)
+    floor = {name: step if name in ("full", "partial") else 0 for name in own}
+    at_least = {name: max(n, floor[name]) for name, n in own.items()}
+    counts = {"bundles": own, "mxu_floor": floor, "at_least": at_least}
+    return {name: per_head(way, loops, blocks) for name, loops in counts.items()}
+
+
+def blocks_of(chip: str, T: int, H: int, G: int) -> Blocks:
+    """The blocks of our kernels for bfloat16 without documents, on the chip of the mesh."""
+    from pallas_kernels.rotary_attention_tpu_sizes import sizes
+
+    heads, block_q, block_k, keys, *backward, _, _ = sizes(T, T, H, G, 2, documents=False)
+    chunks = T // backward[0], T // backward[1]
+    return Blocks(chip, T, H, G, heads, block_q, block_k, T // keys, chunks)

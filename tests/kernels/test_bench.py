@@ -72,7 +72,7 @@ def test_bytes_around():
 def test_compiled(small, tmp_path, capsys, monkeypatch):
     """All of it for a present chip, except for a TPU's schedules."""
     monkeypatch.setattr(bench_compiled, "CACHES", ((2, 64),))
-    args = argparse.Namespace(models=["8B"], lengths=[512], results=tmp_path)
+    args = argparse.Namespace(models=["8B"], lengths=[512], results=tmp_path, chip="cpu")
     rows = bench_compiled.compiled(args, jax.devices()[0], str(tmp_path))
     plain, documents, decode = rows
     for row in (plain, documents):
@@ -83,12 +83,15 @@ def test_compiled(small, tmp_path, capsys, monkeypatch):
 
 
 def test_the_printed_line_lists_the_loops():
+    """And states the floor of the matrix unit beside the bundles of a head."""
     both = dict(temporary_mib=96.04, moved_mb=143.4)
-    loops = dict(program=1, full=1132, partial=1137, per_head=49654)
+    head = dict(bundles=91296, mxu_floor=92160, at_least=102501)
+    loops = dict(program=1, full=2198, partial=2434, **head)
     row = dict(
-        model="8B", T=4096, implementation="tpu", both=both | {"bundles": {"forward": loops}}
+        model="8B", T=4096, implementation="tpu", both=both | {"bundles": {"backward": loops}}
     )
     assert bench_compiled.line(row).split(" | ") == [
         "  8B T   4096                tpu      both 96.0 MiB, 143 MB",
-        "forward bundles: full 1,132, partial 1,137, 49,654 per head",
+        "backward bundles: full 2,198, partial 2,434; a head at least 102,501 cycles "
+        "(bundles 91,296, floor of the matrix unit 92,160)",
     ]

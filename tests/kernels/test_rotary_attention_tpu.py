@@ -37,27 +37,42 @@ def _both_ways(implementation, arrays, ids):
     return run(q, k, v, d_out)
 
 
-def _in_chunks(monkeypatch, T):
+def _in_chunks(monkeypatch, T, heads=1):
     """Streams keys and queries through VMEM in halves, in blocks of 128, as for long sequences."""
-    chosen = (128, 128, T // 2, T // 2, T // 2, 60 << 20, True)
+    chosen = (heads, 128, 128, T // 2, T // 2, T // 2, 60 << 20, True)
     monkeypatch.setattr("pallas_kernels.rotary_attention_tpu.sizes", lambda *_: chosen)
 
 
-def test_streamed_in_chunks(monkeypatch):
+@pytest.mark.parametrize("heads", [1, 2])
+def test_streamed_in_chunks(heads, monkeypatch):
     arrays, ids = _inputs(512, 4, 2, 64, 3)
     want = _both_ways("xla", arrays, ids)
-    _in_chunks(monkeypatch, 512)
+    _in_chunks(monkeypatch, 512, heads)
     for got, exact in zip(_both_ways("tpu", arrays, ids), want, strict=True):
         assert relative_l2(got, np.float64(exact)) < 5e-6
 
 
 def test_blocks_of_1024(monkeypatch):
     """As on a TPU7x: a full block and two on the diagonal."""
-    chosen = (1024, 1024, 2048, 2048, 2048, 60 << 20, True)
+    chosen = (1, 1024, 1024, 2048, 2048, 2048, 60 << 20, True)
     monkeypatch.setattr("pallas_kernels.rotary_attention_tpu.sizes", lambda *_: chosen)
     arrays, _ = _inputs(2048, 1, 1, 128, 1)
     want = _both_ways("xla", arrays, None)
     for got, exact in zip(_both_ways("tpu", arrays, None), want, strict=True):
+        assert relative_l2(got, np.float64(exact)) < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("T", "N", "K", "H", "documents", "heads"),
+    [(300, 8, 2, 128, 4, 4), (384, 3, 1, 64, 1, 3), (600, 4, 2, 64, 5, 2), (130, 12, 2, 128, 2, 3)],
+)
+def test_query_heads_together(T, N, K, H, documents, heads, monkeypatch):
+    """As on a TPU7x: query heads of a key head are rows of the same products."""
+    arrays, ids = _inputs(T, N, K, H, documents)
+    want = _both_ways("xla", arrays, ids)
+    monkeypatch.setattr("pallas_kernels.dispatch.device_kind", lambda: "TPU7x")
+    assert sizes(T, T, H, N // K, 4, True)[0] == heads
+    for got, exact in zip(_both_ways("tpu", arrays, ids), want, strict=True):
         assert relative_l2(got, np.float64(exact)) < 5e-6
 
 
@@ -69,7 +84,7 @@ def test_no_races_and_no_unset_memory(chunked, monkeypatch):
     arrays, ids = _inputs(256, 2, 1, 128, 3)
     want = _both_ways("xla", arrays, ids)
     if chunked:
-        _in_chunks(monkeypatch, 256)
+        _in_chunks(monkeypatch, 256, heads=2)
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     with pltpu.force_tpu_interpret_mode(params):
         got = _both_ways("tpu", arrays, ids)
@@ -123,47 +138,51 @@ def test_ranges_leave_out_other_documents():
 @pytest.mark.parametrize("offset", [0, 5, -3, 100, -100])
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (7, 7), (4, 12), (12, 4)])
 def test_cost_counts_the_visible_pairs(T, S, offset):
-    config = KernelConfig(True, 1.0, offset, T, S, 128, 128, S, T, S, 0, True)
+    config = KernelConfig(True, 1.0, offset, T, S, 1, 128, 128, S, T, S, 0, True)
     visible = np.arange(S)[None] <= np.arange(T)[:, None] + offset
     assert visible_pairs(config) == visible.sum()
     assert visible_pairs(config._replace(offset=None)) == T * S
     assert visible_pairs(config._replace(causal=False)) == T * S
 
 
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("G", [1, 4])
 @pytest.mark.parametrize("kind", ["TPU v5", "TPU v6 lite", "TPU7x"])
 @pytest.mark.parametrize("T", [1, 128, 600, 2048, 4096, 8192, 32768])
-def test_sizes_cover_the_sequence(T, kind, documents, monkeypatch):
+def test_sizes_cover_the_sequence(T, kind, G, monkeypatch):
     monkeypatch.setattr("pallas_kernels.dispatch.device_kind", lambda: kind)
-    block_q, block_k, forward_k, backward_q, backward_k, _, _ = sizes(T, T, 128, 2, documents)
-    padded = T + -T % block_q
-    assert padded - T <= max(T // 8, 127)
-    for chunk, block in ((forward_k, block_k), (backward_q, block_q), (backward_k, block_k)):
-        assert padded % chunk == 0
-        assert chunk % block == 0
-    if T <= 4096:
-        assert (forward_k, backward_q, backward_k) == (padded,) * 3
+    for documents in (False, True):
+        _, block_q, block_k, *parts, _, _ = sizes(T, T, 128, G, 2, documents)
+        for part, block in zip(parts, (block_k, block_q, block_k), strict=True):
+            padded = T + -T % block
+            assert padded - T <= max(T // 8, 127)
+            assert padded % part == 0
+            assert part % block == 0
+            if T <= 4096 and G == 1:
+                assert part == padded
 
 
 @pytest.mark.parametrize(
-    ("kind", "T", "S", "documents", "blocks"),
+    ("kind", "T", "S", "G", "documents", "blocks"),
     [
-        ("TPU v6 lite", 4096, 4096, False, (1024, 1024)),
-        ("TPU7x", 16384, 16384, False, (1024, 1024)),
+        ("TPU v6 lite", 4096, 4096, 1, False, (1, 1024, 1024)),
+        ("TPU v6 lite", 4096, 4096, 1, True, (1, 512, 512)),
+        ("TPU v6 lite", 2048, 2048, 1, False, (1, 512, 512)),
         # A chunk of a prompt, with the cache as keys.
-        ("TPU v6e", 1024, 8192, False, (1024, 1024)),
-        ("TPU v6 lite", 4096, 4096, True, (512, 512)),
-        ("TPU v6 lite", 2048, 2048, False, (512, 512)),
-        ("TPU7x", 200, 4096, False, (128, 1024)),
+        ("TPU v6e", 1024, 8192, 1, False, (1, 1024, 1024)),
+        ("TPU v6 lite", 4096, 4096, 8, True, (4, 256, 512)),
+        ("TPU7x", 16384, 16384, 4, True, (4, 256, 512)),
+        ("TPU7x", 2048, 2048, 6, False, (3, 256, 512)),
+        ("TPU7x", 2048, 2048, 2, False, (2, 512, 512)),
+        ("TPU7x", 200, 4096, 4, False, (4, 128, 512)),
         # The float32 gradients of the keys leave no space for larger blocks.
-        ("TPU7x", 32768, 32768, False, (512, 512)),
-        ("TPU v5", 8192, 8192, False, (512, 512)),
-        ("TPU v5 lite", 8192, 8192, False, (512, 512)),
+        ("TPU7x", 32768, 32768, 1, False, (1, 512, 512)),
+        ("TPU v5", 8192, 8192, 4, False, (1, 512, 512)),
+        ("TPU v5 lite", 8192, 8192, 4, False, (1, 512, 512)),
     ],
 )
-def test_blocks_fit_the_chip(kind, T, S, documents, blocks, monkeypatch):
+def test_blocks_fit_the_chip(kind, T, S, G, documents, blocks, monkeypatch):
     monkeypatch.setattr("pallas_kernels.dispatch.device_kind", lambda: kind)
-    assert sizes(T, S, 128, 2, documents)[:2] == blocks
+    assert sizes(T, S, 128, G, 2, documents)[:3] == blocks
 
 
 @pytest.mark.parametrize(
