@@ -208,10 +208,7 @@ class Engine:
                     if of_model:
                         function = functools.partial(function, self._graphdef)
                     jitted = jax.jit(function, donate_argnums=donated)
-                    # jax 0.10 cannot call a program compiled ahead of time with int4 arrays: it
-                    # expects another layout of them.
-                    ahead = all(x.dtype != jnp.int4 for x in leaves)
-                    self._compiled[key] = jitted.lower(*args).compile() if ahead else jitted
+                    self._compiled[key] = jitted.lower(*args).compile()
                     return self._compiled[key](*args)
             return self._compiled[key](*args)
 

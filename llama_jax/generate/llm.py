@@ -33,6 +33,7 @@ from llama_jax.generate.sampler import (
 )
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import ComputeConfig
+from llama_jax.model.quantize import is_quantized
 
 if TYPE_CHECKING:
     from llama_jax.generate.chat import Chat
@@ -102,7 +103,8 @@ class LLM:
         same = lambda m: dataclasses.replace(m, context=cfg.context) == cfg  # type: ignore[type-var]
         name = next((k for k, m in MODELS.items() if same(m)), None)
         devices = engine.devices()
-        dtypes = {str(x.dtype) for x in jax.tree.leaves(engine.params)} & {"int8", "int4"}
+        leaves = jax.tree.leaves(engine.params, is_leaf=is_quantized)
+        dtypes = {f"int{w.bits}" for w in leaves if is_quantized(w)}
         return (
             f"LLM({name or f'{cfg.num_layers} layers of width {cfg.dim}'}, "
             f"{cfg.num_params / 1e6:,.1f} million parameters, "

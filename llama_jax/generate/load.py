@@ -185,15 +185,11 @@ def _read_quantized(
     shapes = [(part.path, (cfg.num_layers, *part.shape(cfg))) for part in matrix.stored(kind)]
     scales, integers = (load_layers(folder, *of) for of in shapes)
     inputs, out = _spec(stack)
-    grouped = kind == "int4"
-    spec = (inputs, None, out) if grouped else (inputs, out)
-    of_scale = spec if grouped else (None, out)
     parts = 1 if inputs is None else num_shards(inputs)
     for scale, q in zip(scales, integers, strict=True):
         q, scale = from_stored(q, scale, kind, stack.shape[1], parts)
-        # Cast to int4 on the device: an int4 array from the host has another layout.
-        q_there = _put(q, stack, *spec).astype(kind)
-        yield QuantizedWeight(q_there, _put(scale, stack, *of_scale), grouped)
+        groups = None if kind == "int8" else inputs
+        yield QuantizedWeight(_put(q, stack, inputs, out), _put(scale, stack, groups, out))
 
 
 def _spec(stack: jax.ShapeDtypeStruct) -> tuple:

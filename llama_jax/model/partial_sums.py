@@ -51,7 +51,7 @@ def partial_products(x_BTI: jax.Array, w: jax.Array | QuantizedWeight | nnx.Vari
     B, _, inputs = x_BTI.shape
     outputs = (w.q if is_quantized(w) else w).shape[-1]
     P = num_parts(inputs, outputs, dispatch.num_cores() or 132)
-    if is_quantized(w) and w.grouped:
+    if is_quantized(w) and w.needs_kernel:
         P = 1
     elif not is_quantized(w):
         w = w.astype(x_BTI.dtype)

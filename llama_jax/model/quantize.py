@@ -1,10 +1,10 @@
 """Weight-only quantization for generation: the layers' matrices in int8 or int4.
 
 int8 has one scale per output (LLM.int8(), arXiv 2208.07339, without outliers); int4 one per output
-and group of up to 64 inputs (as GPTQ, arXiv 2210.17323, without error feedback). Both are
-symmetric: round(w / scale) with scale = max(abs(w)) / 127 or / 7. Embedding, norms and output
-matrix are not quantized: they are small, and the loss is most sensitive to them. :func:`matmul`
-multiplies with such matrices.
+and group of up to 64 inputs (as GPTQ, arXiv 2210.17323, without error feedback), with two integers
+in a byte. Both are symmetric: round(w / scale) with scale = max(abs(w)) / 127 or / 7. Embedding,
+norms and output matrix are not quantized: they are small, and the loss is most sensitive to them.
+:func:`matmul` multiplies with such matrices.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from llama_jax.model.sharding import no_mesh, num_shards
+from pallas_kernels.quantized_matmul import dequantize, quantized_matmul
 
 MAX_INTEGER = {"int8": 127, "int4": 7}
 KINDS = tuple(MAX_INTEGER)
@@ -27,15 +28,13 @@ MATRICES = ("attention", "mlp")
 """modules of a layer whose weights are all matrices"""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["q", "scale"], meta_fields=["grouped"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["q", "scale"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix [in, out] as integers times scales, used like an array in products.
+    """A matrix [in, out] as integers times float32 scales, for :func:`matmul`.
 
-    ``q`` is [in, out] with a float32 ``scale`` [1, out]; if ``grouped``, ``q`` is [groups, inputs
-    of a group, out] with a ``scale`` [groups, 1, out]. Both may have a leading axis of layers.
+    Both arrays may have a leading axis of layers. Any group size can be stored, such as the 32
+    inputs of llama.cpp's blocks.
 
     Example:
       w = quantize_weight(w_IO, "int8")
@@ -43,26 +42,39 @@ class QuantizedWeight:
     """
 
     q: jax.Array
+    """int8 [in, out]; or uint8 [in / 2, out], two 4-bit integers per byte as :func:`pack` says"""
     scale: jax.Array
-    grouped: bool
+    """[groups, out], for groups of consecutive inputs; one group: one scale per output"""
+
+    @property
+    def bits(self) -> int:
+        """Bits of an integer, 4 or 8."""
+        return 4 if self.q.dtype == jnp.uint8 else 8
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.q.shape[-2] * (8 // self.bits) // self.scale.shape[-2]
+
+    @property
+    def needs_kernel(self) -> bool:
+        """Whether XLA alone would write a copy of the matrix in another dtype to memory."""
+        return self.bits == 4 or self.scale.shape[-2] > 1
 
     def astype(self, dtype: jnp.dtype) -> jax.Array:
         """The matrix of one layer, [in, out]. In products use :func:`matmul`: on a GPU, XLA would
         write this matrix to memory and read it again."""
-        w = self.q.astype(dtype) * self.scale.astype(dtype)
-        if not self.grouped:
-            return w
-        groups, _, out = jax.typeof(w).sharding.spec
-        return _reshape(w, (-1, w.shape[-1]), (groups, out))
+        local = functools.partial(dequantize, dtype=dtype)
+        if no_mesh():
+            return local(self.q, self.scale)
+        specs = _specs((self.q, self.scale))
+        return jax.shard_map(local, in_specs=specs, out_specs=specs[0])(self.q, self.scale)
 
     def reshard(self, inputs: Any, out: Any) -> "QuantizedWeight":
         """The matrix of one layer, with inputs and outputs sharded over these mesh axes."""
-        groups = (inputs, None) if self.grouped else (None,)
-        rows = groups if self.grouped else (inputs,)
-        q = jax.sharding.reshard(self.q, PartitionSpec(*rows, out))
-        return dataclasses.replace(
-            self, q=q, scale=jax.sharding.reshard(self.scale, PartitionSpec(*groups, out))
-        )
+        groups = inputs if len(self.scale) > 1 else None
+        q = jax.sharding.reshard(self.q, PartitionSpec(inputs, out))
+        return QuantizedWeight(q, jax.sharding.reshard(self.scale, PartitionSpec(groups, out)))
 
 
 class LayerWeights(NamedTuple):
@@ -85,14 +97,15 @@ class LayerWeights(NamedTuple):
 
 def matmul(
     x: jax.Array,
-    w: "jax.Array | QuantizedWeight",
+    w: jax.Array | QuantizedWeight,
     out_dtype: jnp.dtype,
     out_sharding: PartitionSpec | None = None,
 ) -> jax.Array:
     """x [..., in] times a matrix [in, out], a plain or a quantized one.
 
-    Scales per output are applied to the product, which is accumulated in float32: XLA reads the
-    integers inside the product, and writes a scaled copy of the matrix on no chip.
+    A quantized matrix is read in its 4 or 8 bits: integers with one scale per output by XLA, which
+    applies the scales to the product; others by a kernel, see
+    :func:`pallas_kernels.quantized_matmul`. Sums are float32. The gradient is with respect to x.
 
     Args:
       x: activations, in the dtype of the computation.
@@ -108,30 +121,39 @@ def matmul(
         return product(x, w, preferred_element_type=out_dtype, out_sharding=out_sharding)
 
     def local(x, w):
-        if w.grouped:
-            return product(x, w.astype(x.dtype), preferred_element_type=out_dtype)
-        y = product(x, w.q.astype(x.dtype), preferred_element_type=jnp.float32)
-        return (y * w.scale[0]).astype(out_dtype)
+        if not w.needs_kernel:
+            y = product(x, w.q.astype(x.dtype), preferred_element_type=jnp.float32)
+            return (y * w.scale[0]).astype(out_dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        y = quantized_matmul(rows, w.q, w.scale, out_dtype=out_dtype)
+        return y.reshape(*x.shape[:-1], -1)
 
     if out_sharding is None:
         return local(x, w)
-    spec = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, (x, w))
-    return jax.shard_map(local, in_specs=spec, out_specs=out_sharding, check_vma=False)(x, w)
+    # Kernels do not declare over which mesh axes their results vary.
+    return jax.shard_map(local, in_specs=_specs((x, w)), out_specs=out_sharding, check_vma=False)(
+        x, w
+    )
 
 
 @functools.partial(jax.jit, static_argnames="kind")
 def quantize_weight(w_IO: jax.Array, kind: str) -> QuantizedWeight:
     """Quantizes one matrix [in, out] to ``kind``, "int8" or "int4"."""
     w = w_IO.astype(jnp.float32)
-    dtype = jnp.int8
-    if kind == "int4":
-        dtype = jnp.int4
-        inputs, out = jax.typeof(w).sharding.spec
-        # The largest group that divides a device's share of the inputs.
-        group = math.gcd(w.shape[0] // (1 if no_mesh() else num_shards(inputs)), GROUP)
-        w = _reshape(w, (-1, group, w.shape[1]), (inputs, None, out))
+    if kind == "int8":
+        scale = scale_of(max_abs(w), kind)
+        return QuantizedWeight(to_integers(w, scale, jnp.int8), scale)
+    spec = PartitionSpec(None, None) if no_mesh() else jax.typeof(w).sharding.spec
+    # The largest group that divides a device's share of the inputs.
+    group = math.gcd(w.shape[0] // num_shards(spec[0]), GROUP)
+    w = _reshape(w, (-1, group, w.shape[1]), (spec[0], None, spec[1]))
     scale = scale_of(max_abs(w), kind)
-    return QuantizedWeight(to_integers(w, scale, dtype), scale, kind == "int4")
+    q = to_integers(w, scale, jnp.int8)
+    if group % 2 == 0:  # else a byte would hold integers of two groups
+        low_and_high = _reshape(q, (-1, 2, q.shape[2]), (spec[0], None, spec[1]))
+        q = jax.lax.bitcast_convert_type(low_and_high, jnp.uint8)
+        q = q[:, 0] & 15 | q[:, 1] << 4
+    return QuantizedWeight(_reshape(q, (-1, q.shape[-1]), spec), scale[:, 0])
 
 
 # The arithmetic, for JAX and (in conversion) NumPy arrays, with bit-identical results.
@@ -193,17 +215,17 @@ def from_stored(
       kind: "int8" or "int4".
       inputs: number of inputs.
       devices: number of shards along the inputs.
-
-    Returns:
-      ``q`` in int8, and ``scale``.
     """
     if kind == "int8":
         return q, scale
-    q = unpack(q, inputs)
     stored = inputs // len(scale)
     group = math.gcd(inputs // devices, stored)
-    scale = np.repeat(scale, stored // group, axis=0)[:, None]
-    return q.reshape(-1, group, q.shape[1]), scale
+    scale = np.repeat(scale, stored // group, axis=0)
+    return unpack(q, inputs) if group % 2 else q, scale
+
+
+def _specs(arrays: Any) -> Any:
+    return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, arrays)
 
 
 def _reshape(w: jax.Array, shape: tuple[int, ...], spec: tuple) -> jax.Array:
@@ -248,19 +270,15 @@ def weight_bytes(abstract_params: Any, kind: str) -> int:
     if kind in KINDS:
         abstract_params = jax.eval_shape(lambda p: quantize(p, kind), abstract_params)
     floating = jnp.dtype("float32" if kind == "float32" else "bfloat16")
-    bits = 0
+    total = 0
     for x in jax.tree.leaves(abstract_params, is_leaf=is_quantized):
-        if is_quantized(x):
-            bits += x.q.size * (8 if kind == "int8" else 4) + x.scale.size * 32
-        else:
-            bits += x.size * floating.itemsize * 8
-    return bits // 8
+        total += bytes_of(x) if is_quantized(x) else x.size * floating.itemsize
+    return total
 
 
 def bytes_of(params: Any) -> int:
-    """Bytes of an array tree; two int4 numbers take one byte."""
-    bits = lambda x: 4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize
-    return sum(x.size * bits(x) for x in jax.tree.leaves(params)) // 8
+    """Bytes of an array tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
 
 
 def is_quantized(x: Any) -> bool:

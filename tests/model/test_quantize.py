@@ -1,6 +1,7 @@
 """Weight-only quantization: error bounds, products, sizes, loss, and sharding."""
 
 import functools
+import math
 import shutil
 
 import convert_tools as tools
@@ -23,6 +24,7 @@ from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.params import abstract_params, merge, params_of, structure, unstack_layers
 from llama_jax.model.quantize import (
     QuantizedWeight,
+    bytes_of,
     is_quantized,
     matmul,
     quantize,
@@ -45,12 +47,14 @@ def test_each_weight_is_within_half_a_step(shape, kind, most):
     whole = quantize_weight(w, kind)
     back = np.asarray(whole.astype(jnp.float32))
     assert back.shape == shape
-    step = np.broadcast_to(whole.scale, whole.q.shape).reshape(shape)
-    assert (np.abs(back - w) <= step * 0.5001).all()
-    assert np.abs(np.asarray(whole.q, np.int8)).max() == most
     # One scale for each output, and in int4 for each group of inputs.
-    groups = 1 if kind == "int8" else shape[0] // (32 if shape[0] == 96 else 64)
-    assert whole.scale.size == shape[1] * groups
+    group = shape[0] if kind == "int8" else 32 if shape[0] == 96 else 64
+    assert (whole.bits, whole.group) == (int(kind[3:]), group)
+    assert whole.scale.shape == (shape[0] // group, shape[1])
+    step = np.repeat(whole.scale, group, axis=0)
+    assert (np.abs(back - w) <= step * 0.5001).all()
+    np.testing.assert_allclose(np.abs(back / step).max(), most, rtol=1e-6)
+    assert bytes_of(whole) == math.prod(shape) * whole.bits // 8 + whole.scale.size * 4
 
 
 def test_a_channel_of_zeros_stays_zero():
