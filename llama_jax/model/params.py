@@ -4,7 +4,6 @@ Checkpoints, conversion and compiled steps hold parameters as a dict; :func:`mer
 :class:`Llama` of them. For decoding, layers are unstacked and their projections fused.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -85,7 +84,7 @@ def unstack_layers(params: Params) -> Params:
             out[name] = (
                 unstack_arrays(x)
                 if isinstance(x, dict)
-                else [_layer(x, np.int32(i)) for i in range(x.shape[0])]
+                else [_layer(x, np.int32(i)) for i in range(jax.tree.leaves(x)[0].shape[0])]
             )
         return out
 
@@ -105,7 +104,9 @@ def fuse_projections(layer: Params) -> Params:
     return layer
 
 
-_layer = jax.jit(functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False))
+@jax.jit
+def _layer(stack: Any, i: jax.Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
 
 
 @jax.jit
