@@ -61,7 +61,7 @@ class Sizes(NamedTuple):
 
 FULL = Sizes(
     copy_bytes=2 << 30, product=8192, every_row=True,
-    check_T=1000, check_S=1000, last_position=131071,
+    check_T=1000, check_S=1008, last_position=131071,
     tokens=16384, lengths=(4096, 16384), heads=(32, 8, 128),
     decode_heads=(64, 8, 128), decode_rows=(1, 8, 32), decode_lengths=(2048, 8192, 32768),
     decode_bytes=256 << 20, matrix=(4096, 28672), num_matrices=4, products_rows=(1, 16, 2048),
@@ -69,7 +69,7 @@ FULL = Sizes(
     train_model="llama3.2-1b", train_batch=(4, 4096), rounds=7, round_seconds=0.05,
 )  # fmt: skip
 TINY = Sizes(
-    copy_bytes=1 << 16, product=64, every_row=False, check_T=72, check_S=100, last_position=255,
+    copy_bytes=1 << 16, product=64, every_row=False, check_T=72, check_S=112, last_position=255,
     tokens=128, lengths=(64,), heads=(2, 1, 64),
     decode_heads=(4, 2, 32), decode_rows=(2,), decode_lengths=(64,),
     decode_bytes=1 << 12, matrix=(64, 128), num_matrices=2, products_rows=(1, 16),

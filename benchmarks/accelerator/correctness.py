@@ -14,7 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.accelerator import generate
 from benchmarks.accelerator.common import Row, Rows, Sizes, random_arrays
+from llama_jax.config import MODELS
+from llama_jax.model.llama import ComputeConfig, KVCache
+from llama_jax.model.params import merge, structure
+from llama_jax.model.quantize import is_quantized
 from pallas_kernels import Rope, dispatch, rotary_attention, rotary_decode_attention
 from pallas_kernels.rotary_attention import _IMPLEMENTATIONS as ATTENTION
 from pallas_kernels.rotary_decode_attention import _IMPLEMENTATIONS as DECODE
@@ -23,6 +28,9 @@ LIMIT = 1e-2
 """|got - want| / |want|: bfloat16 rounds each number by up to 0.4 %"""
 WORST = 5e-2
 """the same of the worst head and position"""
+MODEL_LIMIT = 3e-2
+"""of logits: the roundings of all layers add up"""
+KINDS = ("bfloat16", "int8", "int4")
 UNORDERED = ("cudnn",)
 """implementations whose backward pass sums in any order, so that a repeat may differ"""
 
@@ -45,6 +53,8 @@ def rows(s: Sizes, earlier: dict[str, Row]) -> Rows:
     for case, shape in list(decode_cases(s).items())[::step]:
         for name in kernels(DECODE):
             yield f"right: decode {name}, {case}", functools.partial(check_decode, name, *shape)
+    for kind in KINDS[::step]:
+        yield f"right: decoding step by step, {kind}", functools.partial(check_model, kind)
 
 
 def rope_of(H: int) -> Rope:
@@ -195,6 +205,29 @@ def check_decode(name: str, T: int, S: int, H: int, lengths: list[int]) -> Row:
         "wrong": "; ".join(dict.fromkeys(wrong)),
         "repeat": "equal" if same else "differs",
     }
+
+
+# A whole model, with every kernel of a decoding step ---------------------------------------------
+
+
+def check_model(kind: str) -> Row:
+    """Logits of a small model, token by token with a cache, against one pass in float32."""
+    cfg, compute = MODELS["tiny"], generate.compute_config(jax.default_backend())
+    params = generate.weights_of(cfg, compute, kind)
+    graphdef = structure(cfg, compute, unstacked=compute.unroll)
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 12), 0, cfg.vocab_size)
+    step = jax.jit(lambda p, tokens, cache: merge(graphdef, p)(tokens, cache=cache))
+    cache, logits = KVCache.empty(cfg, 2, 64, compute.dtype), []
+    for token_B1 in jnp.split(tokens_BT, tokens_BT.shape[1], axis=1):
+        logits_B1V, cache = step(params, token_B1, cache)
+        logits.append(logits_B1V)
+    exact = ComputeConfig(jnp.dtype(jnp.float32), unroll=compute.unroll, attention="xla")
+    exactdef = structure(cfg, exact, unstacked=compute.unroll)
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), params, is_leaf=is_quantized)
+    want = _reference(lambda p, tokens: merge(exactdef, p)(tokens))(wide, tokens_BT)
+    error, worst = relative_errors(jnp.concatenate(logits, axis=1), want)
+    wrong = "" if error < MODEL_LIMIT else "logits"
+    return {"numbers": {"logits": error, "worst row": worst}, "wrong": wrong}
 
 
 # Comparison ---------------------------------------------------------------------------------------

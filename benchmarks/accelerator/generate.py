@@ -74,15 +74,18 @@ def matrix(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
 
 
-def engine(model: str, kind: str) -> Engine:
-    """A model with random weights, made on the device."""
-    cfg, compute = MODELS[model], compute_config(jax.default_backend())
+def weights_of(cfg: ModelConfig, compute: ComputeConfig, kind: str) -> Params:
+    """Random weights in a number format, as `llama_jax.load` gives them."""
     params = random_weights(cfg, compute)
     if kind != "bfloat16":
         params = quantize(params, kind)
-    if compute.unroll:
-        params = unstack_layers(params)
-    return Engine(cfg, params, compute, mesh=None)
+    return unstack_layers(params) if compute.unroll else params
+
+
+def engine(model: str, kind: str) -> Engine:
+    """A model with random weights, made on the device."""
+    cfg, compute = MODELS[model], compute_config(jax.default_backend())
+    return Engine(cfg, weights_of(cfg, compute, kind), compute, mesh=None)
 
 
 def decode_rate(s: Sizes, engines: Any, model: str, kind: str, batch: int, copy: Any) -> Row:

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.accelerator.common import Row, Rows, Sizes, random_arrays, time_calls
-from benchmarks.accelerator.correctness import LIMIT, relative_errors
+from benchmarks.accelerator.correctness import KINDS, LIMIT, relative_errors
 from llama_jax.model.llama import ComputeConfig, _project
 from llama_jax.model.quantize import bytes_of, quantize_weight
 
-KINDS = ("bfloat16", "int8", "int4")
 COMPUTE = ComputeConfig(jnp.dtype(jnp.bfloat16), unroll=True)
 
 

@@ -203,3 +203,18 @@ def test_is_a_tree():
     whole = quantize_weight(jnp.ones((64, 2)), "int8")
     assert isinstance(jax.tree.map(lambda x: x, whole), QuantizedWeight)
     assert len(jax.tree.leaves(whole)) == 2
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantized_stack_is_unstacked(kind):
+    """Each layer has its own integers and scales; the projections are fused."""
+    cfg = MODELS["tiny"]
+    compute = ComputeConfig(jnp.dtype("float32"))
+    params = quantize(params_of(Llama(cfg, compute, nnx.Rngs(0))), kind)
+    down = params["blocks"]["mlp"]["down"]
+    layers = unstack_layers(params)["blocks"]
+    assert sorted(layers) == list(range(cfg.num_layers))
+    for i, layer in layers.items():
+        np.testing.assert_array_equal(layer["mlp"]["down"].q, down.q[i])
+        np.testing.assert_array_equal(layer["mlp"]["down"].scale, down.scale[i])
+        assert layer["mlp"]["gate_up"].q.shape[-1] == 2 * cfg.ffn_dim
