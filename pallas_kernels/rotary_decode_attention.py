@@ -47,7 +47,8 @@ def rotary_decode_attention(
       lengths_B: int32, number of valid positions of each row before this call.
       rope: frequencies, see :class:`Rope`.
       scale: factor on the scores; default: H ** -0.5.
-      implementation: "tpu", "gpu" or "xla", chosen as in :func:`rotary_attention`.
+      implementation: "tpu_prefill" or "gpu_prefill" (many tokens of one row), "tpu", "gpu" or
+        "xla", chosen as in :func:`rotary_attention`.
 
     Returns:
       [B, T, N, H] in q's dtype, and the two updated caches. Scores, softmax and sums are float32.
@@ -223,7 +224,23 @@ def _gpu_fused(*args):
     return gpu_fused(*args)
 
 
+def _tpu_prefill(*args):
+    from pallas_kernels.rotary_attention_tpu import tpu
+    from pallas_kernels.rotary_prefill_attention import prefill
+
+    return prefill(tpu, *args)
+
+
+def _gpu_prefill(*args):
+    from pallas_kernels.rotary_attention_gpu import gpu
+    from pallas_kernels.rotary_prefill_attention import prefill
+
+    return prefill(gpu, *args)
+
+
 _IMPLEMENTATIONS = {
+    "tpu_prefill": (("tpu",), _tpu_prefill),
+    "gpu_prefill": (("gpu", "cuda"), _gpu_prefill),
     "tpu": (("tpu",), _tpu),
     "gpu": (("gpu", "cuda"), _gpu),
     "xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla),

@@ -27,7 +27,11 @@ from llama_jax.model.quantize import bytes_of
 from llama_jax.model.sharding import no_mesh, reshard, use_mesh
 
 PREFILL_CHUNKS = (32, 256)
-"""Prompt tokens per call of the model: few for a chat message, many for a long prompt."""
+"""Prompt tokens per call of the model, padded: few for a chat message, many for a long prompt."""
+FULL_CHUNK = 1024
+"""Prompt tokens per call on TPU and GPU where the prompt has as many: 1.8 to 6 times as many as
+FLOPs per byte of memory bandwidth (h100 295, h200 206, v5p 166, v6e 560), so that products and not
+the reading of weights take the time. Never padded, so caches need no more positions."""
 DECODE_STEPS_PER_CALL = 32
 """Largest number of tokens per row before the host looks for stop strings and ended rows."""
 MAX_BATCH = 32
@@ -113,7 +117,7 @@ class Engine:
         done = 0
         logits_V = None
         while done < len(ids):
-            size = next((c for c in PREFILL_CHUNKS if c >= len(ids) - done), PREFILL_CHUNKS[-1])
+            size = self._chunk(len(ids) - done)
             part = list(ids[done : done + size])
             tokens_1T = np.zeros((1, size), np.int32)
             tokens_1T[0, : len(part)] = part
@@ -122,6 +126,12 @@ class Engine:
             logits_V, cache = self.run("prefill", prefill, args, donated=(3,))
             done += len(part)
         return logits_V, cache
+
+    def _chunk(self, remaining: int) -> int:
+        """Tokens of the next call of the model."""
+        if remaining >= FULL_CHUNK and self.devices()[0].platform != "cpu":
+            return FULL_CHUNK
+        return next((c for c in PREFILL_CHUNKS if c >= remaining), PREFILL_CHUNKS[-1])
 
     def start(self, requests: Sequence[Request], max_new_tokens: int, seed: int) -> DecodeState:
         """Read each prompt on its own, and make a batch of them.

@@ -14,6 +14,7 @@ import time
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ import llama_jax
 from llama_jax import Greedy, Sample
 from llama_jax.config import ConfigError
 from llama_jax.generate.__main__ import main
-from llama_jax.generate.decode import DECODE_STEPS_PER_CALL, Request
+from llama_jax.generate.decode import DECODE_STEPS_PER_CALL, Engine, Request
 from llama_jax.generate.detokenize import Generation, OutputSequence
 from llama_jax.generate.llm import LLM
 from llama_jax.generate.load import _eos_of
@@ -229,9 +230,12 @@ def test_overloads_of_generate():
     assert hints[1]["prompts"] == list[str] | list[list[int]]
 
 
-@pytest.mark.parametrize("length", [600])
-def test_chunks_of_a_prompt_equal_the_whole(tokenizer, length):
+@pytest.mark.parametrize(("length", "platform"), [(600, "cpu"), (600, "tpu")])
+def test_chunks_of_a_prompt_equal_the_whole(tokenizer, length, platform, monkeypatch):
     """A prompt read in padded chunks gives the same continuation as one pass over it."""
+    # On an accelerator a full chunk of 512 comes first.
+    monkeypatch.setattr("llama_jax.generate.decode.FULL_CHUNK", 512)
+    monkeypatch.setattr(Engine, "devices", lambda self: [SimpleNamespace(platform=platform)])
     cfg = dataclasses.replace(model(tokenizer).cfg, context=1024)
     llm = LLM(cfg, params_of(Llama(cfg, F32, nnx.Rngs(0), 0.3)), tokenizer, F32)
     llm._engine.empty_cache(300)  # a smaller one first: each size has its own program

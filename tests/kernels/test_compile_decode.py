@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from llama_jax.chips import compile_for, topology
 from llama_jax.config import MODELS
+from llama_jax.generate.decode import FULL_CHUNK
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import abstract_params, merge, structure, unstack_layers
@@ -147,3 +148,32 @@ def test_kernel_launches_of_a_layer(B, quantized):
         program, _ = _step(cfg, topology("h100")[:1], B, quantized)
         launches.append(count(program.as_text()).launches)
     assert launches[1] - launches[0] <= 9
+
+
+@pytest.mark.parametrize("name", ["h100", "v5p", "v6e"])
+def test_a_chunk_of_a_prompt(name, monkeypatch):
+    """8B, 1,024 tokens: the training kernel, the cache updated in place, and no [T, S] in memory.
+
+    The keys and values of one layer are copied to the kernel's layout.
+    """
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    pytest.importorskip("jax_cuda13_plugin" if name == "h100" else "libtpu")
+    N, K, H = MODELS["llama3.1-8b"].shape("NKH")
+    device = topology(name)[0]
+    of = lambda *shape, t="bfloat16": jax.ShapeDtypeStruct(
+        shape, t, sharding=SingleDeviceSharding(device)
+    )
+    cache, new = of(2, 1, K, SLOTS, H), of(1, FULL_CHUNK, K, H)
+    numbers = of(t="int32"), of(1, t="int32"), of(H // 2, t="float32")
+
+    def attend(*arguments):
+        return rotary_decode_attention(*arguments[:-1], Rope(arguments[-1], 1.0))
+
+    arguments = of(1, FULL_CHUNK, N, H), new, new, cache, cache, *numbers
+    with compile_for(device):
+        program = jax.jit(attend, donate_argnums=(3, 4)).lower(*arguments).compile()
+    assert "rotary_attention_forward" in program.as_text()
+    memory, layer = program.memory_analysis(), K * SLOTS * H * 2
+    assert memory.alias_size_in_bytes == 4 * layer
+    assert memory.temp_size_in_bytes < 6 * layer < N * FULL_CHUNK * SLOTS * 4 / 10

@@ -314,3 +314,39 @@ def test_decode_refuses(changes, message):
     implementation = arguments.pop("implementation")
     with pytest.raises(ValueError, match=message):
         rotary_decode_attention(*arguments.values(), implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", ["tpu_prefill", "gpu_prefill"])
+@pytest.mark.parametrize(("dtype", "length"), [("float32", 0), ("float32", 77), ("bfloat16", 128)])
+def test_prompts_by_the_training_kernels(implementation, dtype, length, monkeypatch):
+    """They append and attend as the decode kernels do, and ignore what the cache holds beyond."""
+    monkeypatch.setattr("pallas_kernels.rotary_prefill_attention.MAX_DECODE_QUERIES", 100)
+    T, N, K, H, S = 128, 4, 2, 64, 256
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    caches = [normal(L, 1, K, S, H).at[:, :, :, length:].set(jnp.nan) for _ in range(2)]
+    args = (
+        normal(1, T, N, H),
+        normal(1, T, K, H),
+        normal(1, T, K, H),
+        *caches,
+        1,
+        jnp.array([length]),
+    )
+    results = {}
+    for name in (implementation, "xla"):
+        call = functools.partial(rotary_decode_attention, implementation=name)
+        results[name] = jax.jit(call)(*args, rope_for(H, scale=1.2))
+    for x, want in zip(results[implementation], results["xla"], strict=True):
+        tolerance = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        np.testing.assert_allclose(np.float32(x), np.float32(want), **tolerance)
+
+
+def test_prompts_that_the_training_kernels_leave_to_others():
+    """Several rows, and chunks that the decode kernels read without a copy of the cache."""
+    for B, T in ((2, 300), (1, 256)):
+        cache, new = jnp.zeros((L, B, 2, 512, 64)), jnp.zeros((B, T, 2, 64))
+        args = jnp.zeros((B, T, 4, 64)), new, new, cache, cache, 0, jnp.zeros(B, int), rope_for(64)
+        for name in ("tpu_prefill", "gpu_prefill"):
+            with pytest.raises(NotImplementedError, match="queries per key head"):
+                rotary_decode_attention(*args, implementation=name)

@@ -1,0 +1,55 @@
+"""A long chunk of a prompt: appended to the cache, then attended to by the training kernels.
+
+The decode kernels hold all queries of a key head at once, which is slow or impossible for more than
+a few hundred tokens.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.rotary_attention import Rope, rotate
+
+MAX_DECODE_QUERIES = 512
+"""Queries of a key head up to which the decode kernels run: they read the cache where it is."""
+
+
+def prefill(
+    kernel: Callable[..., jax.Array], q, k, v, cache_k, cache_v, layer, lengths, rope, scale
+):
+    """`rotary_decode_attention` of one row and many queries, with positional arguments.
+
+    The keys and values of the layer are copied to the layout of ``kernel``, an implementation of
+    `rotary_attention`: once per chunk, the whole cache length. It visits no block of keys beyond
+    the new tokens.
+    """
+    B, T, N, H = q.shape
+    queries = T * (N // k.shape[2])
+    if B > 1 or queries <= MAX_DECODE_QUERIES:
+        raise NotImplementedError(
+            f"{B} rows with {queries} queries per key head: the training kernels read prompts of "
+            f"one row, and at least {MAX_DECODE_QUERIES + 1} queries"
+        )
+    length = lengths[0]
+    positions_BT = length + jnp.arange(T, dtype=jnp.int32)[None]
+    caches = tuple(
+        lax.dynamic_update_slice(
+            cache, new.transpose(0, 2, 1, 3)[None].astype(cache.dtype), (layer, 0, 0, length, 0)
+        )
+        for cache, new in ((cache_k, rotate(k, positions_BT, rope)), (cache_v, v))
+    )
+    # Invalid positions may hold NaN, and the product of a weight of 0 and NaN is NaN.
+    valid_S1 = (jnp.arange(cache_k.shape[3]) < length + T)[:, None]
+    of_layer = (lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in caches)
+    keys, values = (
+        jnp.where(valid_S1, x_BKSH, 0).transpose(0, 2, 1, 3).astype(q.dtype) for x_BKSH in of_layer
+    )
+    # Queries and keys are rotated already; the kernel rotates both by angle 0, which is exact.
+    still = jnp.zeros((1, T), jnp.int32), jnp.zeros((1, keys.shape[1]), jnp.int32)
+    out = kernel(
+        rotate(q, positions_BT, rope), keys, values, *still, Rope(jnp.zeros(H // 2), 1.0),
+        None, None, length, True, scale,
+    )  # fmt: skip
+    return out, *caches
