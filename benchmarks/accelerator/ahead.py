@@ -79,7 +79,8 @@ def programs(device: Any) -> Programs:
         yield from _products(place)
         for model in FULL.models:
             yield from _generate(place, model)
-    for attention_name in ("cudnn", "gpu"):
+        names = correctness.kernels(ATTENTION)
+    for attention_name in names:
         for remat in ("matmuls", "none"):
             yield (
                 f"train {FULL.train_model}, remat {remat}, {attention_name}",
