@@ -227,9 +227,9 @@ def _kernel(
         )  # fmt: skip
         # m starts finite: in a fully masked row, exp2(-inf - m) is 0 instead of NaN.
         carry = (
-            _array((BLOCK_Q, at.q.shape[3]), 0, plgpu.Layout.WGMMA),
-            _array((BLOCK_Q,), MASK_VALUE, plgpu.Layout.WGMMA.reduce(1)),
-            _array((BLOCK_Q,), 0, plgpu.Layout.WGMMA.reduce(1)),
+            float_array((BLOCK_Q, at.q.shape[3]), 0, plgpu.Layout.WGMMA),
+            float_array((BLOCK_Q,), MASK_VALUE, plgpu.Layout.WGMMA.reduce(1)),
+            float_array((BLOCK_Q,), 0, plgpu.Layout.WGMMA.reduce(1)),
         )
         pl.when(num_blocks > 0)(lambda: plgpu.barrier_wait(k_filled.at[0]))
         pl.when(warpgroup == 1)(lambda: _take_turn(turn))
@@ -246,7 +246,8 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _array(shape, value, layout):
+def float_array(shape, value, layout):
+    """A float32 array of one value in the registers of a warpgroup."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
@@ -302,19 +303,32 @@ def _attend(
         next_slot = lax.rem(i + 1, jnp.int32(SLOTS))
         pl.when(i + 1 < num_blocks)(lambda: plgpu.barrier_wait(k_filled.at[next_slot]))
 
-    def add_values(acc_ref):
-        plgpu.wgmma(acc_ref, weights, v_smem.at[slot])
-        await_next_keys()
-
-    if interpreter() is None:
-        acc = pl.run_state(add_values)(plgpu.ACC.init(acc))  # waits for the product
-    else:
-        # The interpreter has neither run_state nor wgmma with an operand in registers.
-        acc += jnp.dot(weights, v_smem[slot], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()
-        await_next_keys()
+    acc = add_product(acc, weights, v_smem.at[slot], await_next_keys)
     plgpu.barrier_arrive(v_read.at[slot])
     return acc, m_new, l
+
+
+def add_product(acc, weights, values_ref, meanwhile=lambda: None):
+    """acc + weights @ values on the tensor cores, complete on return.
+
+    Args:
+      acc: float32, in registers.
+      weights: in registers.
+      values_ref: in shared memory.
+      meanwhile: called when the product has been started.
+    """
+    if interpreter() is not None:
+        # The interpreter has neither run_state nor wgmma with an operand in registers.
+        acc += jnp.dot(weights, values_ref[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()
+        meanwhile()
+        return acc
+
+    def product(acc_ref):
+        plgpu.wgmma(acc_ref, weights, values_ref)
+        meanwhile()
+
+    return pl.run_state(product)(plgpu.ACC.init(acc))
 
 
 def _mask(at: Operands, b, first_q, first_k, config, scores):

@@ -47,8 +47,8 @@ def rotary_decode_attention(
       lengths_B: int32, number of valid positions of each row before this call.
       rope: frequencies, see :class:`Rope`.
       scale: factor on the scores; default: H ** -0.5.
-      implementation: "tpu_prefill" or "gpu_prefill" (many tokens of one row), "tpu", "gpu" or
-        "xla", chosen as in :func:`rotary_attention`.
+      implementation: "tpu_prefill" or "gpu_prefill" (many tokens of one row), "tpu", "gpu",
+        "mosaic" or "xla", chosen as in :func:`rotary_attention`.
 
     Returns:
       [B, T, N, H] in q's dtype, and the two updated caches. Scores, softmax and sums are float32.
@@ -212,6 +212,12 @@ def _tpu(*args):
     return tpu(*args)
 
 
+def _mosaic(*args):
+    from pallas_kernels.rotary_decode_attention_mosaic import mosaic
+
+    return mosaic(*args)
+
+
 def _gpu(*args):
     from pallas_kernels.rotary_decode_attention_gpu import gpu
 
@@ -243,6 +249,7 @@ _IMPLEMENTATIONS = {
     "gpu_prefill": (("gpu", "cuda"), _gpu_prefill),
     "tpu": (("tpu",), _tpu),
     "gpu": (("gpu", "cuda"), _gpu),
+    "mosaic": (("gpu", "cuda"), _mosaic),
     "xla": (("cpu", "gpu", "cuda", "rocm", "tpu"), _xla),
 }
 _FUSED = {

@@ -51,6 +51,22 @@ def _call(H=64, dtype=jnp.bfloat16):
     return rotary_attention(q, k, k, jnp.zeros((1, 8), jnp.int32), rope, implementation="mosaic")
 
 
+@pytest.fixture
+def disassembler(monkeypatch):
+    """Prints what the assembler says and its machine code, during compilation."""
+    pytest.importorskip("jax_cuda13_plugin", reason="needs jax's CUDA plugin")
+    package = pytest.importorskip("nvidia.cu13", reason="needs nvidia-cuda-nvdisasm")
+    root = next(p for p in package.__path__ if (pathlib.Path(p) / "bin/nvdisasm").exists())
+    monkeypatch.setenv("MOSAIC_GPU_CUDA_ROOT", root)
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_SASS", "1")
+
+
+def opcodes(text):
+    """Of a disassembled kernel, in the order of the listing."""
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?\s*([A-Z][\w.]+)", text, re.M)
+
+
 if not SUPPORTED:
 
     def test_an_older_jax():
@@ -112,16 +128,6 @@ else:
         with pytest.raises(NotImplementedError, match="needs 6 threads"):
             _call()
 
-    @pytest.fixture
-    def disassembler(monkeypatch):
-        """Prints what the assembler says and its machine code, during compilation."""
-        pytest.importorskip("jax_cuda13_plugin", reason="needs jax's CUDA plugin")
-        package = pytest.importorskip("nvidia.cu13", reason="needs nvidia-cuda-nvdisasm")
-        root = next(p for p in package.__path__ if (pathlib.Path(p) / "bin/nvdisasm").exists())
-        monkeypatch.setenv("MOSAIC_GPU_CUDA_ROOT", root)
-        monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-        monkeypatch.setenv("MOSAIC_GPU_DUMP_SASS", "1")
-
     @pytest.mark.parametrize(("H", "documents"), [(128, True), (64, False)])
     def test_compiled_for_hopper(H, documents, disassembler, capfd):
         """Products by wgmma without spills; a fence between the queries and the first product."""
@@ -130,11 +136,11 @@ else:
         text = capfd.readouterr().out
         assert " 0 bytes spill stores, 0 bytes spill loads" in text
         assert "serialized" not in text
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?\s*([A-Z][\w.]+)", text, re.M)
-        products = [i for i, x in enumerate(opcodes) if x.startswith("HGMMA")]
+        found = opcodes(text)
+        products = [i for i, x in enumerate(found) if x.startswith("HGMMA")]
         # Scores: H / 16; values: 128 / 16; both with and without a mask.
         assert len(products) == 2 * (H // 16 + 8)
-        before = opcodes[: products[0]]
+        before = found[: products[0]]
         writes = max(i for i, x in enumerate(before) if x.startswith("ST"))
         assert any(x.startswith("FENCE.VIEW.ASYNC") for x in before[writes:])
 
