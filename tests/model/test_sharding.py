@@ -421,9 +421,9 @@ def test_every_mesh_on_every_topology(name):
         check_fits(recipe, mesh)
         held = check_rows(mesh, len(devices))
         interleaved += any(np.ptp(rows) >= len(rows) for rows in held.values())
-    # On a torus a host's rows are not contiguous, so no (index, count) describes them. JAX 0.12
+    # On a torus a host's rows are not contiguous, so no (index, count) describes them. JAX 0.11
     # orders the devices of the smallest slice so that they are.
-    contiguous = name == "v5p:2x2x2" and jax.__version_info__ >= (0, 12)
+    contiguous = name == "v5p:2x2x2" and jax.__version_info__ >= (0, 11)
     assert interleaved or contiguous or not name.startswith("v5p")
 
 
@@ -567,13 +567,13 @@ def test_what_a_recipe_fixes_is_not_adapted():
 
 
 def test_sizes_that_jax_cannot_split():
-    """A 4 x 4 x 20 topology: JAX before 0.12 loses a factor of 10 when it splits an axis."""
+    """A 4 x 4 x 20 topology: JAX before 0.11 loses a factor of 10 when it splits an axis."""
     chips = [Proxy(i, i // 4, 0, "tpu", "TPU v5") for i in range(4 * 4 * 20)]
     for chip, place in zip(chips, itertools.product(range(20), range(4), range(4)), strict=True):
         chip.coords, chip.core_on_chip = place[::-1], 0
     assert make_mesh(MeshConfig(preset="fsdp_tensor", tensor=20), chips).size == 320
     bad = dict(tensor=10), "JAX cannot place a mesh of mesh.data=1, mesh.fsdp=32, mesh.tensor=10"
-    if jax.__version_info__ >= (0, 12):
+    if jax.__version_info__ >= (0, 11):
         assert make_mesh(MeshConfig(preset="fsdp_tensor", **bad[0]), chips).size == 320
         return
     with pytest.raises(ConfigError, match=bad[1]):
