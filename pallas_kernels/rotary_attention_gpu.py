@@ -32,7 +32,7 @@ from pallas_kernels.rotary_attention import Rope, rotate
 try:
     from jax.experimental.pallas import triton as plt
 except ImportError:  # a later jax
-    plt = None
+    plt = None  # type: ignore[assignment]
 
 MASK_VALUE = float(jnp.finfo(jnp.float32).min)
 

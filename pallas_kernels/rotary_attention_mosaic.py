@@ -10,6 +10,9 @@ angles are computed by XLA: the fast sine of the hardware is wrong for large ang
 Letters as in `rotary_attention`; h = H // 2.
 """
 
+# mypy: ignore-errors
+# The oldest jax, with which mypy runs, declares other arguments for these functions.
+
 import functools
 import math
 import os

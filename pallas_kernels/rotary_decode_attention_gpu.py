@@ -81,7 +81,7 @@ def _decode(sources, dtype, cache_k, cache_v, layer, lengths, rope, scale):
     partial, caches = _call(
         sources, dtype, cache_k, cache_v, layer, lengths, rope, G, rows, row_blocks, splits, factor
     )
-    out = partial[0] if splits == 1 else _merge(*partial, dtype)
+    out = partial[0] if splits == 1 else _merge(*partial, dtype)  # type: ignore[call-arg]
     return out, *caches
 
 
@@ -116,7 +116,7 @@ def _call(
             pl.BlockSpec((1,), lambda i, r, z: (b(z),)),
             pl.BlockSpec((H // 2,), lambda i, r, z: (0,)),
             pl.BlockSpec((1,), lambda i, r, z: (0,)),
-            *(source(*x, heads) for x, heads in zip(sources, (G, 1, 1), strict=True)),
+            *(source(*x, heads) for x, heads in zip(sources, (G, 1, 1), strict=True)),  # type: ignore[call-arg]
             cache, cache,
         ],
         out_specs=[*out_specs, cache, cache],

@@ -10,6 +10,9 @@ Letters as in `rotary_decode_attention`. R: the rows of a key head, T * G querie
 t * G + g is query t of head g.
 """
 
+# mypy: ignore-errors
+# The oldest jax, with which mypy runs, declares other arguments for these functions.
+
 import functools
 import math
 
