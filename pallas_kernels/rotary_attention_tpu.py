@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ranges import block_ranges
 from pallas_kernels.rotary_attention import Rope, rotate
-from pallas_kernels.rotary_attention_tpu_sizes import LANES, sizes
+from pallas_kernels.rotary_attention_tpu_sizes import LANES, idle_core, sizes
 
 # Finite: a fully masked row computes with it, and inf - inf would be NaN.
 MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -44,6 +44,8 @@ class KernelConfig(NamedTuple):
     T: int
     S: int
     """numbers of queries and keys; the rest is padding"""
+    shares: int
+    """programs on the parallel axes that divide the query heads of a key head"""
     heads: int
     """query heads of a key head that a program processes together"""
     block_q: int
@@ -68,7 +70,9 @@ def tpu(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset,
     offset = q_offset if isinstance(q_offset, int) else None
     documents = segments is not None
     chosen = sizes(T, S, H, q.shape[2] // k.shape[2], q.dtype.itemsize, documents)
-    config = KernelConfig(causal, scale, offset, T, S, *chosen)
+    groups = q.shape[2] // k.shape[2] // chosen[0]
+    shares = 2 if groups % 2 == 0 and idle_core(q.shape[0] * k.shape[2]) else 1
+    config = KernelConfig(causal, scale, offset, T, S, shares, *chosen)
     pad_q, pad_k = (
         functools.partial(_pad, config.block_q),
         functools.partial(_pad, config.block_k),
@@ -327,13 +331,13 @@ def _call(config, H, q_k_v, tables, ids, offset):
     (q, k, v), (q_table, k_table) = q_k_v, tables
     (B, T), S = q_table.shape[:2], k.shape[1 if H == LANES else 2]
     count = lambda x: x.shape[2] // H if H == LANES else x.shape[1]
-    N, K = count(q), count(k)
+    N, K = count(q), count(k) * config.shares
     heads, rows, keys = config.heads, config.block_q, config.forward_k
     G = N // K // heads  # groups of heads
     ranges = block_ranges("q", rows, config.block_k, (B, T, S), config.S, config.causal, offset,
                    *(ids or (None, None)))  # fmt: skip
     of_q = head_spec(H, rows, lambda b, h, i, g, j, *_: (b, i, h * G + g), heads)
-    of_k = head_spec(H, keys, lambda b, h, i, g, j, *_: (b, j, h))
+    of_k = head_spec(H, keys, lambda b, h, i, g, j, *_: (b, j, key_head(config, h)))
     table_spec = lambda n, at: pl.BlockSpec((None, n, H), at)
     number = lambda n, at: None if ids is None else number_spec(n, at)
     size, passes = q.dtype.itemsize, 1 if keys == S else T // rows * G
@@ -374,6 +378,11 @@ def _call(config, H, q_k_v, tables, ids, offset):
         name="rotary_attention_forward",
         **parameters(config),
     )(offset, ranges.reshape(-1), q, k, v, q_table, k_table, *row_ids(ids))  # fmt: skip
+
+
+def key_head(config: KernelConfig, h):
+    """The key head of index h of the grid."""
+    return h if config.shares == 1 else lax.div(h, jnp.int32(config.shares))
 
 
 def row_ids(ids):

@@ -29,6 +29,7 @@ from pallas_kernels.rotary_attention_tpu import (
     head,
     head_spec,
     kernel_shape,
+    key_head,
     lanes,
     last_visible,
     number_spec,
@@ -47,8 +48,12 @@ def backward(config: KernelConfig, residuals, d_out):
     k_used = k if config.backward_k == k.shape[1] else rotate(k, kv_positions, rope)
     arrays = *map(to_kernel_layout, (q, k_used, v, out, d_out)), lse
     tables = cos_sin_table(positions, rope), cos_sin_table(kv_positions, rope)
-    grads = _call(config, q.shape, k.shape, arrays, tables, ids, offset)
-    return tuple(from_kernel_layout(d, x.shape) for d, x in zip(grads, (q, k, v), strict=True))
+    d_q, *d_kv = _call(config, q.shape, k.shape, arrays, tables, ids, offset)
+    B, S, K, H = k.shape
+    # The programs that share a key head have gradients of their own.
+    parts = (from_kernel_layout(d, (B, S, K * config.shares, H)) for d in d_kv)
+    d_kv = [d.reshape(B, S, K, config.shares, H).sum(3) if config.shares > 1 else d for d in parts]
+    return from_kernel_layout(d_q, q.shape), *d_kv
 
 
 def _kernel(
@@ -152,12 +157,13 @@ def _call(config, q_shape, k_shape, arrays, tables, ids, offset):
     q, k = arrays[:2]
     (B, T, N, H), (_, S, K, _) = q_shape, k_shape
     heads, queries, keys = config.heads, config.backward_q, config.backward_k
+    K *= config.shares
     G = N // K // heads  # groups of heads
     chunks_q, chunks = T // queries, S // keys
     ranges = block_ranges("k", config.block_q, config.block_k, (B, T, S), config.S, config.causal,
                    offset, *(ids or (None, None)))  # fmt: skip
     of_q = head_spec(H, queries, lambda b, h, i, g, j, *_: (b, i, h * G + g), heads)
-    of_k = head_spec(H, keys, lambda b, h, i, g, j, *_: (b, j, h))
+    of_k = head_spec(H, keys, lambda b, h, i, g, j, *_: (b, j, key_head(config, h)))
     # The gradients of keys are written after their last queries; until then block 0 stays mapped.
     last = lambda i, g, j: jnp.where((i == chunks_q - 1) & (g == G - 1), j, 0)
     of_d_k = head_spec(H, keys, lambda b, h, i, g, j, *_: (b, last(i, g, j), h))
@@ -191,7 +197,7 @@ def _call(config, q_shape, k_shape, arrays, tables, ids, offset):
         ),
         out_shape=[
             jax.ShapeDtypeStruct(kernel_shape(shape), q.dtype)
-            for shape in (q_shape, k_shape, k_shape)
+            for shape in (q_shape, *[(B, S, K, H)] * 2)
         ],
         cost_estimate=pl.CostEstimate(
             flops=10 * H * B * N * visible_pairs(config),

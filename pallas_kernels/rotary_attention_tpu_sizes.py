@@ -6,6 +6,9 @@ LANES = 128
 _VMEM_MIB = {"TPU v5 lite": 128, "TPU v5e": 128, "TPU v6 lite": 128, "TPU v6e": 128}
 """Per chip; 64 for v5p, TPU7x and chips that are not listed."""
 
+_TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
+"""Chips whose two cores are one device and share the parallel axes of a grid."""
+
 _WIDE = ("TPU v6 lite", "TPU v6e", "TPU7x")
 """Chips with matrix units of 256 by 256, half of which is idle for H = 128: there the kernels wait
 for the softmax, and less if a step has 1024 rows."""
@@ -94,3 +97,8 @@ def _block(n: int, largest: int) -> int:
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def idle_core(programs: int) -> bool:
+    """Whether a core of the chip has no work if the parallel axes have this number of programs."""
+    return programs < 2 and dispatch.device_kind() in _TWO_CORES

@@ -1,5 +1,7 @@
 """TPU implementation: chunks, races, block sizes, and unsupported arguments."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,19 @@ def test_query_heads_together(T, N, K, H, documents, heads, monkeypatch):
         assert relative_l2(got, np.float64(exact)) < 5e-6
 
 
+@pytest.mark.parametrize(("N", "H"), [(4, 64), (2, 128)])
+def test_both_cores_share_one_key_head(N, H, monkeypatch):
+    """B * K = 1 on a v5p: the query heads are divided, and the gradients of the keys summed."""
+    arrays, ids = _inputs(300, N, 1, H, 3)
+    want = _both_ways("xla", arrays, ids)
+    monkeypatch.setattr("pallas_kernels.dispatch.device_kind", lambda: "TPU v5")
+    for got, exact in zip(_both_ways("tpu", arrays, ids), want, strict=True):
+        assert relative_l2(got, np.float64(exact)) < 5e-6
+    program = str(jax.make_jaxpr(lambda *x: _both_ways("tpu", x, ids))(*arrays))
+    grids = re.findall(r"grid=\((\d+), (\d+), \d+, \d+, \d+\)", program)
+    assert grids == [("1", "2")] * 2
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_no_races_and_no_unset_memory(chunked, monkeypatch):
     """Interpreter mode that simulates DMAs: unwritten memory is NaN, and races are detected."""
@@ -138,7 +153,7 @@ def test_ranges_leave_out_other_documents():
 @pytest.mark.parametrize("offset", [0, 5, -3, 100, -100])
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (7, 7), (4, 12), (12, 4)])
 def test_cost_counts_the_visible_pairs(T, S, offset):
-    config = KernelConfig(True, 1.0, offset, T, S, 1, 128, 128, S, T, S, 0, True)
+    config = KernelConfig(True, 1.0, offset, T, S, 1, 1, 128, 128, S, T, S, 0, True)
     visible = np.arange(S)[None] <= np.arange(T)[:, None] + offset
     assert visible_pairs(config) == visible.sum()
     assert visible_pairs(config._replace(offset=None)) == T * S
