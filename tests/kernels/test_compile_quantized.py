@@ -1,5 +1,6 @@
 """Products with quantized weights, compiled for absent chips: bytes moved."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -12,7 +13,9 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import SingleDeviceSharding
 
 from llama_jax.chips import topology
+from llama_jax.config import MODELS
 from llama_jax.model.quantize import bytes_of, matmul, quantize_weight
+from llama_jax.plan import inference
 from llama_jax.plan.hlo import count
 from pallas_kernels import dispatch, quantized_matmul
 
@@ -172,3 +175,30 @@ def test_tpu_kernels_compile(monkeypatch, device, rows, inputs, out, group, bits
     arguments = abstract(rows, inputs, out, group, bits, dtype)
     for name in ("v5e", "v5p", "v6e"):
         compiled(monkeypatch, device, name, arguments)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["h100", "v5e"])
+def test_the_plan_has_the_bytes_of_the_compiled_products(monkeypatch, device, name, kind):
+    """All products of a 7B layer with one row, against `plan --inference`."""
+    one, two = (
+        inference.weight_bytes(dataclasses.replace(MODELS["llama2-7b"], num_layers=n), kind)
+        for n in (1, 2)
+    )
+    here = SingleDeviceSharding(device(name))
+    monkeypatch.setattr(dispatch, "platform", lambda: "tpu" if name == "v5e" else "gpu")
+    shapes = [(4096, 3 * 4096), (4096, 4096), (4096, 2 * 11008), (11008, 4096)]
+    weights = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    if kind != "bfloat16":
+        quantizer = functools.partial(quantize_weight, kind=kind)
+        weights = [jax.eval_shape(quantizer, w) for w in weights]
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    product = jax.jit(functools.partial(matmul, out_dtype=jnp.bfloat16))
+    moved = 0.0
+    for (inputs, _), w in zip(shapes, weights, strict=True):
+        # One by one: beside others, a TPU loads parts of a matrix early, which count as more.
+        x = jax.ShapeDtypeStruct((1, inputs), jnp.bfloat16)
+        program = product.lower(*jax.tree.map(place, (x, w))).compile()
+        moved += count(program.as_text()).bytes
+    planned = two - one
+    assert 0.99 * planned < moved < 1.05 * planned
