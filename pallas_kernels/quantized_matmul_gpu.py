@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import dispatch
-from pallas_kernels.rotary_attention_gpu import _dot
+from pallas_kernels.rotary_attention_gpu import _dot, check_triton, plt
 
 PROGRAMS = 264
 """number of programs to split for: two for each of 132 multiprocessors"""
@@ -26,6 +25,7 @@ GROUPS = (32, 64, 128)
 
 def gpu(x, q, scale, out_dtype):
     """`quantized_matmul` in Pallas, with positional arguments."""
+    check_triton()
     rows, inputs = x.shape
     groups, out = scale.shape
     if inputs // groups not in GROUPS:
