@@ -35,10 +35,21 @@ def compiled_for(chip, function, *shapes):
 
 
 def both_ways(q, k, v, d_out, positions, inv_freq, ids, offset):
-    """Attention and its gradients by the default implementation of the platform."""
-    attend = lambda q, k, v: rotary_attention(
-        q, k, v, positions, Rope(inv_freq, 1.0), segment_ids_BT=ids, q_offset=offset
-    )
+    """Attention and its gradients by the default implementation of the platform.
+
+    Arrays are [B, T, N * H], as projections have them: XLA may store arguments with a separate N in
+    another layout and copy them.
+    """
+    H = 2 * inv_freq.shape[0]
+    heads = lambda x: x.reshape(*x.shape[:2], -1, H)
+
+    def attend(q, k, v):
+        out = rotary_attention(
+            *map(heads, (q, k, v)), positions, Rope(inv_freq, 1.0), segment_ids_BT=ids,
+            q_offset=offset,
+        )  # fmt: skip
+        return out.reshape(q.shape)
+
     out, pull = jax.vjp(attend, q, k, v)
     return out, *pull(d_out)
 
@@ -46,7 +57,7 @@ def both_ways(q, k, v, d_out, positions, inv_freq, ids, offset):
 def arguments(B, T, N, K, H, dtype="bfloat16", documents=True):
     """Shapes for :func:`both_ways`."""
     of = jax.ShapeDtypeStruct
-    q, k, at = of((B, T, N, H), dtype), of((B, T, K, H), dtype), of((B, T), jnp.int32)
+    q, k, at = of((B, T, N * H), dtype), of((B, T, K * H), dtype), of((B, T), jnp.int32)
     ids = at if documents else None
     return q, k, k, q, at, of((H // 2,), jnp.float32), ids, of((), jnp.int32)
 
