@@ -6,6 +6,9 @@ layers as [L, B, K, S, H], in which the keys of a head are contiguous. Calls tak
 whole cache, so that it is updated in place without copies.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,10 @@ from jax import lax
 
 from pallas_kernels import dispatch
 from pallas_kernels.rotary_attention import Rope, _check, _check_numbers, rotate
+
+Scales = tuple[jax.Array, jax.Array]
+"""of the keys and values of int8 caches, [L, B, K, S] each"""
+SCALE_DTYPE = jnp.bfloat16
 
 
 def rotary_decode_attention(
@@ -24,10 +31,11 @@ def rotary_decode_attention(
     layer: jax.Array | int,
     lengths_B: jax.Array,
     rope: Rope,
+    scales: Scales | None = None,
     *,
     scale: float | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Any, ...]:
     """Appends T keys and values to one layer of a cache and attends to its valid positions.
 
     New position t of row b has index and rotary position ``lengths_B[b] + t`` and attends to the
@@ -46,12 +54,14 @@ def rotary_decode_attention(
       layer: int32 scalar, the layer of the cache.
       lengths_B: int32, number of valid positions of each row before this call.
       rope: frequencies, see :class:`Rope`.
+      scales: of the keys and values of int8 caches, see :func:`quantize_rows`.
       scale: factor on the scores; default: H ** -0.5.
       implementation: "tpu_prefill" or "gpu_prefill" (many tokens of one row), "tpu", "gpu",
         "mosaic" or "xla", chosen as in :func:`rotary_attention`.
 
     Returns:
-      [B, T, N, H] in q's dtype, and the two updated caches. Scores, softmax and sums are float32.
+      [B, T, N, H] in q's dtype, and the two updated caches; with ``scales``, also those. Scores,
+      softmax and sums are float32.
 
     Raises:
       ValueError: shapes or dtypes do not match, known lengths or a known layer are out of range, or
@@ -79,16 +89,18 @@ def rotary_decode_attention(
         )
     if shape[3] < T:
         raise ValueError(f"{T} new positions do not fit in a cache of length {shape[3]}")
+    _check_scales(cache_k_LBKSH, scales)
     _check_within(
         "lengths_B", lengths_B, shape[3] - T, f"{T} new positions in a cache of length {shape[3]}"
     )
     _check_within("layer", layer, shape[0] - 1, f"{shape[0]} layers")
-    return dispatch.call(
+    out = dispatch.call(
         "rotary_decode_attention", _IMPLEMENTATIONS, implementation,
-        q_BTNH, k_BTKH, v_BTKH, cache_k_LBKSH, cache_v_LBKSH,
+        q_BTNH, k_BTKH, v_BTKH, cache_k_LBKSH, cache_v_LBKSH, scales,
         jnp.asarray(layer, jnp.int32), lengths_B, rope,
         scale if scale is not None else H**-0.5,
     )  # fmt: skip
+    return out if scales is not None else out[:3]
 
 
 def fused_decode_attention(
@@ -99,9 +111,10 @@ def fused_decode_attention(
     lengths_B: jax.Array,
     rope: Rope,
     dtype: jnp.dtype,
+    scales: Scales | None = None,
     *,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Any, ...]:
     """:func:`rotary_decode_attention` of the result of one product with fused matrices q, k, v.
 
     A GPU reads it as it is: neither a sum nor a slice is a kernel launch of its own.
@@ -115,16 +128,51 @@ def fused_decode_attention(
       lengths_B: int32, number of valid positions of each row before this call.
       rope: frequencies.
       dtype: that the sums are rounded to, and of the result.
+      scales: of int8 caches.
       implementation: "gpu" or "xla".
 
     Returns:
       As :func:`rotary_decode_attention`.
     """
-    return dispatch.call(
+    out = dispatch.call(
         "fused_decode_attention", _FUSED, implementation,
-        qkv_PBTMH, cache_k_LBKSH, cache_v_LBKSH, layer, lengths_B, rope,
+        qkv_PBTMH, cache_k_LBKSH, cache_v_LBKSH, scales, layer, lengths_B, rope,
         qkv_PBTMH.shape[-1] ** -0.5, dtype,
     )  # fmt: skip
+    return out if scales is not None else out[:3]
+
+
+def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Vectors [..., H] as int8, and their bfloat16 scales [...]: x = integers * scale.
+
+    Symmetric: scale = max(abs(x)) / 127.
+    """
+    x = x.astype(jnp.float32)
+    scale = scale_of(jnp.max(jnp.abs(x), axis=-1))
+    return to_int8(x, scale[..., None]), scale
+
+
+def scale_of(largest: jax.Array) -> jax.Array:
+    """The scale of a vector whose largest magnitude this is; 1 if all are zero."""
+    return jnp.where(largest == 0, 1, largest * (1 / 127)).astype(SCALE_DTYPE)
+
+
+def to_int8(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """round(x / scale). The scale is rounded before, so that its error is not added."""
+    return jnp.clip(jnp.floor(x / scale.astype(jnp.float32) + 0.5), -127, 127).astype(jnp.int8)
+
+
+def _check_scales(cache_k, scales):
+    if (cache_k.dtype == jnp.int8) != (scales is not None):
+        raise ValueError(
+            f"int8 caches, and no others, have scales; got {cache_k.dtype} caches "
+            f"{'with' if scales is not None else 'without'} scales"
+        )
+    if scales is not None and any(x.shape != cache_k.shape[:4] for x in scales):
+        raise ValueError(
+            f"scales of caches {cache_k.shape} must be {cache_k.shape[:4]}; "
+            f"got {', '.join(str(x.shape) for x in scales)}"
+        )
 
 
 def _check_within(name: str, x, maximum: int, why: str) -> None:
@@ -140,12 +188,18 @@ BLOCK = 128
 """positions that the reference reads at a time"""
 
 
-def _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
+def _xla(q, k, v, cache_k, cache_v, scales, layer, lengths, rope, scale):
     """The reference: online softmax (arXiv 1805.02867) over blocks, up to the longest row."""
     B, T, N, H = q.shape
     K, S = cache_k.shape[2:4]
     positions = lengths[:, None] + jnp.arange(T, dtype=lengths.dtype)
     q, k = rotate(q, positions, rope), rotate(k, positions, rope)
+    if scales is not None:
+        (k, k_scale), (v, v_scale) = quantize_rows(k), quantize_rows(v)
+        scales = (
+            _append(scales[0], k_scale, layer, lengths),
+            _append(scales[1], v_scale, layer, lengths),
+        )
     cache_k, cache_v = (
         _append(cache, new, layer, lengths) for cache, new in ((cache_k, k), (cache_v, v))
     )
@@ -158,20 +212,22 @@ def _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
         start = jnp.minimum(i * size, S - size)  # the last block ends with the cache
         indices = start + jnp.arange(size)
         fresh = indices >= i * size  # and may overlap the one before
-        keys, values = (
-            lax.dynamic_slice(c, (layer, 0, 0, start, 0), (1, B, K, size, H))[0].astype(q.dtype)
-            for c in (cache_k, cache_v)
-        )
+        keys, values = (_block(c, layer, start, size).astype(q.dtype) for c in (cache_k, cache_v))
         # Invalid values may be NaN, and 0 * NaN is NaN.
         valid_BS = fresh & (indices < lengths[:, None] + T)
         values = jnp.where(valid_BS[:, None, :, None], values, 0)
         # Keys on the left: on the right, XLA's CPU compiler would transpose them.
         scores = dot("BKSH,BKGTH->BKSGT", keys, q_BKGTH).transpose(0, 1, 3, 4, 2)
+        if scales is not None:
+            k_scale, v_scale = (_block(c, layer, start, size)[:, :, None, None] for c in scales)
+            scores = scores * k_scale
         visible_BTS = fresh & (indices <= positions[:, :, None])
         scores = jnp.where(visible_BTS[:, None, None], scores * scale, -jnp.inf)
         m_new = jnp.maximum(m, jnp.max(scores, axis=-1, keepdims=True))
         weights, alpha = jnp.exp(scores - m_new), jnp.exp(m - m_new)
         l = l * alpha + jnp.sum(weights, axis=-1, keepdims=True)
+        if scales is not None:
+            weights = weights * jnp.where(valid_BS[:, None, None, None], v_scale, 0)
         acc = acc * alpha + dot("BKGTS,BKSH->BKGTH", weights.astype(q.dtype), values)
         return m_new, l, acc
 
@@ -180,25 +236,33 @@ def _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
     blocks = (jnp.max(lengths) + T + size - 1) // size
     _, l, acc = lax.fori_loop(0, blocks, block, start)
     out = (acc / l).transpose(0, 3, 1, 2, 4).reshape(q.shape)
-    return out.astype(q.dtype), cache_k, cache_v
+    return out.astype(q.dtype), cache_k, cache_v, scales
 
 
-def _xla_fused(qkv, cache_k, cache_v, layer, lengths, rope, scale, dtype):
+def _block(cache_LBKS, layer, start, size):
+    """Positions of one layer, [B, K, size, ...]."""
+    _, B, K, _, *H = cache_LBKS.shape
+    at = (layer, 0, 0, start, *[0] * len(H))
+    return lax.dynamic_slice(cache_LBKS, at, (1, B, K, size, *H))[0]
+
+
+def _xla_fused(qkv, cache_k, cache_v, scales, layer, lengths, rope, scale, dtype):
     B, K = cache_k.shape[1:3]
     N = qkv.shape[3] - 2 * K
     total = jnp.sum(qkv[:, :B], axis=0, dtype=jnp.float32).astype(dtype)
     q, k, v = jnp.split(total, (N, N + K), axis=2)
-    return _xla(q, k, v, cache_k, cache_v, layer, lengths, rope, scale)
+    return _xla(q, k, v, cache_k, cache_v, scales, layer, lengths, rope, scale)
 
 
 def _append(cache_LBKSH, new_BTKH, layer, lengths_B):
     """Writes the new positions row by row: for a scatter, XLA on CPU would copy the cache."""
-    new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(cache_LBKSH.dtype)
+    new_BKTH = new_BTKH.swapaxes(1, 2).astype(cache_LBKSH.dtype)  # or scales, without H
     lengths_B = jnp.asarray(lengths_B)
 
     def row(b, cache):
         new = lax.dynamic_slice_in_dim(new_BKTH, b, 1)[None]
-        return lax.dynamic_update_slice(cache, new, (layer, b, 0, lengths_B[b], 0))
+        at = (layer, b, 0, lengths_B[b], *[0] * (cache.ndim - 4))
+        return lax.dynamic_update_slice(cache, new, at)
 
     return lax.fori_loop(0, new_BTKH.shape[0], row, cache_LBKSH)
 
@@ -206,16 +270,22 @@ def _append(cache_LBKSH, new_BTKH, layer, lengths_B):
 # Pallas takes a second to import, so it is imported only where it is used.
 
 
+def _without_scales(function, q, k, v, cache_k, cache_v, scales, *args):
+    if scales is not None:
+        raise NotImplementedError("an int8 cache: decode kernels for GPU and XLA support it")
+    return (*function(q, k, v, cache_k, cache_v, *args), None)
+
+
 def _tpu(*args):
     from pallas_kernels.rotary_decode_attention_tpu import tpu
 
-    return tpu(*args)
+    return _without_scales(tpu, *args)
 
 
 def _mosaic(*args):
     from pallas_kernels.rotary_decode_attention_mosaic import mosaic
 
-    return mosaic(*args)
+    return _without_scales(mosaic, *args)
 
 
 def _gpu(*args):
@@ -234,14 +304,14 @@ def _tpu_prefill(*args):
     from pallas_kernels.rotary_attention_tpu import tpu
     from pallas_kernels.rotary_prefill_attention import prefill
 
-    return prefill(tpu, *args)
+    return _without_scales(functools.partial(prefill, tpu), *args)
 
 
 def _gpu_prefill(*args):
     from pallas_kernels.rotary_attention_gpu import gpu
     from pallas_kernels.rotary_prefill_attention import prefill
 
-    return prefill(gpu, *args)
+    return _without_scales(functools.partial(prefill, gpu), *args)
 
 
 _IMPLEMENTATIONS = {

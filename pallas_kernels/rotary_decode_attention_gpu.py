@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import dispatch
 from pallas_kernels.rotary_attention_gpu import MASK_VALUE, _dot, check_triton, plt
+from pallas_kernels.rotary_decode_attention import scale_of, to_int8
 
 BLOCK_K = 64
 """keys loaded at a time: 32 KiB of keys and values per stage, three stages, two programs per
@@ -30,18 +31,20 @@ RESIDENT = 2
 """programs that run at a time on one multiprocessor, estimated as above"""
 
 
-def gpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
+def gpu(q, k, v, cache_k, cache_v, scales, layer, lengths, rope, scale):
     """`rotary_decode_attention` in Pallas, with positional arguments."""
     sources = tuple((x[None], 0) for x in (q, k, v))
-    return _decode(sources, q.dtype, cache_k, cache_v, layer, lengths, rope, scale)
+    caches = cache_k, cache_v, *(scales or ())
+    return _decode(sources, q.dtype, caches, layer, lengths, rope, scale)
 
 
-def gpu_fused(qkv_PBTMH, cache_k, cache_v, layer, lengths, rope, scale, dtype):
+def gpu_fused(qkv_PBTMH, cache_k, cache_v, scales, layer, lengths, rope, scale, dtype):
     """`fused_decode_attention` in Pallas, with positional arguments."""
     K = cache_k.shape[2]
     N = qkv_PBTMH.shape[3] - 2 * K
     sources = tuple((qkv_PBTMH, first_head) for first_head in (0, N, N + K))
-    return _decode(sources, dtype, cache_k, cache_v, layer, lengths, rope, scale)
+    caches = cache_k, cache_v, *(scales or ())
+    return _decode(sources, dtype, caches, layer, lengths, rope, scale)
 
 
 def num_splits(programs: int, cache_len: int, multiprocessors: int) -> int:
@@ -61,14 +64,14 @@ def num_splits(programs: int, cache_len: int, multiprocessors: int) -> int:
     return next(n for n, time in zip(choices, times, strict=True) if time <= 1.1 * min(times))
 
 
-def _decode(sources, dtype, cache_k, cache_v, layer, lengths, rope, scale):
+def _decode(sources, dtype, caches, layer, lengths, rope, scale):
     """Attention of queries, keys and values, each given as (array, first head).
 
     The array, [P, B, T, heads, H], holds P partial sums, which are added and rounded to ``dtype``.
     """
     check_triton()
     (q, _), (_, first_key), _ = sources
-    (_, B, K, S, H), T = cache_k.shape, q.shape[2]
+    (_, B, K, S, H), T = caches[0].shape, q.shape[2]
     G = (first_key or q.shape[3]) // K  # in a fused array, the keys follow the queries
     if H not in (32, 64, 128):
         raise NotImplementedError(f"head_dim {H}: the GPU kernels support 32, 64 and 128")
@@ -79,17 +82,15 @@ def _decode(sources, dtype, cache_k, cache_v, layer, lengths, rope, scale):
     splits = num_splits(B * K * row_blocks, S, dispatch.num_cores() or 132)
     factor = scale * math.log2(math.e)
     partial, caches = _call(
-        sources, dtype, cache_k, cache_v, layer, lengths, rope, G, rows, row_blocks, splits, factor
+        sources, dtype, caches, layer, lengths, rope, G, rows, row_blocks, splits, factor
     )
     out = partial[0] if splits == 1 else _merge(*partial, dtype)  # type: ignore[call-arg]
-    return out, *caches
+    return out, *caches[:2], caches[2:] or None
 
 
-def _call(
-    sources, dtype, cache_k, cache_v, layer, lengths, rope, G, rows, row_blocks, splits, factor
-):
+def _call(sources, dtype, caches, layer, lengths, rope, G, rows, row_blocks, splits, factor):
     """The result, or the sums, maxima and normalizers of each split; and the caches."""
-    (L, B, K, S, H), T = cache_k.shape, sources[0][0].shape[2]
+    (L, B, K, S, H), T = caches[0].shape, sources[0][0].shape[2]
     # Grid: (split, block of rows, batch row and key head).
     b, n = lambda z: lax.div(z, K), lambda z: lax.rem(z, K)
 
@@ -97,7 +98,9 @@ def _call(
         index = lambda i, r, z: (0, b(z), 0, n(z) + first_head // heads, 0)
         return pl.BlockSpec((array.shape[0], None, T, heads, H), index)
 
-    cache = pl.BlockSpec((L, None, None, S, H), lambda i, r, z: (0, b(z), n(z), 0, 0))
+    cache_specs = [pl.BlockSpec((L, None, None, S, H), lambda i, r, z: (0, b(z), n(z), 0, 0))] * 2
+    if len(caches) == 4:  # scales
+        cache_specs += [pl.BlockSpec((L, None, None, S), lambda i, r, z: (0, b(z), n(z), 0))] * 2
     index = lambda i, r, z: (i, b(z), 0, n(z))
     acc = pl.BlockSpec((None, None, T, G, H), lambda *at: (*index(*at), 0))
     number = pl.BlockSpec((None, None, T, G), index)
@@ -108,8 +111,10 @@ def _call(
     else:
         out_specs += [number] * 2
         out_shape += [of((splits, B, T, K * G), jnp.float32)] * 2
-    *partial, cache_k, cache_v = pl.pallas_call(
-        functools.partial(_kernel, dtype=dtype, rows=rows, splits=splits, factor=factor),
+    results = pl.pallas_call(
+        functools.partial(
+            _kernel, dtype=dtype, rows=rows, splits=splits, factor=factor, num_caches=len(caches)
+        ),
         grid=(splits, row_blocks, B * K),
         in_specs=[
             pl.BlockSpec((1,), lambda i, r, z: (0,)),
@@ -117,27 +122,29 @@ def _call(
             pl.BlockSpec((H // 2,), lambda i, r, z: (0,)),
             pl.BlockSpec((1,), lambda i, r, z: (0,)),
             *(source(*x, heads) for x, heads in zip(sources, (G, 1, 1), strict=True)),  # type: ignore[call-arg]
-            cache, cache,
+            *cache_specs,
         ],
-        out_specs=[*out_specs, cache, cache],
-        out_shape=[*out_shape, of(cache_k.shape, cache_k.dtype), of(cache_v.shape, cache_v.dtype)],
-        input_output_aliases={7: len(out_specs), 8: len(out_specs) + 1},
+        out_specs=[*out_specs, *cache_specs],
+        out_shape=[*out_shape, *(of(x.shape, x.dtype) for x in caches)],
+        input_output_aliases={7 + i: len(out_specs) + i for i in range(len(caches))},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         interpret=dispatch.platform() == "cpu",
         name="rotary_decode_attention",
     )(
         layer.reshape(1), lengths, rope.inv_freq_H2,
         jnp.asarray(rope.scale, jnp.float32).reshape(1), *(x for x, _ in sources),
-        cache_k, cache_v,
+        *caches,
     )  # fmt: skip
-    return ([partial[0][0]] if splits == 1 else partial), (cache_k, cache_v)
+    partial, caches = results[: len(out_specs)], tuple(results[len(out_specs) :])
+    return ([partial[0][0]] if splits == 1 else partial), caches
 
 
 def _kernel(
-    layer_ref, length_ref, inv_freq_ref, scale_ref, q_ref, k_ref, v_ref, cache_k_ref, cache_v_ref,
-    *out_refs, dtype, rows, splits, factor,
+    layer_ref, length_ref, inv_freq_ref, scale_ref, q_ref, k_ref, v_ref, *refs,
+    dtype, rows, splits, factor, num_caches,
 ):  # fmt: skip
-    *partial_refs, new_cache_k_ref, new_cache_v_ref = out_refs
+    partial_refs, new_refs = refs[num_caches:-num_caches], refs[-num_caches:]
+    cache_k_ref, cache_v_ref, *scale_refs = refs[:num_caches]
     split, block = pl.program_id(0), pl.program_id(1)
     _, T, G, H = q_ref.shape
     h = H // 2
@@ -168,22 +175,28 @@ def _kernel(
     )
     q_a, q_b = (q_a * factor).astype(dtype), (q_b * factor).astype(dtype)
 
-    def attend(carry, k_a, k_b, v, visible):
+    def attend(carry, k_a, k_b, v, scales, visible):
         acc, m, l = carry
-        scores = jnp.where(visible, _dot(q_a, k_a, True) + _dot(q_b, k_b, True), -jnp.inf)
+        scores = _dot(q_a, k_a.astype(dtype), True) + _dot(q_b, k_b.astype(dtype), True)
+        if scales:
+            scores = scores * scales[0].astype(jnp.float32)[None, :]
+        scores = jnp.where(visible, scores, -jnp.inf)
         m_new = jnp.maximum(m, jnp.max(scores, axis=1))
         weights, alpha = jnp.exp2(scores - m_new[:, None]), jnp.exp2(m - m_new)
-        acc = acc * alpha[:, None] + _dot(weights.astype(dtype), v)
-        return acc, m_new, l * alpha + jnp.sum(weights, axis=1)
+        l = l * alpha + jnp.sum(weights, axis=1)
+        if scales:
+            weights = weights * scales[1].astype(jnp.float32)[None, :]
+        return acc * alpha[:, None] + _dot(weights.astype(dtype), v.astype(dtype)), m_new, l
 
     def attend_cached(j, carry):
         s = j * BLOCK_K + jnp.arange(BLOCK_K)
-        at, valid = pl.ds(j * BLOCK_K, BLOCK_K), (s < length)[:, None]
+        at, valid = pl.ds(j * BLOCK_K, BLOCK_K), s < length
         k_a, k_b, v = (
-            load(ref, (layer, at, half), valid).astype(dtype)
+            load(ref, (layer, at, half), valid[:, None])
             for ref, half in ((cache_k_ref, half_a), (cache_k_ref, half_b), (cache_v_ref, full))
         )
-        return attend(carry, k_a, k_b, v, (s < length)[None, :])
+        scales = [load(ref, (layer, at), valid) for ref in scale_refs]
+        return attend(carry, k_a, k_b, v, scales, valid[None, :])
 
     size, head = min(BLOCK_K, max(16, pl.next_power_of_2(T))), jnp.int32(0)
 
@@ -193,20 +206,28 @@ def _kernel(
         at, mask = pl.ds(j * size, size), (s < T)[:, None]
         k_a, k_b = (summed(k_ref, (at, head, half), mask) for half in (half_a, half_b))
         k_a, k_b = rotated(k_a, k_b, s)
-        k_a, k_b = k_a.astype(cache_k_ref.dtype), k_b.astype(cache_k_ref.dtype)
-        return s, k_a, k_b, summed(v_ref, (at, head, full), mask).astype(cache_v_ref.dtype)
+        v = summed(v_ref, (at, head, full), mask)
+        if not scale_refs:
+            return s, *(x.astype(cache_k_ref.dtype) for x in (k_a, k_b, v)), []
+        largest = lambda x: jnp.max(jnp.abs(x), axis=1)
+        # In the dtype of the keys that the reference quantizes.
+        k_a, k_b, v = (x.astype(dtype).astype(jnp.float32) for x in (k_a, k_b, v))
+        k_scale, v_scale = scale_of(jnp.maximum(largest(k_a), largest(k_b))), scale_of(largest(v))
+        k_a, k_b = to_int8(k_a, k_scale[:, None]), to_int8(k_b, k_scale[:, None])
+        return s, k_a, k_b, to_int8(v, v_scale[:, None]), [k_scale, v_scale]
 
     def attend_new(j, carry):
-        s, k_a, k_b, v = load_new(j)
-        visible = (s[None, :] <= t[:, None]) & (s < T)[None, :]
-        return attend(carry, k_a.astype(dtype), k_b.astype(dtype), v.astype(dtype), visible)
+        s, *new = load_new(j)
+        return attend(carry, *new, (s[None, :] <= t[:, None]) & (s < T)[None, :])
 
     def write_new(j, _):
-        s, k_a, k_b, v = load_new(j)
-        at, mask = pl.ds(length + j * size, size), (s < T)[:, None]
-        plt.store(new_cache_k_ref.at[layer, at, half_a], k_a, mask=mask)
-        plt.store(new_cache_k_ref.at[layer, at, half_b], k_b, mask=mask)
-        plt.store(new_cache_v_ref.at[layer, at, full], v, mask=mask)
+        s, k_a, k_b, v, scales = load_new(j)
+        at, mask = pl.ds(length + j * size, size), s < T
+        plt.store(new_refs[0].at[layer, at, half_a], k_a, mask=mask[:, None])
+        plt.store(new_refs[0].at[layer, at, half_b], k_b, mask=mask[:, None])
+        plt.store(new_refs[1].at[layer, at, full], v, mask=mask[:, None])
+        for ref, scale in zip(new_refs[2:], scales, strict=True):
+            plt.store(ref.at[layer, at], scale, mask=mask)
 
     # Each split has the same number of blocks; the first also has the new positions.
     blocks = lax.div(length + BLOCK_K - 1, BLOCK_K)

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig
 from llama_jax.generate.sampler import MAX_TOP_LOGPROBS, Settings, choose
-from llama_jax.model.cache import KVCache
+from llama_jax.model.cache import KVCache, bytes_per_position
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import Params, merge, structure
 from llama_jax.model.quantize import bytes_of
@@ -92,8 +92,7 @@ class Engine:
     ):
         self.cfg, self.params, self.compute, self.mesh = cfg, params, compute, mesh
         self.weight_bytes = bytes_of(params)
-        L, K, H = cfg.shape("LKH")
-        self._bytes_per_position = 2 * L * K * H * compute.dtype.itemsize
+        self._bytes_per_position = bytes_per_position(cfg, compute.cache_dtype or compute.dtype)
         self._compiled: dict[tuple, Any] = {}
         with use_mesh(mesh):
             self._graphdef = structure(cfg, compute, unstacked=0 in params["blocks"])
@@ -241,7 +240,8 @@ class Engine:
                 f"{gb(caches / len(devices))} per device in addition to "
                 f"{gb(self.weight_bytes / len(devices))} of weights, and "
                 f"{devices[0].device_kind} has {gb(available)}: give fewer prompts at once, "
-                'fewer new tokens, load with quantize="int8", or with a mesh over more devices'
+                'fewer new tokens, load with cache="int8" or quantize="int8", or with a mesh over '
+                "more devices"
             )
 
 
@@ -388,15 +388,16 @@ def top_dicts(ids_TN: Any, logprobs_TN: Any, num_top: int) -> list[dict[int, flo
 
 def _empty_cache(compute: ComputeConfig, cfg: ModelConfig, cache_len: int) -> KVCache:
     """A cache of one row."""
-    return _shard(compute, KVCache.empty(cfg, 1, cache_len, compute.dtype))
+    return _shard(compute, KVCache.empty(cfg, 1, cache_len, compute.cache_dtype or compute.dtype))
 
 
 def _shard(compute: ComputeConfig, cache: KVCache) -> KVCache:
     if no_mesh():
         return cache
     spec = P(None, *compute.rules.activation("BKSH"))
+    scales = jax.tree.map(lambda x: reshard(x, P(*spec[:4])), cache.scales)
     return cache._replace(
-        k_LBKSH=reshard(cache.k_LBKSH, spec), v_LBKSH=reshard(cache.v_LBKSH, spec)
+        k_LBKSH=reshard(cache.k_LBKSH, spec), v_LBKSH=reshard(cache.v_LBKSH, spec), scales=scales
     )
 
 
@@ -405,7 +406,8 @@ def _empty_state(
 ) -> DecodeState:
     """A batch of rows that have all ended, with the shapes of a prefilled prompt."""
     widen = lambda x: jnp.zeros((x.shape[0], batch, *x.shape[2:]), x.dtype)
-    caches = KVCache(widen(cache.k_LBKSH), widen(cache.v_LBKSH), jnp.zeros(batch, jnp.int32))
+    wide = jax.tree.map(widen, cache._replace(lengths_B=None))
+    caches = wide._replace(lengths_B=jnp.zeros(batch, jnp.int32))
     V = logits_V.shape[0]
     return DecodeState(
         _shard(compute, caches),
@@ -436,11 +438,9 @@ def insert(
       key: random key of the row.
     """
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=b, axis=1)
-    merged = KVCache(
-        put(state.cache.k_LBKSH, cache.k_LBKSH),
-        put(state.cache.v_LBKSH, cache.v_LBKSH),
-        state.cache.lengths_B.at[b].set(cache.lengths_B[0]),
-    )
+    lengths_B = state.cache.lengths_B.at[b].set(cache.lengths_B[0])
+    others = [x._replace(lengths_B=None) for x in (state.cache, cache)]
+    merged = jax.tree.map(put, *others)._replace(lengths_B=lengths_B)
     return state._replace(
         cache=merged,
         logits_BV=state.logits_BV.at[b].set(logits_V),

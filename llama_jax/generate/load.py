@@ -46,6 +46,7 @@ def load(
     *,
     dtype: str | None = None,
     quantize: str | None = None,
+    cache: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> LLM:
     """Load a model that is ready to generate.
@@ -61,6 +62,8 @@ def load(
         bfloat16 elsewhere.
       quantize: "int8" or "int4" for the matrices of the layers; weights made by
         `convert --quantize` are already quantized.
+      cache: "int8" for keys and values in 8 bits, with a scale per head and position; default:
+        as ``dtype``. On TPU without its own kernel, by XLA.
       mesh: from ``make_mesh``; heads and widths are sharded over its ``tensor`` axis.
 
     Returns:
@@ -75,12 +78,19 @@ def load(
     """
     if quantize is not None and quantize not in KINDS:
         raise ValueError(f"quantize={quantize!r} must be 'int8' or 'int4'")
+    if cache not in (None, "int8"):
+        raise ValueError(f"cache={cache!r} must be 'int8'")
     if dtype is not None and str(dtype) not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
     devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
     platform = devices[0].platform
     weight_dtype = jnp.dtype(dtype or ("float32" if platform == "cpu" else "bfloat16"))
-    compute = ComputeConfig(weight_dtype, PRESETS["fsdp_tensor"], unroll=platform != "tpu")
+    compute = ComputeConfig(
+        weight_dtype,
+        PRESETS["fsdp_tensor"],
+        unroll=platform != "tpu",
+        cache_dtype=jnp.dtype(cache) if cache else None,
+    )
     shapes_of = functools.partial(_shapes_of, Path(folder), compute, mesh, devices)
 
     checkpoint = _checkpoint_of(Path(folder), lambda cfg: shapes_of(cfg, quantize))

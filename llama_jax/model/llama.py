@@ -64,6 +64,8 @@ class ComputeConfig:
     """a Python loop over the layers instead of a scan"""
     attention: str | None = None
     """attention implementation by name; None: the first one that the platform supports"""
+    cache_dtype: jnp.dtype | None = None
+    """of the cache of keys and values; None: ``dtype``"""
     reduce_float32: bool = False
     """sum weight gradients over devices in float32 instead of ``dtype``"""
 
@@ -101,12 +103,14 @@ class Attention(nnx.Module):
     def _partial(self, x_BTD, attn_inputs: AttentionInputs, cache, layer):
         """The output as partial sums, [P, B, T, D]."""
         qkv_PBTQ = partial_products(x_BTD, self.qkv)
-        out_BTNH, k, v = fused_decode_attention(
+        out_BTNH, k, v, *scales = fused_decode_attention(
             qkv_PBTQ.reshape(*qkv_PBTQ.shape[:3], -1, self.head_dim),
             cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, attn_inputs.rope, x_BTD.dtype,
+            scales=cache.scales,
         )  # fmt: skip
         out_PBTD = partial_products(out_BTNH.reshape(*x_BTD.shape[:2], -1), self.o)
-        return out_PBTD, cache._replace(k_LBKSH=k, v_LBKSH=v)
+        scales = scales[0] if scales else None
+        return out_PBTD, cache._replace(k_LBKSH=k, v_LBKSH=v, scales=scales)
 
     def _qkv(self, x_BTD):
         if hasattr(self, "qkv"):  # fused by params.unstack_layers
@@ -403,9 +407,13 @@ def _attend(
         heads, stack = spec("BTNH"), spec("LBKSH")
         args = (q, k, v, cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, rope)
         in_specs = (heads, spec("BTKH"), spec("BTKH"), stack, stack, P(), spec("B"), P())
-        out_specs = (heads, stack, stack)
-        out, *stacks = _on_each_device(rotary_decode_attention, args, in_specs, out_specs)
-        return out, cache._replace(k_LBKSH=stacks[0], v_LBKSH=stacks[1])
+        out_specs = heads, stack, stack
+        if cache.scales is not None:
+            args, in_specs = (*args, cache.scales), (*in_specs, spec("LBKS"))
+            out_specs = (*out_specs, spec("LBKS"))
+        out, k, v, *scales = _on_each_device(rotary_decode_attention, args, in_specs, out_specs)
+        scales = scales[0] if scales else None
+        return out, cache._replace(k_LBKSH=k, v_LBKSH=v, scales=scales)
     inputs = (q, k, v, positions, positions, segments, segments, rope)
     BT, BS = compute.rules.activation_without_tensor("BT"), spec("BS")
     in_specs = (spec("BTNH"), spec("BSKH"), spec("BSKH"), BT, BS, BT, BS, P())

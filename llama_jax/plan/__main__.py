@@ -62,7 +62,8 @@ def _run(args: argparse.Namespace) -> int:
     recipe = None
     if args.inference:
         dtype, batch = args.dtype or "bfloat16", args.batch or 1
-        plan = plan_inference(target, args.on, dtype, args.context, batch)
+        cache = args.cache or "bfloat16"
+        plan = plan_inference(target, args.on, dtype, args.context, batch, cache)
     else:
         plan, recipe = plan_training(
             target, overrides, args.on, args.search, args.power, args.price
@@ -92,7 +93,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--search requires a recipe")
     if args.search and args.on.startswith("cpu"):
         parser.error("--search needs a machine with known rates, not cpu")
-    for name in ("dtype", "context", "batch"):
+    for name in ("dtype", "cache", "context", "batch"):
         if getattr(args, name) is not None and not args.inference:
             parser.error(f"--{name} requires --inference")
     for name in ("power", "price"):
@@ -129,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     arg("--search", action="store_true", help="vary mesh, microbatches and remat; plan the fastest")
     arg("--inference", action="store_true", help="plan generation with a model, not training")
     arg("--dtype", choices=inference.DTYPES, help="with --inference: of the weights (bfloat16)")
+    arg("--cache", choices=["int8"], help="with --inference: of keys and values (bfloat16)")
     arg("--context", type=_count, metavar="S", help="with --inference: positions per sequence")
     arg("--batch", type=_count, metavar="B", help="with --inference: sequences at a time (1)")
     arg("--table", action="store_true", help="inference: every model size on common chips")

@@ -15,7 +15,7 @@ from llama_jax.plan.machines import Machine, PlanError, parse_machine
 
 
 def plan_inference(
-    name: str, on: str, dtype: str, context: int | None, batch: int
+    name: str, on: str, dtype: str, context: int | None, batch: int, cache: str = "bfloat16"
 ) -> dict[str, Any]:
     """Plan generation with a known model.
 
@@ -25,12 +25,13 @@ def plan_inference(
       dtype: of the weights.
       context: positions per sequence; None: the model's, at most 4096.
       batch: sequences at a time.
+      cache: dtype of keys and values, "bfloat16" or "int8".
 
     Raises:
       PlanError: no such model or machine, or one does not fit the other.
     """
     cfg, machine = inference.model_config(name), parse_machine(on, inference=True)
-    f = inference.plan(cfg, machine, dtype, context or min(cfg.context, 4096), batch)
+    f = inference.plan(cfg, machine, dtype, context or min(cfg.context, 4096), batch, cache)
     print(inference.to_text(f, f"inference with {name} on {machine.name}: {machine.rates()}"))
     return {"model": name} | f
 

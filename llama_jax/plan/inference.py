@@ -12,6 +12,7 @@ from llama_jax.checkpoint.model_json import QUANTIZED
 from llama_jax.chips import CHIPS, GIB
 from llama_jax.config.model_config import MODELS, ModelConfig
 from llama_jax.convert.tensors import tensor_specs
+from llama_jax.model.cache import bytes_per_position
 from llama_jax.plan.machines import Machine, PlanError
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -31,9 +32,9 @@ def weight_bytes(cfg: ModelConfig, dtype: str) -> int:
     return total
 
 
-def cache_bytes(cfg: ModelConfig, context: int) -> float:
-    """Bytes of one sequence's keys and values, bfloat16."""
-    return 2 * math.prod(cfg.shape("LKH")) * context * 2
+def cache_bytes(cfg: ModelConfig, context: int, dtype: str = "bfloat16") -> float:
+    """Bytes of one sequence's keys and values, "bfloat16" or "int8"."""
+    return context * bytes_per_position(cfg, np.dtype(np.int8 if dtype == "int8" else np.float16))
 
 
 def model_config(name: str) -> ModelConfig:
@@ -48,7 +49,12 @@ def model_config(name: str) -> ModelConfig:
 
 
 def plan(
-    cfg: ModelConfig, machine: Machine, dtype: str, context: int, batch: int
+    cfg: ModelConfig,
+    machine: Machine,
+    dtype: str,
+    context: int,
+    batch: int,
+    cache: str = "bfloat16",
 ) -> dict[str, Any]:
     """Memory and speed of generation, with weights and cache sharded over heads and widths.
 
@@ -62,6 +68,7 @@ def plan(
       dtype: of the weights, one of `DTYPES`.
       context: positions per sequence.
       batch: sequences at a time.
+      cache: dtype of keys and values, "bfloat16" or "int8".
 
     Raises:
       PlanError: the context is longer than the model's, or the devices do not divide its heads.
@@ -77,7 +84,7 @@ def plan(
     # With fewer kv heads than devices, several devices store the same head.
     copies = max(1, n // cfg.num_kv_heads)
     weights = weight_bytes(cfg, dtype) / n
-    per_sequence = cache_bytes(cfg, context) * copies / n
+    per_sequence = cache_bytes(cfg, context, cache) * copies / n
     # Logits of a step and one layer's activations, float32.
     activations = 4 * (cfg.vocab_size / n + 4 * cfg.dim + 2 * cfg.ffn_dim / n) * batch
     available = chip.memory * GIB
@@ -87,7 +94,7 @@ def plan(
     flops = 2 * batch * (cfg.num_params - cfg.vocab_size * cfg.dim) / n
     compute = flops / (chip.tflops * 1e12)
     step = max(memory, compute)
-    per_position = cache_bytes(cfg, 1) * copies / n * batch
+    per_position = cache_bytes(cfg, 1, cache) * copies / n * batch
     return {
         "machine": machine.name,
         "dtype": dtype,
@@ -97,6 +104,7 @@ def plan(
         "available": available,
         "weights": weights,
         "cache": batch * per_sequence,
+        "cache_dtype": cache,
         "activations": activations,
         "largest_batch": max(0, int(for_cache // per_sequence)),
         "largest_context": max(0, min(int(for_cache // per_position), cfg.context)),
@@ -115,8 +123,8 @@ def to_text(f: dict[str, Any], title: str) -> str:
         title,
         f"{verdict}: {used / GIB:.2f} of {gib('available')} per device",
         f"  weights      {gib('weights'):>12}  {f['dtype']}",
-        f"  cache        {gib('cache'):>12}  keys and values, bfloat16: batch {f['batch']} x "
-        f"{f['context']} positions",
+        f"  cache        {gib('cache'):>12}  keys and values, {f['cache_dtype']}: "
+        f"batch {f['batch']} x {f['context']} positions",
         f"  activations  {gib('activations'):>12}  logits and one layer, float32",
         f"largest batch at {f['context']} positions: {f['largest_batch']:,}; longest context at "
         f"batch {f['batch']}: {f['largest_context']:,}",

@@ -389,6 +389,22 @@ def test_bad_arguments(llm, prompt, options, message):
             llm.stream(prompt, **options)
 
 
+def test_an_int8_cache(llm, tokenizer):
+    """Rows of other lengths, log-probabilities near those of the exact cache, and its memory."""
+    compute = dataclasses.replace(F32, cache_dtype=jnp.dtype("int8"))
+    small = LLM(llm.cfg, llm.params, tokenizer, compute)
+    prompts = ["the cat", "some animals saw 12 cats", "a"]
+    together = small.generate(prompts, max_new_tokens=12)
+    assert together == [small.generate(p, max_new_tokens=12) for p in prompts]
+    options = dict(max_new_tokens=1, logprobs=True)
+    for p in prompts:
+        exact, rounded = (x.generate(p, **options).logprobs[0] for x in (llm, small))
+        assert rounded == pytest.approx(exact, abs=0.05)
+    cache = small._engine.empty_cache(100)
+    assert cache.k_LBKSH.dtype == jnp.int8
+    assert small._engine._bytes_per_position < 0.34 * llm._engine._bytes_per_position
+
+
 def test_a_cache_too_large(llm, monkeypatch):
     """Refused before allocation, with the memory needed and available."""
     monkeypatch.setattr("llama_jax.generate.decode.device_memory", lambda *_: 3e6)
@@ -634,3 +650,5 @@ def test_what_cannot_be_loaded(tmp_path, capsys):
     assert "found readme.txt" in err
     with pytest.raises(ValueError, match="quantize='int3'"):
         llama_jax.load(tmp_path, quantize="int3")
+    with pytest.raises(ValueError, match="cache='int4' must be 'int8'"):
+        llama_jax.load(tmp_path, cache="int4")

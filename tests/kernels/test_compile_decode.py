@@ -72,7 +72,7 @@ def test_the_kernel_alone(machine, name, B, T, N, K, dtype):
     assert program.cost_analysis()["bytes accessed"] < 1.05 * 2 * one / L
 
 
-def _step(cfg, devices, B, quantized=None):
+def _step(cfg, devices, B, quantized=None, cache_dtype=jnp.bfloat16):
     """A greedy decode step as in `llama_jax.load`, and the shapes of its cache.
 
     On one GPU without a mesh and with unstacked layers; on TPUs stacked.
@@ -102,10 +102,13 @@ def _step(cfg, devices, B, quantized=None):
     spec_of = lambda x: None if gpu else x.sharding.spec
     with compile_for(devices[0]) if gpu else jax.set_mesh(mesh):
         params = jax.tree.map(lambda x: place(x, spec_of(x)), weights())
-        cache = jax.eval_shape(lambda: KVCache.empty(cfg, B, SLOTS, jnp.bfloat16))
+        cache = jax.eval_shape(lambda: KVCache.empty(cfg, B, SLOTS, cache_dtype))
         spec = compute.rules.activation
-        specs = KVCache(spec("LBKSH"), spec("LBKSH"), spec("B"))
-        cache = KVCache(*map(place, cache, specs))
+        specs = KVCache(spec("LBKSH"), spec("LBKSH"), spec("B"), spec("LBKS"))
+        cache = KVCache(
+            *map(place, cache[:3], specs),
+            cache.scales and tuple(place(x, specs.scales) for x in cache.scales),
+        )
         tokens = place(jax.ShapeDtypeStruct((B, 1), jnp.int32), spec("BT"))
         return jax.jit(step, donate_argnums=2).lower(params, tokens, cache).compile(), cache
 
@@ -136,8 +139,11 @@ def test_the_whole_step(name, chips, B, monkeypatch):
     assert 0.99 * (matrices + stacks) < moved < 1.05 * (matrices + stacks)
 
 
-@pytest.mark.parametrize(("B", "quantized"), [(1, None), (16, None), (1, "int8")])
-def test_kernel_launches_of_a_layer(B, quantized):
+@pytest.mark.parametrize(
+    ("B", "quantized", "cache_dtype"),
+    [(1, None, "bfloat16"), (16, None, "int8"), (1, "int8", "bfloat16")],
+)
+def test_kernel_launches_of_a_layer(B, quantized, cache_dtype):
     """8B on an H100: four products, attention and its merging, two norms and SwiGLU.
 
     Counted as what a second layer adds to a program with one.
@@ -146,9 +152,13 @@ def test_kernel_launches_of_a_layer(B, quantized):
     launches = []
     for layers in (1, 2):
         cfg = dataclasses.replace(MODELS["llama3.1-8b"], num_layers=layers)
-        program, _ = _step(cfg, topology("h100")[:1], B, quantized)
+        program, cache = _step(cfg, topology("h100")[:1], B, quantized, jnp.dtype(cache_dtype))
         launches.append(count(program.as_text()).launches)
     assert launches[1] - launches[0] <= 9
+    arrays = jax.tree.leaves(cache._replace(lengths_B=None))
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in arrays)
+    assert memory.temp_size_in_bytes < 16 * MIB
 
 
 @pytest.mark.parametrize("name", ["h100", "v5p", "v6e"])

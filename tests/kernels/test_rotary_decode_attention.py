@@ -16,6 +16,7 @@ from pallas_kernels import (
     rotary_attention,
     rotary_decode_attention,
 )
+from pallas_kernels.rotary_decode_attention import quantize_rows
 from pallas_kernels.rotary_decode_attention_gpu import num_splits
 
 TOLERANCE = {"float32": 5e-6, "bfloat16": 1e-2}
@@ -44,6 +45,18 @@ def rotate64(x_TNH, positions_T, rope):
     z = x_TNH[..., :half] + 1j * x_TNH[..., half:]
     z = z * np.exp(1j * positions_T[:, None, None] * np.float64(rope.inv_freq_H2)) * rope.scale
     return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def _attend64(q, cache_k, cache_v, layer, lengths, rope):
+    """Attention of new queries to a cache that already holds the new keys and values."""
+    k, v = (np.stack([c[layer, b, :, n : n + q.shape[1]].swapaxes(0, 1)
+                      for b, n in enumerate(lengths)]) for c in (cache_k, cache_v))  # fmt: skip
+    B, T = q.shape[:2]
+    positions = lengths[:, None] + np.arange(T)
+    back = Rope(-rope.inv_freq_H2, rope.scale)
+    unrotated = np.stack([rotate64(np.float64(k[b]), positions[b], back) for b in range(B)])
+    arrays = map(np.float64, (q, unrotated, v, cache_k, cache_v))
+    return decode64(*arrays, layer, lengths, rope)[0]
 
 
 def decode64(q, k, v, cache_k, cache_v, layer, lengths, rope):
@@ -156,6 +169,34 @@ def test_fused_queries_keys_and_values(case, dtype, implementation):
     for x, exact in zip(got, want, strict=True):
         assert x.dtype == exact.dtype
         assert relative_l2(np.float64(x), np.float64(exact)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "gpu"])
+@pytest.mark.parametrize(("case", "dtype"), [("h64_blocks", "float32"), ("h128_few", "bfloat16")])
+def test_int8_cache(case, dtype, implementation):
+    """As over a cache of the dequantized keys and values; NaN in scales of dead positions."""
+    q, k, v, cache_k, cache_v, layer, lengths = _arguments(case, dtype)
+    T, H = k.shape[1], k.shape[3]
+    S, rope = cache_k.shape[3], rope_for(H)
+    (k8, k_scale), (v8, v_scale) = quantize_rows(cache_k), quantize_rows(cache_v)
+    dead = (np.arange(S) >= lengths[:, None])[:, None]
+    scales = tuple(jnp.where(dead, jnp.nan, x) for x in (k_scale, v_scale))
+    wide = lambda x, scale: np.asarray(x, np.float32) * np.asarray(scale, np.float32)[..., None]
+    run = jax.jit(functools.partial(rotary_decode_attention, implementation=implementation))
+    out, new_k, new_v, new_scales = run(q, k, v, k8, v8, layer, lengths, rope, scales=scales)
+    # The new keys and values are read as later calls read them, rounded to 8 bits.
+    whole = decode64(*map(np.float64, (q, k, v, wide(k8, k_scale), wide(v8, v_scale))), layer,
+                     lengths, rope)  # fmt: skip
+    here = np.zeros(k8.shape[:4], bool)  # the new positions of the layer
+    here[layer] = (np.arange(S) < lengths[:, None] + T)[:, None] & dead
+    for x, scale, exact, before in zip(
+        (new_k, new_v), new_scales, whole[1:], (k8, v8), strict=True
+    ):
+        assert (x.dtype, scale.dtype) == (jnp.int8, jnp.bfloat16)
+        assert (np.asarray(x)[~here] == np.asarray(before)[~here]).all()
+        assert relative_l2(wide(x, scale)[here], exact[here]) < 0.012
+    rounded = [np.nan_to_num(wide(x, s)) for x, s in zip((new_k, new_v), new_scales, strict=True)]
+    assert relative_l2(out, _attend64(q, *rounded, layer, lengths, rope)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +325,9 @@ def _zeros(*shape, dtype=jnp.float32):
     return jnp.zeros(shape, dtype)
 
 
+INT8 = np.zeros((3, 2, 2, 9, 8), np.int8)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -300,6 +344,12 @@ def _zeros(*shape, dtype=jnp.float32):
         (dict(lengths=jnp.zeros(2)), "lengths_B must be integers"),
         (dict(lengths=jnp.array([0, 6])), r"lengths_B must be from 0 to 5 \(4 new .* length 9\)"),
         (dict(lengths=jnp.array([-1, 0])), "lengths_B must be from 0 to 5"),
+        (dict(scales=()), "int8 caches, and no others, have scales; got float32 caches with"),
+        (dict(cache_k=INT8, cache_v=INT8), "got int8 caches without scales"),
+        (
+            dict(cache_k=INT8, cache_v=INT8, scales=(_zeros(3, 2, 2, 9), _zeros(3, 2, 9))),
+            r"scales of caches \(3, 2, 2, 9, 8\) must be \(3, 2, 2, 9\); got .*, \(3, 2, 9\)",
+        ),
         (dict(layer=3), r"layer must be from 0 to 2 \(3 layers\)"),
         (dict(q=_zeros(2, 3, 4, 8)), "of the same new positions"),
         (dict(implementation="nonsense"), "no implementation 'nonsense'"),
@@ -309,7 +359,7 @@ def test_decode_refuses(changes, message):
     arguments = dict(
         q=_zeros(2, 4, 4, 8), k=_zeros(2, 4, 2, 8), v=_zeros(2, 4, 2, 8),
         cache_k=_zeros(3, 2, 2, 9, 8), cache_v=_zeros(3, 2, 2, 9, 8), layer=0,
-        lengths=jnp.zeros(2, jnp.int32), rope=rope_for(8), implementation=None,
+        lengths=jnp.zeros(2, jnp.int32), rope=rope_for(8), scales=None, implementation=None,
     ) | changes  # fmt: skip
     implementation = arguments.pop("implementation")
     with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ from flax import nnx
 from make_golden import GOLDEN, golden_of, sample
 
 from llama_jax.config import MODELS, ModelConfig, RopeConfig
-from llama_jax.model.cache import KVCache
+from llama_jax.model.cache import KVCache, bytes_per_position
 from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.params import abstract_params, merge, params_of, structure, unstack_layers
 from llama_jax.model.partial_sums import num_parts
@@ -268,6 +268,32 @@ def test_decode_equals_prefill(case, chunks, unroll):
     assert cache.lengths_B.tolist() == [17, 17]
 
 
+def test_decode_equals_prefill_with_an_int8_cache():
+    """Each key and value is read rounded to 8 bits, also by the call that appends it."""
+    cfg = tools.GRID["grouped"][0]
+    params, tokens, exact = _prefilled(cfg)
+    outs = []
+    for chunks in ([17], [8, 1, 8]):
+        cache, out, at = KVCache.empty(cfg, 2, DECODE_SLOTS, jnp.int8), [], 0
+        for n in chunks:
+            logits, cache = _decoder(cfg, True)(params, tokens[:, at : at + n], cache)
+            out.append(logits)
+            at += n
+        assert cache.k_LBKSH.dtype == cache.v_LBKSH.dtype == jnp.int8
+        outs.append(np.concatenate(out, axis=1))
+    # A rounding of other sums may give another integer.
+    assert tools.logit_error(outs[1], outs[0]) < 2e-4
+    assert 1e-5 < tools.logit_error(outs[0], exact) < 5e-3
+
+
+def test_bytes_per_position_are_those_of_the_cache():
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
+        cache = jax.eval_shape(lambda dtype=dtype: KVCache.empty(GQA, 3, 20, dtype))
+        arrays = jax.tree.leaves(cache._replace(lengths_B=None))
+        total = sum(x.size * x.dtype.itemsize for x in arrays)
+        assert total == 3 * 20 * bytes_per_position(GQA, dtype)
+
+
 def test_decode_rows_of_different_lengths():
     """Prompts padded to one length: the cache entries of padding are never read."""
     tokens = tools.random_tokens(GQA, 3, 16)
@@ -513,8 +539,8 @@ def test_unstacked_layers_are_compiled_once_on_a_cpu():
     assert temp(many) - temp(few) < (more_matrices - matrices) / 2
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_partial_sums_decode_the_same(batch, monkeypatch):
+@pytest.mark.parametrize(("batch", "cache_dtype"), [(1, "float32"), (3, "float32"), (3, "int8")])
+def test_partial_sums_decode_the_same(batch, cache_dtype, monkeypatch):
     """The path of decode steps on a GPU, here by the reference implementations of its kernels."""
     cfg = tools.small(num_kv_heads=2)
     compute = ComputeConfig(jnp.dtype(jnp.float32), unroll=True)
@@ -523,7 +549,9 @@ def test_partial_sums_decode_the_same(batch, monkeypatch):
 
     def decode(params):
         llama = merge(structure(cfg, compute, unstacked=True), params)
-        _, cache = llama(tokens_BT[:, :8], cache=KVCache.empty(cfg, batch, 12, jnp.float32))
+        _, cache = llama(
+            tokens_BT[:, :8], cache=KVCache.empty(cfg, batch, 12, jnp.dtype(cache_dtype))
+        )
         return llama(tokens_BT[:, 8:], cache=cache)
 
     want = jax.jit(decode)(params)

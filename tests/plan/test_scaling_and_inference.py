@@ -101,6 +101,18 @@ def test_the_largest_batch_and_context_just_fit():
     assert one["bound_by"] == "memory"
 
 
+def test_an_int8_cache_takes_half_and_its_scales(capsys):
+    command = ["llama3.1-8b", "--inference", "--on", "h100:1", "--batch", "16"]
+    assert plan.main([*command, "--cache", "int8"]) == 0
+    out = capsys.readouterr().out
+    assert "keys and values, int8: batch 16 x 4096 positions" in out
+    cfg = MODELS["llama3.1-8b"]
+    assert inference.cache_bytes(cfg, 4096, "int8") == 4096 * 2 * 32 * 8 * (128 + 2)
+    with pytest.raises(SystemExit):
+        plan.main(["tiny", "--on", "h100:1", "--cache", "int8"])
+    assert "--cache requires --inference" in capsys.readouterr().err
+
+
 def test_65b_inference_on_common_gpus(capsys):
     assert plan.main(["llama-65b", "--inference", "--on", "rtx4090:1", "--dtype", "int4"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
