@@ -217,8 +217,9 @@ def _kernel(
         return s, k_a, k_b, to_int8(v, v_scale[:, None]), [k_scale, v_scale]
 
     def attend_new(j, carry):
-        s, *new = load_new(j)
-        return attend(carry, *new, (s[None, :] <= t[:, None]) & (s < T)[None, :])
+        s, k_a, k_b, v, scales = load_new(j)
+        visible = (s[None, :] <= t[:, None]) & (s < T)[None, :]
+        return attend(carry, k_a, k_b, v, scales, visible)
 
     def write_new(j, _):
         s, k_a, k_b, v, scales = load_new(j)

@@ -406,8 +406,8 @@ def _empty_state(
 ) -> DecodeState:
     """A batch of rows that have all ended, with the shapes of a prefilled prompt."""
     widen = lambda x: jnp.zeros((x.shape[0], batch, *x.shape[2:]), x.dtype)
-    wide = jax.tree.map(widen, cache._replace(lengths_B=None))
-    caches = wide._replace(lengths_B=jnp.zeros(batch, jnp.int32))
+    k, v, scales = jax.tree.map(widen, (cache.k_LBKSH, cache.v_LBKSH, cache.scales))
+    caches = KVCache(k, v, jnp.zeros(batch, jnp.int32), scales)
     V = logits_V.shape[0]
     return DecodeState(
         _shard(compute, caches),
@@ -439,10 +439,10 @@ def insert(
     """
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=b, axis=1)
     lengths_B = state.cache.lengths_B.at[b].set(cache.lengths_B[0])
-    others = [x._replace(lengths_B=None) for x in (state.cache, cache)]
-    merged = jax.tree.map(put, *others)._replace(lengths_B=lengths_B)
+    arrays = [(x.k_LBKSH, x.v_LBKSH, x.scales) for x in (state.cache, cache)]
+    k, v, scales = jax.tree.map(put, *arrays)
     return state._replace(
-        cache=merged,
+        cache=KVCache(k, v, lengths_B, scales),
         logits_BV=state.logits_BV.at[b].set(logits_V),
         in_context_BV=state.in_context_BV.at[b].set(in_context_V),
         keys_B=state.keys_B.at[b].set(key),

@@ -41,6 +41,10 @@ class KVCache(NamedTuple):
             scales = (jnp.zeros(zeros.shape[:4], SCALE_DTYPE),) * 2
         return cls(zeros, zeros, jnp.zeros(batch, jnp.int32), scales)
 
+    def with_arrays(self, k_LBKSH, v_LBKSH, scales=None) -> "KVCache":
+        """The same lengths with other keys, values and scales."""
+        return KVCache(k_LBKSH, v_LBKSH, self.lengths_B, scales)
+
 
 def bytes_per_position(cfg: ModelConfig, dtype: jnp.dtype) -> int:
     """Bytes of the keys and values of one position in all layers, and of their scales."""

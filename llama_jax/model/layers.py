@@ -18,8 +18,8 @@ def one_block(blocks: list[Any]) -> Callable[[jax.Array], Any]:
     is_variable = lambda x: isinstance(x, nnx.Variable)
     graphdefs, states = zip(*map(nnx.split, blocks), strict=True)
     variables = zip(*(jax.tree.leaves(s, is_leaf=is_variable) for s in states), strict=True)
-    values = [(first, [v.get_value() for v in (first, *rest)]) for first, *rest in variables]
-    values = [(v, jnp.stack(x) if getattr(x[0], "ndim", 2) == 1 else tuple(x)) for v, x in values]
+    norms_stacked = lambda x: jnp.stack(x) if getattr(x[0], "ndim", 2) == 1 else x
+    values = [(v[0], norms_stacked(tuple(x.get_value() for x in v))) for v in variables]
     tree = jax.tree.structure(states[0], is_leaf=is_variable)
 
     def block_of(layer: jax.Array) -> Any:

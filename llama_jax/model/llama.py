@@ -95,22 +95,21 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, attn_inputs: AttentionInputs, cache=None, layer=None):
         if cache is not None and hasattr(self, "qkv") and use_partial_sums(x_BTD.shape[1]):
-            return self._partial(x_BTD, attn_inputs, cache, layer)
+            return self._partial(x_BTD, self.qkv, attn_inputs, cache, layer)
         q_BTNH, k_BTKH, v_BTKH = map(self._heads, self._qkv(x_BTD))
         out_BTNH, cache = _attend(self.compute, q_BTNH, k_BTKH, v_BTKH, attn_inputs, cache, layer)
         return _project(self.compute, out_BTNH, self.o, "QD", "BTD"), cache
 
-    def _partial(self, x_BTD, attn_inputs: AttentionInputs, cache, layer):
+    def _partial(self, x_BTD, qkv, attn_inputs: AttentionInputs, cache, layer):
         """The output as partial sums, [P, B, T, D]."""
-        qkv_PBTQ = partial_products(x_BTD, self.qkv)
-        out_BTNH, k, v, *scales = fused_decode_attention(
+        qkv_PBTQ = partial_products(x_BTD, qkv)
+        out_BTNH, *arrays = fused_decode_attention(
             qkv_PBTQ.reshape(*qkv_PBTQ.shape[:3], -1, self.head_dim),
             cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, attn_inputs.rope, x_BTD.dtype,
             scales=cache.scales,
         )  # fmt: skip
         out_PBTD = partial_products(out_BTNH.reshape(*x_BTD.shape[:2], -1), self.o)
-        scales = scales[0] if scales else None
-        return out_PBTD, cache._replace(k_LBKSH=k, v_LBKSH=v, scales=scales)
+        return out_PBTD, cache.with_arrays(*arrays)
 
     def _qkv(self, x_BTD):
         if hasattr(self, "qkv"):  # fused by params.unstack_layers
@@ -405,15 +404,17 @@ def _attend(
     rope, positions, segments = attn_inputs
     if cache is not None:
         heads, stack = spec("BTNH"), spec("LBKSH")
-        args = (q, k, v, cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, rope)
-        in_specs = (heads, spec("BTKH"), spec("BTKH"), stack, stack, P(), spec("B"), P())
-        out_specs = heads, stack, stack
+        args = [q, k, v, cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, rope]
+        specs = [heads, spec("BTKH"), spec("BTKH"), stack, stack, P(), spec("B"), P()]
+        out_specs = [heads, stack, stack]
         if cache.scales is not None:
-            args, in_specs = (*args, cache.scales), (*in_specs, spec("LBKS"))
-            out_specs = (*out_specs, spec("LBKS"))
-        out, k, v, *scales = _on_each_device(rotary_decode_attention, args, in_specs, out_specs)
-        scales = scales[0] if scales else None
-        return out, cache._replace(k_LBKSH=k, v_LBKSH=v, scales=scales)
+            args.append(cache.scales)
+            specs.append(spec("LBKS"))
+            out_specs.append(spec("LBKS"))
+        out, *arrays = _on_each_device(
+            rotary_decode_attention, args, tuple(specs), tuple(out_specs)
+        )
+        return out, cache.with_arrays(*arrays)
     inputs = (q, k, v, positions, positions, segments, segments, rope)
     BT, BS = compute.rules.activation_without_tensor("BT"), spec("BS")
     in_specs = (spec("BTNH"), spec("BSKH"), spec("BSKH"), BT, BS, BT, BS, P())

@@ -4,9 +4,8 @@ A product of few rows is too small for a GPU unless its inputs are split over se
 whose partial sums must be added. Here the kernel that uses the product adds them.
 """
 
-import dataclasses
-import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,24 +46,25 @@ def partial_products(x_BTI: jax.Array, w: jax.Array | QuantizedWeight | nnx.Vari
     If P > 1 and B = 1 there is a second row, to be ignored: for a single row, XLA would replace the
     product by sums that read a float32 copy of the matrix.
     """
-    w = w.get_value() if isinstance(w, nnx.Variable) else w
+    w_IO: Any = w.get_value() if isinstance(w, nnx.Variable) else w
     B, _, inputs = x_BTI.shape
-    outputs = (w.q if is_quantized(w) else w).shape[-1]
+    quantized = is_quantized(w_IO)
+    outputs = (w_IO.q if quantized else w_IO).shape[-1]
     P = num_parts(inputs, outputs, dispatch.num_cores() or 132)
-    if is_quantized(w) and w.needs_kernel:
+    if quantized and w_IO.needs_kernel:
         P = 1
-    elif not is_quantized(w):
-        w = w.astype(x_BTI.dtype)
+    elif not quantized:
+        w_IO = w_IO.astype(x_BTI.dtype)
     if P == 1:
-        return matmul(x_BTI, w, jnp.float32)[None]
+        return matmul(x_BTI, w_IO, jnp.float32)[None]
     x = jnp.broadcast_to(x_BTI, (max(B, 2), 1, inputs)).reshape(-1, P, inputs // P)
-    split = lambda w: w.reshape(P, inputs // P, -1)
-    if is_quantized(w):
-        w, axes = dataclasses.replace(w, q=split(w.q)), dataclasses.replace(w, q=0, scale=None)
-    else:
-        w, axes = split(w), 0
-    product = functools.partial(matmul, out_dtype=jnp.float32)
-    return jax.vmap(product, in_axes=(1, axes))(x, w)[:, :, None]
+    parts = (w_IO.q if quantized else w_IO).reshape(P, inputs // P, -1)
+
+    def product(x, part):
+        part = QuantizedWeight(part, w_IO.scale) if quantized else part
+        return matmul(x, part, jnp.float32)
+
+    return jax.vmap(product, in_axes=(1, 0))(x, parts)[:, :, None]
 
 
 def add_and_norm(x: Residual, scale_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:

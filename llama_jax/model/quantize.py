@@ -228,7 +228,7 @@ def _specs(arrays: Any) -> Any:
     return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, arrays)
 
 
-def _reshape(w: jax.Array, shape: tuple[int, ...], spec: tuple) -> jax.Array:
+def _reshape(w: jax.Array, shape: tuple[int, ...], spec: Any) -> jax.Array:
     if no_mesh():
         return w.reshape(shape)
     return w.reshape(shape, out_sharding=PartitionSpec(*spec))
