@@ -1,7 +1,7 @@
 """Products of activations and a matrix of 4-bit or 8-bit integers with scales per group of inputs.
 
-The kernels unpack and scale the integers after they are loaded: main memory is read in 4 or 8 bits
-per weight.
+The kernels load integers and scale them in registers or on-chip memory, so that 4 or 8 bits per
+weight are read from main memory.
 """
 
 import functools

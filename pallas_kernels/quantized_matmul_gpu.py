@@ -2,9 +2,7 @@
 
 A program unpacks one group of inputs at a time in registers, multiplies it, and adds the result
 times the group's scales to a float32 sum. With few rows there are fewer blocks of outputs than a
-GPU needs programs, so the groups are split over several programs, whose sums XLA then adds up.
-
-Pallas' Triton lowering is deprecated since jax 0.11.0; Mosaic GPU is its successor.
+GPU needs programs, so the groups are split over several programs, whose sums XLA adds.
 """
 
 import functools

@@ -1,9 +1,9 @@
 """Rotary attention for NVIDIA GPUs in Pallas (Triton), forward and backward: FlashAttention-2
 (arXiv 2307.08691).
 
-jax 0.11.0 deprecated Pallas' Triton lowering, which "will be removed in a future version". Then
-these kernels raise NotImplementedError, and they are deleted when Mosaic GPU kernels have replaced
-them on a device.
+jax 0.11.0 deprecated Pallas' Triton lowering, which "will be removed in a future version". With a
+jax that lacks it, these kernels raise NotImplementedError. They will be deleted when Mosaic GPU
+kernels have been measured to be as fast on a device.
 
 Queries are rotated in float32 when a block of them is loaded. Keys are rotated by XLA beforehand:
 rotating them in the kernel, again for every block of queries, took 46 to 61% more instructions.

@@ -250,7 +250,13 @@ def _kernel(
 
 
 def float_array(shape, value, layout):
-    """A float32 array of one value in the registers of a warpgroup."""
+    """A float32 array of one value in the registers of a warpgroup.
+
+    Args:
+      shape: of the array.
+      value: of all elements.
+      layout: a `plgpu.Layout`, how the elements are divided over the threads.
+    """
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 

@@ -1,4 +1,4 @@
-"""Block sizes of the TPU attention kernels, by chip, and how much of a head they hold in VMEM."""
+"""Block sizes of the TPU attention kernels by chip, and how many keys and queries VMEM holds."""
 
 from pallas_kernels import dispatch
 
@@ -10,8 +10,8 @@ _TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
 """Chips whose two cores are one device and share the parallel axes of a grid."""
 
 _WIDE = ("TPU v6 lite", "TPU v6e", "TPU7x")
-"""Chips with matrix units of 256 by 256, half of which is idle for H = 128: there the kernels wait
-for the softmax, and less if a step has 1024 rows."""
+"""Chips with matrix units of 256 by 256, half of which is idle for H = 128: there the softmax is
+the limit, and it takes fewer cycles per row if a step has 1024 rows."""
 
 
 def sizes(T: int, S: int, H: int, G: int, itemsize: int, documents: bool):
@@ -20,9 +20,9 @@ def sizes(T: int, S: int, H: int, G: int, itemsize: int, documents: bool):
     Blocks are 512 by 512: with smaller ones the matrix unit waits for the row statistics of the
     softmax, with larger ones the masked half of a diagonal block grows. On chips with wide matrix
     units, up to four query heads of a key head make the 1024 rows of a step; if G is 1, blocks are
-    1024 by 1024 for at least 4096 keys without documents, whose borders would lie in more of the
-    large blocks. Blocks are smaller if padding would add more than an eighth, or if they do not fit
-    in VMEM.
+    1024 by 1024 for at least 4096 keys without documents (with documents, more of a large block
+    would be masked). Blocks are smaller if padding would add more than an eighth, or if they do not
+    fit in VMEM.
 
     Args:
       T: number of queries.
@@ -42,8 +42,8 @@ def sizes(T: int, S: int, H: int, G: int, itemsize: int, documents: bool):
         choices.insert(0, (1, 1024, 1024))
     if kind in _WIDE and (heads := max(n for n in (1, 2, 3, 4) if G % n == 0)) > 1:
         choices.insert(0, (heads, 512 if heads == 2 else 256, 512))
-    for heads, most_q, most_k in choices:
-        block_q, block_k = _block(T, most_q), _block(S, most_k)
+    for heads, max_q, max_k in choices:
+        block_q, block_k = _block(T, max_q), _block(S, max_k)
         if chunks := _chunks(T, S, H, itemsize, heads, block_q, block_k, capacity * 7 // 8):
             interpret = dispatch.platform() == "cpu"
             return heads, block_q, block_k, *chunks, capacity * 15 // 16, interpret

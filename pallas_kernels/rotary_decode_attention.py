@@ -18,7 +18,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.rotary_attention import Rope, _check, _check_numbers, rotate
 
 Scales = tuple[jax.Array, jax.Array]
-"""of the keys and values of int8 caches, [L, B, K, S] each"""
+"""Scales of the keys and of the values of int8 caches, [L, B, K, S] each."""
 SCALE_DTYPE = jnp.bfloat16
 
 
@@ -117,7 +117,7 @@ def fused_decode_attention(
 ) -> tuple[Any, ...]:
     """:func:`rotary_decode_attention` of the result of one product with fused matrices q, k, v.
 
-    A GPU reads it as it is: neither a sum nor a slice is a kernel launch of its own.
+    The GPU kernel adds the partial sums and selects q, k and v itself, without further launches.
 
     Args:
       qkv_PBTMH: P partial sums of the N queries, K keys and K values, M = N + 2 K. Rows beyond
@@ -272,7 +272,9 @@ def _append(cache_LBKSH, new_BTKH, layer, lengths_B):
 
 def _without_scales(function, q, k, v, cache_k, cache_v, scales, *args):
     if scales is not None:
-        raise NotImplementedError("an int8 cache: decode kernels for GPU and XLA support it")
+        raise NotImplementedError(
+            "an int8 cache: only the implementations 'gpu' and 'xla' support it"
+        )
     return (*function(q, k, v, cache_k, cache_v, *args), None)
 
 

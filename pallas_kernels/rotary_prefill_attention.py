@@ -1,4 +1,4 @@
-"""A long chunk of a prompt: appended to the cache, then attended to by the training kernels.
+"""Attention of a long chunk of a prompt over a cache, by the training kernels.
 
 The decode kernels hold all queries of a key head at once, which is slow or impossible for more than
 a few hundred tokens.
@@ -21,9 +21,9 @@ def prefill(
 ):
     """`rotary_decode_attention` of one row and many queries, with positional arguments.
 
-    The keys and values of the layer are copied to the layout of ``kernel``, an implementation of
-    `rotary_attention`: once per chunk, the whole cache length. It visits no block of keys beyond
-    the new tokens.
+    The keys and values of the layer, over the whole cache length, are copied once per chunk to the
+    layout of ``kernel``, an implementation of `rotary_attention`. The kernel visits no block of
+    keys beyond the new tokens.
     """
     B, T, N, H = q.shape
     queries = T * (N // k.shape[2])
@@ -47,9 +47,9 @@ def prefill(
         jnp.where(valid_S1, x_BKSH, 0).transpose(0, 2, 1, 3).astype(q.dtype) for x_BKSH in of_layer
     )
     # Queries and keys are rotated already; the kernel rotates both by angle 0, which is exact.
-    still = jnp.zeros((1, T), jnp.int32), jnp.zeros((1, keys.shape[1]), jnp.int32)
+    zeros = jnp.zeros((1, T), jnp.int32), jnp.zeros((1, keys.shape[1]), jnp.int32)
     out = kernel(
-        rotate(q, positions_BT, rope), keys, values, *still, Rope(jnp.zeros(H // 2), 1.0),
+        rotate(q, positions_BT, rope), keys, values, *zeros, Rope(jnp.zeros(H // 2), 1.0),
         None, None, length, True, scale,
     )  # fmt: skip
     return out, *caches

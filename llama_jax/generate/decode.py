@@ -29,9 +29,9 @@ from llama_jax.model.sharding import no_mesh, reshard, use_mesh
 PREFILL_CHUNKS = (32, 256)
 """Prompt tokens per call of the model, padded: few for a chat message, many for a long prompt."""
 FULL_CHUNK = 1024
-"""Prompt tokens per call on TPU and GPU where the prompt has as many: 1.8 to 6 times as many as
-FLOPs per byte of memory bandwidth (h100 295, h200 206, v5p 166, v6e 560), so that products and not
-the reading of weights take the time. Never padded, so caches need no more positions."""
+"""Prompt tokens per call on TPU and GPU while the prompt has as many left. This is more than the
+FLOPs per byte of memory bandwidth (h100 295, h200 206, v5p 166, v6e 560), so the products take
+longer than reading the weights. Never padded, so caches need no more positions."""
 DECODE_STEPS_PER_CALL = 32
 """Largest number of tokens per row before the host looks for stop strings and ended rows."""
 MAX_BATCH = 32

@@ -63,7 +63,7 @@ def load(
       quantize: "int8" or "int4" for the matrices of the layers; weights made by
         `convert --quantize` are already quantized.
       cache: "int8" for keys and values in 8 bits, with a scale per head and position; default:
-        as ``dtype``. On TPU without its own kernel, by XLA.
+        as ``dtype``. A TPU has no kernel for int8: XLA computes the attention.
       mesh: from ``make_mesh``; heads and widths are sharded over its ``tensor`` axis.
 
     Returns:
@@ -72,8 +72,9 @@ def load(
     Raises:
       ConfigError: the folder holds no weights, or damaged ones (the message names the files), or a
         tokenizer with more tokens than the embedding has rows.
-      ValueError: the tokenizer is missing or of an unknown kind; an unknown dtype or quantization,
-        or another one than that of the checkpoint; a mesh that does not divide the model.
+      ValueError: the tokenizer is missing or of an unknown kind; an unknown dtype, quantization
+        or cache; another quantization than that of the checkpoint; a mesh that does not divide the
+        model.
       MemoryError: the weights are larger than the memory of the device.
     """
     if quantize is not None and quantize not in KINDS:

@@ -245,8 +245,14 @@ def _without_tail(order_BV: jax.Array, p_BV: jax.Array, tail: jax.Array) -> jax.
     """Which tokens to keep when the least likely ones, of total probability ``tail``, are dropped.
 
     The tail is summed, as in transformers: the sum of a short tail is exact, 1 minus the sum of all
-    others is not. The number of tokens is that of transformers. Among tokens as likely as the last
-    one, those with the largest ids are kept (in transformers this depends on torch's sort).
+    others is not. The number of tokens is that of transformers, up to rounding of the sum. Among
+    tokens as likely as the last one, those with the largest ids are kept (in transformers this
+    depends on torch's sort).
+
+    Args:
+      order_BV: int32 keys with the order of the logits.
+      p_BV: probabilities.
+      tail: scalar, the probability to drop.
     """
     largest_B1 = jnp.max(order_BV, axis=-1, keepdims=True)  # at least one token is kept
     last_B1 = jnp.minimum(_largest_bound(order_BV, p_BV, tail)[:, None], largest_B1)
@@ -274,8 +280,9 @@ def _order(x: jax.Array) -> jax.Array:
 def _largest_bound(order_BV: jax.Array, weights_BV: jax.Array, limit: jax.Array) -> jax.Array:
     """The largest bound below which the sum of weights is at most ``limit``, int32 [B].
 
-    This replaces sorting: the bound is found digit by digit, each with one pass over the vocabulary
-    that sums below all its values. A CPU computes one sum after the other, so its digits are bits.
+    This replaces sorting. The bound is found digit by digit, the highest first: one pass over the
+    vocabulary computes the sums for all values of a digit. A digit has one bit on a CPU, which
+    computes one sum after the other, and four bits elsewhere.
 
     Args:
       order_BV: int32 keys.
@@ -294,7 +301,7 @@ def _largest_bound(order_BV: jax.Array, weights_BV: jax.Array, limit: jax.Array)
 
 
 def _sums_below(order_BV: jax.Array, weights_BV: jax.Array, bounds_BR: jax.Array) -> jax.Array:
-    """Sums of the weights whose key is below each bound, float32 [B, R]."""
+    """Sums of the weights whose key is below each of R bounds, float32 [B, R]."""
     # XLA's CPU compiler vectorizes a sum over any axis but the last.
     columns = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128))).reshape(len(x), 1, -1, 128)
     below = columns(order_BV) < bounds_BR[:, :, None, None]

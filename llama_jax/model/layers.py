@@ -1,4 +1,4 @@
-"""Layers stacked along L, one by one, and in a loop over separate arrays."""
+"""Single layers of a model: split from the stacked ones, or chosen by index in a compiled loop."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,9 @@ from llama_jax.model.quantize import LayerWeights
 
 
 def one_block(blocks: list[Any]) -> Callable[[jax.Array], Any]:
-    """The block of a layer whose index is an array: its code is compiled once for all layers.
+    """A function from the index of a layer, an array, to its block; for a loop that compiles one.
 
-    Its matrices are :class:`LayerWeights`, so that none is copied, as slices of a stack would be.
+    The block's matrices are :class:`LayerWeights`: slices of a stack would be copied.
     """
     is_variable = lambda x: isinstance(x, nnx.Variable)
     graphdefs, states = zip(*map(nnx.split, blocks), strict=True)

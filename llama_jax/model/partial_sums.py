@@ -1,7 +1,7 @@
 """Decode steps with few kernel launches on a GPU: products as partial sums.
 
-A product of few rows is too small for a GPU unless its inputs are split over several programs,
-whose partial sums must be added. Here the kernel that uses the product adds them.
+A product of few rows keeps a GPU busy only if its inputs are split over several programs, whose
+partial sums must be added. Here the kernel that uses the product adds them.
 """
 
 import math
@@ -36,15 +36,19 @@ def num_parts(inputs: int, outputs: int, multiprocessors: int) -> int:
       multiprocessors: of the GPU.
     """
     wanted = 1.5 * multiprocessors * 128 / outputs
-    most = math.gcd(inputs, 1 << max(0, inputs // 512).bit_length() - 1) if inputs >= 512 else 1
-    return min(most, 2 ** max(0, round(math.log2(wanted))))
+    max_parts = math.gcd(inputs, 1 << (inputs // 512).bit_length() - 1) if inputs >= 512 else 1
+    return min(max_parts, 2 ** max(0, round(math.log2(wanted))))
 
 
 def partial_products(x_BTI: jax.Array, w: jax.Array | QuantizedWeight | nnx.Variable) -> jax.Array:
     """The product with a matrix [in, out] as P partial sums in float32, [P, B, T, out], T = 1.
 
-    If P > 1 and B = 1 there is a second row, to be ignored: for a single row, XLA would replace the
-    product by sums that read a float32 copy of the matrix.
+    If P > 1 and B = 1, the result has a second row, which the caller ignores: for a single row, XLA
+    would replace the product by sums that read a float32 copy of the matrix.
+
+    Args:
+      x_BTI: activations.
+      w: an array, a quantized matrix, or a variable with one of them.
     """
     w_IO: Any = w.get_value() if isinstance(w, nnx.Variable) else w
     B, _, inputs = x_BTI.shape
@@ -68,7 +72,13 @@ def partial_products(x_BTI: jax.Array, w: jax.Array | QuantizedWeight | nnx.Vari
 
 
 def add_and_norm(x: Residual, scale_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """The residual stream with everything added, and its RMSNorm."""
+    """The residual stream with everything added, and its RMSNorm.
+
+    Args:
+      x: the residual stream, with or without partial sums.
+      scale_D: the learned scale.
+      eps: added to the mean square.
+    """
     if isinstance(x, tuple):
         return add_rms_norm(*x, scale_D, eps)
     return x, rms_norm(x, scale_D, eps)

@@ -130,7 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     arg("--search", action="store_true", help="vary mesh, microbatches and remat; plan the fastest")
     arg("--inference", action="store_true", help="plan generation with a model, not training")
     arg("--dtype", choices=inference.DTYPES, help="with --inference: of the weights (bfloat16)")
-    arg("--cache", choices=["int8"], help="with --inference: of keys and values (bfloat16)")
+    arg(
+        "--cache",
+        choices=["int8"],
+        help="with --inference: dtype of keys and values (default: bfloat16)",
+    )
     arg("--context", type=_count, metavar="S", help="with --inference: positions per sequence")
     arg("--batch", type=_count, metavar="B", help="with --inference: sequences at a time (1)")
     arg("--table", action="store_true", help="inference: every model size on common chips")

@@ -33,7 +33,13 @@ def weight_bytes(cfg: ModelConfig, dtype: str) -> int:
 
 
 def cache_bytes(cfg: ModelConfig, context: int, dtype: str = "bfloat16") -> float:
-    """Bytes of one sequence's keys and values, "bfloat16" or "int8"."""
+    """Bytes of one sequence's keys and values.
+
+    Args:
+      cfg: the model.
+      context: positions.
+      dtype: "bfloat16" or "int8"; int8 with scales.
+    """
     return context * bytes_per_position(cfg, np.dtype(np.int8 if dtype == "int8" else np.float16))
 
 
