@@ -1,5 +1,7 @@
 """Rotary attention compiled for absent TPUs by libtpu on a CPU."""
 
+import importlib.metadata
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +91,8 @@ def test_attention_compiles(chip, T, K, H, documents, dtype):
     It holds two tables of cos and sin, which XLA writes in halves first; one number per query and
     head; copies of inputs and outputs if H is 64 or T is padded; beyond T = 4096 rotated keys,
     which are streamed, and one more table; the gradients of a single key head from each core of a
-    v5p.
+    v5p. Before its version 0.0.50, libtpu stores the copies for H = 64 also where the results will
+    be; then their bytes are not counted.
     """
     N = 4
     program = compiled_for(chip, both_ways, *arguments(1, T, N, K, H, dtype, documents))
@@ -101,6 +104,8 @@ def test_attention_compiles(chip, T, K, H, documents, dtype):
     tables = (5 if long else 4) * T * 128 * 4
     heads = (2 * N + 2 * K) * row if H == 64 or T % 128 else (2 if long else 1) * K * row
     heads += 4 * row if chip == "v5p" and K == 1 else 0
+    libtpu = tuple(map(int, importlib.metadata.version("libtpu").split(".")[:3]))
+    heads += (2 * N + 2 * K) * T * H * 2 if H == 64 and libtpu >= (0, 0, 50) else 0
     assert program.memory_analysis().temp_size_in_bytes < tables + heads + MIB
 
 
