@@ -9,6 +9,10 @@ VMEM, so nothing waits for the write. The softmax is FlashAttention's (arXiv 220
 The queries of a key head are one operand, [G * T, H]. With head_dim 64 the kernel's layout of the
 cache is padded to 128 lanes, and XLA uses another layout for the arguments of a program, so the
 whole cache is copied on entry and exit: keep the decoding loop inside one program.
+
+On a chip with two cores a single block of heads is divided, so that both cores work. One core stays
+idle with one row and one key head, and with a few new positions if no smaller block of key heads
+has a multiple of eight query heads.
 """
 
 import functools
@@ -22,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
+from pallas_kernels.rotary_attention_tpu_sizes import idle_core
 
 TILE_ROWS = 16  # rows of a bfloat16 tile, to which copies into the cache are aligned
 MASK_VALUE = float(jnp.finfo(jnp.float32).min)
@@ -50,7 +55,7 @@ def tpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
     rows = N // K * T
     window = min(TILE_ROWS * (pl.cdiv(T - 1, TILE_ROWS) + 1), S)
     _check_supported(q.dtype, cache_k.dtype, H, S, rows)
-    few, heads = T <= MAX_UNROLLED, _heads(K, T)
+    few, heads = T <= MAX_UNROLLED, _heads(B, K, T, N // K)
     block_k = min(
         512, S, max(1, BLOCK_BYTES // (TILE_ROWS * heads * H * q.dtype.itemsize)) * TILE_ROWS
     )
@@ -65,9 +70,12 @@ def tpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
     # A few positions keep their layout: changing it would be a copy in HBM.
     layout = lambda x: x if few else _by_head(x, K)
     if few:
-        by_head = lambda n: pl.BlockSpec(
-            (None, T, heads * n // T, H), lambda b, h, j, *_: (b, 0, h, 0)
-        )
+
+        def by_head(n):
+            height = heads * n // T
+            if height % 8:  # Not whole tiles: every program gets all rows.
+                return pl.BlockSpec((None, T, K * n // T, H), lambda b, h, j, *_: (b, 0, 0, 0))
+            return pl.BlockSpec((None, T, height, H), lambda b, h, j, *_: (b, 0, h, 0))
     else:
         by_head = lambda n: pl.BlockSpec((None, heads, n, H), lambda b, h, j, *_: (b, h, 0, 0))
     cos_sin_B2TH = _cos_sin(lengths, T, rope)
@@ -115,10 +123,16 @@ def tpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
     return out.reshape(q.shape), cache_k, cache_v
 
 
-def _heads(K: int, T: int) -> int:
-    """Key heads per block; with few positions they are the rows of a tile: eight, or all."""
-    max_heads = max(n for n in range(1, 9) if K % n == 0)
-    return K if T <= MAX_UNROLLED and max_heads not in (8, K) else max_heads
+def _heads(B: int, K: int, T: int, G: int) -> int:
+    """Key heads per block; with few positions they are the rows of a tile: eight, or all.
+
+    If that leaves a core idle, fewer heads, whose queries with few positions are whole tiles.
+    """
+    few, divisors = T <= MAX_UNROLLED, [n for n in range(1, 9) if K % n == 0]
+    heads = K if few and divisors[-1] not in (8, K) else divisors[-1]
+    if idle_core(B * (K // heads)):
+        return max((n for n in divisors if n < K and (not few or n * G % 8 == 0)), default=heads)
+    return heads
 
 
 def _by_head(x_BTNH, K):
@@ -186,13 +200,20 @@ def _kernel(
     fetch = functools.partial(copies, pltpu.make_async_copy)
     put = functools.partial(copies, lambda c, w, s: pltpu.make_async_copy(w, c, s))
 
+    def part(ref, t, n, each):
+        """Position t of head n, whose place in a block of all heads depends on the program."""
+        x = ref[t, pl.ds(n * each, each), :].astype(jnp.float32)
+        for other in range(1, ref.shape[1] // (len(heads) * each)):
+            at = pl.ds((other * len(heads) + n) * each, each)
+            x = jnp.where(h == other, ref[t, at, :].astype(jnp.float32), x)
+        return x
+
     def rows_of(ref, n, each, cos_sin=None):
         """Rows of head n in float32, rotated if ``cos_sin`` is given; with few positions, row t *
         each + g is position t."""
         if not few:
             return _rotate(ref[n], cos_sin) if cos_sin is not None else ref[n].astype(jnp.float32)
-        at = pl.ds(n * each, each)
-        parts = [ref[t, at, :].astype(jnp.float32) for t in range(new)]
+        parts = [part(ref, t, n, each) for t in range(new)]
         if cos_sin is not None:
             parts = [_rotate(x, cos_sin[:, t : t + 1]) for t, x in enumerate(parts)]
         return jnp.concatenate(parts, axis=0)

@@ -45,8 +45,13 @@ def mesh_of(devices):
 @pytest.mark.parametrize("name", ["v5e", "v5p", "v6e"])
 @pytest.mark.parametrize(
     ("B", "T", "N", "K", "dtype"),
-    [(1, 1, 32, 32, "bfloat16"), (16, 1, 32, 8, "bfloat16"), (2, 5, 4, 4, "float32")],
-    ids=["one_row", "rows", "few_positions"],
+    [
+        (1, 1, 32, 32, "bfloat16"),
+        (1, 1, 32, 8, "bfloat16"),
+        (16, 1, 32, 8, "bfloat16"),
+        (2, 5, 4, 4, "float32"),
+    ],
+    ids=["one_row", "one_row_of_8b", "rows", "few_positions"],
 )
 def test_the_kernel_alone(machine, name, B, T, N, K, dtype):
     """Both caches aliased and no temporary memory; XLA's cost estimate: one pass over the layer."""

@@ -4,6 +4,7 @@ On a CPU the kernels run in Pallas' interpreter.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -291,6 +292,58 @@ def test_tpu_kernel_has_no_races():
         out = run(*poisoned, rope)[0]
     assert relative_l2(out, want) < TOLERANCE["float32"]
     assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize(
+    ("T", "N", "K"), [(3, 16, 2), (2, 16, 8), (12, 4, 2)], ids=["one_head", "half", "by_head"]
+)
+def test_both_cores_share_one_row(T, N, K, monkeypatch):
+    """One row on a v5p: each core, of two that are simulated, has half the heads; no races."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+    from jax.experimental.pallas import tpu as pltpu
+
+    monkeypatch.setattr("pallas_kernels.dispatch.device_kind", lambda: "TPU v5")
+    rng, H, S = np.random.default_rng(1), 64, 160
+    q, k, v = (normal(rng, (1, T, n, H), "float32") for n in (N, K, K))
+    caches = [normal(rng, (L, 1, K, S, H), "float32") for _ in range(2)]
+    rest = 1, np.array([142], np.int32), rope_for(H)
+    want = decode64(*map(np.float64, (q, k, v, *caches)), *rest)
+    decode = functools.partial(rotary_decode_attention, implementation="tpu")
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    with pltpu.force_tpu_interpret_mode(params):
+        got = jax.jit(decode)(q, k, v, *caches, *rest)
+    assert not interpret_pallas_call.races.races_found
+    for x, exact in zip(got, want, strict=True):
+        assert relative_l2(x, exact) < TOLERANCE["float32"]
+    for x, exact, before in zip(got[1:], want[1:], caches, strict=True):
+        untouched = exact == np.float64(before)
+        assert (np.asarray(x)[untouched] == before[untouched]).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "B", "K", "G", "T", "programs"),
+    [
+        ("TPU v5", 1, 8, 4, 1, 2),
+        ("TPU v5", 1, 8, 8, 5, 2),
+        ("TPU v5", 1, 4, 1, 16, 2),  # a chunk, whose layout has no tiles of heads
+        ("TPU v5", 2, 8, 4, 1, 1),
+        ("TPU v5", 1, 32, 1, 1, 4),
+        ("TPU v5", 1, 8, 1, 1, 1),  # half of the queries is not a tile
+        ("TPU v5", 1, 1, 8, 1, 1),
+        ("TPU v5 lite", 1, 8, 4, 1, 1),
+        ("TPU v6 lite", 1, 8, 4, 1, 1),
+        ("TPU v6 lite", 1, 32, 1, 1, 4),
+    ],
+)
+def test_tpu_programs_of_a_row(kind, B, K, G, T, programs, monkeypatch):
+    """Fewer heads per program only where a core would be idle."""
+    monkeypatch.setattr("pallas_kernels.dispatch.device_kind", lambda: kind)
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
+    cache, new = of(L, B, K, 4096, 128), of(B, T, K, 128)
+    decode = functools.partial(rotary_decode_attention, rope=rope_for(128), implementation="tpu")
+    lengths = jax.ShapeDtypeStruct((B,), "int32")
+    program = jax.make_jaxpr(decode)(of(B, T, K * G, 128), new, new, cache, cache, 0, lengths)
+    assert re.findall(r"grid=\((\d+), (\d+), \d+\)", str(program)) == [(str(B), str(programs))]
 
 
 @pytest.mark.parametrize(
