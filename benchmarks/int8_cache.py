@@ -37,19 +37,19 @@ def main() -> None:
     def logits(params, cache):
         return merge(llm._engine._graphdef, params)(tokens_BT[:, :-1], cache=cache)[0]
 
-    result = {}
+    result, exact = {}, None
     for dtype in (jnp.float32, jnp.int8):
         cache = KVCache.empty(llm.cfg, ROWS, length, dtype)
-        made = np.asarray(logits(llm.params, cache))
-        nats = -np.asarray(jax.nn.log_softmax(made))[
+        logits_BTV = np.asarray(logits(llm.params, cache))
+        exact = logits_BTV if exact is None else exact
+        nats = -np.asarray(jax.nn.log_softmax(logits_BTV))[
             np.arange(ROWS)[:, None], np.arange(length), tokens_BT[:, 1:]
         ].mean()
-        exact = made if dtype == jnp.float32 else exact  # noqa: F821
         name = jnp.dtype(dtype).name
         result[name] = {
             "perplexity": math.exp(nats),
-            "logit_error": float(np.linalg.norm(made - exact) / np.linalg.norm(exact)),
-            "same_best_token": float(np.mean(made.argmax(-1) == exact.argmax(-1))),
+            "logit_error": float(np.linalg.norm(logits_BTV - exact) / np.linalg.norm(exact)),
+            "same_best_token": float(np.mean(logits_BTV.argmax(-1) == exact.argmax(-1))),
             "bytes_per_position": bytes_per_position(llm.cfg, dtype),
         }
         print(name, result[name])

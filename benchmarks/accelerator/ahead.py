@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def programs(device: Any) -> Programs:
-    """Everything that the steps compile, but references."""
+    """Everything that the steps compile, except references."""
     with chips.compile_for(device):
         place = functools.partial(_place, device)
         yield from _correctness(place)

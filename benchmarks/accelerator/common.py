@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 Row = dict[str, Any]
-"""One line of the table: "seconds" (median, min, max, runs), "numbers" by label, "wrong" (why a
-result is not correct), or nothing of it"""
+"""One line of the table. Possible keys: "seconds" (median, min, max, runs), "numbers" (by label),
+"wrong" (why the result is not correct; empty if it is)."""
 Rows = Iterator[tuple[str, Callable[[], Row]]]
 """Name of each row, and the function that measures it"""
 

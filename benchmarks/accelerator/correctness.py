@@ -1,7 +1,7 @@
 """Step 1: every kernel of the platform against the reference in float32.
 
 Each program runs with two sets of inputs. Its outputs are written over arrays of NaN, and memory
-that is free is filled with NaN first, so that an element that the kernel does not write shows. The
+that is free is filled with NaN first, so an element that the kernel does not write is found. The
 second run is repeated: the results must be equal bit for bit.
 """
 
@@ -36,7 +36,7 @@ UNORDERED = ("cudnn",)
 
 
 def kernels(table: Mapping[str, Any]) -> list[str]:
-    """The implementations of this platform but the reference; on a CPU, those of a GPU."""
+    """The implementations of this platform, without the reference; on a CPU, those of a GPU."""
     here = dispatch.platform() if dispatch.platform() != "cpu" else "gpu"
     return [name for name, (where, _) in table.items() if name != "xla" and here in where]
 

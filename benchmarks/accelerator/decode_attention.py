@@ -63,7 +63,7 @@ def shapes(s: Sizes, B: int, S: int) -> list[tuple[int, ...]]:
 
 
 def measure(s: Sizes, name: str, B: int, S: int, copy: float | None) -> Row:
-    """A cache that is full but for one position."""
+    """Time of one call with a cache that is full except for one position."""
     L = layers(s, B, S)
     *new, cache_k, cache_v = random_arrays(0, shapes(s, B, S))
     caches = [cache_k, cache_v]

@@ -19,6 +19,7 @@ from llama_jax import chips
 from llama_jax.config import MODELS, ModelConfig
 from llama_jax.generate.decode import DECODE_STEPS_PER_CALL, Engine, Request
 from llama_jax.generate.sampler import Greedy, settings_of
+from llama_jax.model.cache import bytes_per_position
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import Params, abstract_params, unstack_layers
 from llama_jax.model.quantize import quantize
@@ -30,7 +31,7 @@ CALLS = 8
 
 def rows(s: Sizes, earlier: dict[str, Row]) -> Rows:
     copy = earlier.get("copy", {}).get("numbers", {}).get("GB/s")
-    engines = functools.cache(engine)
+    engines = functools.cache(random_engine)
     # The rows with targets first: one row of the large model.
     small, large = s.models
     order = [(small, "bfloat16"), (large, "bfloat16"), (large, "int8"), (small, "int8")]
@@ -82,7 +83,7 @@ def weights_of(cfg: ModelConfig, compute: ComputeConfig, kind: str) -> Params:
     return unstack_layers(params) if compute.unroll else params
 
 
-def engine(model: str, kind: str) -> Engine:
+def random_engine(model: str, kind: str) -> Engine:
     """A model with random weights, made on the device."""
     cfg, compute = MODELS[model], compute_config(jax.default_backend())
     return Engine(cfg, weights_of(cfg, compute, kind), compute, mesh=None)
@@ -90,23 +91,23 @@ def engine(model: str, kind: str) -> Engine:
 
 def decode_rate(s: Sizes, engines: Any, model: str, kind: str, batch: int, copy: Any) -> Row:
     """Seconds per token of each row, greedy."""
-    cfg, made = MODELS[model], engines(model, kind)
+    cfg, engine = MODELS[model], engines(model, kind)
     ids = np.random.default_rng(0).integers(1, cfg.vocab_size, s.prompt).tolist()
     requests = [Request(ids, 0)] * batch
-    state = made.start(requests, RESERVED, seed=0)
+    state = engine.start(requests, RESERVED, seed=0)
     stop_ids, settings = np.full(8, -1, np.int32), settings_of(Greedy())
     values, steps = [], DECODE_STEPS_PER_CALL
     for _ in range(1 + CALLS):
         start = time.perf_counter()
-        state, drawn = made.decode(state, settings, stop_ids, steps, False, False)
+        state, drawn = engine.decode(state, settings, stop_ids, steps, False, False)
         values.append((time.perf_counter() - start) / steps)
     each = spread(values[1:])  # the first one compiles
     length = s.prompt + steps * CALLS // 2
-    moved = read_bytes(made) + batch * length * cache_bytes(cfg)
+    moved = read_bytes(engine) + batch * length * bytes_per_position(cfg, engine.compute.dtype)
     rate = moved / each["median"] / 1e9
     numbers = {"tokens/s": batch / each["median"], "GB/s": rate}
     numbers |= {"of copy": rate / copy} if copy else {}
-    numbers |= {"launches a token": launches(text)} if (text := program_text(made)) else {}
+    numbers |= {"launches a token": launches(text)} if (text := program_text(engine)) else {}
     finite = np.isfinite(np.asarray(state.logits_BV)).all()
     right = finite and (drawn.tokens_TB >= 0).all() and (drawn.tokens_TB < cfg.vocab_size).all()
     return {"seconds": each, "numbers": numbers, "wrong": "" if right else "logits or tokens"}
@@ -114,13 +115,13 @@ def decode_rate(s: Sizes, engines: Any, model: str, kind: str, batch: int, copy:
 
 def prefill_rate(s: Sizes, engines: Any, model: str) -> Row:
     """Seconds for a whole prompt."""
-    cfg, made = MODELS[model], engines(model, "bfloat16")
+    cfg, engine = MODELS[model], engines(model, "bfloat16")
     values = []
     for seed in range(4):
         ids = np.random.default_rng(seed).integers(1, cfg.vocab_size, s.prefill).tolist()
-        cache = made.empty_cache(s.prefill + 256)
+        cache = engine.empty_cache(s.prefill + 256)
         start = time.perf_counter()
-        logits_V, _ = made.prefill(ids, cache)
+        logits_V, _ = engine.prefill(ids, cache)
         logits_V.block_until_ready()
         values.append(time.perf_counter() - start)
     each = spread(values[1:])
@@ -133,18 +134,13 @@ def prefill_rate(s: Sizes, engines: Any, model: str) -> Row:
     return {"seconds": each, "numbers": numbers, "wrong": "" if finite else "logits"}
 
 
-def read_bytes(made: Engine) -> int:
+def read_bytes(engine: Engine) -> int:
     """Bytes of the weights that a step reads: all but an embedding that is only looked up."""
-    embed = 0 if made.cfg.tie_embeddings else math.prod(made.cfg.shape("VD")) * 2
-    return made.weight_bytes - embed
+    embed = 0 if engine.cfg.tie_embeddings else math.prod(engine.cfg.shape("VD")) * 2
+    return engine.weight_bytes - embed
 
 
-def cache_bytes(cfg: ModelConfig) -> int:
-    """Bytes of one position in the cache, bfloat16."""
-    return 2 * 2 * math.prod(cfg.shape("LKH"))
-
-
-def program_text(made: Engine) -> str:
+def program_text(engine: Engine) -> str:
     """HLO of the last decode program; empty if it was not compiled ahead of its call."""
-    programs = [p for key, p in made._compiled.items() if key[0] == "decode"]
+    programs = [p for key, p in engine._compiled.items() if key[0] == "decode"]
     return programs[-1].as_text() if hasattr(programs[-1], "as_text") else ""

@@ -38,7 +38,7 @@ def guarded(measure: Callable[..., Row], *args: Any) -> Callable[[], Row]:
 
 
 def wait(where: str) -> None:
-    """Until the device has finished."""
+    """Return when the device has finished."""
     import torch
 
     if where == "cuda":

@@ -89,6 +89,11 @@ def count(text: str, cycle_flops: float = 0.0, cycle_bytes: float = 0.0) -> Cost
     return counter.cost
 
 
+def is_launch(op: Op) -> bool:
+    """Whether an instruction that is no loop, branch or call starts a kernel or copy on a GPU."""
+    return op.kind not in _FREE and not op.kind.endswith(("-done", "async-update"))
+
+
 class _Counter:
     def __init__(self, computations, cycle_flops, cycle_bytes):
         self.computations = computations
@@ -113,8 +118,7 @@ class _Counter:
         inner = self.computations.get(called(op, "calls"), {}) if op.kind == "fusion" else {}
         flops = _matmul_flops(table, op) + self._fused(inner, called(op, "calls"), times)
         self._collective(op, "", times)
-        if op.kind not in _FREE and not op.kind.endswith("-done"):
-            self.cost.launches += times
+        self.cost.launches += times * is_launch(op)
         moved: float = 0 if op.kind in _FREE else self._moved(table, op, inner)
         cycles = _estimated_cycles(op)
         is_matmul = flops > 0
