@@ -148,7 +148,11 @@ def kernel_shape(shape):
 def head_spec(H: int, rows: int, at, heads: int | None = None):
     """Block spec of rows of a head, or of some heads for :func:`head`.
 
-    ``at`` maps grid indices to (b, block, index of the head or of the group of heads).
+    Args:
+      H: head dimension.
+      rows: positions of a block.
+      at: function from grid indices to (b, block, index of the head or of the group of heads).
+      heads: number of heads of a block; None: one, without an axis for it.
     """
 
     def index(*grid):

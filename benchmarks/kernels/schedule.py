@@ -52,7 +52,14 @@ PRODUCTS = {"forward": 2, "backward": 5}
 
 
 def mxu_floor(chip: str, products: int, scores: int, H: int) -> int:
-    """Cycles that products of a block with this number of scores need."""
+    """Cycles that the matrix units need at least for the products of a block.
+
+    Args:
+      chip: a key of :data:`MXU`.
+      products: number of products.
+      scores: number of scores of the block.
+      H: head dimension.
+    """
     rate, side = MXU[chip]
     return products * scores * -(-H // side) * side // rate
 
@@ -121,7 +128,13 @@ def by_loop(way: str, loops: Sequence[Loop]) -> dict[str, int]:
 
 
 def per_head(way: str, own: Mapping[str, int], blocks: Blocks) -> int:
-    """Bundles, or cycles, per query head, without documents; G heads share the rotated keys."""
+    """Bundles, or cycles, per query head, without documents; G heads share the rotated keys.
+
+    Args:
+      way: "forward" or "backward".
+      own: bundles or cycles of each loop.
+      blocks: how the kernel divides the positions.
+    """
     _, T, _, G, heads, block_q, block_k, forward, (queries, keys) = blocks
     n, n_k = T // block_q, T // block_k
     full = sum(i * block_q // block_k for i in range(n))
@@ -137,7 +150,13 @@ def per_head(way: str, own: Mapping[str, int], blocks: Blocks) -> int:
 
 
 def count_head(way: str, own: Mapping[str, int], blocks: Blocks) -> dict[str, int]:
-    """Per query head: bundles, cycles of the products, and the cycles that both need at least."""
+    """Per query head: bundles, cycles of the products, and the larger of both, step by step.
+
+    Args:
+      way: "forward" or "backward".
+      own: bundles of each loop, from :func:`by_loop`.
+      blocks: how the kernel divides the positions.
+    """
     scores = blocks.heads * blocks.block_q * blocks.block_k
     step = mxu_floor(blocks.chip, PRODUCTS[way], scores, blocks.H)
     floor = {name: step if name in ("full", "partial") else 0 for name in own}
@@ -147,7 +166,14 @@ def count_head(way: str, own: Mapping[str, int], blocks: Blocks) -> dict[str, in
 
 
 def blocks_of(chip: str, T: int, H: int, G: int) -> Blocks:
-    """The blocks of our kernels for bfloat16 without documents, on the chip of the mesh."""
+    """The blocks of our kernels for bfloat16 without documents, on the chip of the mesh.
+
+    Args:
+      chip: its name, a key of :data:`MXU`.
+      T: number of positions.
+      H: head dimension.
+      G: query heads per key head.
+    """
     from pallas_kernels.rotary_attention_tpu_sizes import sizes
 
     heads, block_q, block_k, keys, *backward, _, _ = sizes(T, T, H, G, 2, documents=False)
