@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 from jax.sharding import SingleDeviceSharding
 
-from llama_jax.chips import topology
+from llama_jax.chips import compile_for, topology
 from llama_jax.config import MODELS
 from llama_jax.model.quantize import bytes_of, matmul, quantize_weight
 from llama_jax.plan import inference
@@ -52,7 +52,9 @@ def test_int8_is_read_once_and_never_written_in_another_dtype(device, name, rows
     needed = bytes_of((x, w)) + rows * OUT * 2
     assert needed <= count(program.as_text()).bytes < 1.01 * needed
     assert needed < 1.05 * IN * OUT
-    assert program.memory_analysis().temp_size_in_bytes == 0
+    # libtpu of jax 0.12 keeps 48 KiB for itself on a v5p; the matrix has 112 MiB.
+    most = 0 if jax.__version_info__ < (0, 12) else 1 << 17
+    assert program.memory_analysis().temp_size_in_bytes <= most
 
 
 # int4 and groups of 32: the kernel ---------------------------------------------------------------
@@ -76,17 +78,19 @@ def compiled(monkeypatch, device, name, arguments, **options):
         lambda x, q, scale: quantized_matmul(before(x), q, scale, implementation=platform)
     )
     placed = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in arguments)
-    traced = product.trace(*placed)
+    with compile_for(device(name)):
+        traced = product.trace(*placed)
+        lowered = traced.lower()
     jaxpr = str(traced.jaxpr)
     assert jaxpr.count("pallas_call[") == 1
-    return traced.lower().compile(options), kernel_of(traced.jaxpr.jaxpr)
+    return lowered.compile(options), kernel_of(traced.jaxpr.jaxpr)
 
 
 def kernel_of(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             return equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             if (found := kernel_of(inner)) is not None:
                 return found
     return None
@@ -198,7 +202,8 @@ def test_the_plan_has_the_bytes_of_the_compiled_products(monkeypatch, device, na
     for (inputs, _), w in zip(shapes, weights, strict=True):
         # One by one: beside others, a TPU loads parts of a matrix early, which count as more.
         x = jax.ShapeDtypeStruct((1, inputs), jnp.bfloat16)
-        program = product.lower(*jax.tree.map(place, (x, w))).compile()
+        with compile_for(device(name)):
+            program = product.lower(*jax.tree.map(place, (x, w))).compile()
         moved += count(program.as_text()).bytes
     planned = two - one
     assert 0.99 * planned < moved < 1.05 * planned
