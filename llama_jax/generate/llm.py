@@ -105,12 +105,13 @@ class LLM:
         devices = engine.devices()
         leaves = jax.tree.leaves(engine.params, is_leaf=is_quantized)
         dtypes = {f"int{w.bits}" for w in leaves if is_quantized(w)}
+        cache = f", {engine.compute.cache_dtype} cache" if engine.compute.cache_dtype else ""
         return (
             f"LLM({name or f'{cfg.num_layers} layers of width {cfg.dim}'}, "
             f"{cfg.num_params / 1e6:,.1f} million parameters, "
             f"{' and '.join([*dtypes, engine.compute.dtype.name])}, context {cfg.context:,}, "
             f"{len(devices)} x {devices[0].device_kind}, "
-            f"{engine.weight_bytes / len(devices) / 1e6:,.1f} MB of weights per device)"
+            f"{engine.weight_bytes / len(devices) / 1e6:,.1f} MB of weights per device{cache})"
         )
 
     @property

@@ -64,8 +64,9 @@ def plan(
 ) -> dict[str, Any]:
     """Memory and speed of generation, with weights and cache sharded over heads and widths.
 
-    The speed is an upper bound at peak rates: a decode step reads every weight once and the whole
-    cache of each sequence, and takes 2 FLOPs per weight and token. Communication between chips is
+    The speed is an upper bound at peak rates: a decode step reads the whole cache of each sequence
+    and every weight once, but of an embedding that is not the output matrix too only one row per
+    sequence, and takes 2 FLOPs per weight that it reads and token. Communication between chips is
     not counted, so a real step is slower.
 
     Args:
@@ -96,8 +97,10 @@ def plan(
     available = chip.memory * GIB
     used = weights + batch * per_sequence + activations
     for_cache = available - weights - activations
-    memory = (weights + batch * per_sequence) / (chip.bandwidth * 1e9)
-    flops = 2 * batch * (cfg.num_params - cfg.vocab_size * cfg.dim) / n
+    rows_only = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.dim / n
+    read = weights - rows_only * (4 if dtype == "float32" else 2) + batch * per_sequence
+    memory = read / (chip.bandwidth * 1e9)
+    flops = 2 * batch * (cfg.num_params / n - rows_only)
     compute = flops / (chip.tflops * 1e12)
     step = max(memory, compute)
     per_position = cache_bytes(cfg, 1, cache) * copies / n * batch

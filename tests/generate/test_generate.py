@@ -402,6 +402,8 @@ def test_an_int8_cache(llm, tokenizer):
         assert rounded == pytest.approx(exact, abs=0.05)
     cache = small._engine.empty_cache(100)
     assert cache.k_LBKSH.dtype == jnp.int8
+    assert repr(small).endswith(", int8 cache)")
+    assert "cache" not in repr(llm)
     assert small._engine._bytes_per_position < 0.34 * llm._engine._bytes_per_position
 
 
