@@ -627,7 +627,7 @@ def test_an_unknown_accelerator_is_measured_in_bfloat16(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("flash", "no implementation 'flash'; there are tpu, cudnn, gpu, xla"),
+        ("flash", "no implementation 'flash'; there are tpu, cudnn, gpu, mosaic, xla"),
         ("cudnn", "cuDNN runs on NVIDIA GPUs, not on cpu"),
         ("gpu", "head_dim 48: the GPU kernels support 32, 64 and 128"),
         ("tpu", "head_dim 48: the TPU kernels support 64 and 128"),
