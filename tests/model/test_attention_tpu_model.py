@@ -1,5 +1,6 @@
 """The model with the TPU kernel: sharded in the interpreter, and a layer compiled for a TPU."""
 
+import importlib.metadata
 import os
 
 import jax
@@ -86,4 +87,9 @@ def test_fused_layer_moves_little(v5p):
     assert "rotary_attention_forward" in text
     assert "rotary_attention_backward" in text
     assert bytes_around(text) < 3.3e9
-    assert program.memory_analysis().temp_size_in_bytes < 500 << 20
+    memory = program.memory_analysis()
+    # Before its version 0.0.50, libtpu stores temporary arrays also where the results will be; then
+    # their bytes are not counted.
+    libtpu = tuple(map(int, importlib.metadata.version("libtpu").split(".")[:3]))
+    results = memory.output_size_in_bytes if libtpu >= (0, 0, 50) else 0
+    assert memory.temp_size_in_bytes < (400 << 20) + results
