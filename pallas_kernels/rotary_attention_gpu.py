@@ -69,13 +69,21 @@ def gpu(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset,
     config = KernelConfig(causal, scale, S, *blocks(H, q.dtype, T, S))
     bq = math.lcm(*(b.q for b in config[3:]))
     bk = math.lcm(*(b.k for b in config[3:]))
+    inputs = q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset
+    return _padded_call(functools.partial(_attention, config), bq, bk, *inputs)
+
+
+def _padded_call(
+    attention, bq, bk, q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset
+):
+    """Calls ``attention`` with lengths padded to whole blocks; returns the real queries' output."""
     if segments is not None:
         segments, kv_segments = _pad(segments, bq, "edge"), _pad(kv_segments, bk, "edge")
-    out = _attention(
-        config, _pad(q, bq), _pad(k, bk), _pad(v, bk), _pad(positions, bq), _pad(kv_positions, bk),
+    out = attention(
+        _pad(q, bq), _pad(k, bk), _pad(v, bk), _pad(positions, bq), _pad(kv_positions, bk),
         rope, segments, kv_segments, jnp.asarray(q_offset, jnp.int32).reshape(1),
     )  # fmt: skip
-    return out[:, :T]
+    return out[:, : q.shape[1]]
 
 
 def check_triton() -> None:

@@ -32,7 +32,7 @@ from pallas_kernels.rotary_attention_gpu import (
     KernelConfig,
     _backward,
     _cos_sin,
-    _pad,
+    _padded_call,
     blocks,
     check_triton,
 )
@@ -79,14 +79,9 @@ def mosaic(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offs
     if q.dtype != jnp.bfloat16:
         raise NotImplementedError(f"{q.dtype}: the Mosaic GPU kernel supports bfloat16")
     config = KernelConfig(causal, scale, S, *blocks(H, q.dtype, T, S))
-    bq, bk = COMPUTE_WARPGROUPS * BLOCK_Q, BLOCK_K
-    if segments is not None:
-        segments, kv_segments = _pad(segments, bq, "edge"), _pad(kv_segments, bk, "edge")
-    out = _attention(
-        config, _pad(q, bq), _pad(k, bk), _pad(v, bk), _pad(positions, bq), _pad(kv_positions, bk),
-        rope, segments, kv_segments, jnp.asarray(q_offset, jnp.int32).reshape(1),
-    )  # fmt: skip
-    return out[:, :T]
+    inputs = q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset
+    attention = functools.partial(_attention, config)
+    return _padded_call(attention, COMPUTE_WARPGROUPS * BLOCK_Q, BLOCK_K, *inputs)
 
 
 # The custom_vjp -----------------------------------------------------------------------------------
