@@ -134,12 +134,24 @@ def test_a_pod_asks_its_cluster(env, monkeypatch):
         start_distributed()
 
 
-def test_a_tpu_vm_always_asks_its_metadata_server(env, monkeypatch):
+@pytest.fixture
+def platforms():
+    """Sets the platforms that JAX may use, as JAX_PLATFORMS does."""
+    before = jax.config.values["jax_platforms"]
+    yield lambda names: jax.config.update("jax_platforms", names)
+    jax.config.update("jax_platforms", before)
+
+
+def test_a_tpu_vm_always_asks_its_metadata_server(env, monkeypatch, platforms):
     """As Cloud TPU VMs set no variables; without an answer, more hosts than one are an error."""
     from jax._src import cloud_tpu_init
 
     monkeypatch.setattr(cloud_tpu_init, "running_in_cloud_tpu_vm", True)
+    platforms("cpu")
     assert find_job() is None  # this process uses its CPU
+    platforms(None)
+    assert find_job() == Job("Cloud TPU")
+    platforms("cpu")
     monkeypatch.setattr(distributed, "_is_tpu_vm", lambda: True)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append(a))
