@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,16 +30,23 @@ def environment(packages: tuple[str, ...] = ("sentencepiece", "numpy", "grain", 
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), cpu)
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {p: importlib.metadata.version(p) for p in packages},
         "load_before": [round(x, 2) for x in LOAD],
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def commit() -> str:
+    """The commit that is checked out; empty without git."""
+    if not shutil.which("git"):
+        return ""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llama_jax.io import atomic_write
+
 ROOT = Path(__file__).parents[2]
 NEEDED = (
     "jax", "flax", "optax", "numpy", "pydantic", "pydantic_core", "annotated_types",
@@ -129,10 +131,7 @@ class Run:
         self._write()
 
     def _write(self) -> None:
-        """The whole file or nothing."""
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(self.results, indent=1) + "\n")
-        new.replace(self.path)
+        atomic_write(self.path, (json.dumps(self.results, indent=1) + "\n").encode())
 
 
 def _kill(process: subprocess.Popen) -> None:

@@ -5,12 +5,12 @@ import os
 import platform
 import shutil
 import subprocess
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.accelerator.common import Row, Rows, Sizes, random_arrays, seconds, time_calls
+from benchmarks.common import commit
 from llama_jax import chips
 
 PACKAGES = (
@@ -31,7 +31,7 @@ def card() -> Row:
     peak, source = chips.peak_flops(device) if device.platform != "cpu" else (0.0, "none")
     return {
         "platform": device.platform, "device": device.device_kind, "driver": _driver(),
-        "commit": _commit(), "python": platform.python_version(), "cores": os.cpu_count(),
+        "commit": commit(), "python": platform.python_version(), "cores": os.cpu_count(),
         "versions": {p: v for p in PACKAGES if (v := _version(p))},
         "numbers": {"GB": memory / 1e9, "peak TFLOP/s": peak / 1e12}, "peak": source,
     }  # fmt: skip
@@ -76,10 +76,3 @@ def _driver() -> str:
         "--format=csv,noheader",
     ]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    if not shutil.which("git"):
-        return ""
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
