@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.rotary_attention import Rope, rotate
+from pallas_kernels.rotary_decode_attention import _append
 
 MAX_DECODE_QUERIES = 512
 """Queries of a key head up to which the decode kernels run: they read the cache where it is."""
@@ -35,9 +36,7 @@ def prefill(
     length = lengths[0]
     positions_BT = length + jnp.arange(T, dtype=jnp.int32)[None]
     caches = tuple(
-        lax.dynamic_update_slice(
-            cache, new.transpose(0, 2, 1, 3)[None].astype(cache.dtype), (layer, 0, 0, length, 0)
-        )
+        _append(cache, new, layer, lengths)
         for cache, new in ((cache_k, rotate(k, positions_BT, rope)), (cache_v, v))
     )
     # Invalid positions may hold NaN, and the product of a weight of 0 and NaN is NaN.
