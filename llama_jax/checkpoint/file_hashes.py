@@ -211,3 +211,16 @@ def listed_files(folder: Path, step: int, item: str = "") -> Files:
     kept = f"steps/{step}/{item}".rstrip("/") + "/"
     files.pop("recipe.toml", None)
     return {n: e for n, e in files.items() if not n.startswith("steps/") or n.startswith(kept)}
+
+
+def weights_sha256(folder: Path, step: int) -> str:
+    """SHA-256 that identifies the weights of a step: of the recorded hashes of their files. Neither
+    the number of the step nor the files beside the weights change it.
+
+    Raises:
+      ValueError: a list of hashes is damaged; names it.
+    """
+    prefix = f"steps/{step}/"
+    files = listed_files(folder, step, "model")
+    lines = [f"{n.removeprefix(prefix)} {e[1]}" for n, e in files.items() if n.startswith(prefix)]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

@@ -17,7 +17,10 @@ _MAX_BYTES = 1 << 20
 
 
 def make_metadata(
-    cfg: ModelConfig, token_ids: dict[str, Any], quantize: str | None = None
+    cfg: ModelConfig,
+    token_ids: dict[str, Any],
+    quantize: str | None = None,
+    adapter: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of ``model.json``.
 
@@ -25,9 +28,12 @@ def make_metadata(
       cfg: the model.
       token_ids: ids of "bos", "eos" (one or a list) and "pad"; those that exist.
       quantize: "int8" or "int4" if the matrices of the layers are stored so.
+      adapter: if the arrays are those of a LoRA adapter: its "rank", "alpha", "targets", "rslora"
+        and "base", the "path" and "sha256" of the weights that it was trained on.
     """
     tree = FORMAT | {"model": to_dict(cfg), "token_ids": token_ids}
-    return tree if quantize is None else tree | {"quantize": quantize}
+    optional = {"quantize": quantize, "adapter": adapter}
+    return tree | {key: value for key, value in optional.items() if value is not None}
 
 
 def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
@@ -78,7 +84,34 @@ def read_metadata(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     cfg = check_model(model, str(path))
     if (quantize := tree.get("quantize")) not in (None, *QUANTIZED):
         raise ConfigError(f"{path}: quantize={quantize!r:.60}: must be 'int8' or 'int4'")
+    if "adapter" in tree:
+        _check_adapter(tree["adapter"], path)
     ids = tree.setdefault("token_ids", {})
     if not isinstance(ids, dict):
         raise ConfigError(f"{path}: token_ids must be an object, not {ids!r:.60}")
     return cfg, tree
+
+
+_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+_MAX_ADAPTER_RANK = 2**16
+
+
+def _check_adapter(adapter: Any, path: Path) -> None:
+    """Check the settings of a LoRA adapter that :func:`make_metadata` has written."""
+    try:
+        rank, alpha, targets = adapter["rank"], adapter["alpha"], adapter["targets"]
+        base = adapter["base"]["path"], adapter["base"]["sha256"]
+        ok = (
+            type(rank) is int and 1 <= rank <= _MAX_ADAPTER_RANK
+            and type(alpha) in (int, float) and 0 < alpha < 1e12
+            and isinstance(targets, list) and 0 < len(targets) == len(set(targets))
+            and set(targets) <= set(_TARGETS)
+            and type(adapter["rslora"]) is bool and all(isinstance(text, str) for text in base)
+        )  # fmt: skip
+    except (KeyError, TypeError):
+        ok = False
+    if not ok:
+        raise ConfigError(
+            f"{path} is damaged: its adapter needs rank, alpha, targets of {', '.join(_TARGETS)}, "
+            f"rslora, and base with path and sha256, not {adapter!r:.200}"
+        )
