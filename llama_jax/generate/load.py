@@ -7,34 +7,26 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
-from tqdm import tqdm
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from llama_jax.checkpoint.model_json import read_metadata
-from llama_jax.checkpoint.weights import check_weights, load_layers, load_weights
+from llama_jax.checkpoint.weights import check_weights
 from llama_jax.config import ConfigError, ModelConfig
-from llama_jax.convert.tensors import TABLE
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.generate.decode import device_memory
 from llama_jax.generate.llm import LLM, check_eos
+from llama_jax.generate.read_params import read_params
 from llama_jax.io import read_json, read_limited
 from llama_jax.model.llama import ComputeConfig
-from llama_jax.model.params import abstract_params, fuse_projections, unstack_layers
-from llama_jax.model.quantize import (
-    KINDS,
-    MATRICES,
-    QuantizedWeight,
-    from_stored,
-    quantize_weight,
-    weight_bytes,
-)
-from llama_jax.model.sharding import PRESETS, num_shards, use_mesh
+from llama_jax.model.params import abstract_params
+from llama_jax.model.quantize import KINDS, weight_bytes
+from llama_jax.model.sharding import PRESETS, use_mesh
 
 DTYPES = ("float32", "bfloat16")
 MAX_TEMPLATE_BYTES = 1 << 20
@@ -109,11 +101,8 @@ def load(
     template, no_template = _template(checkpoint)
     shapes = shapes_of(cfg, quantize)
     _keep_compiled()
-    read = functools.partial(_quantize_stored, checkpoint)
-    if stored is not None:
-        read = functools.partial(_read_quantized, checkpoint, cfg)
     with use_mesh(mesh):
-        params = _load_params(checkpoint, shapes, quantize, compute.unroll, read)
+        params = read_params(checkpoint, cfg, shapes, quantize, stored, compute.unroll)
     return LLM(
         cfg, params, tokenizer, compute,
         eos_ids=eos_ids, mesh=mesh, chat_template=template, no_template=no_template,
@@ -140,81 +129,6 @@ def _shapes_of(
         return jax.ShapeDtypeStruct(x.shape, compute.dtype, sharding=spec)
 
     return jax.tree.map(place, abstract)
-
-
-def _load_params(
-    folder: Path,
-    like: Any,
-    kind: str | None,
-    unstacked: bool,
-    read: Callable[..., Iterator[QuantizedWeight]],
-) -> dict[str, Any]:
-    """The weights; for a ``kind`` of quantization, ``read`` gives the matrices of the layers one by
-    one, so that peak memory is the quantized model and two matrices."""
-    modules = MATRICES if kind else ()
-    stacks = {module: like["blocks"][module] for module in modules}
-    others = {name: x for name, x in like["blocks"].items() if name not in modules}
-    params = load_weights(folder, {**like, "blocks": others}, partial=bool(kind))
-    if unstacked:
-        params = unstack_layers(params)
-    if not kind:
-        return params
-    blocks = params["blocks"]
-    names = [(module, name) for module in MATRICES for name in stacks[module]]
-    total = sum(stacks[module][name].shape[0] for module, name in names)
-    with tqdm(total=total, desc=kind, unit="matrix", disable=None, delay=2) as bar:
-        for module, name in names:
-            x, layers = stacks[module][name], []
-            for w in read(f"blocks/{module}/{name}", x, kind):
-                layers.append(jax.block_until_ready(w))
-                bar.update()
-            if unstacked:
-                for i, whole in enumerate(layers):
-                    blocks[i].setdefault(module, {})[name] = whole
-            else:
-                blocks.setdefault(module, {})[name] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-            del layers, w
-    if unstacked:
-        for layer in blocks.values():
-            fuse_projections(layer)
-    return params
-
-
-def _quantize_stored(
-    folder: Path, name: str, stack: jax.ShapeDtypeStruct, kind: str
-) -> Iterator[QuantizedWeight]:
-    """A matrix of each layer, quantized from stored floating-point weights."""
-    for w_IO in load_layers(folder, name, stack.shape):
-        yield quantize_weight(_put(w_IO, stack, *_spec(stack)), kind)
-
-
-def _read_quantized(
-    folder: Path, cfg: ModelConfig, name: str, stack: jax.ShapeDtypeStruct, kind: str
-) -> Iterator[QuantizedWeight]:
-    """A matrix of each layer, stored quantized by `convert --quantize`."""
-    matrix = next(spec for spec in TABLE if spec.path == name)
-    shapes = [(part.path, (cfg.num_layers, *part.shape(cfg))) for part in matrix.stored(kind)]
-    scales, integers = (load_layers(folder, *of) for of in shapes)
-    inputs, out = _spec(stack)
-    parts = 1 if inputs is None else num_shards(inputs)
-    for scale, q in zip(scales, integers, strict=True):
-        q, scale = from_stored(q, scale, kind, stack.shape[1], parts)
-        groups = None if kind == "int8" else inputs
-        yield QuantizedWeight(_put(q, stack, inputs, out), _put(scale, stack, groups, out))
-
-
-def _spec(stack: jax.ShapeDtypeStruct) -> tuple:
-    """Partition spec of one layer of a stacked matrix."""
-    sharding = stack.sharding
-    return tuple(sharding.spec[1:]) if isinstance(sharding, NamedSharding) else (None, None)
-
-
-def _put(x: Any, stack: jax.ShapeDtypeStruct, *spec: Any) -> jax.Array:
-    """Put an array of one layer on the devices of the stacked array."""
-    sharding = stack.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    return jax.device_put(x, sharding)
 
 
 def _checkpoint_of(folder: Path, check: Callable[[ModelConfig], Any]) -> Path:

@@ -21,7 +21,7 @@ from llama_jax.convert import quantize
 from llama_jax.convert.__main__ import main
 from llama_jax.convert.formats import ConvertError
 from llama_jax.convert.job import convert, open_folder
-from llama_jax.generate import load as loading
+from llama_jax.generate.read_params import read_params
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import abstract_params
 from llama_jax.model.quantize import is_quantized, pack, unpack
@@ -63,13 +63,8 @@ def loaded(folder, kind, tensor=1, stored=True, dtype="float32"):
         place = lambda x: jax.ShapeDtypeStruct(
             x.shape, dtype, sharding=NamedSharding(mesh, x.sharding.spec)
         )
-        read = functools.partial(loading._quantize_stored, folder / "None")
-        if stored:
-            folder = folder / kind
-            read = functools.partial(loading._read_quantized, folder, CFG)
-        else:
-            folder = folder / "None"
-        return loading._load_params(folder, jax.tree.map(place, like), kind, False, read)
+        folder = folder / kind if stored else folder / "None"
+        return read_params(folder, CFG, jax.tree.map(place, like), kind, kind if stored else None)
 
 
 def same(a, b):

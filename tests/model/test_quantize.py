@@ -1,6 +1,5 @@
 """Weight-only quantization: error bounds, products, sizes, loss, and sharding."""
 
-import functools
 import math
 import shutil
 
@@ -18,7 +17,7 @@ from llama_jax.checkpoint.arrays import ORBAX, open_array
 from llama_jax.checkpoint.weights import load_layers, load_weights
 from llama_jax.config import MODELS, ConfigError
 from llama_jax.convert.job import convert
-from llama_jax.generate import load as loading
+from llama_jax.generate.read_params import read_params
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.params import abstract_params, merge, params_of, structure, unstack_layers
@@ -178,9 +177,8 @@ def test_quantized_while_loading_equals_afterwards(checkpoint, kind, tensor):
         )
         like = jax.tree.map(place, like)
         want = quantize(load_weights(folder, like), kind)
-        read = functools.partial(loading._quantize_stored, folder)
-        stacked = loading._load_params(folder, like, kind, False, read)
-        unstacked = loading._load_params(folder, like, kind, True, read)
+        stacked = read_params(folder, cfg, like, kind)
+        unstacked = read_params(folder, cfg, like, kind, unstacked=True)
         same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
         jax.tree.map(same, stacked, want)
         jax.tree.map(same, unstacked, unstack_layers(want))
