@@ -16,6 +16,7 @@ from llama_jax.config.model_config import MODELS, ModelConfig, RopeConfig
 from llama_jax.config.recipe import (
     CheckpointConfig,
     DataConfig,
+    LoraConfig,
     MeshConfig,
     OptimConfig,
     Recipe,
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",

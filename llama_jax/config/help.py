@@ -12,6 +12,7 @@ from llama_jax.config.model_config import MODELS, ModelConfig, RopeConfig
 from llama_jax.config.recipe import (
     CheckpointConfig,
     DataConfig,
+    LoraConfig,
     MeshConfig,
     OptimConfig,
     SourceConfig,
@@ -26,6 +27,7 @@ SECTIONS = {
     "mesh": MeshConfig,
     "optim": OptimConfig,
     "train": TrainConfig,
+    "lora": LoraConfig,
     "checkpoint": CheckpointConfig,
 }
 

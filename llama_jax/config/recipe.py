@@ -232,6 +232,37 @@ class CheckpointConfig:
 
 
 @checked
+class LoraConfig:
+    """LoRA: train adapters of rank r beside the matrices of the layers, which stay as they are.
+
+    Example::
+
+      LoraConfig(rank=16, targets=("q", "v"), base="int8")
+    """
+
+    rank: Positive = 16
+    """r, the rank of each adapter"""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """the update of a matrix is multiplied by alpha / rank"""
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
+        "q", "k", "v", "o", "gate", "up", "down",
+    )  # fmt: skip
+    """matrices with an adapter"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """probability that an input of an adapter is zero in training"""
+    rslora: bool = False
+    """multiply the update by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)"""
+    base: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    """number format of the weights that stay as they are; auto: train.compute_dtype"""
+
+    def __post_init__(self):
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"lora.targets={list(self.targets)} must name each matrix once, and at least one"
+            )
+
+
+@checked
 class Recipe:
     """All settings of a training run.
 
@@ -247,6 +278,7 @@ class Recipe:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         if self.train.batch_size % self.train.gradient_accumulation:

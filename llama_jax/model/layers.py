@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.model.quantize import LayerWeights
+from llama_jax.model.quantize import LayerWeights, is_quantized
 
 
 def one_block(blocks: list[Any]) -> Callable[[jax.Array], Any]:
@@ -23,8 +23,9 @@ def one_block(blocks: list[Any]) -> Callable[[jax.Array], Any]:
     tree = jax.tree.structure(states[0], is_leaf=is_variable)
 
     def block_of(layer: jax.Array) -> Any:
-        choose = lambda x: LayerWeights(x, layer) if isinstance(x, tuple) else x[layer]
-        chosen = [variable.replace(choose(x)) for variable, x in values]
+        matrix = lambda *layers: LayerWeights(layers, layer)
+        choose = lambda x: jax.tree.map(matrix, *x, is_leaf=is_quantized)
+        chosen = [v.replace(choose(x) if isinstance(x, tuple) else x[layer]) for v, x in values]
         return nnx.merge(graphdefs[0], jax.tree.unflatten(tree, chosen))
 
     return block_of

@@ -4,19 +4,18 @@ RMSNorm before each sub-layer, SwiGLU, grouped-query attention with rotary embed
 2302.13971, section 2.2). The parameters of the layers are stacked along L.
 """
 
-import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig
 from llama_jax.model.cache import KVCache
+from llama_jax.model.compute import ComputeConfig
 from llama_jax.model.layers import one_block, unstack
 from llama_jax.model.partial_sums import (
     Residual,
@@ -24,15 +23,12 @@ from llama_jax.model.partial_sums import (
     partial_products,
     use_partial_sums,
 )
-from llama_jax.model.quantize import is_quantized, matmul
+from llama_jax.model.projection import project
 from llama_jax.model.rope import rope_of
 from llama_jax.model.sharding import (
-    PRESETS,
     Rules,
     all_gather_columns,
     first_position,
-    gather,
-    gather_float32_gradient,
     is_sharded,
     no_mesh,
     reshard,
@@ -44,30 +40,6 @@ from pallas_kernels import (
     rotary_attention,
     rotary_decode_attention,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class ComputeConfig:
-    """How a model is computed; what it computes is :class:`ModelConfig`.
-
-    Example:
-      compute = ComputeConfig(jnp.dtype("bfloat16"), unroll=True)
-    """
-
-    dtype: jnp.dtype
-    """of activations and matrix products; weights are cast to it where they are used"""
-    rules: Rules = PRESETS["fsdp"]
-    """sharding rules, used when a mesh is set"""
-    remat: Literal["none", "matmuls", "full"] = "none"
-    """what the backward pass recomputes, see TrainConfig.remat"""
-    unroll: bool = False
-    """a Python loop over the layers instead of a scan"""
-    attention: str | None = None
-    """attention implementation by name; None: the first one that the platform supports"""
-    cache_dtype: jnp.dtype | None = None
-    """of the cache of keys and values; None: ``dtype``"""
-    reduce_float32: bool = False
-    """sum weight gradients over devices in float32 instead of ``dtype``"""
 
 
 class AttentionInputs(NamedTuple):
@@ -98,7 +70,7 @@ class Attention(nnx.Module):
             return self._partial(x_BTD, self.qkv, attn_inputs, cache, layer)
         q_BTNH, k_BTKH, v_BTKH = map(self._heads, self._qkv(x_BTD))
         out_BTNH, cache = _attend(self.compute, q_BTNH, k_BTKH, v_BTKH, attn_inputs, cache, layer)
-        return _project(self.compute, out_BTNH, self.o, "QD", "BTD"), cache
+        return project(self.compute, out_BTNH, self.o, "QD", "BTD"), cache
 
     def _partial(self, x_BTD, qkv, attn_inputs: AttentionInputs, cache, layer):
         """The output as partial sums, [P, B, T, D]."""
@@ -113,11 +85,11 @@ class Attention(nnx.Module):
 
     def _qkv(self, x_BTD):
         if hasattr(self, "qkv"):  # fused by params.unstack_layers
-            qkv = _project(self.compute, x_BTD, self.qkv, "DQ", "BTQ")
+            qkv = project(self.compute, x_BTD, self.qkv, "DQ", "BTQ")
             return jnp.split(qkv, self.bounds, axis=-1)
-        q_BTQ = _project(self.compute, x_BTD, self.q, "DQ", "BTQ")
-        k_BTE = _project(self.compute, x_BTD, self.k, "DE", "BTE")
-        v_BTE = _project(self.compute, x_BTD, self.v, "DE", "BTE")
+        q_BTQ = project(self.compute, x_BTD, self.q, "DQ", "BTQ")
+        k_BTE = project(self.compute, x_BTD, self.k, "DE", "BTE")
+        v_BTE = project(self.compute, x_BTD, self.v, "DE", "BTE")
         return q_BTQ, k_BTE, v_BTE
 
     def _heads(self, x_BTQ):
@@ -140,15 +112,15 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD, partial: bool = False):
         """[B, T, D]; with ``partial``, partial sums [P, B, T, D]."""
         if hasattr(self, "gate_up"):  # fused by params.unstack_layers
-            gate_up = _project(self.compute, x_BTD, self.gate_up, "DF", "BTF")
+            gate_up = project(self.compute, x_BTD, self.gate_up, "DF", "BTF")
             gate_BTF, up_BTF = jnp.split(gate_up, 2, axis=-1)
         else:
-            gate_BTF = _project(self.compute, x_BTD, self.gate, "DF", "BTF")
-            up_BTF = _project(self.compute, x_BTD, self.up, "DF", "BTF")
+            gate_BTF = project(self.compute, x_BTD, self.gate, "DF", "BTF")
+            up_BTF = project(self.compute, x_BTD, self.up, "DF", "BTF")
         hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
         if partial:
             return partial_products(hidden_BTF, self.down)
-        return _project(self.compute, hidden_BTF, self.down, "FD", "BTD")
+        return project(self.compute, hidden_BTF, self.down, "FD", "BTD")
 
 
 class Block(nnx.Module):
@@ -278,7 +250,7 @@ class Llama(nnx.Module):
         """Product with the output matrix, [B, T, D] -> [B, T, V] in float32."""
         w = jnp.swapaxes(self.embed[...], 0, 1) if self.cfg.tie_embeddings else self.unembed[...]
         # float32: in bfloat16 the softmax over V would lose small probabilities.
-        return _project(self.compute, x_BTD, w, "DV", "BTV", jnp.float32)
+        return project(self.compute, x_BTD, w, "DV", "BTV", jnp.float32)
 
     def layers(self) -> list[Block]:
         """The L blocks, sliced from the stack where they are stacked."""
@@ -345,42 +317,6 @@ def _embed(compute: ComputeConfig, embed_VD, tokens_BT):
     BT = compute.rules.activation_without_tensor("BT")
     looked_up = jax.shard_map(lookup, in_specs=(stored, BT), out_specs=out)
     return looked_up(embed_VD, reshard(tokens_BT, BT))
-
-
-def _project(compute: ComputeConfig, x, w, w_letters: str, out_letters: str, out_dtype=None):
-    """Matrix product of activations [B, T, ...] and a weight [in, out], giving [B, T, out].
-
-    The weight is cast and then gathered over ``fsdp``. Where T is not sharded, B and T are
-    flattened: matrix libraries are fastest for products of two matrices, also in the backward pass.
-    """
-    B, T = x.shape[:2]
-    # An array or a QuantizedWeight, inside an nnx.Variable or not.
-    w = w.get_value() if isinstance(w, nnx.Variable) else w
-    out_dtype = out_dtype or compute.dtype
-    if no_mesh():
-        w = w if is_quantized(w) else w.astype(compute.dtype)
-        y = matmul(x.reshape(B * T, -1), w, out_dtype).reshape(B, T, -1)
-        return checkpoint_name(y, "matmul")
-    tokens = compute.rules.activation_without_tensor("BT")
-    flat = not is_sharded(tokens[1])
-    gathered = compute.rules.weight_without_fsdp(w_letters, tokens[:1] if flat else tokens)
-    w_in, w_out = gathered.partitions
-    if is_quantized(w):
-        w = w.reshard(w_in, w_out)
-    elif compute.reduce_float32:
-        w = gather_float32_gradient(w, gathered, compute.dtype)
-    else:
-        w = gather(w.astype(compute.dtype), gathered)
-    # With the input axis sharded each device has a partial sum; reshard adds them up.
-    partial = frozenset({w_in} if w_in else ())
-    x = x.reshape(B, T, -1, out_sharding=P(*tokens, w_in))
-    if flat:
-        x = x.reshape(B * T, -1, out_sharding=P(tokens[0], w_in))
-        y = matmul(x, w, out_dtype, P(tokens[0], w_out, unreduced=partial))
-        y = y.reshape(B, T, -1, out_sharding=P(*tokens, w_out, unreduced=partial))
-    else:
-        y = matmul(x, w, out_dtype, P(*tokens, w_out, unreduced=partial))
-    return checkpoint_name(reshard(y, compute.rules.activation(out_letters)), "matmul")
 
 
 def _attend(

@@ -13,7 +13,7 @@ from flax import nnx
 
 from llama_jax.config import ModelConfig
 from llama_jax.model.llama import ComputeConfig, Llama
-from llama_jax.model.quantize import is_quantized
+from llama_jax.model.projection import is_matrix
 from llama_jax.model.sharding import no_mesh
 
 Params = dict[str, Any]
@@ -56,14 +56,14 @@ def structure(cfg: ModelConfig, compute: ComputeConfig, unstacked: bool = False)
         return llama
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
-    # The leaves are nnx.Variables, whose value may be an array or a QuantizedWeight.
+    # The leaves are nnx.Variables, whose value may be an array, a QuantizedWeight or a LoraWeight.
     return graphdef, *jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def merge(structure: Any, params: Params) -> Llama:
     """The model of this structure with these parameters."""
     graphdef, variables, tree = structure
-    values = jax.tree.leaves(params, is_leaf=is_quantized)
+    values = jax.tree.leaves(params, is_leaf=is_matrix)
     filled = [v.replace(x) for v, x in zip(variables, values, strict=True)]
     return nnx.merge(graphdef, jax.tree.unflatten(tree, filled))
 

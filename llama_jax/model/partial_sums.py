@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llama_jax.model.projection import LoraWeight
 from llama_jax.model.quantize import QuantizedWeight, is_quantized, matmul
 from llama_jax.model.sharding import no_mesh
 from pallas_kernels import add_rms_norm, dispatch, rms_norm
@@ -48,9 +49,14 @@ def partial_products(x_BTI: jax.Array, w: jax.Array | QuantizedWeight | nnx.Vari
 
     Args:
       x_BTI: activations.
-      w: an array, a quantized matrix, or a variable with one of them.
+      w: an array, a quantized matrix, a matrix with an adapter, or a variable with one of them.
     """
     w_IO: Any = w.get_value() if isinstance(w, nnx.Variable) else w
+    if isinstance(w_IO, LoraWeight):
+        parts_PBTO = partial_products(x_BTI, w_IO.base)
+        h_BTr = w_IO.scale * matmul(x_BTI, w_IO.a.astype(x_BTI.dtype), jnp.float32)
+        update_BTO = matmul(h_BTr.astype(x_BTI.dtype), w_IO.b.astype(x_BTI.dtype), jnp.float32)
+        return parts_PBTO.at[0, : len(x_BTI)].add(update_BTO)
     B, _, inputs = x_BTI.shape
     quantized = is_quantized(w_IO)
     outputs = (w_IO.q if quantized else w_IO).shape[-1]

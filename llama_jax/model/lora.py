@@ -1,0 +1,91 @@
+"""Adapters of LoRA: their arrays, and a model's parameters with adapters beside its matrices.
+
+Adapters are a tree ``{"blocks": {"attention": {"q": {"a": [L, in, r], "b": [L, r, out]}}, ...}}``
+in float32. See :class:`llama_jax.model.projection.LoraWeight` for their product.
+"""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config import LoraConfig, ModelConfig
+from llama_jax.model.compute import ComputeConfig
+from llama_jax.model.params import Params, abstract_params
+from llama_jax.model.projection import LoraWeight
+from llama_jax.model.sharding import no_mesh
+
+TARGETS = (
+    ("attention", "q"), ("attention", "k"), ("attention", "v"), ("attention", "o"),
+    ("mlp", "gate"), ("mlp", "up"), ("mlp", "down"),
+)  # fmt: skip
+"""Module and name of each matrix of a layer."""
+
+
+def scale_of(lora: LoraConfig) -> float:
+    """The factor of the product a b."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+
+
+def init_adapters(
+    cfg: ModelConfig, compute: ComputeConfig, lora: LoraConfig, key: jax.Array
+) -> Params:
+    """Adapters as PEFT initializes them: a uniform in +-1 / sqrt(in), b zero.
+
+    Args:
+      cfg: the model.
+      compute: how it is computed; with a mesh, the adapters are sharded as their matrices are.
+      lora: rank and targets.
+      key: random key.
+    """
+    blocks: Params = {}
+    weights = abstract_params(cfg, compute)["blocks"]
+    for i, module, name in _targets(lora):
+        w_LIO = weights[module][name]
+        L, inputs, outputs = w_LIO.shape
+        _, w_in, w_out = (None,) * 3 if no_mesh() else w_LIO.sharding.spec
+        sharded = lambda *spec: None if no_mesh() else P(None, *spec)
+        bound = 1 / math.sqrt(inputs)
+        a_LIr = jax.random.uniform(
+            jax.random.fold_in(key, i), (L, inputs, lora.rank), jnp.float32, -bound, bound,
+            out_sharding=sharded(w_in, None),
+        )  # fmt: skip
+        b_LrO = jnp.zeros((L, lora.rank, outputs), jnp.float32, out_sharding=sharded(None, w_out))
+        blocks.setdefault(module, {})[name] = {"a": a_LIr, "b": b_LrO}
+    return {"blocks": blocks}
+
+
+def abstract_adapters(cfg: ModelConfig, compute: ComputeConfig, lora: LoraConfig) -> Params:
+    """Shapes, dtypes and, with a mesh, shardings of :func:`init_adapters`."""
+    return jax.eval_shape(lambda: init_adapters(cfg, compute, lora, jax.random.key(0)))
+
+
+def with_adapters(
+    params: Params, adapters: Params, lora: LoraConfig, dropout_key: jax.Array | None = None
+) -> Params:
+    """Stacked parameters whose targeted matrices are :class:`LoraWeight`.
+
+    Args:
+      params: of the base, which may be quantized; its arrays are shared.
+      adapters: of :func:`init_adapters`.
+      lora: their settings.
+      dropout_key: key of this step; default: no dropout, as in evaluation.
+    """
+    blocks = dict(params["blocks"])
+    for i, module, name in _targets(lora):
+        a, b = (adapters["blocks"][module][name][x] for x in ("a", "b"))
+        keys_L = None
+        if dropout_key is not None and lora.dropout:
+            keys_L = jax.random.split(jax.random.fold_in(dropout_key, i), len(a))
+        w = LoraWeight(blocks[module][name], a, b, scale_of(lora), lora.dropout, keys_L)
+        blocks[module] = blocks[module] | {name: w}
+    return {**params, "blocks": blocks}
+
+
+def _targets(lora: LoraConfig) -> Iterator[tuple[int, str, str]]:
+    """Number, module and name of each targeted matrix."""
+    for i, (module, name) in enumerate(TARGETS):
+        if name in lora.targets:
+            yield i, module, name
