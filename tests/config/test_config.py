@@ -13,6 +13,7 @@ from llama_jax.config import (
     CheckpointConfig,
     ConfigError,
     DataConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -286,6 +287,7 @@ def test_settings_list_every_field():
         "mesh.": MeshConfig,
         "optim.": OptimConfig,
         "train.": TrainConfig,
+        "lora.": LoraConfig,
         "checkpoint.": CheckpointConfig,
     }
     want = {"model.name"}
