@@ -10,5 +10,9 @@ setup(
     install_requires=[line for line in runtime.splitlines() if line and line[0] not in "#-"],
     packages=[*find_packages(include=["llama_jax*", "pallas_kernels*"]), "llama_jax.configs"],
     package_dir={"llama_jax.configs": "configs"},  # the wheel carries the recipes
-    package_data={"": ["py.typed"], "llama_jax.configs": ["*.toml"]},
+    package_data={
+        "": ["py.typed"],
+        "llama_jax.configs": ["*.toml"],
+        "llama_jax.data": ["templates/*.jinja"],
+    },
 )

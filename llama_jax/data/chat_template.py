@@ -1,24 +1,109 @@
-"""Chat templates: messages to token ids by the Jinja template of a checkpoint.
+"""Chat templates: messages to token ids, and which of them are the answers that count in the loss.
 
-Only the template writes control tokens: the name of a control token in a message is text.
+Training, chat and serving use the same template, that of the checkpoint or a built-in one. Only the
+template writes control tokens: the name of a control token in a message is text.
 """
 
 import atexit
+import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_jax.config.loading import strings_of
 from llama_jax.data.tokenizer import BREAK, Tokenizer, check_text
+from llama_jax.io import read_json, read_limited
 
+BUILT_IN = ("alpaca", "vicuna", "gpt4all", "chatml", "llama2", "llama3")
+"""Names of the templates in the folder ``templates``."""
+MAX_TEMPLATE_BYTES = 1 << 20
+"""The largest chat template read; published ones have up to 20 kB."""
 _WORKER = Path(__file__).with_name("template_worker.py")
 _TIMEOUT = 60
-"""Seconds after which a process that does not answer is killed; its CPU time is limited to 2 s."""
+"""Seconds after which a process that does not answer is killed; the CPU time of each rendering is
+limited to 2 s."""
+_CONTROL = re.compile(r"<\|[^\s|<>'\"]+\|>|</?s>|<(?:start|end)_of_turn>")
+"""Names in the text of a template that stand for control tokens."""
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+
+
+def load_template(name: str, folder: Path | None) -> "ChatTemplate":
+    """A chat template by the value of ``data.template``.
+
+    Args:
+      name: one of :data:`BUILT_IN`, the path of a ``.jinja`` file, or "" for the folder's own.
+      folder: the checkpoint that training starts from; None if there is none.
+
+    Raises:
+      ValueError: there is no such template, or it is damaged.
+    """
+    known = f"{', '.join(BUILT_IN)} or the path of a .jinja file"
+    if name in BUILT_IN:
+        source = _WORKER.parent.joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+        return ChatTemplate(source, f"the template {name}")
+    if name:
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"there is no chat template {name!r}; it must be {known}")
+        return ChatTemplate(_read(path), f"the template {path}")
+    if folder is None:
+        raise ValueError(f"conversations need a chat template; set data.template to {known}")
+    found, why = folder_template(folder)
+    if found is None:
+        why = why or f"{folder} has no chat template"
+        raise ValueError(f"{why}; set data.template to {known}")
+    return ChatTemplate(found, f"the chat template of {folder}")
+
+
+def folder_template(folder: Path) -> tuple[str | None, str | None]:
+    """The chat template in a folder of Hugging Face's format, or why there is none.
+
+    Raises:
+      ValueError: a file is damaged.
+    """
+    own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.is_file():
+        return _read(own), None
+    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    if isinstance(template, list):  # several, by name
+        named = [t for t in template if isinstance(t, dict)]
+        template = {t.get("name"): t.get("template") for t in named}
+    if isinstance(template, dict):
+        if "default" not in template:
+            return None, (
+                f"{settings} has chat templates named {', '.join(map(repr, template))}, and none "
+                f"named 'default': write the one to use to {own}"
+            )
+        template = template["default"]
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{settings}: chat_template must be text, not {template!r:.60}")
+    return template, None
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_limited(path, MAX_TEMPLATE_BYTES).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}: {e.reason})") from None
+
+
+class _Rendering(NamedTuple):
+    """The output of a template, in which each answer ends with a BREAK."""
+
+    text: str
+    blocks: list[tuple[int, int]]
+    """Where the ``{% generation %}`` blocks begin and end."""
+    turns: list[Any]
+    """Of each answer, where it begins in the text and what the template writes if it is the last
+    message; or a text that says why there is no such place."""
+    has_prompt: bool
+    """Whether the template writes the start of an answer only on request."""
 
 
 class ChatTemplate:
@@ -37,8 +122,10 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, name: str = "the chat template"):
-        self._source, self._name = source, name
-        self._render(None, [])
+        self.source, self.name = source, name
+        self._names = set(_CONTROL.findall(source))
+        self._has_blocks = _GENERATION.search(source) is not None
+        self._ask(None, [])
 
     def encode(
         self,
@@ -55,6 +142,7 @@ class ChatTemplate:
         name has an additional character inside, so a template that searches for it does not find
         it. Not covered: a template that composes a name from single characters of a message (in
         reverse, or every second one), or decodes HTML's "&lt;" to "<" (the filter `striptags`).
+        As in training, no token belongs to both an answer and the text before it.
 
         Args:
           messages: dicts with "role", "content" and other keys that the template reads, as JSON
@@ -66,6 +154,116 @@ class ChatTemplate:
           ValueError: the template refuses the messages, fails, or needs too much time or memory; a
             text that is not valid Unicode.
         """
+        rendering = self._render(messages, tokenizer, tools, prompt=True)
+        answers, _ = self._answers(rendering, tokenizer)
+        pieces, _ = self._pieces(rendering, answers)
+        return [i for ids in tokenizer.encode_consecutive(pieces) for i in ids]
+
+    def encode_example(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tokenizer: Tokenizer,
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation, and which of them count in the loss.
+
+        Those that count are the answers and their end-of-turn token, or what is inside the
+        ``{% generation %}`` blocks of a template that has them. The ids before each answer are
+        those of :meth:`encode` for the messages before it.
+
+        Args:
+          messages: as for :meth:`encode`, with one or more answers (role "assistant").
+          tokenizer: the model's.
+          tools: as for :meth:`encode`.
+
+        Raises:
+          ValueError: as for :meth:`encode`; the answers are not found in the text of the template;
+            the template writes control tokens that the tokenizer does not have.
+        """
+        rendering = self._render(messages, tokenizer, tools, prompt=False)
+        self._check_tokens(rendering.text, tokenizer)
+        answers, problem = self._answers(rendering, tokenizer)
+        if problem and not self._has_blocks:
+            raise ValueError(
+                f"{self.name} does not show where {problem}; mark the answers in the template with "
+                "{% generation %} ... {% endgeneration %}"
+            )
+        counted = rendering.blocks if self._has_blocks else answers
+        if not counted:
+            raise ValueError(
+                f"{self.name} writes no {{% generation %}} block for this conversation"
+                if self._has_blocks
+                else "the conversation has no answer (no message of the role 'assistant')"
+            )
+        pieces, counts = self._pieces(rendering, answers)
+        encoded = tokenizer.encode_consecutive(pieces)
+        flags = [count for ids, count in zip(encoded, counts, strict=True) for _ in ids]
+        return [i for ids in encoded for i in ids], flags
+
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Ids of the end-of-turn tokens that the template writes after answers.
+
+        Raises:
+          ValueError: as for :meth:`encode_example`.
+        """
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ids, counted = self.encode_example(talk, tokenizer)
+        last = len(ids) - 1 - counted[::-1].index(True)
+        controls = set(tokenizer.controls.values())
+        # A {% generation %} block may end before or after the token.
+        ends = [i for i in ids[last : last + 2] if i in controls]
+        return tuple(ends[:1])
+
+    def _answers(
+        self, rendering: _Rendering, tokenizer: Tokenizer
+    ) -> tuple[list[tuple[int, int]], str]:
+        """Where the answers with their end-of-turn tokens are in the text; and a problem."""
+        found, problem = [], ""
+        for number, turn in enumerate(rendering.turns, 1):
+            if isinstance(turn, str):
+                problem = problem or f"answer {number} is: {turn}"
+                continue
+            start, text = turn
+            end = _end(text, tokenizer, rendering.has_prompt)
+            if rendering.text.startswith(text[:end], start):
+                found.append((start, start + end))
+            else:
+                problem = problem or f"answer {number} is: its text changes when messages follow"
+        return found, problem
+
+    def _pieces(
+        self, rendering: _Rendering, answers: list[tuple[int, int]]
+    ) -> tuple[list[str], list[bool]]:
+        """The text in pieces that are encoded one by one, and which of them count."""
+        text, counted = rendering.text, rendering.blocks if self._has_blocks else answers
+        starts = {start for start, _ in answers}  # prompts end here also within a block
+        borders = sorted({0, len(text), *starts, *(at for span in counted for at in span)})
+        spans = list(itertools.pairwise(borders))
+        counts = [any(a <= start < b for a, b in counted) for start, _ in spans]
+        return [text[start:end] for start, end in spans], counts
+
+    def _check_tokens(self, text: str, tokenizer: Tokenizer) -> None:
+        missing = [n for n in self._names - set(tokenizer.controls) if n in text]
+        if missing:
+            first = min(missing, key=text.index)
+            raise ValueError(
+                f"{self.name} writes the control token {first}, which the tokenizer "
+                f"{tokenizer.path} does not have; choose another template"
+            )
+        if tokenizer.eos_id is None and re.search(r"\beos_token\b", self.source):
+            raise ValueError(
+                f"{self.name} ends answers with the EOS token, which the tokenizer "
+                f"{tokenizer.path} does not have; choose another template"
+            )
+
+    def _render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tokenizer: Tokenizer,
+        tools: Sequence[dict[str, Any]] | None,
+        prompt: bool,
+    ) -> _Rendering:
         # As in transformers, a key whose value is None is left out.
         messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
         for name, tree in (("messages", messages), ("tools", tools)):
@@ -75,26 +273,44 @@ class ChatTemplate:
             messages=messages,
             tools=tools,
             documents=None,
-            add_generation_prompt=True,
+            add_generation_prompt=prompt,
             bos_token=tokenizer.mark(tokenizer.bos_id),
             eos_token=tokenizer.mark(tokenizer.eos_id),
         )
-        text = self._render(variables, list(tokenizer.controls))
-        check_text(f"what {self._name} writes", text.replace(BREAK, ""))
-        return tokenizer.encode_marked(text)
+        answer = self._ask(variables, [*tokenizer.controls, *self._names - {*tokenizer.controls}])
+        check_text(f"what {self.name} writes", answer["text"].replace(BREAK, ""))
+        return _Rendering(**answer)
 
-    def _render(self, variables: dict[str, Any] | None, names: list[str]) -> str:
-        request = dict(template=self._source, variables=variables, names=names, mark=BREAK)
+    def _ask(self, variables: dict[str, Any] | None, names: list[str]) -> dict[str, Any]:
+        request = dict(template=self.source, variables=variables, names=names, mark=BREAK)
         try:
             line = json.dumps(request)
         except (TypeError, RecursionError) as e:
             raise ValueError(f"messages must be JSON values: {e}") from None
         answer = _process.ask(line.encode())
         if "refused" in answer:
-            raise ValueError(f"{self._name} refuses these messages: {answer['refused']}")
+            raise ValueError(f"{self.name} refuses these messages: {answer['refused']}")
         if "error" in answer:
-            raise ValueError(f"{self._name} fails: {answer['error']}")
-        return answer["text"]
+            raise ValueError(f"{self.name} fails: {answer['error']}")
+        return answer
+
+
+def _end(turn: str, tokenizer: Tokenizer, has_prompt: bool) -> int:
+    """Where an answer and its end-of-turn token end in the text from the answer on.
+
+    The token is the first control token after the text of the message. Further tokens directly
+    after it also belong to the answer, such as the one that ends the turn after the one that ends
+    a call of a function. A BOS token does not; nor does what a template without a separate prompt
+    writes, because it may be the start of the next turn.
+    """
+    after = turn.rfind(BREAK) + 1
+    token = tokenizer.control_names.search(turn, after)
+    if token is None:
+        return after or len(turn.rstrip())
+    end, bos = token.end(), tokenizer.mark(tokenizer.bos_id)
+    while has_prompt and (token := tokenizer.control_names.match(turn, end)) and token[0] != bos:
+        end = token.end()
+    return end
 
 
 class _Process:
@@ -104,7 +320,7 @@ class _Process:
         self._lock = threading.Lock()
         self._popen: subprocess.Popen | None = None
 
-    def ask(self, line: bytes) -> dict[str, str]:
+    def ask(self, line: bytes) -> dict[str, Any]:
         """The answer to one request."""
         with self._lock:
             if self._popen is None or self._popen.poll() is not None:

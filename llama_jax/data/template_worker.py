@@ -6,8 +6,9 @@ interrupted from its own process. The operating system enforces the limits on th
 
 ``chat_template`` starts it. Each request is a line of JSON on standard input: ``template``,
 ``variables`` (null: only compile the template), ``names`` of control tokens, and the ``mark`` that
-is put inside them. Each answer is a line of JSON on standard output: ``text``, ``error`` or
-``refused``. It does not import llama_jax or jax, so it starts in 0.1 s.
+is put inside them and at the end of each answer. Each answer is a line of JSON on standard output:
+``error``, ``refused``, or the fields of ``chat_template._Rendering``. It does not import llama_jax
+or jax, so it starts in 0.1 s.
 """
 
 import datetime
@@ -31,6 +32,8 @@ BYTES = 1 << 30
 """Memory of the process."""
 CHARACTERS = 16 << 20
 """Longest output."""
+OPEN, CLOSE = "\udffe", "\udffd"
+"""Lone surrogates around the text of a ``{% generation %}`` block in the output."""
 
 # Roles that templates insert into the name of a control token ("<|" + role + "|>").
 ROLES = {"system", "developer", "user", "assistant", "model", "tool", "function", "ipython"}
@@ -41,7 +44,7 @@ class Refused(Exception):
 
 
 class Generation(jinja2.ext.Extension):
-    """``{% generation %} ... {% endgeneration %}`` around the assistant's text changes nothing."""
+    """``{% generation %} ... {% endgeneration %}`` around the text on which a model is trained."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja requires this name and type)
 
@@ -51,7 +54,7 @@ class Generation(jinja2.ext.Extension):
         return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
     def _body(self, caller: Any) -> str:
-        return caller()
+        return OPEN + caller() + CLOSE
 
 
 def _refuse(message: Any) -> None:
@@ -142,6 +145,17 @@ class Marker:
             return {self.marked(k): self.marked(v) for k, v in value.items()}
         return [self.marked(v) for v in value] if isinstance(value, list) else value
 
+    def ended(self, value: Any) -> Any:
+        """A copy of a marked value with a mark at the end of each string in it."""
+        if isinstance(value, dict):
+            return {k: v if k == "role" else self.ended(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self.ended(v) for v in value]
+        if not isinstance(value, str) or str.replace(value, self._mark, "") in self._words:
+            return value
+        end = len(value.rstrip())  # not after white space, because templates strip it
+        return self._text(value[:end] + self._mark + value[end:]) if end else value
+
     def _marked_text(self, text: str) -> str:
         mark = self._mark
         text = self._names.sub(lambda m: m[0][0] + mark + m[0][1:], text)
@@ -175,7 +189,80 @@ def _marker(names: tuple[str, ...], mark: str, words: frozenset[str]) -> Marker:
     return Marker(names, mark, words)
 
 
-def answer(request: dict[str, Any]) -> dict[str, str]:
+def _render(template: jinja2.Template, variables: dict[str, Any]) -> str:
+    _limit_time()
+    parts, length = [], 0
+    for part in template.generate(variables):
+        parts.append(part)
+        length += len(part)
+        if length > CHARACTERS:
+            raise ValueError(f"it writes more than {CHARACTERS:,} characters")
+    return "".join(parts)
+
+
+def _without_blocks(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without the marks of ``{% generation %}`` blocks, and where these blocks are."""
+    parts, blocks, length = [], [], 0
+    for i, part in enumerate(re.split(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}", text)):
+        if i % 2 and part:
+            blocks.append((length, length + len(part)))
+        parts.append(part)
+        length += len(part)
+    return "".join(parts), blocks
+
+
+def _turns(
+    template: jinja2.Template, variables: dict[str, Any], text: str, answers: list[int]
+) -> list[Any]:
+    """Of each answer: where its prompt ends in the text, and what the template writes after this
+    prompt if the answer is the last message; or a text that says why there is no such place.
+
+    Args:
+      template: the template.
+      variables: those of the rendering, with all messages.
+      text: the rendering.
+      answers: indices of the answers among the messages.
+    """
+    found: list[Any] = []
+    for k in answers:
+        try:
+            prompt, _ = _without_blocks(_render(template, _first(variables, k, True)))
+            turn, _ = _without_blocks(_render(template, _first(variables, k + 1, False)))
+        except MemoryError:
+            raise
+        except Exception as e:
+            found.append(f"the template fails for the messages up to it ({_one_line(str(e))})")
+            continue
+        if not turn.startswith(prompt):
+            found.append("its turn does not start with the prompt that the template writes for it")
+        elif not text.startswith(prompt):
+            found.append("the text before it changes when messages follow")
+        else:
+            found.append([len(prompt), turn[len(prompt) :]])
+    return found
+
+
+def _has_prompt(template: jinja2.Template, variables: dict[str, Any], answers: list[int]) -> bool:
+    """Whether the template writes the start of an answer only on request."""
+    if not answers:
+        return False
+    try:
+        with_prompt, without = (
+            _render(template, _first(variables, answers[0], x)) for x in (True, False)
+        )
+    except MemoryError:
+        raise
+    except Exception:
+        return False
+    return with_prompt != without
+
+
+def _first(variables: dict[str, Any], count: int, prompt: bool) -> dict[str, Any]:
+    messages = variables["messages"][:count]
+    return variables | {"messages": messages, "add_generation_prompt": prompt}
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Answer one request; errors of a template in one line."""
     try:
         template, words = _compiled(request["template"], request["mark"])
@@ -185,13 +272,17 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
         variables = request["variables"] | {
             name: marker.marked(request["variables"].get(name)) for name in ("messages", "tools")
         }
-        parts, length = [], 0
-        for part in template.generate(variables):
-            parts.append(part)
-            length += len(part)
-            if length > CHARACTERS:
-                return {"error": f"it writes more than {CHARACTERS:,} characters"}
-        return {"text": "".join(parts)}
+        roles = [message.get("role") for message in request["variables"]["messages"]]
+        answers = [k for k, role in enumerate(roles) if role == "assistant"]
+        for k in answers:
+            variables["messages"][k] = marker.ended(variables["messages"][k])
+        text, blocks = _without_blocks(_render(template, variables))
+        return {
+            "text": text,
+            "blocks": blocks,
+            "turns": _turns(template, variables, text, answers),
+            "has_prompt": _has_prompt(template, variables, answers),
+        }
     except Refused as e:
         return {"refused": _one_line(str(e))}
     except MemoryError:
@@ -212,6 +303,11 @@ def _one_line(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()  # lone surrogates cannot be printed
 
 
+def _limit_time() -> None:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + SECONDS)
+
+
 def _limit(resource_kind: int, value: int) -> None:
     """Set a soft limit, at most the hard limit of the system."""
     hard = resource.getrlimit(resource_kind)[1]
@@ -225,8 +321,7 @@ def main() -> None:
     _limit(resource.RLIMIT_AS, BYTES)
     _limit(resource.RLIMIT_CORE, 0)
     for line in sys.stdin.buffer:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + SECONDS)
+        _limit_time()
         sys.stdout.write(json.dumps(answer(json.loads(line))) + "\n")
         sys.stdout.flush()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.data import sentencepiece_json, tiktoken_text
+from llama_jax.data import sentencepiece_json, tiktoken_text, tokenizer_json
 from llama_jax.data.tokenizer_files import (
     JSON_FILE,
     MODEL_FILE,
@@ -138,7 +138,9 @@ class Tokenizer:
         """
         return self.encode_array(text, bos, eos).tolist()
 
-    def encode_array(self, text: str, bos: bool = False, eos: bool = False) -> np.ndarray:
+    def encode_array(
+        self, text: str, bos: bool = False, eos: bool = False, start: bool = True
+    ) -> np.ndarray:
         """:meth:`encode` to int32 (T,). No Python object per token is made, so threads run in
         parallel.
 
@@ -152,22 +154,22 @@ class Tokenizer:
           text: as for :meth:`encode`.
           bos: begin with the BOS id.
           eos: end with the EOS id.
+          start: False if the text continues another, so that no space is added before it.
         """
         for wanted, name, token in ((bos, "bos", self.bos_id), (eos, "eos", self.eos_id)):
             if wanted and token is None:
                 raise ValueError(f"{name}=True, but tokenizer {self.path} has no {name} id")
-        ids = self._encode(text) if len(text) <= PIECE_CHARS else self._encode_pieces(text)
-        if not bos and not eos:
-            return ids
-        before, after = [self.bos_id] * bos, [self.eos_id] * eos
-        return np.concatenate([np.array(before, np.int32), ids, np.array(after, np.int32)])
+        whole = len(text) <= PIECE_CHARS
+        ids = self._encode(text, start) if whole else self._encode_pieces(text, start)
+        before, after = (np.array(x, np.int32) for x in ([self.bos_id] * bos, [self.eos_id] * eos))
+        return np.concatenate([before, ids, after]) if bos or eos else ids
 
-    def _encode_pieces(self, text: str) -> np.ndarray:
-        parts, start = [], 0
-        while start < len(text):
-            end = self._cut(text, start + PIECE_CHARS)
-            parts.append(self._encode(text[start:end], start == 0))
-            start = end
+    def _encode_pieces(self, text: str, start: bool) -> np.ndarray:
+        parts, at = [], 0
+        while at < len(text):
+            end = self._cut(text, at + PIECE_CHARS)
+            parts.append(self._encode(text[at:end], start and at == 0))
+            at = end
         return np.concatenate(parts)
 
     def encode_marked(self, text: str) -> list[int]:
@@ -176,16 +178,29 @@ class Tokenizer:
         :data:`BREAK` is removed after the names are found: a name with a BREAK inside is plain
         text. Text of users must have a BREAK in each name.
         """
-        ids: list[int] = []
-        for words in self._control_names.split(text):
-            if words in self.controls:
-                ids.append(self.controls[words])
-            elif words := words.replace(BREAK, ""):
-                ids += self.encode(words)
-        return ids
+        return self.encode_consecutive([text])[0]
+
+    def encode_consecutive(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each of several consecutive texts, as :meth:`encode_marked` encodes them.
+
+        A text gets no space before it unless it is the first or follows a control token.
+        """
+        all_ids, start = [], True
+        for text in texts:
+            ids: list[int] = []
+            for words in self.control_names.split(text):
+                if words in self.controls:
+                    ids.append(self.controls[words])
+                    start = True
+                elif words := words.replace(BREAK, ""):
+                    ids += self.encode_array(words, start=start).tolist()
+                    start = False
+            all_ids.append(ids)
+        return all_ids
 
     @functools.cached_property
-    def _control_names(self) -> re.Pattern:
+    def control_names(self) -> re.Pattern:
+        """A pattern that matches the names of control tokens, the longest first."""
         longest_first = sorted(self.controls, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
@@ -340,7 +355,16 @@ class JsonTokenizer(Tokenizer):
         return self._controls
 
     def _encode(self, text: str, start: bool = True) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        tokenizer = self._tokenizer if start or not self.prefix_bytes else self._inside
+        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @functools.cached_property
+    def _inside(self) -> Any:
+        """The same tokenizer without the space before a text."""
+        content = json.dumps(tokenizer_json.without_prefix(json.loads(self._tokenizer.to_str())))
+        tokenizer = type(self._tokenizer).from_str(content)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def _cut(self, text: str, at: int) -> int:
         found = _LETTER_THEN_SPACE.search(text, at - 1) if self._splits_words else None

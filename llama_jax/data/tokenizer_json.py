@@ -45,3 +45,19 @@ def bos_template(bos: int, name: str) -> dict[str, Any]:
         "pair": [token(0), text(0), token(1), text(1)],
         "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
     }
+
+
+def without_prefix(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same ``tokenizer.json``, which adds no space before a text."""
+    changed = dict(tree)
+    for part, plural in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        first = tree[part] or {"type": "Sequence", plural: []}
+        steps = first[plural] if first["type"] == "Sequence" else [first]
+        no_prefix = {"prepend_scheme": "never", "add_prefix_space": False}
+        steps = [
+            step | {k: v for k, v in no_prefix.items() if k in step}
+            for step in steps
+            if step["type"] != "Prepend"
+        ]
+        changed[part] = {"type": "Sequence", plural: steps} if steps else None
+    return changed

@@ -18,19 +18,17 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from llama_jax.checkpoint.model_json import read_metadata
 from llama_jax.checkpoint.weights import check_weights
 from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.data.chat_template import folder_template
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.generate.decode import device_memory
 from llama_jax.generate.llm import LLM, check_eos
 from llama_jax.generate.read_params import read_params
-from llama_jax.io import read_json, read_limited
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import abstract_params
 from llama_jax.model.quantize import KINDS, weight_bytes
 from llama_jax.model.sharding import PRESETS, use_mesh
 
 DTYPES = ("float32", "bfloat16")
-MAX_TEMPLATE_BYTES = 1 << 20
-"""The largest chat template read; published ones have up to 20 kB."""
 
 
 def load(
@@ -98,7 +96,7 @@ def load(
     quantize = quantize or stored
     tokenizer = _tokenizer_of(checkpoint, cfg)
     eos_ids = _eos_of(checkpoint, metadata, cfg)
-    template, no_template = _template(checkpoint)
+    template, no_template = folder_template(checkpoint)
     shapes = shapes_of(cfg, quantize)
     _keep_compiled()
     with use_mesh(mesh):
@@ -263,29 +261,3 @@ def _eos_of(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) -> tuple[i
         return None if ids.get("eos") is None else check_eos(ids["eos"], cfg)
     except ValueError as e:
         raise ConfigError(f"{folder / 'model.json'}: {e}") from None
-
-
-def _template(folder: Path) -> tuple[str | None, str | None]:
-    """The chat template in a folder of Hugging Face's format, or why there is none."""
-    own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    try:
-        if own.is_file():
-            return read_limited(own, MAX_TEMPLATE_BYTES).decode("utf-8"), None
-        template = read_json(settings).get("chat_template") if settings.is_file() else None
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{own} is not UTF-8 text (byte {e.start}: {e.reason})") from None
-    except ValueError as e:
-        raise ConfigError(str(e)) from None
-    if isinstance(template, list):  # several, by name
-        named = [t for t in template if isinstance(t, dict)]
-        template = {t.get("name"): t.get("template") for t in named}
-    if isinstance(template, dict):
-        if "default" not in template:
-            return None, (
-                f"{settings} has chat templates named {', '.join(map(repr, template))}, and none "
-                f"named 'default': write the one to use to {own}"
-            )
-        template = template["default"]
-    if template is not None and not isinstance(template, str):
-        raise ConfigError(f"{settings}: chat_template must be text, not {template!r:.60}")
-    return template, None

@@ -329,7 +329,9 @@ def test_the_longest_control_name_counts():
     class Two(Tokenizer):
         controls = {"<|end|>": 7, "<|end|>!": 8}  # noqa: RUF012
 
-        def encode(self, text, bos=False, eos=False):
-            return [1] * len(text)
+        def encode_array(self, text, bos=False, eos=False, start=True):
+            return np.array([1 if start else 2] * len(text))
 
     assert Two().encode_marked("a<|end|>!b<|end|>c") == [1, 8, 1, 7, 1]
+    pieces = Two().encode_consecutive(["a", "b<|end|>", "c", "d"])
+    assert pieces == [[1], [2, 7], [1], [2]]

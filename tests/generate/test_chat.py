@@ -13,12 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_tools import F32, small
 
-from llama_jax.config import ConfigError
 from llama_jax.data import tiktoken_text
-from llama_jax.data.chat_template import ChatTemplate
+from llama_jax.data.chat_template import ChatTemplate, folder_template
 from llama_jax.data.tokenizer import JsonTokenizer
 from llama_jax.generate.llm import LLM
-from llama_jax.generate.load import _template
 from llama_jax.generate.sampler import Greedy, Sample
 from llama_jax.model.llama import Llama
 from llama_jax.model.params import params_of
@@ -248,31 +246,31 @@ def test_any_template(tokenizer, source, messages):
 
 def test_the_template_of_a_folder(tmp_path, tokenizer):
     settings_file, own = tmp_path / "tokenizer_config.json", tmp_path / "chat_template.jinja"
-    assert _template(tmp_path) == (None, None)
+    assert folder_template(tmp_path) == (None, None)
     for content, want in (
         ({}, None), ({"chat_template": "a"}, "a"), ({"chat_template": None}, None),
         ({"chat_template": [{"name": "rag"}, {"name": "default", "template": "d"}]}, "d"),
     ):  # fmt: skip
         settings_file.write_text(json.dumps(content))
-        assert _template(tmp_path) == (want, None)
+        assert folder_template(tmp_path) == (want, None)
     named = [{"name": "tool_use", "template": "t"}, {"name": "rag", "template": "r"}]
     settings_file.write_text(json.dumps({"chat_template": named}))
-    template, why = _template(tmp_path)
+    template, why = folder_template(tmp_path)
     assert template is None
     assert "has chat templates named 'tool_use', 'rag', and none named 'default'" in why
     for odd in ('{"chat_template": 5}', "[1]", "{", '{"chat_template": [{"name": "default"}]}'):
         settings_file.write_text(odd)
         if "default" not in odd:
-            with pytest.raises(ConfigError, match=r"tokenizer_config\.json"):
-                _template(tmp_path)
+            with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
+                folder_template(tmp_path)
     own.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"chat_template\.jinja is not UTF-8 text \(byte 0"):
-        _template(tmp_path)
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8 text \(byte 0"):
+        folder_template(tmp_path)
     own.write_bytes(b"x" * ((1 << 20) + 1))
-    with pytest.raises(ConfigError, match=r"chat_template\.jinja has 1,048,577 bytes"):
-        _template(tmp_path)
+    with pytest.raises(ValueError, match=r"chat_template\.jinja has 1,048,577 bytes"):
+        folder_template(tmp_path)
     own.write_text("own")
-    assert _template(tmp_path) == ("own", None)
+    assert folder_template(tmp_path) == ("own", None)
 
 
 SPOKEN = (
