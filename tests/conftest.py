@@ -50,6 +50,7 @@ RUN_ONCE = (
     "test_add_rms_norm",
     "test_train",
     "test_golden_run",
+    "test_stopping",
     "test_training_promises",
     "test_sharding",
     "test_model",

@@ -38,7 +38,8 @@ from llama_jax.checkpoint.file_hashes import (
     read_checksums,
     write_list,
 )  # fmt: skip
-from llama_jax.checkpoint.weights import VERIFY_HINT, first_line, whole_steps
+from llama_jax.checkpoint.steps import BEST_STEP, best_step, whole_steps
+from llama_jax.checkpoint.weights import VERIFY_HINT, first_line
 
 
 class CheckpointError(RuntimeError):
@@ -68,6 +69,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._recorder = ThreadPoolExecutor(1)
         self._recording: Future[None] | None = None
+        self._best = best_step(self._steps.parent)
         tree = lambda: ocp.PyTreeCheckpointHandler(**ORBAX)
         self._manager = ocp.CheckpointManager(
             self._steps,
@@ -77,7 +79,7 @@ class Checkpoints:
                 "run": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                preservation_policy=_NewestAndBest(keep, lambda: self._best),
                 cleanup_tmp_directories=True,
             ),
         )
@@ -93,13 +95,14 @@ class Checkpoints:
           step: number of updates so far.
           params: weights, a tree of arrays.
           optimizer: optimizer state, a tree of arrays.
-          run: other state, plain JSON values.
+          run: other state, plain JSON values. A "best_step" is kept beside the newest steps, and
+            is the one that is loaded.
 
         Raises:
           CheckpointError: this save or the previous one failed.
         """
         self.wait()
-        self._saving = step
+        self._saving, self._best = step, run.get(BEST_STEP)
         args = ocp.args.Composite(
             model=ocp.args.PyTreeSave(params),
             optimizer=ocp.args.PyTreeSave(optimizer),
@@ -263,6 +266,17 @@ class Checkpoints:
             f"saving step {step} to {self._steps} failed: {first_line(error)}\n"
             f"{good}; free some disk space, then start again to continue from it"
         )
+
+
+class _NewestAndBest:
+    """Which checkpoints Orbax keeps: the newest ones, and the best."""
+
+    def __init__(self, keep: int, best: Callable[[], int | None]):
+        self._keep, self._best = keep, best
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        newest = len(checkpoints) - self._keep
+        return [i >= newest or c.step == self._best() for i, c in enumerate(checkpoints)]
 
 
 _DAMAGE = ("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "FileNotFoundError", "JSONDecodeError")

@@ -16,6 +16,7 @@ from llama_jax.checkpoint.arrays import (
     quiet_orbax,
 )  # fmt: skip
 from llama_jax.checkpoint.file_hashes import find_problems, listed_files
+from llama_jax.checkpoint.steps import loaded_step, step_folder, whole_steps
 from llama_jax.config import ConfigError
 
 CHECKED_BYTES = 1 << 30
@@ -24,16 +25,9 @@ second. Of the other files only the size is compared; `llama_jax.verify` compare
 VERIFY_HINT = "`python -m llama_jax.verify {}` lists all problems"
 
 
-def whole_steps(folder: Path) -> list[int]:
-    """Steps saved in a run folder, ascending."""
-    steps = folder / "steps"
-    return (
-        sorted(int(p.name) for p in steps.iterdir() if p.name.isdigit()) if steps.is_dir() else []
-    )
-
-
 def check_weights(folder: str | Path, max_bytes: int | None = CHECKED_BYTES) -> None:
-    """Compare the newest weights, and the small files beside them, with their recorded hashes.
+    """Compare the weights that are loaded, and the small files beside them, with their recorded
+    hashes.
 
     Args:
       folder: a run, or converted weights.
@@ -44,9 +38,10 @@ def check_weights(folder: str | Path, max_bytes: int | None = CHECKED_BYTES) -> 
       ConfigError: names the files that are missing or have changed.
     """
     folder = Path(folder)
-    item = _newest(folder)
+    item = _loaded(folder)
     try:
         files = listed_files(folder, int(item.parent.name), "model")
+        files |= listed_files(folder, whole_steps(folder)[-1], "run")  # names the best step
         problems = find_problems(folder, files, max_bytes)
     except (ValueError, OSError) as e:
         problems = [str(e)]
@@ -57,7 +52,7 @@ def check_weights(folder: str | Path, max_bytes: int | None = CHECKED_BYTES) -> 
 
 
 def load_weights(folder: str | Path, abstract_params: Any, partial: bool = False) -> Any:
-    """The newest weights of a run or converted model.
+    """The weights of a run or converted model: of its best step, if it keeps one, else the newest.
 
     Args:
       folder: a run, or converted weights.
@@ -67,7 +62,7 @@ def load_weights(folder: str | Path, abstract_params: Any, partial: bool = False
     Raises:
       ConfigError: there is no saved step, or its arrays have other shapes.
     """
-    item = _newest(folder)
+    item = _loaded(folder)
     quiet_orbax()
     try:
         check_item(item, array_shapes(abstract_params))
@@ -99,7 +94,7 @@ def load_layers(folder: str | Path, name: str, shape: tuple[int, ...]) -> Iterat
     Raises:
       ConfigError: there is no saved step, or the weight has another shape.
     """
-    item = _newest(folder)
+    item = _loaded(folder)
     try:
         array = open_array(item, name)
         if array.shape != shape:
@@ -114,11 +109,9 @@ def load_layers(folder: str | Path, name: str, shape: tuple[int, ...]) -> Iterat
         raise _unreadable(item, e) from e
 
 
-def _newest(folder: str | Path) -> Path:
-    steps = whole_steps(Path(folder))
-    if not steps:
-        raise ConfigError(f"{folder} holds no finished step")
-    return Path(folder).resolve() / "steps" / str(steps[-1]) / "model"
+def _loaded(folder: str | Path) -> Path:
+    """The item of the weights that are loaded."""
+    return step_folder(Path(folder), loaded_step(folder)) / "model"
 
 
 def _unreadable(item: Path, error: BaseException) -> ConfigError:

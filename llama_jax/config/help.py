@@ -33,8 +33,9 @@ SECTIONS = {
 
 COMMON = (
     "model.name", "data.sources.NAME.path", "data.tokenizer", "data.seq_len", "optim.peak_lr",
-    "optim.warmup_steps", "train.steps", "train.batch_size", "train.gradient_accumulation",
-    "train.init_from", "train.remat", "checkpoint.dir", "checkpoint.save_every",
+    "optim.warmup_steps", "train.steps", "train.epochs", "train.batch_size",
+    "train.gradient_accumulation", "train.init_from", "train.remat", "checkpoint.dir",
+    "checkpoint.save_every",
 )  # fmt: skip
 """The settings that most runs change; `--help` shows them first."""
 

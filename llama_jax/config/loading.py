@@ -27,6 +27,9 @@ RENAMED = {
 """Former names of settings. A recipe with one is refused, and the error gives the new name; only
 the recipe that an older version saved in a run folder may have them."""
 
+LENGTHS = ("steps", "epochs")
+"""Settings of [train] of which a recipe has one; a later one replaces the other."""
+
 Origins = dict[tuple[str | int, ...], str]
 """The file or override that each setting comes from, for error messages."""
 
@@ -184,6 +187,8 @@ def _merge(
     into: dict[str, Any], tree: dict[str, Any], origins: Origins, file: str, prefix: tuple[str, ...]
 ) -> None:
     """Replace settings of ``into`` by those of ``tree``, and record ``file`` as their origin."""
+    if prefix == ("train",):
+        _drop_alternatives(into, tree)
     for key, value in tree.items():
         origins[*prefix, key] = file
         if isinstance(value, dict):
@@ -192,6 +197,13 @@ def _merge(
             _merge(into[key], value, origins, file, (*prefix, key))
         else:
             into[key] = value
+
+
+def _drop_alternatives(train: dict[str, Any], given: dict[str, Any]) -> None:
+    """Remove the other one of the settings of :data:`LENGTHS` where one of them is given."""
+    if any(name in given for name in LENGTHS):
+        for name in LENGTHS:
+            train.pop(name, None)
 
 
 # Overrides ---------------------------------------------------------------------------------------
@@ -212,6 +224,8 @@ def _set(tree: dict[str, Any], origins: Origins, dotted: str, value: Any) -> Non
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"override {dotted}: {section} is a setting, not a section")
+    if sections == ["train"]:
+        _drop_alternatives(tree, {key: value})
     tree[key] = value
     setting = (*sections, key)
     replaced = [name for name in origins if name[: len(setting)] == setting]

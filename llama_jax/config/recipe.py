@@ -174,8 +174,10 @@ class TrainConfig:
       TrainConfig(steps=100, batch_size=8)
     """
 
-    steps: Positive
-    """number of optimizer steps"""
+    steps: Positive | None = None
+    """number of optimizer steps; or give train.epochs"""
+    epochs: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    """passes over the training sequences of all sources, instead of train.steps"""
     batch_size: Positive
     """B, sequences per optimizer step, over all devices and microbatches"""
     gradient_accumulation: Positive = 1
@@ -208,10 +210,26 @@ class TrainConfig:
     """steps between evaluations on the validation text; 0: only at the end"""
     eval_batches: Positive = 16
     """maximum number of validation batches per source and evaluation"""
+    early_stopping: NonNegative = 0
+    """end the run after this many evaluations without a better validation loss; 0: never"""
     profile_steps: StepRange | None = None
     """[first, last] steps to profile (for TensorBoard or Perfetto)"""
     sample_prompts: tuple[str, ...] = ()
     """prompts that the model continues at the end of the run"""
+
+    def __post_init__(self):
+        if self.steps is None and self.epochs is None:
+            raise ValueError("setting train.steps is missing; give it, or train.epochs")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"train.steps={self.steps} and train.epochs={self.epochs:g} both set the length of "
+                "the run; give one of them"
+            )
+        if self.early_stopping and not self.eval_every:
+            raise ValueError(
+                f"train.early_stopping={self.early_stopping} counts evaluations, and there is only "
+                "one, at the end; set train.eval_every"
+            )
 
 
 @checked
@@ -229,6 +247,8 @@ class CheckpointConfig:
     """steps between checkpoints"""
     keep: Positive = 2
     """number of newest checkpoints to keep"""
+    keep_best: bool = False
+    """also keep the checkpoint with the best validation loss, which is the one that is loaded"""
 
 
 @checked
@@ -296,8 +316,10 @@ class Recipe:
                 f"data.seq_len={self.data.seq_len} is longer than "
                 f"model.context={self.model.context}; set model.context to at least data.seq_len"
             )
+        if self.checkpoint.keep_best and not self.train.eval_every:
+            raise ValueError("checkpoint.keep_best needs evaluations; set train.eval_every")
         skipped = sum(last - first + 1 for first, last in self.data.skip_batches)
-        if skipped > self.train.steps:
+        if self.train.steps and skipped > self.train.steps:
             raise ValueError(
                 f"data.skip_batches leaves out {skipped:,} batches, more than the "
                 f"{self.train.steps:,} of train.steps; give only the batches to leave out"

@@ -14,6 +14,7 @@ import numpy as np
 
 from llama_jax.checkpoint.arrays import EVERY_CHUNK, ORBAX, check_item, open_array
 from llama_jax.checkpoint.model_json import read_metadata
+from llama_jax.checkpoint.steps import best_step, loaded_step
 from llama_jax.config import ModelConfig
 from llama_jax.convert import sources
 from llama_jax.convert.formats import FLOATS, ConvertError, raise_if_any
@@ -79,7 +80,10 @@ def open_orbax(root: Path, path: Path) -> SourceCheckpoint:
     weights = _open_arrays(folder, cfg, quantize)
     warnings = []
     if len(steps) > 1:
-        warnings.append(f"this is step {step}; the folder has steps {', '.join(map(str, steps))}")
+        best = ", which has the best validation loss" if step == best_step(root) else ""
+        warnings.append(
+            f"this is step {step}{best}; the folder has steps {', '.join(map(str, steps))}"
+        )
     report = Report(f"{root}/model.json")
     token_ids = sources.check_token_ids(metadata["token_ids"], cfg.vocab_size, report)
     warnings += report.warnings
@@ -92,7 +96,7 @@ def open_orbax(root: Path, path: Path) -> SourceCheckpoint:
 
 
 def _find_step(root: Path, path: Path) -> tuple[int, list[int]]:
-    """The step that ``path`` names, or the newest one, and all steps."""
+    """The step that ``path`` names, or the one that is loaded, and all steps."""
     folder = root / "steps"
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     steps = sorted(int(n) for n in names if n.isascii() and n.isdigit())
@@ -101,7 +105,7 @@ def _find_step(root: Path, path: Path) -> tuple[int, list[int]]:
         raise ConvertError(f"{path} is not a finished step of {root}")
     if not steps:
         raise ConvertError(f"{folder} holds no finished step")
-    return int(given) if given is not None else steps[-1], steps
+    return int(given) if given is not None else loaded_step(root), steps
 
 
 def _open_arrays(folder: Path, cfg: ModelConfig, quantize: str | None) -> OrbaxWeights:

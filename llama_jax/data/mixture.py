@@ -186,6 +186,11 @@ class TrainData:
         )
         self._returned = 0
 
+    @property
+    def sequences_per_epoch(self) -> int:
+        """Number of training sequences of all sources."""
+        return sum(self._lengths)
+
     def __iter__(self) -> "TrainData":
         return self
 

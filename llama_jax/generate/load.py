@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from llama_jax.checkpoint.model_json import read_metadata
+from llama_jax.checkpoint.steps import loaded_step_note
 from llama_jax.checkpoint.weights import check_weights
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.data.chat_template import folder_template
@@ -87,6 +88,8 @@ def load(
     checkpoint = _checkpoint_of(Path(folder), lambda cfg: shapes_of(cfg, quantize))
     cfg, metadata = read_metadata(checkpoint)
     _check_files(checkpoint, Path(folder))
+    if note := loaded_step_note(checkpoint):
+        print(note, file=sys.stderr)
     stored = metadata.get("quantize")
     if stored is not None and quantize not in (None, stored):
         raise ValueError(

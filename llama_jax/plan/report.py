@@ -53,8 +53,11 @@ def metrics(c: Compiled, watts: float | None = None, price: float | None = None)
         "compiler_matmul_cycles": c.cost.matmul_cycles or None,
     }
     if chip.platform != "cpu":
-        out["time"] = time = _time(c, model_flops)
-        days = recipe.train.steps * time["step"] / 3600 / 24
+        out["time"] = _time(c, model_flops)
+    if recipe.train.steps is None:
+        out["epochs"] = recipe.train.epochs
+    elif "time" in out:
+        days = recipe.train.steps * out["time"]["step"] / 3600 / 24
         hours = days * 24 * c.machine.chips
         out["run"] = {"tokens": recipe.train.steps * tokens, "days": days, "chip_hours": hours}
         out["run"] |= energy(hours, watts or chip.watts, PAPER_PUE, PAPER_CARBON)
@@ -174,7 +177,7 @@ def to_text(f: dict[str, Any], title: str, rates: str) -> str:
     if "step" in f:
         lines += ["", *_step_lines(f)]
     if "time" in f:
-        lines += ["", *_time_lines(f, rates), "", *_run_lines(f["run"])]
+        lines += ["", *_time_lines(f, rates), "", *_run_lines(f)]
     return "\n".join(lines)
 
 
@@ -241,7 +244,13 @@ def _time_lines(f: dict[str, Any], rates: str) -> list[str]:
     return lines
 
 
-def _run_lines(r: dict[str, Any]) -> list[str]:
+def _run_lines(f: dict[str, Any]) -> list[str]:
+    if "run" not in f:
+        return [
+            f"The length of the run, train.epochs={f['epochs']:g}, is known once its data is "
+            "prepared; give train.steps to plan it"
+        ]
+    r = f["run"]
     lines = [
         f"The whole run of {r['tokens'] / 1e9:,.1f}B tokens at that speed: {r['days']:,.1f} days, "
         f"{r['chip_hours']:,.0f} chip-hours"

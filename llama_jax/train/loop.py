@@ -6,6 +6,7 @@ sharded over the devices. Starting the same recipe again continues the run.
 
 import contextlib
 import functools
+import math
 import signal
 import sys
 import time
@@ -20,15 +21,17 @@ from tqdm import tqdm
 
 from llama_jax import chips
 from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
-from llama_jax.checkpoint.weights import check_weights, load_weights, whole_steps
-from llama_jax.config import ConfigError, Recipe
+from llama_jax.checkpoint.steps import BEST_STEP, loaded_step_note, whole_steps
+from llama_jax.checkpoint.weights import check_weights, load_weights
+from llama_jax.config import ConfigError, Recipe, check_recipe, to_dict
 from llama_jax.data.batch import Batch, ShardBatch, abstract_batch
 from llama_jax.data.manifest import SPLITS
-from llama_jax.data.mixture import TrainData, eval_batches, val_stats
+from llama_jax.data.mixture import TrainData
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model.sharding import changed_settings, mesh_for
 from llama_jax.train import inputs, metrics, run_folder
 from llama_jax.train.distributed import any_process
+from llama_jax.train.evaluation import Best, Evaluation, update_best
 from llama_jax.train.interrupt import PreemptionHandler
 from llama_jax.train.optim import make_schedule
 from llama_jax.train.step import (
@@ -103,12 +106,13 @@ class Trainer:
         preemption: PreemptionHandler,
         peak_flops: tuple[float, str],
     ):
-        self.recipe, self.mesh, self.preemption = recipe, mesh, preemption
+        self.given, self.recipe, self.mesh, self.preemption = recipe, recipe, mesh, preemption
         self.peak_flops, self.peak_source = peak_flops
         self.folder = Path(recipe.checkpoint.dir)
         self.platform = mesh.devices.flat[0].platform
         self.compute = compute_config(recipe, self.platform)
         self.evaluated_step = -1
+        self.best: Best | None = None
         self.losses: list[float] = []
         """Losses of the steps since the last log line."""
         log(metrics.environment())
@@ -121,6 +125,7 @@ class Trainer:
             self._open_data()
         except ValueError as e:
             raise ConfigError(str(e)) from e
+        self.recipe, self.steps = self._resolve_epochs(recipe)
         self.checkpoints = Checkpoints(self.folder, recipe.checkpoint.keep)
         self.step, self.state = self._restore() if self.saved else (0, self._init_state())
 
@@ -145,6 +150,22 @@ class Trainer:
         )
         inputs.check_prompts(recipe, self.tokenizer)
 
+    def _resolve_epochs(self, recipe: Recipe) -> tuple[Recipe, int]:
+        """The recipe with train.steps in place of train.epochs, and these steps."""
+        train = recipe.train
+        if train.steps:
+            return recipe, train.steps
+        assert train.epochs
+        sequences = self.data.sequences_per_epoch
+        steps = max(1, math.ceil(train.epochs * sequences / train.batch_size - 1e-9))
+        log(
+            f"{train.epochs:g} epochs of {sequences:,} sequences are {steps:,} steps of "
+            f"{train.batch_size} sequences"
+        )
+        tree = to_dict(recipe)
+        tree["train"] |= {"steps": steps, "epochs": None}
+        return check_recipe(tree, f"train.epochs={train.epochs:g}"), steps
+
     def _restore(self) -> tuple[int, TrainState]:
         """Step and state of the newest checkpoint."""
         abstract = abstract_state(self.recipe, self.compute, self.mesh)
@@ -154,8 +175,15 @@ class Trainer:
         except ValueError as e:
             raise ConfigError(str(e)) from e
         self.losses = record.get("losses", [])  # absent in checkpoints of version 0.1
+        self.best = Best(*record["best"]) if record.get("best") else None
+        if self.recipe.checkpoint.keep_best and not self._has_best():
+            self.best = None
         log(f"continuing {self.folder} from step {record['step']}")
         return record["step"], TrainState(params, optimizer)
+
+    def _has_best(self) -> bool:
+        """Whether the checkpoint with the best loss exists: not if the setting is new."""
+        return self.best is not None and self.best.step in whole_steps(self.folder)
 
     def _init_state(self) -> TrainState:
         """Random weights, or those of ``train.init_from``, and a new optimizer state."""
@@ -165,15 +193,17 @@ class Trainer:
         state = jax.jit(init, out_shardings=shardings)()
         if folder := self.recipe.train.init_from:
             check_weights(folder)
+            if note := loaded_step_note(folder):
+                log(note)
             state = state._replace(params=load_weights(folder, abstract.params))
         return state
 
     def train(self) -> bool:
         """Train to the last step; True if this call reached it and finished the evaluation."""
-        steps = self.recipe.train.steps
+        steps = self.steps
         self._log_settings()
-        if self._is_finished():
-            log(f"{self.folder} is finished: {self.step} steps; increase train.steps to continue")
+        if finished := self._finished():
+            log(f"{self.folder} is finished: {finished}")
             self.data.close()
             self.checkpoints.close()
             return False
@@ -193,7 +223,9 @@ class Trainer:
                 self._loop(train_step, bar)
         self.preemption.phase(f"finishing {self.folder}, which is saved")
         checkpoint = f"{self.folder}/steps/{self.step}"
-        if self.evaluated_step == steps:
+        if self.evaluated_step == self.step and (self.step == steps or self._stops_early()):
+            if self.recipe.checkpoint.keep_best and self.best:
+                log(f"best validation loss {self.best.loss:.3f} after step {self.best.step}")
             log(f"done: {checkpoint}; metrics.jsonl and loss.png are in {self.folder}")
             return True
         number = self.preemption.signal
@@ -204,11 +236,28 @@ class Trainer:
         )
         return False
 
-    def _is_finished(self) -> bool:
-        """Whether all steps are done, including the evaluation after the last one."""
+    def _finished(self) -> str:
+        """Why the run is finished, and how to continue; "" if a step or its last evaluation is left
+        to do."""
+        if self._stops_early():
+            return f"{self._early_stop()}; increase train.early_stopping to continue"
         records = metrics.read_records(self.folder / "metrics.jsonl")
         evaluated = any(r["kind"] == "eval" and r["step"] == self.step for r in records)
-        return self.step >= self.recipe.train.steps and evaluated
+        if self.step < self.steps or not evaluated:
+            return ""
+        setting = "train.epochs" if self.given.train.epochs else "train.steps"
+        return f"{self.step} steps; increase {setting} to continue"
+
+    def _stops_early(self) -> bool:
+        patience = self.recipe.train.early_stopping
+        return bool(patience) and self.best is not None and self.best.since >= patience
+
+    def _early_stop(self) -> str:
+        assert self.best
+        return (
+            f"stopped early after step {self.step}, because {self.best.since} evaluations in a row "
+            f"were not better than validation loss {self.best.loss:.3f} of step {self.best.step}"
+        )
 
     @contextlib.contextmanager
     def _closing(self) -> Iterator[None]:
@@ -228,7 +277,7 @@ class Trainer:
                 stack.callback(closes)
 
     def _log_settings(self) -> None:
-        model, train, devices = self.recipe.model, self.recipe.train, jax.devices()
+        model, devices = self.recipe.model, jax.devices()
         sizes = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
         tokens = self.recipe.tokens_per_step
         log(
@@ -236,7 +285,7 @@ class Trainer:
             f"process(es), mesh {sizes} ({self.recipe.mesh.preset})\n"
             f"peak: {self.peak_flops / 1e12:.3g} TFLOP/s per device ({self.peak_source})\n"
             f"model: {model.num_params:,} parameters, {self.compute.dtype} compute | "
-            f"{train.steps:,} steps of {tokens:,} tokens = {metrics.short(train.steps * tokens)}"
+            f"{self.steps:,} steps of {tokens:,} tokens = {metrics.short(self.steps * tokens)}"
         )
         for name, source in self.mixture.sources.items():
             tokens, val = (source.manifest["splits"][k]["tokens"] for k in SPLITS)
@@ -264,23 +313,29 @@ class Trainer:
         else:
             for line in run_folder.lines(self.saved.changes):
                 log(f"from step {self.step} on, {line}")
-            if {"train.steps", "optim.peak_lr"} & self.saved.changes.keys():
-                before, now = (
-                    float(make_schedule(r.optim, r.train.steps)(self.step))
-                    for r in (self.saved.recipe, self.recipe)
-                )
-                log(
-                    f"the learning rate follows the schedule of all {self.recipe.train.steps} "
-                    f"steps: {now:.2e} after step {self.step}, {before:.2e} by the old settings"
-                )
-        run_folder.record(self.folder, self.recipe, self.saved, self.step)
+            self._log_schedule(self.saved)
+        run_folder.record(self.folder, self.given, self.saved, self.step)
+
+    def _log_schedule(self, saved: run_folder.SavedRun) -> None:
+        """Log the learning rate of a continued run whose schedule changes."""
+        if not {"train.steps", "train.epochs", "optim.peak_lr"} & saved.changes.keys():
+            return
+        steps_before = self._resolve_epochs(saved.recipe)[1]
+        before = float(make_schedule(saved.recipe.optim, steps_before)(self.step))
+        now = float(make_schedule(self.recipe.optim, self.steps)(self.step))
+        log(
+            f"the learning rate follows the schedule of all {self.steps} steps: {now:.2e} after "
+            f"step {self.step}, {before:.2e} by the old settings"
+        )
 
     def _loop(self, train_step: Any, bar: tqdm) -> None:
-        train, save_every = self.recipe.train, self.recipe.checkpoint.save_every
+        train, checkpoint = self.recipe.train, self.recipe.checkpoint
+        # Both depend on every evaluation, which a continued run would not repeat.
+        must_evaluate = checkpoint.keep_best or train.early_stopping
         timer = metrics.StepTimer()
         profiler = metrics.Profiler(train.profile_steps, self.folder)
         unchecked: list[tuple[int, int, dict]] = []
-        while self.step < train.steps:
+        while self.step < self.steps and not self._stops_early():
             with timer.waiting():
                 batch, batch_number = self._next_batch()
             profiler.before(self.step + 1)
@@ -289,28 +344,33 @@ class Trainer:
             self.step += 1
             profiler.after(self.step, step_metrics)
             unchecked.append((self.step, batch_number, step_metrics))
-            stop, last = bool(stop_requested), self.step == train.steps
+            stop, last = bool(stop_requested), self.step == self.steps
             evaluate = last or (train.eval_every and self.step % train.eval_every == 0)
-            save = last or stop or self.step % save_every == 0
+            save = last or stop or self.step % checkpoint.save_every == 0
+            save |= bool(evaluate and must_evaluate)
             check = save or evaluate or self.step % train.log_every == 0
             # Otherwise check the previous step while this one runs, so that the devices never wait
             # for the host.
             while len(unchecked) > (0 if check else 1):
                 self._check(*unchecked.pop(0), timer)
             bar.update()
-            if evaluate and not stop:
+            if evaluate and (must_evaluate or not stop):
                 with timer.paused():
                     self._evaluate()
             if save:
                 # A copy of the losses: Orbax writes the record later, during the next steps.
                 record = {
                     "step": self.step, "data": self.data.state(), "seed": train.seed,
-                    "losses": list(self.losses),
+                    "losses": list(self.losses), "best": self.best,
                 }  # fmt: skip
+                if checkpoint.keep_best and self.best:
+                    record[BEST_STEP] = self.best.step
                 self.checkpoints.save(self.step, *self.state, record)
             if stop:
                 break
         profiler.close()
+        if self._stops_early():
+            log(self._early_stop())
 
     def _next_batch(self) -> tuple[Batch, int]:
         """The next batch outside ``data.skip_batches``, and its number in the data, from 1."""
@@ -335,10 +395,15 @@ class Trainer:
             )
         )
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
-            raise TrainingError(self._not_finite(step, batch_number, loss, grad_norm))
+            with contextlib.suppress(CheckpointError):
+                self.checkpoints.wait()
+            found = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+            raise TrainingError(
+                run_folder.not_finite(self.folder, self.recipe, found, batch_number)
+            )
         self.losses.append(loss)
         recipe = self.recipe
-        if step % recipe.train.log_every != 0 and step != recipe.train.steps:
+        if step % recipe.train.log_every != 0 and step != self.steps:
             return
         self.checkpoints.poll()
         tokens = recipe.tokens_per_step
@@ -360,67 +425,17 @@ class Trainer:
             "sources": {k: p._asdict() for k, p in self.data.progress().items()},
         }
         self.losses = []
-        log(metrics.train_line(record, recipe.train.steps))
+        log(metrics.train_line(record, self.steps))
         self.metrics_log.write(record)
-
-    def _not_finite(self, step: int, batch_number: int, loss: float, grad_norm: float) -> str:
-        """What happened, and which settings help when the same command is run again."""
-        text = (
-            f"step {step}: loss {loss}, gradient norm {grad_norm} (batch {batch_number} of the "
-            "data); stopped, nothing saved after it; "
-        )
-        with contextlib.suppress(CheckpointError):
-            self.checkpoints.wait()
-        kept = whole_steps(self.folder)
-        if not kept:
-            text += f"{self.folder} has no checkpoint yet.\nStart again with"
-        else:
-            text += f"checkpoints in {self.folder}: {', '.join(map(str, kept))}.\n"
-            text += f"The same command continues from step {kept[-1]}; add to it"
-        rate = self.recipe.optim.peak_lr / 2
-        text += f"\n  optim.peak_lr={rate:.1e} for a lower learning rate (or a longer warm-up)"
-        # Together with the batches already skipped, which the new setting replaces.
-        skip = [list(r) for r in (*self.recipe.data.skip_batches, (batch_number, batch_number))]
-        skipped = str(skip).replace(" ", "")
-        text += f"\n  data.skip_batches={skipped} to leave out batches, first to last"
-        if kept[:-1]:
-            text += f"\n  train.restart_from={kept[-2]} to go back to an older checkpoint"
-        return text
 
     def _evaluate(self) -> None:
         """Validation loss of each source, and of the mixture by the sources' weights."""
-        recipe, sources = self.recipe, self.mixture.sources
-        rows, max_batches = self.shard_batch.microbatch_size, recipe.train.eval_batches
-        if not hasattr(self, "_eval_step"):
-            self._eval_step = jax.jit(make_eval_step(recipe, self.compute))
-            self._val_targets = {
-                name: val_stats(self.mixture, recipe.data, rows, max_batches, name)
-                for name in sources
-            }
-        losses = {}
-        for name in sources:
-            batches = eval_batches(
-                self.mixture, recipe.data, rows, max_batches, name, self.shard_batch.microbatch_rows
-            )
-            sums = [self._eval_step(self.state.params, self.shard_batch(b)) for b in batches]
-            nll = float(sum(np.float64(x) for x in jax.device_get(sums)))
-            targets = self._val_targets[name]
-            losses[name] = {
-                "loss": nll / targets.tokens, "bits_per_byte": nll / targets.text_bytes / np.log(2),
-                "unigram_entropy": targets.unigram_entropy, "tokens": targets.tokens,
-            }  # fmt: skip
-        total_weight = sum(s.weight for s in sources.values())
-        mean = lambda key: (
-            sum(r[key] * sources[name].weight for name, r in losses.items()) / total_weight
-        )
-        record = {
-            "kind": "eval",
-            "step": self.step,
-            "tokens": self.step * recipe.tokens_per_step,
-            **{key: mean(key) for key in ("loss", "bits_per_byte", "unigram_entropy")},
-            "sources": losses,
-        }
+        if not hasattr(self, "_evaluation"):
+            step = jax.jit(make_eval_step(self.recipe, self.compute))
+            self._evaluation = Evaluation(self.recipe, self.mixture, self.shard_batch, step)
+        record = self._evaluation(self.step, (self.state.params,))
         for line in metrics.eval_lines(record):
             log(line)
         self.metrics_log.write(record)
         self.evaluated_step = self.step
+        self.best = update_best(self.best, self.step, record["loss"])

@@ -18,7 +18,7 @@ import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
 from llama_jax.checkpoint.file_hashes import record_files
-from llama_jax.checkpoint.weights import whole_steps
+from llama_jax.checkpoint.steps import whole_steps
 from llama_jax.config import ConfigError, Recipe, load_saved_recipe, to_dict, to_toml
 from llama_jax.io import atomic_write, folder_lock
 
@@ -27,13 +27,14 @@ RESUMABLE_SETTINGS = (
     "data.skip_bad_lines", "data.sources.*.path", "train.gradient_accumulation", "train.remat",
     "train.unroll", "train.loss_chunk",
     "train.attention", "train.log_every", "train.eval_every", "train.eval_batches",
+    "train.early_stopping",
     "train.profile_steps", "train.sample_prompts", "train.restart_from",
     "train.allow_other_tokenizer",
 )  # fmt: skip
 """Settings that may change when a run continues: they do not change what is computed (beyond
 rounding), or a hash of their content is checked."""
 
-RECORDED_SETTINGS = ("optim.*", "train.steps", "data.skip_batches")
+RECORDED_SETTINGS = ("optim.*", "train.steps", "train.epochs", "data.skip_batches")
 """Settings that may change from a checkpoint on; each change is recorded."""
 
 Changes = dict[str, tuple[Any, Any]]
@@ -191,6 +192,33 @@ def record(folder: Path, recipe: Recipe, saved: SavedRun | None, step: int) -> N
         atomic_write(path, old + json.dumps(change).encode() + b"\n")
     atomic_write(folder / "recipe.toml", to_toml(recipe).encode())
     record_files(folder, "recipe.toml")
+
+
+def not_finite(folder: Path, recipe: Recipe, found: str, batch_number: int) -> str:
+    """What happened, and which settings help when the same command is run again.
+
+    Args:
+      folder: the run folder.
+      recipe: the run.
+      found: step, loss and gradient.
+      batch_number: number of the batch in the data, from 1.
+    """
+    text = f"{found} (batch {batch_number} of the data); stopped, nothing saved after it; "
+    kept = whole_steps(folder)
+    if not kept:
+        text += f"{folder} has no checkpoint yet.\nStart again with"
+    else:
+        text += f"checkpoints in {folder}: {', '.join(map(str, kept))}.\n"
+        text += f"The same command continues from step {kept[-1]}; add to it"
+    rate = recipe.optim.peak_lr / 2
+    text += f"\n  optim.peak_lr={rate:.1e} for a lower learning rate (or a longer warm-up)"
+    # Together with the batches already skipped, which the new setting replaces.
+    skip = [list(r) for r in (*recipe.data.skip_batches, (batch_number, batch_number))]
+    skipped = str(skip).replace(" ", "")
+    text += f"\n  data.skip_batches={skipped} to leave out batches, first to last"
+    if kept[:-1]:
+        text += f"\n  train.restart_from={kept[-2]} to go back to an older checkpoint"
+    return text
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Changes:

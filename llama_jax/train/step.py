@@ -90,7 +90,13 @@ def init_state(recipe: Recipe, compute: ComputeConfig) -> TrainState:
     """Random weights from ``train.seed``, and the initial state of the optimizer."""
     llama = Llama(recipe.model, compute, nnx.Rngs(recipe.train.seed), recipe.train.init_std)
     params = params_of(llama)
-    return TrainState(params, make_optimizer(recipe.optim, recipe.train.steps).init(params))
+    return TrainState(params, make_optimizer(recipe.optim, _num_steps(recipe)).init(params))
+
+
+def _num_steps(recipe: Recipe) -> int:
+    """Steps of the schedule. With train.epochs, the loop replaces them by steps as soon as the data
+    is known; before that, the planner compiles the same program with any number."""
+    return recipe.train.steps or 1
 
 
 def abstract_state(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> TrainState:
@@ -118,8 +124,8 @@ def make_train_step(
     targets that count, nats/token), "grad_norm" (global, before clipping) and "learning_rate" (of
     this update).
     """
-    optimizer = make_optimizer(recipe.optim, recipe.train.steps)
-    schedule = make_schedule(recipe.optim, recipe.train.steps)
+    optimizer = make_optimizer(recipe.optim, _num_steps(recipe))
+    schedule = make_schedule(recipe.optim, _num_steps(recipe))
     graphdef = structure(recipe.model, compute)
 
     def loss_sum(params: Params, microbatch: Batch) -> jax.Array:

@@ -1,0 +1,92 @@
+"""Validation losses of a run, and the best of them so far."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llama_jax.config import Recipe
+from llama_jax.data.batch import ShardBatch
+from llama_jax.data.mixture import Mixture, eval_batches, val_stats
+
+
+class Best(NamedTuple):
+    """The best validation loss so far: the state of early stopping, saved with each checkpoint."""
+
+    loss: float
+    step: int
+    since: int = 0
+    """later evaluations, none of which was better"""
+
+
+def update_best(best: Best | None, step: int, loss: float) -> Best:
+    """The best loss after one more evaluation."""
+    if best is None or loss < best.loss or math.isnan(best.loss):
+        return Best(loss, step)
+    return best._replace(since=best.since + 1)
+
+
+class Evaluation:
+    """Evaluates the validation split of each source.
+
+    Args:
+      recipe: the run.
+      mixture: its prepared sources.
+      shard_batch: places batches on the mesh.
+      eval_step: the jitted function of :func:`llama_jax.train.step.make_eval_step`.
+
+    Example::
+
+      record = Evaluation(recipe, mixture, shard_batch, eval_step)(100, (params,))
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        mixture: Mixture,
+        shard_batch: ShardBatch,
+        eval_step: Callable[..., jax.Array],
+    ):
+        self._recipe, self._mixture = recipe, mixture
+        self._shard_batch, self._eval_step = shard_batch, eval_step
+        rows, max_batches = shard_batch.microbatch_size, recipe.train.eval_batches
+        self._size = rows, max_batches
+        self._val_targets = {
+            name: val_stats(mixture, recipe.data, rows, max_batches, name)
+            for name in mixture.sources
+        }
+
+    def __call__(self, step: int, params: tuple) -> dict[str, Any]:
+        """The record of an evaluation: losses of each source, and of the mixture by their weights.
+
+        Args:
+          step: number of updates so far.
+          params: the first arguments of the evaluation step.
+        """
+        recipe, sources = self._recipe, self._mixture.sources
+        losses = {name: self._source(name, params) for name in sources}
+        total_weight = sum(s.weight for s in sources.values())
+        mean = lambda key: (
+            sum(r[key] * sources[name].weight for name, r in losses.items()) / total_weight
+        )
+        return {
+            "kind": "eval",
+            "step": step,
+            "tokens": step * recipe.tokens_per_step,
+            **{key: mean(key) for key in ("loss", "bits_per_byte", "unigram_entropy")},
+            "sources": losses,
+        }
+
+    def _source(self, name: str, params: tuple) -> dict[str, Any]:
+        batches = eval_batches(
+            self._mixture, self._recipe.data, *self._size, name, self._shard_batch.microbatch_rows
+        )
+        sums = [self._eval_step(*params, self._shard_batch(b)) for b in batches]
+        nll = float(sum(np.float64(x) for x in jax.device_get(sums)))
+        targets = self._val_targets[name]
+        return {
+            "loss": nll / targets.tokens, "bits_per_byte": nll / targets.text_bytes / np.log(2),
+            "unigram_entropy": targets.unigram_entropy, "tokens": targets.tokens,
+        }  # fmt: skip
