@@ -51,6 +51,11 @@ def _step_range(bounds: tuple[int, int]) -> tuple[int, int]:
 StepRange = Annotated[tuple[int, int], AfterValidator(_step_range)]
 
 
+SourceFormat = Literal[
+    "auto", "text", "alpaca", "sharegpt", "prompt_response", "messages", "preference"
+]
+
+
 @checked
 class SourceConfig:
     """One text source of the mixture.
@@ -61,10 +66,14 @@ class SourceConfig:
     """
 
     path: RequiredPath
-    """raw text (folder, .txt, .jsonl[.gz|.zst], .parquet), a folder written by `python -m
-    llama_jax.prepare`, or `python:code` / `python:prose` (Python's own standard library)"""
+    """text or conversations (folder, .txt, .json, .jsonl[.gz|.zst], .parquet), a folder written by
+    `python -m llama_jax.prepare`, or `python:code` / `python:prose` / `python:instructions`
+    (Python's own standard library)"""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """sampling weight: share of the training tokens, relative to the other sources"""
+    format: SourceFormat = "auto"
+    """how a record states a text, a conversation or a preference pair; auto: the first record
+    decides"""
 
 
 @checked
@@ -82,8 +91,16 @@ class DataConfig:
     """SentencePiece, tokenizer.json or tiktoken file; empty: train.init_from's, or a new one"""
     seq_len: Positive
     """T, tokens per training sequence"""
-    packing: Literal["concat", "segments"] = "concat"
-    """concat: attention crosses document boundaries, as in LLaMA; segments: it does not"""
+    packing: Literal["concat", "segments", "examples"] = "concat"
+    """concat: attention crosses document boundaries, as in LLaMA; segments: it does not; examples:
+    nor do examples cross sequences, each is whole in one (required for conversations)"""
+    long_examples: Literal["cut", "drop"] = "cut"
+    """conversations longer than T with packing=examples: cut from the right, or dropped"""
+    template: str = ""
+    """chat template of conversations: alpaca, vicuna, gpt4all, chatml, llama2, llama3, or a .jinja
+    file; empty: that of train.init_from"""
+    loss: Literal["answers", "all"] = "answers"
+    """tokens of conversations in the loss: answers with their end-of-turn token, or all"""
     val_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     """fraction of documents kept for validation (prepared folders have their own split)"""
     seed: Seed = 0
@@ -96,6 +113,11 @@ class DataConfig:
     """tokenizer threads; 0: one per CPU core"""
     skip_bad_lines: bool = False
     """skip and count lines that are not valid JSON or have no text; false: raise an error"""
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether attention stays inside each document, so that batches have segment ids."""
+        return self.packing != "concat"
 
     def __post_init__(self):
         if not self.sources:

@@ -54,7 +54,7 @@ def abstract_batch(recipe: Recipe, mesh: Mesh, spec: P) -> Batch:
     shape = microbatches, recipe.train.batch_size // microbatches, recipe.data.seq_len
     sharding = NamedSharding(mesh, P(None, *spec))
     fields = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in DTYPES]
-    return Batch(*fields) if recipe.data.packing == "segments" else Batch(*fields[:2])
+    return Batch(*fields) if recipe.data.has_segments else Batch(*fields[:2])
 
 
 class ShardBatch:

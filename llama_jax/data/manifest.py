@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,8 +25,8 @@ FORMAT = 1
 """version of the shards"""
 MANIFEST = "manifest.json"
 SPLITS = ("train", "holdout")
-SHARD_FILES = ("tokens", "starts")
-"""extensions of the two files of a shard"""
+TEMPLATE_FILE = "chat_template.jinja"
+"""the chat template of a source of conversations"""
 _BLOCK = 2**24  # bytes that verify reads at a time
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
@@ -41,13 +41,15 @@ class _Checked(pydantic.BaseModel):
 
 
 class Shard(_Checked):
-    """Two files: NAME.tokens, and NAME.starts with the offset of each document in tokens."""
+    """NAME.tokens, NAME.starts with the offset of each document in tokens, and for conversations
+    NAME.mask with 1 (uint8) for each token that counts in the loss."""
 
     name: Name
     tokens: Annotated[Count, Field(gt=0)]
     documents: Annotated[Count, Field(gt=0)]
     tokens_sha256: Sha256
     starts_sha256: Sha256
+    mask_sha256: Sha256 | None = None
 
 
 class Split(_Checked):
@@ -57,6 +59,8 @@ class Split(_Checked):
     tokens: Count
     text_bytes: Count
     shards: list[Shard]
+    counted: Count | None = None
+    """tokens of conversations that count in the loss"""
 
     @pydantic.model_validator(mode="after")
     def _sums(self) -> "Split":
@@ -75,6 +79,16 @@ class Splits(_Checked):
     holdout: Split
 
 
+class Conversations(_Checked):
+    """How conversations became tokens. With the format "preference", a document with the chosen
+    answer is followed by one with the rejected answer."""
+
+    format: str
+    template: str
+    template_sha256: Sha256
+    loss: Literal["answers", "all"]
+
+
 class SourceManifest(_Checked):
     """The manifest of a source."""
 
@@ -89,7 +103,15 @@ class SourceManifest(_Checked):
     skipped: dict[str, Count] = {}
     made_from: dict[str, Any] = {}
     bad_lines: dict[str, Count] = {}
+    conversations: Conversations | None = None
     sha256: Sha256 = "0" * 64
+
+    @pydantic.model_validator(mode="after")
+    def _masks(self) -> "SourceManifest":
+        shards = (*self.splits.train.shards, *self.splits.holdout.shards)
+        if any((s.mask_sha256 is None) != (self.conversations is None) for s in shards):
+            raise ValueError("shards of conversations, and no others, have a mask_sha256")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _ids_fit(self) -> "SourceManifest":
@@ -122,6 +144,24 @@ class MixtureManifest(_Checked):
     tokenizer: TokenizerEntry
     sha256: Sha256 = "0" * 64
     sources: Annotated[dict[Name, SourceEntry], Field(min_length=1)]
+
+
+def shard_files(manifest: dict[str, Any]) -> tuple[str, ...]:
+    """Extensions of the files of a shard."""
+    return ("tokens", "starts", "mask") if manifest.get("conversations") else ("tokens", "starts")
+
+
+def file_sizes(kinds: Iterable[str], shard: dict[str, Any], width: int) -> dict[str, int]:
+    """Bytes of the files of a shard.
+
+    Args:
+      kinds: extensions of the files.
+      shard: number of its tokens and documents.
+      width: bytes per id.
+    """
+    tokens, documents = shard["tokens"], shard["documents"]
+    sizes = {"tokens": tokens * width, "starts": documents * 8, "mask": tokens}
+    return {kind: sizes[kind] for kind in kinds}
 
 
 def digest(content: Any) -> str:
@@ -269,11 +309,20 @@ def verify(folder: str | Path) -> list[str]:
 
 def check_tokenizer(path: Path, wanted: str) -> list[str]:
     """Problems with a tokenizer's file: it is missing, or has another hash."""
+    return _check_hash("tokenizer", path, wanted)
+
+
+def check_template(path: Path, wanted: str) -> list[str]:
+    """Problems with the file of a chat template: it is missing, or has another hash."""
+    return _check_hash("chat template", path, wanted)
+
+
+def _check_hash(kind: str, path: Path, wanted: str) -> list[str]:
     if not path.is_file():
-        return [f"tokenizer {path} is missing; prepare the data again"]
+        return [f"{kind} {path} is missing; prepare the data again"]
     if (found := sha256(path)) != wanted:
         return [
-            f"tokenizer {path} was altered: its sha256 is {found[:12]}, the manifest says "
+            f"{kind} {path} was altered: its sha256 is {found[:12]}, the manifest says "
             f"{wanted[:12]}; prepare the data again"
         ]
     return []
@@ -284,12 +333,17 @@ def _verify_source(folder: Path, manifest: dict[str, Any]) -> list[str]:
     # `prepare` always writes a tokenizer; other programs may not.
     if manifest.get("made_from") or (folder / "tokenizer.model").exists():
         problems += check_tokenizer(folder / "tokenizer.model", manifest["tokenizer_sha256"])
+    if conversations := manifest.get("conversations"):
+        problems += check_template(folder / TEMPLATE_FILE, conversations["template_sha256"])
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     shards = [s for split in SPLITS for s in manifest["splits"][split]["shards"]]
-    total = sum(s["tokens"] * dtype.itemsize + s["documents"] * 8 for s in shards)
+    kinds = shard_files(manifest)
+    total = sum(sum(file_sizes(kinds, s, dtype.itemsize).values()) for s in shards)
     with tqdm(desc=f"verify {folder}", total=total, unit="B", unit_scale=True, disable=None) as bar:
         for shard in shards:
             try:
+                for kind, size in file_sizes(kinds, shard, dtype.itemsize).items():
+                    check_file(folder / f"{shard['name']}.{kind}", size)
                 _verify_shard(folder, shard, dtype, manifest["vocab_size"], bar)
             except (ValueError, OSError) as e:
                 problems.append(str(e))
@@ -299,25 +353,31 @@ def _verify_source(folder: Path, manifest: dict[str, Any]) -> list[str]:
 def _verify_shard(
     folder: Path, shard: dict[str, Any], dtype: np.dtype, vocab_size: int, bar: tqdm
 ) -> None:
-    tokens, offsets = (folder / f"{shard['name']}.{kind}" for kind in SHARD_FILES)
-    check_file(tokens, shard["tokens"] * dtype.itemsize)
-    check_file(offsets, shard["documents"] * 8)
-    found = hashlib.sha256()
+    file = lambda kind: folder / f"{shard['name']}.{kind}"
     largest = 0
-    for block in _blocks(tokens, bar):
-        found.update(block)
+    for block in _hashed_blocks(file("tokens"), shard["tokens_sha256"], bar):
         largest = max(largest, int(np.frombuffer(block, dtype).max()))
-    if found.hexdigest() != shard["tokens_sha256"]:
-        raise ValueError(f"shard {tokens} was altered: another sha256; prepare the source again")
     if largest >= vocab_size:
-        raise ValueError(f"shard {tokens} has id {largest}, outside the vocabulary of {vocab_size}")
-    found = hashlib.sha256()
+        raise ValueError(
+            f"shard {file('tokens')} has id {largest}, outside the vocabulary of {vocab_size}"
+        )
     last = -1
-    for block in _blocks(offsets, bar):
+    for block in _hashed_blocks(file("starts"), shard["starts_sha256"], bar):
+        offsets = np.frombuffer(block, "<u8")
+        last = check_doc_offsets(file("starts"), offsets, last, shard["tokens"])
+    if shard.get("mask_sha256"):
+        for block in _hashed_blocks(file("mask"), shard["mask_sha256"], bar):
+            check_mask(file("mask"), np.frombuffer(block, np.uint8))
+
+
+def _hashed_blocks(path: Path, wanted: str, bar: tqdm) -> Iterator[bytes]:
+    """The content of a file; raises ValueError at its end if it has another hash."""
+    found = hashlib.sha256()
+    for block in _blocks(path, bar):
         found.update(block)
-        last = check_doc_offsets(offsets, np.frombuffer(block, "<u8"), last, shard["tokens"])
-    if found.hexdigest() != shard["starts_sha256"]:
-        raise ValueError(f"shard {offsets} was altered: another sha256; prepare the source again")
+        yield block
+    if found.hexdigest() != wanted:
+        raise ValueError(f"shard {path} was altered: another sha256; prepare the source again")
 
 
 def _blocks(path: Path, bar: tqdm) -> Iterator[bytes]:
@@ -358,6 +418,12 @@ def is_increasing(offsets: np.ndarray, low: int, high: int) -> bool:
     if not len(offsets):
         return True
     return bool(low <= offsets[0] and offsets[-1] < high and (offsets[1:] > offsets[:-1]).all())
+
+
+def check_mask(path: Path, mask: np.ndarray) -> None:
+    """Raise ValueError unless a mask consists of zeros and ones."""
+    if mask.max(initial=0) > 1:
+        raise ValueError(f"shard {path} is damaged: not a mask; prepare the source again")
 
 
 def offsets_error(path: Path) -> ValueError:

@@ -22,12 +22,15 @@ from llama_jax.config import DataConfig
 from llama_jax.data.batch import Batch
 from llama_jax.data.manifest import (
     SPLITS,
+    TEMPLATE_FILE,
     MixtureManifest,
+    check_template,
     check_tokenizer,
     find_source,
     read_manifest,
 )  # fmt: skip
-from llama_jax.data.sequences import SequenceDataset, Source, TokenStream
+from llama_jax.data.sequences import SequenceDataset, Source
+from llama_jax.data.token_stream import TokenStream
 from llama_jax.data.tokenizer import Tokenizer
 
 Rows = Sequence[int] | np.ndarray
@@ -47,6 +50,12 @@ class Mixture:
     vocab_size: int
     """number of ids of the tokenizer"""
     sources: dict[str, Source]
+
+    @property
+    def chat_template(self) -> Path | None:
+        """The template that rendered the conversations; None if all sources are text."""
+        folders = [s.folder for s in self.sources.values() if s.manifest.get("conversations")]
+        return folders[0] / TEMPLATE_FILE if folders else None
 
 
 def open_mixture(folder: str | Path, moved: Mapping[str, Path] | None = None) -> Mixture:
@@ -69,6 +78,7 @@ def open_mixture(folder: str | Path, moved: Mapping[str, Path] | None = None) ->
     if problems := check_tokenizer(tokenizer, top["tokenizer"]["sha256"]):
         raise ValueError(problems[0])
     sources = {}
+    templates: dict[str, str] = {}
     for name, entry in top["sources"].items():
         if moved and name in moved and Path(entry["folder"]).is_absolute():
             entry = entry | {"folder": str(moved[name])}
@@ -78,12 +88,22 @@ def open_mixture(folder: str | Path, moved: Mapping[str, Path] | None = None) ->
                 f"{path} was made with another tokenizer than {folder}; prepare it again"
             )
         sources[name] = Source(name, path, entry["weight"], manifest)
+        if conversations := manifest.get("conversations"):
+            wanted = conversations["template_sha256"]
+            if problems := check_template(path / TEMPLATE_FILE, wanted):
+                raise ValueError(problems[0])
+            templates.setdefault(wanted, name)
         for split in SPLITS:
             stream = TokenStream(path, manifest, split)
             if len(stream) < 2:
                 kind = "training" if split == "train" else "validation"
                 raise ValueError(f"source {name}: {path} has no {kind} text; prepare it again")
             stream.check_doc_offsets()
+    if len(templates) > 1:
+        raise ValueError(
+            f"sources {' and '.join(templates.values())} of {folder} were prepared with different "
+            "chat templates, of which a model can have one; prepare them again with one template"
+        )
     return Mixture(tokenizer, max(s.manifest["vocab_size"] for s in sources.values()), sources)
 
 
@@ -147,8 +167,8 @@ class Progress(NamedTuple):
 class TrainData:
     """Endless training batches of this host, prefetched in threads.
 
-    Each :class:`~llama_jax.data.batch.Batch` has inputs and targets; with packing="segments" also
-    mask, segment ids and positions. B is the number of ``rows``.
+    Each :class:`~llama_jax.data.batch.Batch` has inputs and targets; except with packing="concat"
+    also mask, segment ids and positions. B is the number of ``rows``.
 
     Args:
       mixture: prepared sources.
@@ -246,7 +266,8 @@ def fingerprint(mixture: Mixture, cfg: DataConfig, batch_size: int) -> dict[str,
       cfg: sets T, packing and seed.
       batch_size: sequences per batch over all hosts.
     """
-    return {
+    of_examples = {"long_examples": cfg.long_examples} if cfg.packing == "examples" else {}
+    return of_examples | {
         "batch_size": batch_size,
         "seq_len": cfg.seq_len,
         "packing": cfg.packing,
@@ -343,14 +364,17 @@ def _count_targets(
 ) -> ValStats:
     tokenizer = _tokenizer(mixture.tokenizer)
     counts = np.zeros(mixture.vocab_size, np.int64)
-    documents = 0
+    is_control_V = np.zeros(mixture.vocab_size, bool)
+    is_control_V[[i for i in tokenizer.controls.values() if i < mixture.vocab_size]] = True
+    spaces = 0
     for batch in eval_batches(mixture, cfg, batch_size, max_batches, source):
         used = batch.mask_BT > 0
         counts += np.bincount(batch.targets_BT[used], minlength=len(counts))
-        documents += int((batch.inputs_BT[used] == tokenizer.bos_id).sum())
-    # The bytes of a document's first token include the space that the tokenizer adds before it.
+        after_control = is_control_V[batch.inputs_BT] & ~is_control_V[batch.targets_BT]
+        spaces += int((used & after_control).sum()) * tokenizer.prefix_bytes
+    # The bytes of the first token of a text include the space that the tokenizer adds before it.
     sizes = tokenizer.bytes_of_id_V[: len(counts)]
-    text_bytes = int(counts[: len(sizes)] @ sizes) - documents * tokenizer.prefix_bytes
+    text_bytes = int(counts[: len(sizes)] @ sizes) - spaces
     p = counts[counts > 0] / counts.sum()
     return ValStats(int(counts.sum()), text_bytes, float(-(p * np.log(p)).sum()))
 

@@ -1,17 +1,23 @@
-"""``python -m llama_jax.prepare``: text to a tokenizer and token shards."""
+"""``python -m llama_jax.prepare``: text and conversations to a tokenizer and token shards."""
 
 import argparse
+import dataclasses
 import logging
 import re
 import sys
+from typing import get_args
 
 import pydantic
 
 from llama_jax.config import DataConfig, SourceConfig
+from llama_jax.config.recipe import SourceFormat
+from llama_jax.data.chat_template import BUILT_IN
 from llama_jax.data.manifest import MANIFEST
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.io import read_json_or_empty
 from llama_jax.prepare.mixture import prepare_mixture
+from llama_jax.prepare.python_library import PATHS
+from llama_jax.prepare.show import show
 from llama_jax.prepare.text import KNOWN
 
 EPILOG = """\
@@ -19,6 +25,10 @@ Example: two sources with LLaMA's tokenizer, for a recipe with the sources data/
 
   python -m llama_jax.prepare data --source web=web.jsonl.zst --source code=src/ \\
       --tokenizer tokenizer.model
+
+Example: conversations with the chat template of a checkpoint, and a look at three of them.
+
+  python -m llama_jax.prepare data --source alpaca=alpaca_data.json --tokenizer CHECKPOINT --show 3
 
 Each source becomes the folder OUT/NAME; set data.sources.NAME.path of a recipe to it. The command
 adds to OUT: sources prepared there earlier stay, and all have one tokenizer. Sources that are up to
@@ -48,21 +58,25 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{n['documents']:>12,} documents {n['tokens']:>16,} tokens "
                 f"{n['text_bytes'] / n['tokens']:.2f} bytes/token"
             )
+    if options.show > 0:
+        for name in data.sources:
+            if (out / name / MANIFEST).exists():
+                show(out / name, options.show)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llama_jax.prepare",
-        description="Encode text into token shards for training.",
+        description="Encode text and conversations into token shards for training.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("out", metavar="OUT", help="folder to write: one folder per source, and the tokenizer")
-    what = f"repeatable; PATH: a folder, {KNOWN}, python:code or python:prose"
+    what = f"repeatable; PATH: a folder, {KNOWN}, {', '.join(PATHS)}"
     add("--source", action="append", required=True, metavar="NAME=PATH[:WEIGHT]", help=what)
     tokenizer = parser.add_mutually_exclusive_group(required=True)
-    what = "SentencePiece model, tokenizer.json or tiktoken text"
+    what = "SentencePiece model, tokenizer.json, tiktoken text, or the folder of a checkpoint"
     tokenizer.add_argument("--tokenizer", default="", metavar="FILE", help=what)
     what = "train a tokenizer of V ids, if OUT has no other sources"
     tokenizer.add_argument("--vocab-size", type=int, metavar="V", help=what)
@@ -71,6 +85,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=0, metavar="N", help="threads (default: one per core)")
     what = "leave out lines that cannot be used, and count them (default: stop with an error)"
     add("--skip-bad-lines", action="store_true", help=what)
+    what = "of the records of all sources (default auto: the first record decides)"
+    formats = get_args(SourceFormat)
+    add(
+        "--format",
+        choices=formats,
+        default="auto",
+        metavar="FORMAT",
+        help=f"{', '.join(formats)}: {what}",
+    )
+    what = "chat template of conversations: %s, or a .jinja file (default: that of the folder FILE)"
+    add("--template", default="", metavar="NAME", help=what % ", ".join(BUILT_IN))
+    what = "tokens of conversations that count in the loss (default answers)"
+    add("--loss", choices=("answers", "all"), default="answers", help=what)
+    what = "print N documents of each source, with the tokens that count in the loss marked"
+    add("--show", type=int, default=0, metavar="N", help=what)
     return parser
 
 
@@ -98,11 +127,14 @@ def _settings(options: argparse.Namespace) -> DataConfig:
             name, source = parse_source(argument)
             if name in sources:
                 raise ValueError(f"--source {name} is given twice")
-            sources[name] = source
+            sources[name] = dataclasses.replace(source, format=options.format)
         return DataConfig(
             sources=sources,
             tokenizer=options.tokenizer,
             seq_len=1,
+            packing="examples",
+            template=options.template,
+            loss=options.loss,
             val_fraction=options.val_fraction,
             workers=options.workers,
             skip_bad_lines=options.skip_bad_lines,

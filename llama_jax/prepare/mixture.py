@@ -9,6 +9,8 @@ The result is a folder that :mod:`llama_jax.data.mixture` opens::
     OUT/NAME/train-00000.tokens  little-endian uint16 (uint32 from 65,537 ids on): documents back
                                  to back, each as [BOS] text [EOS]
     OUT/NAME/train-00000.starts  little-endian uint64: where in the shard each document starts
+    OUT/NAME/train-00000.mask    conversations only: uint8, 1 for each token that counts in the loss
+    OUT/NAME/chat_template.jinja conversations only: the template that rendered them
     OUT/NAME/holdout-00000.*     the validation split
 
 Sources that are up to date are not prepared again. Several hosts that share a disk (with working
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_jax.config import DataConfig, SourceConfig
+from llama_jax.data.chat_template import ChatTemplate, load_template
 from llama_jax.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -32,8 +35,10 @@ from llama_jax.data.manifest import (
     read_manifest,
     write_manifest,
 )  # fmt: skip
+from llama_jax.data.sequences import check_packing
 from llama_jax.data.tokenizer_files import MODEL_FILE
 from llama_jax.io import read_json_or_empty, sha256
+from llama_jax.prepare.shards import Encoding
 from llama_jax.prepare.source import prepare_source, wait_for_lock
 from llama_jax.prepare.split import SplitRule, check_val_fraction, split_rule
 from llama_jax.prepare.text import find_files
@@ -82,11 +87,12 @@ def prepare_mixture(
     others = _other_sources(out, data) if keep_sources else {}
     prepared = {**given, **others}
     raw = {
-        name: find_files(name, source.path, data.skip_bad_lines)
+        name: find_files(name, source.path, data.skip_bad_lines, source.format)
         for name, source in data.sources.items()
         if name not in given
     }
     check_val_fraction(data, prepared, bool(raw))
+    template = _template(data, [n for n, s in raw.items() if s.format != "text"])
     manifests = [source.manifest for source in prepared.values()]
     rule = split_rule(raw.values(), data.val_fraction, manifests)
     for name, other in others.items():
@@ -100,8 +106,11 @@ def prepare_mixture(
         check_tokenizer(tokenizer, vocab_size, prepared)
         tokenizer = install_tokenizer(tokenizer, out)
         tokenizer_sha256 = sha256(tokenizer.path)
-    for name, text in raw.items():
-        prepare_source(text, data, rule, tokenizer, tokenizer_sha256, out / name)
+    text = Encoding(tokenizer, rule)
+    conversations = text._replace(template=template, loss=data.loss)
+    for name, source in raw.items():
+        encoding = text if source.format == "text" else conversations
+        prepare_source(source, data, encoding, tokenizer_sha256, out / name)
     with wait_for_lock(out):
         check_unchanged(tokenizer, tokenizer_sha256)
         if keep_sources:  # another command may have added some since
@@ -117,6 +126,20 @@ def prepare_mixture(
         if {**old, "sha256": None} != {**manifest, "sha256": None}:
             write_manifest(out, manifest)
     return out
+
+
+def _template(data: DataConfig, conversations: list[str]) -> ChatTemplate | None:
+    """The template of the sources named; None if there are none.
+
+    Raises:
+      ValueError: there is no template, or the packing is not that of conversations.
+    """
+    for name in conversations:
+        check_packing(name, data.packing)
+    if not conversations:
+        return None
+    tokenizer = Path(data.tokenizer)
+    return load_template(data.template, tokenizer if tokenizer.is_dir() else None)
 
 
 def _prepared(name: str, source: SourceConfig) -> PreparedSource | None:

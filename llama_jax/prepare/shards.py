@@ -10,16 +10,18 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from llama_jax.data.manifest import SHARD_FILES, SPLITS
+from llama_jax.data.chat_template import ChatTemplate
+from llama_jax.data.manifest import SPLITS, file_sizes, shard_files
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.io import atomic_write, read_json_or_empty
+from llama_jax.prepare.records import BadLine, Document
 from llama_jax.prepare.split import SplitRule
-from llama_jax.prepare.text import TEXT, Document, RawSource, read_documents
+from llama_jax.prepare.text import TEXT, RawSource, count_bad_line, read_documents
 
 SHARD_TOKENS = 2**27
 CHUNK_BYTES = 2**18
@@ -36,14 +38,44 @@ def dtype_of(tokenizer: Tokenizer) -> str:
     return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
 
 
+class Encoding(NamedTuple):
+    """How documents become ids."""
+
+    tokenizer: Tokenizer
+    """the mixture's"""
+    rule: SplitRule
+    """which documents are in validation"""
+    template: ChatTemplate | None = None
+    """of conversations; None for text"""
+    loss: str = "answers"
+    """what counts in conversations: "answers", or "all" tokens"""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Extensions of the files of a shard."""
+        return shard_files({"conversations": self.template})
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the ids in shards."""
+        return np.dtype(dtype_of(self.tokenizer)).newbyteorder("<")
+
+
+class Encoded(NamedTuple):
+    """Some documents of one split."""
+
+    ids: np.ndarray
+    """of all documents, back to back"""
+    lengths: list[int]
+    """number of ids of each document"""
+    text_bytes: int
+    """UTF-8 bytes of all documents"""
+    mask: np.ndarray | None = None
+    """which ids of conversations count, uint8"""
+
+
 def encode_files(
-    source: RawSource,
-    files: list[Path],
-    folder: Path,
-    tokenizer: Tokenizer,
-    rule: SplitRule,
-    key: str,
-    workers: int,
+    source: RawSource, files: list[Path], folder: Path, encoding: Encoding, key: str, workers: int
 ) -> None:
     """Encode some files of a source into shards, from where a killed process stopped.
 
@@ -51,24 +83,21 @@ def encode_files(
       source: the source of the files.
       files: what to encode.
       folder: where the shards and the record of progress are.
-      tokenizer: the mixture's.
-      rule: which documents are in validation.
+      encoding: how documents become ids.
       key: hash of all settings; shards of another key are made again.
       workers: threads; 0: one per core.
     """
-    dtype = np.dtype(dtype_of(tokenizer)).newbyteorder("<")
     state = read_json_or_empty(folder / PROGRESS)
-    if state.get("key") != key or not _is_intact(folder, state["splits"], dtype.itemsize):
+    if state.get("key") != key or not _is_intact(folder, state["splits"], encoding):
         state = {"chunks": 0, "splits": {}}
         for left_over in folder.iterdir():
             if left_over.name != ".lock":
                 left_over.unlink()
     bad_lines: collections.Counter[str] = collections.Counter()
+    refused = collections.Counter(state.get("refused", {}))
 
     with contextlib.ExitStack() as stack:
-        writers = {
-            s: ShardWriter(folder, s, dtype.itemsize, state["splits"].get(s)) for s in SPLITS
-        }
+        writers = {s: ShardWriter(folder, s, encoding, state["splits"].get(s)) for s in SPLITS}
         for writer in writers.values():
             stack.enter_context(contextlib.closing(writer))
         encoded_before = sum(w.total["text_bytes"] for w in writers.values())
@@ -77,20 +106,23 @@ def encode_files(
         def record(chunks: int, done: bool = False) -> None:
             states = {s: writer.state(done) for s, writer in writers.items()}
             now = {"key": key, "chunks": chunks, "done": done, "splits": states}
-            now["bad_lines"] = dict(sorted(bad_lines.items())) if done else {}
+            now["refused"] = dict(refused)
+            now["bad_lines"] = dict(sorted((bad_lines + refused).items())) if done else {}
             atomic_write(folder / PROGRESS, json.dumps(now).encode())
 
         # The text before is read again to count its bad lines, but not encoded again.
         chunks = _chunks(read_documents(source, files, bad_lines))
         count, unrecorded = state["chunks"], 0
         todo = itertools.islice(chunks, count, None)
-        encode = functools.partial(_encode, tokenizer, dtype, rule)
-        for encoded in _map_in_order(encode, todo, workers or _cores()):
+        encode = functools.partial(_encode, encoding)
+        for encoded, bad in _map_in_order(encode, todo, workers or _cores()):
+            for line in bad:
+                count_bad_line(line, source, refused)
             count += 1
-            for split, (ids, lengths, text_bytes) in encoded.items():
-                writers[split].add(ids, lengths, text_bytes)
-                bar.update(text_bytes)
-                unrecorded += text_bytes
+            for split, part in encoded.items():
+                writers[split].add(part)
+                bar.update(part.text_bytes)
+                unrecorded += part.text_bytes
             if unrecorded >= PROGRESS_BYTES:
                 record(count)
                 unrecorded = 0
@@ -111,19 +143,49 @@ def _progress_bar(source: RawSource, files: list[Path], initial: int) -> tqdm:
 
 
 def _encode(
-    tokenizer: Tokenizer, dtype: np.dtype, rule: SplitRule, documents: list[Document]
-) -> dict[str, tuple[np.ndarray, list[int], int]]:
-    """By split: ids of the documents back to back, the length of each, bytes of text."""
-    bos, eos = tokenizer.bos_id is not None, tokenizer.eos_id is not None
-    train = [d for d in documents if not rule.is_val(d.key)]
-    val = [d for d in documents if rule.is_val(d.key)]
-    encoded = {}
+    encoding: Encoding, documents: list[Document]
+) -> tuple[dict[str, Encoded], list[BadLine]]:
+    """The documents by split, and the conversations that the template refuses."""
+    encoded, bad = {}, []
+    train = [d for d in documents if not encoding.rule.is_val(d.key)]
+    val = [d for d in documents if encoding.rule.is_val(d.key)]
     for split, docs in zip(SPLITS, (train, val), strict=True):
-        if docs:
-            ids = [tokenizer.encode_array(d.text, bos, eos) for d in docs]
-            flat = np.concatenate(ids).astype(dtype)
-            encoded[split] = flat, [len(i) for i in ids], sum(d.size for d in docs)
-    return encoded
+        ids: list[np.ndarray] = []
+        masks: list[np.ndarray] = []
+        text_bytes = 0
+        for document in docs:
+            try:
+                new_ids, new_masks = _encode_document(encoding, document)
+            except ValueError as e:
+                if document.example is None:
+                    raise
+                bad.append(BadLine("refused by the template", f"{document.where}: {e}"))
+                continue
+            ids += new_ids
+            masks += new_masks
+            text_bytes += document.size
+        if ids:
+            flat = np.concatenate(ids).astype(encoding.dtype)
+            mask = np.concatenate(masks) if masks else None
+            encoded[split] = Encoded(flat, [len(i) for i in ids], text_bytes, mask)
+    return encoded, bad
+
+
+def _encode_document(
+    encoding: Encoding, document: Document
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The ids and the mask of a conversation, or of the two of a pair; text has no mask."""
+    tokenizer, template, example = encoding.tokenizer, encoding.template, document.example
+    if example is None or template is None:
+        bos, eos = tokenizer.bos_id is not None, tokenizer.eos_id is not None
+        return [tokenizer.encode_array(document.text, bos, eos)], []
+    ids, masks = [], []
+    for messages in (example.messages, example.rejected):
+        if messages is not None:
+            new_ids, mask = template.encode_example(messages, tokenizer, tools=example.tools)
+            ids.append(np.array(new_ids, np.int32))
+            masks.append(np.array(mask, np.uint8) | (encoding.loss == "all"))
+    return ids, masks
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -173,13 +235,13 @@ def _hash_start(f: Any, size: int) -> Any:
     return found
 
 
-def _is_intact(folder: Path, splits: dict[str, Any], width: int) -> bool:
+def _is_intact(folder: Path, splits: dict[str, Any], encoding: Encoding) -> bool:
     """Whether incomplete shards still begin with what was recorded."""
     for split, state in splits.items():
         if opened := state["open"]:
             stem = f"{split}-{len(state['shards']):05d}"
-            sizes = opened["tokens"] * width, opened["documents"] * 8
-            for kind, size, expected in zip(SHARD_FILES, sizes, opened["sha256"], strict=True):
+            sizes = file_sizes(encoding.kinds, opened, encoding.dtype.itemsize)
+            for (kind, size), expected in zip(sizes.items(), opened["sha256"], strict=True):
                 try:
                     with open(folder / f"{stem}.{kind}", "rb") as f:
                         if _hash_start(f, size).hexdigest() != expected:
@@ -195,14 +257,16 @@ class ShardWriter:
     Args:
       folder: where the shards are.
       split: name of the split, the first part of the names of files.
-      width: bytes per id.
+      encoding: decides the files of a shard and the bytes per id.
       state: result of :meth:`state`, to continue from there; what was written later is removed.
     """
 
-    def __init__(self, folder: Path, split: str, width: int, state: dict[str, Any] | None):
-        self._folder, self._split, self._width = folder, split, width
+    def __init__(self, folder: Path, split: str, encoding: Encoding, state: dict[str, Any] | None):
+        self._folder, self._split = folder, split
+        self._kinds, self._width = encoding.kinds, encoding.dtype.itemsize
         state = state or {}
-        self.total = {k: state.get(k, 0) for k in ("documents", "tokens", "text_bytes")}
+        totals = ("documents", "tokens", "text_bytes", *["counted"] * ("mask" in self._kinds))
+        self.total = {k: state.get(k, 0) for k in totals}
         self._shards: list[dict[str, Any]] = list(state.get("shards", ()))
         self._files: list[Any] = []
         if opened := state.get("open"):
@@ -212,29 +276,29 @@ class ShardWriter:
         self._name = f"{self._split}-{len(self._shards):05d}"
         self._tokens, self._documents = tokens, documents
         self._hashes = []
-        for kind, size in zip(SHARD_FILES, (tokens * self._width, documents * 8), strict=True):
+        sizes = file_sizes(self._kinds, {"tokens": tokens, "documents": documents}, self._width)
+        for kind, size in sizes.items():
             f = open(self._folder / f"{self._name}.{kind}", "r+b" if size else "wb")  # noqa: SIM115
             self._files.append(f)
             f.truncate(size)
             self._hashes.append(_hash_start(f, size) if size else hashlib.sha256())
 
-    def add(self, ids: np.ndarray, lengths: list[int], text_bytes: int) -> None:
-        """Append documents: their ids back to back, and the length of each.
-
-        Args:
-          ids: of all documents.
-          lengths: number of ids of each document.
-          text_bytes: UTF-8 bytes of all documents.
-        """
+    def add(self, documents: Encoded) -> None:
+        """Append documents."""
         if not self._files:
             self._open()
+        ids, lengths, text_bytes, mask = documents
         starts = (self._tokens + np.cumsum([0, *lengths[:-1]])).astype("<u8")
-        for f, found, content in zip(self._files, self._hashes, (ids, starts), strict=True):
+        contents = (ids, starts) if mask is None else (ids, starts, mask)
+        for f, found, content in zip(self._files, self._hashes, contents, strict=True):
             f.write(content.data)
             found.update(content.data)
         self._tokens += len(ids)
         self._documents += len(lengths)
-        for key, value in zip(self.total, (len(lengths), len(ids), text_bytes), strict=True):
+        added = {"documents": len(lengths), "tokens": len(ids), "text_bytes": text_bytes}
+        if mask is not None:
+            added["counted"] = int(mask.sum(dtype=np.int64))
+        for key, value in added.items():
             self.total[key] += value
         if self._tokens >= SHARD_TOKENS:
             self._finish_shard()
@@ -243,7 +307,7 @@ class ShardWriter:
         self._sync()
         self.close()
         counts = {"name": self._name, "tokens": self._tokens, "documents": self._documents}
-        hashes = zip(SHARD_FILES, self._hashes, strict=True)
+        hashes = zip(self._kinds, self._hashes, strict=True)
         self._shards.append(counts | {f"{kind}_sha256": h.hexdigest() for kind, h in hashes})
 
     def state(self, done: bool) -> dict[str, Any]:

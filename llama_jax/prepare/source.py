@@ -7,11 +7,12 @@ units are in ``NAME.partial`` until all are complete; then the folder is renamed
 import collections
 import contextlib
 import errno
+import hashlib
 import itertools
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,19 @@ from llama_jax.config import DataConfig
 from llama_jax.data.manifest import (
     FORMAT,
     MANIFEST,
-    SHARD_FILES,
     SPLITS,
+    TEMPLATE_FILE,
     SourceManifest,
     digest,
+    file_sizes,
     read_manifest,
+    shard_files,
     write_manifest,
 )  # fmt: skip
-from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.tokenizer_files import MODEL_FILE
 from llama_jax.io import atomic_write, folder_lock, read_json_or_empty, sync_folder
 from llama_jax.prepare import shards
-from llama_jax.prepare.split import SplitRule
+from llama_jax.prepare.shards import Encoding
 from llama_jax.prepare.text import TEXT, RawSource
 from llama_jax.prepare.tokenizer import check_lossless, check_unchanged
 
@@ -45,8 +47,7 @@ UNIT_BYTES = 2**28
 def prepare_source(
     source: RawSource,
     data: DataConfig,
-    rule: SplitRule,
-    tokenizer: Tokenizer,
+    encoding: Encoding,
     tokenizer_sha256: str,
     folder: Path,
 ) -> None:
@@ -55,16 +56,16 @@ def prepare_source(
     Args:
       source: raw text.
       data: val_fraction and workers.
-      rule: which documents are in validation.
-      tokenizer: the mixture's.
-      tokenizer_sha256: hash of its file when it was loaded.
+      encoding: how documents become ids.
+      tokenizer_sha256: hash of the tokenizer's file when it was loaded.
       folder: where the result will be.
 
     Raises:
       ValueError: text that cannot be used, or a tokenizer that loses text.
       OSError: reading or writing failed; incomplete files have been removed.
     """
-    made_from = _made_from(source, data, rule, tokenizer_sha256)
+    tokenizer = encoding.tokenizer
+    made_from = _made_from(source, data, encoding, tokenizer_sha256)
     if not (changed := _changed(source, folder, made_from)):
         return
     if (folder / MANIFEST).exists():
@@ -81,6 +82,13 @@ def prepare_source(
         "vocab_size": tokenizer.vocab_size,
         "dtype": shards.dtype_of(tokenizer),
     }
+    if template := encoding.template:
+        manifest["conversations"] = {
+            "format": source.format,
+            "template": template.name.removeprefix("the template "),
+            "template_sha256": made_from["template"],
+            "loss": encoding.loss,
+        }
     units = _units(source)
     key = digest([made_from, shards.CHUNK_BYTES])  # progress is counted in chunks
     partial = folder.with_name(folder.name + ".partial")
@@ -95,7 +103,7 @@ def prepare_source(
                 if index == len(units):
                     with _naming_errors(folder):
                         if not merged or _changed(source, partial, made_from):
-                            _merge(partial, len(units), manifest, tokenizer)
+                            _merge(partial, len(units), manifest, encoding)
                         _finish(folder, partial)
                     return _report(source, folder)
             if index < 0:
@@ -103,17 +111,24 @@ def prepare_source(
                 continue
             unit = _unit_folder(partial, index)
             with _removed_after_errors(unit), _naming_errors(folder):
-                shards.encode_files(source, units[index], unit, tokenizer, rule, key, data.workers)
+                shards.encode_files(source, units[index], unit, encoding, key, data.workers)
 
 
 def _made_from(
-    source: RawSource, data: DataConfig, rule: SplitRule, tokenizer_sha256: str
+    source: RawSource, data: DataConfig, encoding: Encoding, tokenizer_sha256: str
 ) -> dict[str, Any]:
     """Everything that determines the shards; if it changes, the source is prepared again."""
-    return {
+    of_conversations = {}
+    if template := encoding.template:
+        of_conversations = {
+            "format": source.format,
+            "template": hashlib.sha256(template.source.encode()).hexdigest(),
+            "loss": encoding.loss,
+        }
+    return of_conversations | {
         "input": source.inputs,
         "holdout": data.val_fraction,
-        "split": rule.exceptions(),
+        "split": encoding.rule.exceptions(),
         "tokenizer": tokenizer_sha256,
         "block_bytes": source.block_bytes,
         "section_blocks": source.section_blocks,
@@ -138,7 +153,7 @@ def _changed(source: RawSource, folder: Path, made_from: dict[str, Any]) -> list
             "there; move it, or write to another folder"
         ) from None
     known = old.get("made_from", {})
-    changed = [k for k, v in made_from.items() if known.get(k) != v]
+    changed = [k for k in made_from | known if known.get(k) != made_from.get(k)]
     if not changed and not _is_whole(folder, old):
         changed = ["a shard"]
     if not changed and old.get("bad_lines") and not source.skip_bad_lines:
@@ -147,12 +162,19 @@ def _changed(source: RawSource, folder: Path, made_from: dict[str, Any]) -> list
 
 
 def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
-    width = np.dtype(manifest["dtype"]).itemsize
-    listed = [s for split in manifest["splits"].values() for s in split["shards"]]
-    sizes = {f"{s['name']}.tokens": s["tokens"] * width for s in listed}
-    sizes |= {f"{s['name']}.starts": s["documents"] * 8 for s in listed}
+    width, kinds = np.dtype(manifest["dtype"]).itemsize, shard_files(manifest)
     found = {f.name: f.stat().st_size for f in folder.iterdir()}
-    return MODEL_FILE in found and all(found.get(n) == size for n, size in sizes.items())
+    return all(name in found for name in _other_files(manifest)) and all(
+        found.get(f"{shard['name']}.{kind}") == size
+        for split in manifest["splits"].values()
+        for shard in split["shards"]
+        for kind, size in file_sizes(kinds, shard, width).items()
+    )
+
+
+def _other_files(manifest: dict[str, Any]) -> list[str]:
+    """The files of a source besides its shards."""
+    return [MODEL_FILE, MANIFEST, *[TEMPLATE_FILE] * bool(manifest.get("conversations"))]
 
 
 # Units -------------------------------------------------------------------------------------------
@@ -194,45 +216,60 @@ def _take_unit(partial: Path, count: int, key: str, stack: contextlib.ExitStack)
     return count if done == count else -1
 
 
-def _merge(partial: Path, count: int, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
+def _merge(partial: Path, count: int, manifest: dict[str, Any], encoding: Encoding) -> None:
     """Move the shards of all units into one folder, and write its manifest.
 
     A killed merge can be repeated: a shard that was moved is not moved again.
     """
     states = [read_json_or_empty(_unit_folder(partial, i) / shards.PROGRESS) for i in range(count)]
+    bad_lines = sum((collections.Counter(s["bad_lines"]) for s in states), collections.Counter())
     splits: dict[str, Any] = {}
     for split in SPLITS:
         units = [state["splits"][split] for state in states]
-        splits[split] = {k: sum(u[k] for u in units) for k in ("documents", "tokens", "text_bytes")}
+        totals = [k for k, v in units[0].items() if isinstance(v, int)]
+        splits[split] = {k: sum(u[k] for u in units) for k in totals}
         merged: list[dict[str, Any]] = []
         splits[split]["shards"] = merged
         for index, unit in enumerate(units):
             for shard in unit["shards"]:
                 name = f"{split}-{len(merged):05d}"
                 merged.append(shard | {"name": name})
-                for kind in SHARD_FILES:
+                for kind in encoding.kinds:
                     file = _unit_folder(partial, index) / f"{shard['name']}.{kind}"
                     if file.exists():
                         file.rename(partial / f"{name}.{kind}")
         if not splits[split]["tokens"]:
             shutil.rmtree(partial)
+            why = "because of the validation documents of other small sources"
+            if bad_lines:
+                why = f"because bad lines were left out ({_listed(bad_lines)})"
             raise ValueError(
                 f"source {manifest['name']}: no document is left for "
-                f"{'training' if split == 'train' else 'validation'}, because of the validation "
-                "documents of other small sources; give it more text, or change data.val_fraction"
+                f"{'training' if split == 'train' else 'validation'}, {why}; give it more text, or "
+                "change data.val_fraction"
             )
-    bad_lines = sum((collections.Counter(s["bad_lines"]) for s in states), collections.Counter())
-    atomic_write(partial / MODEL_FILE, tokenizer.path.read_bytes())
+        if not splits[split].get("counted", 1):
+            shutil.rmtree(partial)
+            raise ValueError(
+                f"source {manifest['name']}: none of the {splits[split]['tokens']:,} tokens for "
+                f"{'training' if split == 'train' else 'validation'} counts in the loss: "
+                f"template {manifest['conversations']['template']} marks no answers; give another "
+                "data.template, or set data.loss=all"
+            )
+    atomic_write(partial / MODEL_FILE, encoding.tokenizer.path.read_bytes())
+    if encoding.template:
+        atomic_write(partial / TEMPLATE_FILE, encoding.template.source.encode())
     write_manifest(partial, manifest | {"splits": splits, "bad_lines": dict(bad_lines)})
 
 
 def _finish(folder: Path, partial: Path) -> None:
     """Rename a merged folder; what it replaces, and all other files in it, are removed."""
-    splits = read_manifest(partial, SourceManifest)["splits"]
-    names = [shard["name"] for split in SPLITS for shard in splits[split]["shards"]]
-    expected = {f"{n}.{kind}" for n in names for kind in SHARD_FILES}
+    manifest = read_manifest(partial, SourceManifest)
+    shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+    kinds = shard_files(manifest)
+    expected = {f"{s['name']}.{kind}" for s in shards for kind in kinds}
     for file in list(partial.iterdir()):
-        if file.name not in {MODEL_FILE, MANIFEST} | expected:
+        if file.name not in {*expected, *_other_files(manifest)}:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
@@ -248,13 +285,17 @@ def _report(source: RawSource, folder: Path) -> None:
     manifest = read_manifest(folder, SourceManifest)
     documents = sum(manifest["splits"][split]["documents"] for split in SPLITS)
     if bad := manifest["bad_lines"]:
-        listed = ", ".join(f"{count} {reason}" for reason, count in bad.items())
-        log.warning(f"source {source.name}: left out {sum(bad.values())} bad lines: {listed}")
-    if documents > len(source.files) and source.files[0].name.endswith(TEXT):
+        log.warning(f"source {source.name}: left out {sum(bad.values())} bad lines: {_listed(bad)}")
+    is_text = source.format == "text" and source.files[0].name.endswith(TEXT)
+    if is_text and documents > len(source.files):
         log.info(
             f"source {source.name}: {len(source.files)} text files split into {documents} "
             f"documents of up to {source.block_bytes / 1024:.0f} KiB, at blank lines where possible"
         )
+
+
+def _listed(bad_lines: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in bad_lines.items())
 
 
 @contextlib.contextmanager

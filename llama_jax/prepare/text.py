@@ -1,30 +1,33 @@
 """Reading of text: the files of a source (:func:`find_files`) and their documents.
 
-A source is a folder of text, a .txt, .jsonl[.gz|.zst] or .parquet file, or the standard library of
-the running Python. Errors name the file and the line.
+A source is a folder of text, a .txt, .jsonl[.gz|.zst] or .parquet file, conversations in one of the
+latter two or in .json, or the standard library of the running Python. Errors name the file and the
+line.
 """
 
-import ast
 import collections
 import dataclasses
 import functools
-import gzip
-import hashlib
-import inspect
-import io
-import json
 import logging
 import os
 import re
 import sys
-import sysconfig
-import tokenize
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from llama_jax.data.manifest import digest
+from llama_jax.prepare import python_library
+from llama_jax.prepare.conversations import format_of, instruction_document, read_conversations
+from llama_jax.prepare.records import (
+    JSON,
+    JSONL,
+    BadLine,
+    Document,
+    key_of,
+    read_json,
+    read_lines,
+    read_parquet,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,37 +37,8 @@ TEXT = (
     ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".scala", ".swift", ".js", ".ts",
     ".rb", ".php", ".pl", ".lua", ".jl", ".hs", ".ml", ".el", ".sh", ".sql", ".toml", ".yaml",
 )
-# Folders of the standard library that are tests, installed packages, or tables. The tables in
-# encodings are near-copies of one another: validation text would be in training.
-_NOT_LIBRARY = {
-    "test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "encodings",
-    "pydoc_data",
-}
 # fmt: on
-JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-_MAX_LINE_BYTES = 2**28
-"""Longest line of a .jsonl file; several copies of a line are in memory."""
-KNOWN = f"{', '.join(JSONL)}, .parquet, or text ({' '.join(TEXT[:10])} ...)"
-
-
-class Document(NamedTuple):
-    """A text and the key that decides its split."""
-
-    text: str
-    key: int
-    """64-bit hash of the text; for docstrings of their module; for a block of a long text file of
-    the first block of its section"""
-    size: int
-    """bytes of UTF-8"""
-
-
-class BadLine(NamedTuple):
-    """A line, row or block that cannot be used."""
-
-    reason: str
-    """kind of problem, for counting"""
-    message: str
-    """place and problem"""
+KNOWN = f"{', '.join(JSONL)}, .json, .parquet, or text ({' '.join(TEXT[:10])} ...)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +58,8 @@ class RawSource:
     """number of files left out, by extension"""
     skip_bad_lines: bool = False
     """leave out what cannot be used, instead of raising an error"""
+    format: str = "text"
+    """"text", or how the records state their messages"""
 
     @property
     def is_python(self) -> bool:
@@ -121,36 +97,45 @@ class RawSource:
 # Files -------------------------------------------------------------------------------------------
 
 
-def find_files(name: str, path: str, skip_bad_lines: bool = False) -> RawSource:
+def find_files(
+    name: str, path: str, skip_bad_lines: bool = False, format: str = "auto"
+) -> RawSource:
     """The files of a source, in a fixed order.
 
     Args:
       name: name of the source, which is also that of its folder of shards.
-      path: file, folder, "python:code" or "python:prose".
+      path: file, folder, or one of :data:`python_library.PATHS`.
       skip_bad_lines: leave out what cannot be used, instead of raising an error.
+      format: "text", how the records state their messages, or "auto": the first record decides.
 
     Raises:
-      ValueError: the path does not exist, or has no text.
+      ValueError: the path does not exist or has no text, or the first record has an unknown
+        format.
     """
     where = f"source {name}: {path!r}"
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(
             f"source name {name!r} must be of letters, digits, - and _ (it names a folder)"
         )
-    if path in ("python:code", "python:prose"):
-        root = Path(sysconfig.get_path("stdlib"))
-        files = [f for f in _files_below(root, _NOT_LIBRARY) if f.suffix == ".py"]
-        files = [f for f in files if not f.name.startswith("_sysconfigdata")]
+    if path in python_library.PATHS:
+        root = python_library.root()
+        left_out = python_library.LEFT_OUT
+        files = [f for f in _files_below(root, left_out) if python_library.is_module(f)]
         if not files:
             raise ValueError(f"{where}: {root} has no .py files; give a path to text")
-        return RawSource(name, path, tuple(files), {})
+        format = "messages" if path == "python:instructions" else "text"
+        return RawSource(name, path, tuple(files), {}, format=format)
     if path.startswith("python:"):
-        raise ValueError(f"{where} is unknown; the embedded ones are python:code and python:prose")
+        raise ValueError(
+            f"{where} is unknown; the embedded ones are python:code and python:prose (text), and "
+            "python:instructions (conversations)"
+        )
     root = Path(path)
     if path and root.is_file():
-        if _reader(root) is None:
+        if _reader(root) is None and not _is_json(root):
             raise ValueError(f"{where} has an unknown extension; known are {KNOWN}")
-        return RawSource(name, path, (root,), {}, skip_bad_lines)
+        format = _format([root], skip_bad_lines, format)
+        return RawSource(name, path, (root,), {}, skip_bad_lines, format)
     if path and root.exists() and not root.is_dir():
         raise ValueError(f"{where} is not a regular file; give a file or folder")
     if not path or not root.is_dir():
@@ -161,13 +146,35 @@ def find_files(name: str, path: str, skip_bad_lines: bool = False) -> RawSource:
     # is_file() leaves out pipes, devices and broken links.
     found = [f for f in _files_below(root, set()) if f.is_file() and f.stat().st_size]
     files = [f for f in found if _reader(f) and not _is_binary(f)]
+    format = _format(files or [f for f in found if _is_json(f)], skip_bad_lines, format)
+    if format != "text" or not files:
+        files = [f for f in found if _has_records(f)]
     skipped = collections.Counter(f.suffix or f.name for f in set(found) - set(files))
     if not files:
         raise ValueError(f"{where} has no text in {len(found)} files; known are {KNOWN}")
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(8))
         log.warning(f"{where}: skipped {skipped.total()} files that are not text: {kinds}")
-    return RawSource(name, path, tuple(files), dict(sorted(skipped.items())), skip_bad_lines)
+    return RawSource(
+        name, path, tuple(files), dict(sorted(skipped.items())), skip_bad_lines, format
+    )
+
+
+def _format(files: list[Path], skip_bad_lines: bool, format: str) -> str:
+    """The format of some files: the one given, or that of the first record."""
+    if format != "auto":
+        return format
+    if not files or not all(_has_records(f) for f in files):
+        return "text"
+    return format_of(files[0], skip_bad_lines)
+
+
+def _has_records(file: Path) -> bool:
+    return _is_json(file) or file.name.lower().endswith((*JSONL, ".parquet"))
+
+
+def _is_json(file: Path) -> bool:
+    return file.name.lower().endswith(JSON)
 
 
 def _files_below(root: Path, leave_out: set[str]) -> list[Path]:
@@ -207,32 +214,49 @@ def read_documents(
     """Documents of some files of a source, without blank ones.
 
     Args:
-      source: the source, whose ``skip_bad_lines`` says what happens to lines, rows and blocks that
-        cannot be used.
+      source: the source, whose ``skip_bad_lines`` says what happens to lines, rows, records and
+        blocks that cannot be used.
       files: some of its files.
       bad_lines: counter to which those left out are added, by reason.
 
     Raises:
-      ValueError: not UTF-8, damaged JSON, no text field; names the file and line.
+      ValueError: not UTF-8, damaged JSON, no text field, a bad record; names the file and line.
     """
     for file in files:
-        prose = source.path == "python:prose"
-        for document in _module(file, prose) if source.is_python else _read_file(file, source):
+        for document in _read_file(file, source):
             if isinstance(document, BadLine):
-                if not source.skip_bad_lines:
-                    raise ValueError(
-                        f"{document.message}; correct it, or leave out bad lines "
-                        "(--skip-bad-lines, data.skip_bad_lines=true)"
-                    )
-                if bad_lines is not None:
-                    bad_lines[document.reason] += 1
+                count_bad_line(document, source, bad_lines)
             elif document.size and not document.text.isspace():
                 yield document
 
 
+def count_bad_line(
+    bad: BadLine, source: RawSource, bad_lines: collections.Counter[str] | None
+) -> None:
+    """Count what cannot be used, or raise ValueError without ``skip_bad_lines``.
+
+    Args:
+      bad: a line, row, record or block.
+      source: its source.
+      bad_lines: counter by reason.
+    """
+    if not source.skip_bad_lines:
+        raise ValueError(
+            f"{bad.message}; correct it, or leave out bad lines "
+            "(--skip-bad-lines, data.skip_bad_lines=true)"
+        )
+    if bad_lines is not None:
+        bad_lines[bad.reason] += 1
+
+
 def _read_file(file: Path, source: RawSource) -> Iterator[Document | BadLine]:
-    reader = _reader(file)
-    assert reader is not None
+    if source.is_python:
+        yield from _read_module(file, source.path)
+        return
+    if source.format != "text":
+        yield from read_conversations(file, source.format)
+        return
+    reader = _reader(file) or _read_jsonl
     section = source.section_blocks if reader is _read_text else 1
     key: int | None = None
     for number, text in enumerate(reader(file, source.block_bytes)):
@@ -240,12 +264,18 @@ def _read_file(file: Path, source: RawSource) -> Iterator[Document | BadLine]:
             yield text
             continue
         if key is None or (section and number % section == 0):
-            key = _key(text)
+            key = key_of(text)
         yield Document(text, key, len(text.encode()))
 
 
-def _key(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def _read_module(file: Path, path: str) -> Iterator[Document]:
+    """The documents of a module of the standard library. The key of all is that of the code."""
+    code, texts = python_library.read_module(file, path)
+    for text in texts:
+        if isinstance(text, str):
+            yield Document(text, key_of(code), len(text.encode()))
+        else:
+            yield instruction_document(text, file, key_of(code))
 
 
 def _read_text(file: Path, block_bytes: int) -> Iterator[str | BadLine]:
@@ -287,41 +317,11 @@ def _block_end(content: bytes, block_bytes: int) -> int:
 
 
 def _read_jsonl(file: Path, _: int) -> Iterator[str | BadLine]:
-    number = 0
-    try:
-        with _open_lines(file) as lines:
-            while line := lines.readline(_MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > _MAX_LINE_BYTES:
-                    raise ValueError(
-                        f"{file} line {number} is longer than {_MAX_LINE_BYTES:,} bytes; split it"
-                    )
-                if not line.isspace():
-                    yield _json_text(line, f"{file} line {number}")
-    except (OSError, EOFError, zlib.error) as e:
-        raise ValueError(f"{file} is damaged after line {number}: {e}") from None
-    if not number:
-        raise ValueError(f"{file} is empty; give a file with text")
+    for record in read_json(file) if _is_json(file) else read_lines(file):
+        yield record if isinstance(record, BadLine) else _text_field(*record)
 
 
-def _open_lines(file: Path) -> Any:
-    if file.suffix.lower() == ".gz":
-        return gzip.open(file)
-    if file.suffix.lower() == ".zst":
-        import pyarrow
-
-        # pyarrow raises for a truncated file; the package zstandard does not.
-        return io.BufferedReader(pyarrow.CompressedInputStream(str(file), "zstd"), 2**16)
-    return open(file, "rb")
-
-
-def _json_text(line: bytes, where: str) -> str | BadLine:
-    try:
-        record = json.loads(line)
-    except RecursionError:
-        return BadLine("not JSON", f"{where} is not JSON: nested too deeply")
-    except ValueError as e:
-        return BadLine("not JSON", f"{where} is not JSON: {e}")
+def _text_field(where: str, record: object) -> str | BadLine:
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         fields = ", ".join(list(record)[:8]) if isinstance(record, dict) else ""
         found = f"fields {fields!s:.200}" if fields else f"a {type(record).__name__}"
@@ -330,27 +330,12 @@ def _json_text(line: bytes, where: str) -> str | BadLine:
 
 
 def _read_parquet(file: Path, _: int) -> Iterator[str | BadLine]:
-    import pyarrow
-    from pyarrow import parquet
-
-    row = 0
-    try:
-        with parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            if "text" not in names:
-                raise ValueError(f'{file} has no "text" column, only {", ".join(names[:8])}')
-            for batch in table.iter_batches(batch_size=64, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    if isinstance(text, str):
-                        yield _unicode(text, f"{file} row {row}")
-                    else:
-                        found = f'{file} row {row}: "text" is {text!r:.40}, not a string'
-                        yield BadLine("no text", found)
-    except (pyarrow.ArrowException, OSError) as e:
-        raise ValueError(
-            f"{file} is not a parquet file, or is damaged after row {row}: {e}"
-        ) from None
+    for record in read_parquet(file, ["text"]):
+        text = record.value["text"]
+        if isinstance(text, str):
+            yield _unicode(text, record.where)
+        else:
+            yield BadLine("no text", f'{record.where}: "text" is {text!r:.40}, not a string')
 
 
 def _unicode(text: str, where: str) -> str | BadLine:
@@ -359,26 +344,3 @@ def _unicode(text: str, where: str) -> str | BadLine:
     except UnicodeEncodeError as e:
         return BadLine("not Unicode", f"{where}: the text is not valid Unicode ({e.reason})")
     return text
-
-
-@functools.lru_cache(maxsize=4096)
-def _module(file: Path, prose: bool) -> tuple[Document, ...]:
-    """The code or the docstrings of a module. The key of both is that of the code."""
-    try:
-        with tokenize.open(file) as f:
-            code = f.read()
-        text = "\n\n".join(_docstrings(ast.parse(code))) if prose else code
-    except (SyntaxError, UnicodeDecodeError):  # the standard library has some invalid files
-        return ()
-    return (Document(text, _key(code), len(text.encode())),)
-
-
-def _docstrings(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
-        if text:
-            yield text
-    for field in ("body", "orelse", "handlers", "finalbody"):  # definitions are statements
-        children = getattr(node, field, None)
-        for child in children if isinstance(children, list) else ():
-            yield from _docstrings(child)

@@ -66,7 +66,7 @@ def check_attention(recipe: Recipe, mesh: Mesh) -> None:
     keys = shape(S, cfg.num_kv_heads)
 
     def attend(q, k, v, positions, kv_positions):
-        segmented = recipe.data.packing == "segments"
+        segmented = recipe.data.has_segments
         return rotary_attention(
             q, k, v, positions, rope_of(cfg, jnp.int32(S)), kv_positions_BS=kv_positions,
             segment_ids_BT=positions if segmented else None,

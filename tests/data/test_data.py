@@ -17,7 +17,7 @@ import pytest
 
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data import mixture as data_module
-from llama_jax.data import sequences
+from llama_jax.data import token_stream
 from llama_jax.data.batch import Batch
 from llama_jax.data.manifest import verify
 from llama_jax.data.mixture import (
@@ -28,7 +28,8 @@ from llama_jax.data.mixture import (
     open_mixture,
     val_stats,
 )
-from llama_jax.data.sequences import SequenceDataset, TokenStream
+from llama_jax.data.sequences import SequenceDataset
+from llama_jax.data.token_stream import TokenStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.prepare.tokenizer import train_tokenizer
 
@@ -656,7 +657,7 @@ def test_documents_that_do_not_start_in_order(copy, monkeypatch):
         with pytest.raises(ValueError, match=r"train-00000.starts is damaged: document offsets"):
             open_mixture(copy)
     # Of very many documents the order is checked where they are read.
-    monkeypatch.setattr(sequences, "MAX_CHECKED_DOCUMENTS", 0)
+    monkeypatch.setattr(token_stream, "MAX_CHECKED_DOCUMENTS", 0)
     starts[[2, 3]] = starts[[3, 2]]
     starts.tofile(path)
     windows = SequenceDataset(open_mixture(copy).sources["a"], config(seq_len=100), "train")

@@ -19,7 +19,8 @@ from llama_jax.data.manifest import verify
 from llama_jax.data.mixture import TrainData, open_mixture
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.prepare.mixture import prepare_mixture
-from llama_jax.prepare.text import _json_text
+from llama_jax.prepare.records import BadLine, parse_line
+from llama_jax.prepare.text import _text_field
 from llama_jax.prepare.tokenizer import first_change, train_tokenizer
 
 TEXTS = [f"text {i}: every good boy does fine and then some\n" for i in range(60)]
@@ -143,6 +144,7 @@ def test_tokenizers(folder, data):
 @settings(suppress_health_check=SHARED_FOLDER)
 @given(line=mutated(b'{"text": "every \\u00e9 good", "n": [1, 2.5, null]}') | st.binary())
 def test_lines(line):
-    found = _json_text(line, "a.jsonl line 1")
+    record = parse_line(line, "a.jsonl line 1")
+    found = record if isinstance(record, BadLine) else _text_field(*record)
     assert isinstance(found, str) or (found.reason and "a.jsonl line 1" in found.message)
     assert len(found.message if not isinstance(found, str) else "") < 600

@@ -26,10 +26,10 @@ from llama_jax.data.manifest import FORMAT, verify
 from llama_jax.data.tokenizer import SentencePiece, Tokenizer
 from llama_jax.prepare import mixture, shards
 from llama_jax.prepare import source as source_module
-from llama_jax.prepare import text as text_module
 from llama_jax.prepare import tokenizer as tokenizer_module
 from llama_jax.prepare.__main__ import main, parse_source
 from llama_jax.prepare.mixture import prepare_mixture
+from llama_jax.prepare.records import key_of
 from llama_jax.prepare.split import SplitRule, split_rule
 from llama_jax.prepare.text import find_files, read_documents
 from llama_jax.prepare.tokenizer import train_tokenizer
@@ -482,7 +482,7 @@ def test_both_splits_have_a_document(tmp_path, model, seed):
 def test_one_rule_for_all_sources(tmp_path, model):
     """A validation document of a small source is a validation document of a large one."""
     docs = texts(100)
-    keys = {t: key for t in docs for key in [text_module._key(t)]}
+    keys = {t: key for t in docs for key in [key_of(t)]}
     small = sorted(docs, key=keys.get)[40:45]  # none is below the threshold
     big, few = jsonl(tmp_path / "big.jsonl", docs), jsonl(tmp_path / "few.jsonl", small)
     out = prepare_mixture(config(model, big=big, few=few, val_fraction=0.05), 320, tmp_path / "out")
@@ -988,7 +988,7 @@ def test_a_damaged_list_of_sources_is_not_replaced(tmp_path, model):
 
 def test_an_added_small_source_does_not_leak(tmp_path, model, caplog):
     """Its validation document may be a training document of a source that was there before."""
-    docs = sorted(texts(100), key=text_module._key)
+    docs = sorted(texts(100), key=key_of)
     big, few = jsonl(tmp_path / "big.jsonl", docs), jsonl(tmp_path / "few.jsonl", docs[40:45])
     out, given = tmp_path / "out", ["--tokenizer", model, "--val-fraction", "0.05"]
     main([str(out), "--source", f"big={big}", *given])

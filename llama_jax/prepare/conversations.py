@@ -1,0 +1,111 @@
+"""Conversation records to documents: the format of a source, and its examples."""
+
+import itertools
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from llama_jax.data.conversations import Example, detect_format, read_example
+from llama_jax.prepare.python_library import Instruction
+from llama_jax.prepare.records import (
+    BadLine,
+    Document,
+    Record,
+    key_of,
+    read_json,
+    read_parquet,
+)
+
+log = logging.getLogger(__name__)
+
+_TRIED_RECORDS = 100
+"""Records at the start of a file that may be bad, with skip_bad_lines."""
+
+
+def read_records(file: Path) -> Iterator[Record | BadLine]:
+    """The records of a .json, .jsonl or .parquet file."""
+    return read_parquet(file) if file.suffix.lower() == ".parquet" else read_json(file)
+
+
+def format_of(file: Path, skip_bad_lines: bool) -> str:
+    """The format of a file, by its first record.
+
+    A record with a text is text, also if it has the fields of a conversation.
+
+    Args:
+      file: .json, .jsonl or .parquet.
+      skip_bad_lines: look at some more records if the first one cannot be used.
+
+    Returns:
+      "text" or a format of conversations.
+
+    Raises:
+      ValueError: the first record is neither; shows it and names the known formats.
+    """
+    for record in itertools.islice(read_records(file), _TRIED_RECORDS if skip_bad_lines else 1):
+        if isinstance(record, BadLine):
+            problem = record.message
+        elif not isinstance(record.value, dict):
+            return "text"  # whose reader names the problem
+        elif isinstance(record.value.get("text"), str):
+            _warn_of_conversation(record)
+            return "text"
+        else:
+            try:
+                return detect_format(record.value)
+            except ValueError as e:
+                kind = "column" if file.suffix.lower() == ".parquet" else "field"
+                fields = ", ".join(list(record.value)[:8])
+                problem = f'{record.where} has no "text" {kind}, only {fields}: {e}'
+        if not skip_bad_lines:
+            raise ValueError(problem)
+    return "text"
+
+
+def _warn_of_conversation(record: Record) -> None:
+    if (format := detect_format(record.value)) != "text":
+        log.warning(
+            f'{record.where} has the field "text" and those of the format {format!r}: it is read '
+            f"as text; to read it as a conversation, name the format: {format}"
+        )
+
+
+def read_conversations(file: Path, format: str) -> Iterator[Document | BadLine]:
+    """The conversations of a file.
+
+    Args:
+      file: .json, .jsonl or .parquet.
+      format: how a record states its messages.
+    """
+    for record in read_records(file):
+        if isinstance(record, BadLine):
+            yield record
+            continue
+        try:
+            yield _document(read_example(record.value, format), record.where)
+        except ValueError as e:
+            yield BadLine("bad record", f"{record.where}: {e}")
+
+
+def _document(example: Example, where: str, key: int | None = None) -> Document:
+    messages = (*example.messages, *(example.rejected or ())[-1:])
+    text = "\n".join(message["content"] for message in messages)
+    if key is None:
+        key = key_of(json.dumps(example, sort_keys=True, ensure_ascii=False))
+    return Document(text, key, len(text.encode()), example, where)
+
+
+def instruction_document(instruction: Instruction, file: Path, key: int) -> Document:
+    """The conversation of a question and its answer.
+
+    Args:
+      instruction: about the standard library.
+      file: the module.
+      key: of the module.
+    """
+    messages = [
+        {"role": "user", "content": instruction.question},
+        {"role": "assistant", "content": instruction.answer},
+    ]
+    return _document(Example(messages), str(file), key)
