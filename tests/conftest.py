@@ -63,6 +63,7 @@ RUN_ONCE = (
     "test_hlo",
     "test_quantize",
     "test_convert_quantized",
+    "test_peft",
     "test_sampling",
     "test_tokenizer_llama3",
 )

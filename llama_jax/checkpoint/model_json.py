@@ -29,7 +29,8 @@ def make_metadata(
       token_ids: ids of "bos", "eos" (one or a list) and "pad"; those that exist.
       quantize: "int8" or "int4" if the matrices of the layers are stored so.
       adapter: if the arrays are those of a LoRA adapter: its "rank", "alpha", "targets", "rslora"
-        and "base", the "path" and "sha256" of the weights that it was trained on.
+        and "base", the "path" and "sha256" ("": unknown) of the weights that it was trained on,
+        with "quantize" ("int8" or "int4") if training quantized them.
     """
     tree = FORMAT | {"model": to_dict(cfg), "token_ids": token_ids}
     optional = {"quantize": quantize, "adapter": adapter}
@@ -101,14 +102,16 @@ def _check_adapter(adapter: Any, path: Path) -> None:
     try:
         rank, alpha, targets = adapter["rank"], adapter["alpha"], adapter["targets"]
         base = adapter["base"]["path"], adapter["base"]["sha256"]
+        quantize = adapter["base"].get("quantize")
         ok = (
             type(rank) is int and 1 <= rank <= _MAX_ADAPTER_RANK
             and type(alpha) in (int, float) and 0 < alpha < 1e12
             and isinstance(targets, list) and 0 < len(targets) == len(set(targets))
             and set(targets) <= set(_TARGETS)
             and type(adapter["rslora"]) is bool and all(isinstance(text, str) for text in base)
+            and quantize in (None, *QUANTIZED)
         )  # fmt: skip
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         ok = False
     if not ok:
         raise ConfigError(

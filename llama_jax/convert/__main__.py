@@ -1,6 +1,8 @@
-"""Convert weights between Meta, Hugging Face and our Orbax checkpoints, bit for bit.
+"""Convert weights between Meta, Hugging Face and our Orbax checkpoints, bit for bit, and LoRA
+adapters between PEFT's format and ours.
 
 python -m llama_jax.convert SOURCE DESTINATION [--to orbax|hf|meta] [--dtype D] [--verify]
+python -m llama_jax.convert ADAPTER DESTINATION [--to peft|orbax] [--base BASE] [--merge]
 python -m llama_jax.convert --inspect PATH
 """
 
@@ -59,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     arg("source", nargs="?", type=Path, metavar="SOURCE",
         help="folder of weights; its format is recognized")  # fmt: skip
     arg("destination", nargs="?", type=Path, metavar="DESTINATION", help="folder to create")
-    arg("--to", choices=list(NAMES), help="format to write (default: orbax, or hf from orbax)")
+    arg("--to", choices=[*NAMES, "peft"], help="format to write (default: orbax, or hf from orbax)")
     dtypes = ["keep", *(d.name for d in FLOATS)]
     arg("--dtype", choices=dtypes, default="keep", help="dtype to write (default: keep)")
     arg("--quantize", choices=QUANTIZED, help="quantize the matrices of the layers (Orbax only)")
@@ -68,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
         "such as 8GiB (default: 2GiB)")  # fmt: skip
     arg("--verify", action="store_true", help="read the result back and compare with the source")
     arg("--context", type=int, metavar="T", help="context length, which params.json lacks")
+    arg(
+        "--base",
+        metavar="BASE",
+        help="weights that an adapter was trained on (default: as it says)",
+    )
+    arg("--merge", action="store_true", help="write the base's weights with the adapter added")
     arg("--inspect", type=Path, metavar="PATH", help="describe the content of a folder")
     return parser
 

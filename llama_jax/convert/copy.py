@@ -25,6 +25,7 @@ from llama_jax.config import to_dict
 from llama_jax.convert.formats import ConvertError
 from llama_jax.convert.sources import CheckpointWriter, Format, SourceCheckpoint, normalized
 from llama_jax.convert.tensors import LayerTensor, Weights, layer_tensors, rows_per_chunk
+from llama_jax.io import sync_folder
 
 _WORKERS = min(4, os.cpu_count() or 1)
 _COPIES = 4
@@ -270,7 +271,7 @@ def _in_parallel(
 
 def file_stamps(source: SourceCheckpoint) -> list[list[Any]]:
     """Path, size and time of the source's files; only an unchanged source can be resumed."""
-    files = [source.files[0] / "_METADATA"] if source.format == "orbax" else source.files
+    files = [f / "_METADATA" if f.is_dir() else f for f in source.files]
     return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
@@ -350,3 +351,22 @@ def _finished(progress: IO[str]) -> dict[str, str]:
             continue  # incomplete because the run was killed
     progress.seek(0, os.SEEK_END)
     return digests
+
+
+# The result ---------------------------------------------------------------------------------------
+
+
+def rename(partial: Path, destination: Path) -> None:
+    """Rename the complete result to its destination."""
+    if destination.exists():
+        destination.rmdir()  # empty when the run started; otherwise this fails
+    partial.rename(destination)
+    sync_folder(destination.absolute().parent)
+
+
+def sync(folder: Path) -> None:
+    """Sync every file and folder to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)

@@ -16,7 +16,7 @@ import numpy as np
 from llama_jax.config import ModelConfig, RopeConfig
 from llama_jax.convert import formats, sources, torch_files
 from llama_jax.convert.formats import ConvertError, TensorSlice, first_names, raise_if_any, short
-from llama_jax.convert.sources import CheckpointWriter, Report, SourceCheckpoint
+from llama_jax.convert.sources import CheckpointWriter, ModelFolder, Report, SourceCheckpoint
 from llama_jax.convert.tensors import Shard, TorchWeights, layer_tensors
 from llama_jax.data import tokenizer_files
 from llama_jax.io import atomic_write
@@ -420,7 +420,7 @@ def _split_evenly(sizes: dict[str, int], count: int) -> list[list[str]]:
     return groups
 
 
-def small_files(source: SourceCheckpoint, dtype: str) -> tuple[dict[str, Any], list[str]]:
+def small_files(source: ModelFolder, dtype: str) -> tuple[dict[str, Any], list[str]]:
     """Settings and tokenizer files of a Hugging Face folder by name, without those that are copied
     from the source, and warnings; `dtype` names the dtype of the weights."""
     warnings = []

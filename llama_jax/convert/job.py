@@ -14,45 +14,60 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from llama_jax.checkpoint import file_hashes
 from llama_jax.checkpoint.model_json import QUANTIZED, make_metadata, write_metadata
 from llama_jax.config import MODELS, to_dict
-from llama_jax.convert import copy, huggingface, logits, meta, orbax, sources
+from llama_jax.convert import (
+    adapter_job,
+    adapters,
+    copy,
+    huggingface,
+    logits,
+    meta,
+    orbax,
+    sources,
+)
 from llama_jax.convert.copy import DamagedSourceError, Plan, format_bytes
 from llama_jax.convert.formats import FLOATS, ConvertError, first_names, raise_if_any
 from llama_jax.convert.sources import NAMES, CheckpointWriter, Format, SourceCheckpoint
 from llama_jax.convert.tensors import tensor_specs
-from llama_jax.io import atomic_write, sync_folder
+from llama_jax.io import atomic_write
 
 
 def convert(
     source: str | Path,
     destination: str | Path,
-    to: Format | None = None,
+    to: Format | Literal["peft"] | None = None,
     dtype: str = "keep",
     shards: int | None = None,
     max_memory: int = 2 << 30,
     verify: bool = False,
     context: int | None = None,
     quantize: str | None = None,
+    base: str | Path | None = None,
+    merge: bool = False,
     log: Callable[[str], None] | None = print,
 ) -> Path:
-    """Convert a folder of weights between Meta, Hugging Face and Orbax, bit for bit.
+    """Convert a folder of weights between Meta, Hugging Face and Orbax, bit for bit; or a LoRA
+    adapter between our format and PEFT's, or merged into its base.
 
     Args:
-      source: folder of weights in any of the formats.
+      source: folder of weights in any of the formats, or of an adapter.
       destination: folder to create.
-      to: "meta", "hf" or "orbax"; default: "orbax", or "hf" from "orbax".
+      to: "meta", "hf" or "orbax"; default: "orbax", or "hf" from "orbax". For an adapter "orbax" or
+        "peft", default: the one that the source is not; merged, default: "orbax".
       dtype: "keep", "float16", "bfloat16" or "float32".
       shards: number of files of a Meta or Hugging Face folder.
       max_memory: bytes that the conversion may use in addition to what this process uses now.
       verify: read the result back and compare it with the source.
       context: context length of a Meta folder, which has none.
       quantize: "int8" or "int4" for the matrices of the layers, in Orbax only.
+      base: the weights that an adapter was trained on; default: the folder that it names.
+      merge: write the base's weights with the adapter added.
       log: receives lines about the conversion; None: no output and no progress bar.
 
     Returns:
@@ -62,30 +77,51 @@ def convert(
       ValueError: the source cannot be used, or the destination cannot be written as requested.
       OSError: a file cannot be read or written.
     """
-    start = time.perf_counter()
     _check_destination(Path(destination))
-    opened = open_folder(Path(source), context)
+    source, destination = Path(source), Path(destination)
+    max_memory += copy.resident_bytes()
+    if to != "peft" and not (merge or base is not None or adapter_job.is_adapter(source)):
+        opened = open_folder(source, context)
+        plan = make_plan(opened, destination, to, dtype, shards, max_memory, quantize, log)
+        return _run(plan, verify)
+    options = {"dtype": dtype, "shards": shards, "quantize": quantize}
+    adapter_job.check_options(source, to, merge, options)
+    place = adapter_job.base_folder(source, base, merge)
+    opened_base = None if place is None else open_folder(place)
+    adapter = adapter_job.open_adapter(source, opened_base, max_memory)
+    if opened_base is None or not merge or to == "peft":
+        name = None if base is None else str(base)
+        adapter_job.write(adapter, destination, to, name, opened_base, verify, max_memory, log)
+        return destination
+    merged = adapters.merge_source(adapter, opened_base)
+    plan = make_plan(merged, destination, to or "orbax", dtype, shards, max_memory, quantize, log)
+    plan.log(adapter.describe())
+    weights = merged.weights = adapters.MergedWeights(merged.weights, adapter, plan.dtypes)
+    _run(plan, verify)
+    plan.log(weights.rounding())
+    return destination
+
+
+def _run(plan: Plan, verify: bool) -> Path:
+    """Write what was planned, and read it back and compare it if `verify` is set."""
+    start, opened = time.perf_counter(), plan.source
     if opened.format == "orbax":
         _check_hashes(opened)
-    plan = make_plan(
-        opened, Path(destination), to, dtype, shards, max_memory + copy.resident_bytes(), quantize,
-        log,
-    )  # fmt: skip
     before = copy.file_stamps(opened)
     plan.log(describe(opened))
-    size, what = format_bytes(plan.num_bytes), _describe_dtypes(plan.dtypes, quantize)
+    size, what = format_bytes(plan.num_bytes), _describe_dtypes(plan.dtypes, plan.quantize)
     plan.log(f"writing: {plan.destination} ({NAMES[plan.to]}), {size}, {what}")
     _check_disk(plan)
     with copy.open_progress(plan) as progress, _handle_errors(plan):
         digests = copy.write_weights(plan, create_writer(plan), progress)
         _write_small_files(plan, digests)
         if copy.file_stamps(opened) != before:
-            raise ConvertError(f"{source} changed during the conversion; start again")
+            raise ConvertError(f"{opened.path} changed during the conversion; start again")
         if verify:
             _verify(plan)
-        _sync(plan.partial)
+        copy.sync(plan.partial)
         (plan.partial / "progress.jsonl").unlink()
-    _rename(plan)
+    copy.rename(plan.partial, plan.destination)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     plan.log(
@@ -325,11 +361,7 @@ def _write_small_files(plan: Plan, digests: dict[str, str]) -> None:
     for path in folder.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
             path.unlink()
-    for path in source.extras:
-        atomic_write(folder / path.name, path.read_bytes())
-    for tokenizer in source.tokenizers:
-        name = "tokenizer.json" if tokenizer.kind == "tokenizer.json" else "tokenizer.model"
-        atomic_write(folder / name, tokenizer.path.read_bytes())
+    sources.copy_small_files(source, folder)
     metadata = make_metadata(source.cfg, source.token_ids, plan.quantize)
     trees = {}
     if plan.to == "orbax":
@@ -365,19 +397,3 @@ def _tensor_entries(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
         new = {"shape": shape, "dtype": plan.dtypes[spec.path].name, "sha256": []}
         entries.setdefault(spec.path, new)["sha256"].append(digests[tensor.name])
     return entries
-
-
-def _rename(plan: Plan) -> None:
-    """Rename the complete result to its destination."""
-    if plan.destination.exists():
-        plan.destination.rmdir()  # empty when the run started; otherwise this fails
-    plan.partial.rename(plan.destination)
-    sync_folder(plan.destination.absolute().parent)
-
-
-def _sync(folder: Path) -> None:
-    """Sync every file and folder to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        file = os.open(path, os.O_RDONLY)
-        os.fsync(file)
-        os.close(file)

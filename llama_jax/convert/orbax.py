@@ -6,6 +6,7 @@ Orbax, which writes all metadata, so that a stock restore reads the result; the 
 afterwards.
 """
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,10 @@ def open_orbax(root: Path, path: Path) -> SourceCheckpoint:
       ConvertError: the checkpoint cannot be used; lists every reason.
     """
     cfg, metadata = read_metadata(root)
+    if "adapter" in metadata:
+        raise ConvertError(f"{path} is a LoRA adapter; give the weights of a whole model")
     quantize = metadata.get("quantize")
-    step, steps = _find_step(root, path)
+    step, steps = find_step(root, path)
     folder = root / "steps" / str(step) / "model"
     weights = _open_arrays(folder, cfg, quantize)
     warnings = []
@@ -95,7 +98,7 @@ def open_orbax(root: Path, path: Path) -> SourceCheckpoint:
     )  # fmt: skip
 
 
-def _find_step(root: Path, path: Path) -> tuple[int, list[int]]:
+def find_step(root: Path, path: Path) -> tuple[int, list[int]]:
     """The step that ``path`` names, or the one that is loaded, and all steps."""
     folder = root / "steps"
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
@@ -108,17 +111,21 @@ def _find_step(root: Path, path: Path) -> tuple[int, list[int]]:
     return int(given) if given is not None else loaded_step(root), steps
 
 
-def _open_arrays(folder: Path, cfg: ModelConfig, quantize: str | None) -> OrbaxWeights:
-    """The arrays of one step, after a check of their names, shapes and dtypes."""
+def array_names(folder: Path) -> set[str]:
+    """Names of the arrays of one step, such as "blocks/mlp/up"."""
     metadata = sources.read_settings(folder / "_METADATA", sources.MAX_INDEX_BYTES)
     try:
         keys = [v["key_metadata"] for v in metadata["tree_metadata"].values()]
-        have = {"/".join(str(k["key"])[:200] for k in key) for key in keys}
+        return {"/".join(str(k["key"])[:200] for k in key) for key in keys}
     except (KeyError, TypeError, AttributeError):
         raise ConvertError(f"{folder}/_METADATA is damaged: it lists no arrays") from None
+
+
+def _open_arrays(folder: Path, cfg: ModelConfig, quantize: str | None) -> OrbaxWeights:
+    """The arrays of one step, after a check of their names, shapes and dtypes."""
     specs = tensor_specs(cfg, quantize)
     shapes = {s.path: (cfg.num_layers,) * s.stacked + s.shape(cfg) for s in specs}
-    raise_if_any(sources.check_names(have, set(shapes), folder))
+    raise_if_any(sources.check_names(array_names(folder), set(shapes), folder))
     weights = OrbaxWeights(folder, cfg, quantize)
     problems = []
     for name, array in weights.arrays.items():
@@ -139,16 +146,14 @@ def _open_arrays(folder: Path, cfg: ModelConfig, quantize: str | None) -> OrbaxW
 # Writer -------------------------------------------------------------------------------------------
 
 
-class _Declared:
-    """An array without values: shape, dtype, and chunks of some rows of one layer."""
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """An array without values."""
 
-    def __init__(self, tensor: LayerTensor, cfg: ModelConfig, dtype: np.dtype):
-        shape = tensor.spec.shape(cfg)
-        rows = rows_per_chunk(tensor, cfg, dtype)
-        stacked = tensor.layer is not None
-        self.shape = (cfg.num_layers,) * stacked + shape
-        self.chunk = (1,) * stacked + (rows, *shape[1:])
-        self.dtype = dtype
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    """shape of the parts that are stored as one file each"""
+    dtype: np.dtype
 
     def create(self, path: Any) -> None:
         """Create the empty array."""
@@ -178,13 +183,23 @@ def create_writer(
     """
     arrays = folder / "steps" / "0" / "model"
     if not (arrays / "_METADATA").exists():
-        _create_arrays(folder / "steps", cfg, dtypes, quantize)
+        first = [t for t in layer_tensors(cfg, quantize) if t.layer in (None, 0)]
+        declared = {t.spec.path: _declare(t, cfg, dtypes[t.spec.path]) for t in first}
+        create_arrays(folder / "steps", declared)
     return CheckpointWriter(OrbaxWeights(arrays, cfg, quantize))
 
 
-def _create_arrays(
-    steps: Path, cfg: ModelConfig, dtypes: dict[str, np.dtype], quantize: str | None
-) -> None:
+def _declare(tensor: LayerTensor, cfg: ModelConfig, dtype: np.dtype) -> Declared:
+    """A tensor of all layers, in chunks of some rows of one layer."""
+    shape = tensor.spec.shape(cfg)
+    rows = rows_per_chunk(tensor, cfg, dtype)
+    stacked = tensor.layer is not None
+    chunk = (1,) * stacked + (rows, *shape[1:])
+    return Declared((cfg.num_layers,) * stacked + shape, chunk, dtype)
+
+
+def create_arrays(steps: Path, arrays: dict[str, Declared]) -> None:
+    """Create step 0 with these arrays by name ("blocks/mlp/up"); values are written later."""
     import orbax.checkpoint as ocp
     from flax import traverse_util
 
@@ -204,17 +219,12 @@ def _create_arrays(
                 value.create(info.path)
             return []
 
-    arrays = {
-        t.spec.path: _Declared(t, cfg, dtypes[t.spec.path])
-        for t in layer_tensors(cfg, quantize)
-        if t.layer in (None, 0)
-    }
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.ERROR)  # Orbax warns about the missing values
     try:
-        registry = ocp.type_handlers.create_type_handler_registry((_Declared, Declare()))
+        registry = ocp.type_handlers.create_type_handler_registry((Declared, Declare()))
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **ORBAX)
         with ocp.CheckpointManager(
             steps, item_handlers={"model": handler}, options=options

@@ -4,7 +4,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from llama_jax.convert.tensors import (
 )
 from llama_jax.data import tokenizer_files
 from llama_jax.data.tokenizer_files import TokenizerFile
-from llama_jax.io import read_json
+from llama_jax.io import atomic_write, read_json
 
 Format = Literal["meta", "hf", "orbax"]
 NAMES: dict[Format, str] = {"meta": "Meta", "hf": "Hugging Face", "orbax": "Orbax"}
@@ -39,6 +39,17 @@ MAX_STOP_IDS = 8
 _MAX_SETTINGS_BYTES = 1 << 20
 MAX_INDEX_BYTES = 12 << 20
 """size limit of JSON files that list tensors: an index, _METADATA, manifest.json"""
+
+
+class ModelFolder(Protocol):
+    """What the sources of whole models and of adapters have in common."""
+
+    path: Path
+    cfg: ModelConfig
+    token_ids: dict[str, Any]
+    tokenizers: list[TokenizerFile]
+    extras: list[Path]
+    warnings: list[str]
 
 
 @dataclasses.dataclass
@@ -225,7 +236,16 @@ def check_token_ids(given: dict[str, Any], rows: int, report: Report) -> dict[st
     return ids
 
 
-def check_tokenizers(source: SourceCheckpoint) -> None:
+def copy_small_files(source: ModelFolder, folder: Path) -> None:
+    """Copy tokenizers, chat template and generation settings."""
+    for path in source.extras:
+        atomic_write(folder / path.name, path.read_bytes())
+    for tokenizer in source.tokenizers:
+        name = "tokenizer.json" if tokenizer.kind == "tokenizer.json" else "tokenizer.model"
+        atomic_write(folder / name, tokenizer.path.read_bytes())
+
+
+def check_tokenizers(source: ModelFolder) -> None:
     """Compare the sizes of tokenizers with the embedding, and take missing token ids from them."""
     rows = source.cfg.vocab_size
     for tokenizer in source.tokenizers:
