@@ -64,6 +64,7 @@ RUN_ONCE = (
     "test_quantize",
     "test_convert_quantized",
     "test_peft",
+    "test_peft_parity",
     "test_sampling",
     "test_tokenizer_llama3",
 )
