@@ -7,11 +7,14 @@ template writes control tokens: the name of a control token in a message is text
 import atexit
 import itertools
 import json
+import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,6 +187,7 @@ class ChatTemplate:
         rendering = self._render(messages, tokenizer, tools, prompt=False)
         self._check_tokens(rendering.text, tokenizer)
         answers, problem = self._answers(rendering, tokenizer)
+        problem = problem or _changed(messages, rendering.text, answers)
         if problem and not self._has_blocks:
             raise ValueError(
                 f"{self.name} does not show where {problem}; mark the answers in the template with "
@@ -295,6 +299,16 @@ class ChatTemplate:
         return answer
 
 
+def _changed(messages: Sequence[dict[str, Any]], text: str, answers: list[tuple[int, int]]) -> str:
+    """The problem of the first answer whose content is not in its place, apart from white space."""
+    squeezed = lambda text: "".join(text.replace(BREAK, "").split())
+    contents = [m.get("content") for m in messages if m.get("role") == "assistant"]
+    for number, (content, (start, end)) in enumerate(zip(contents, answers, strict=True), 1):
+        if isinstance(content, str) and squeezed(content) not in squeezed(text[start:end]):
+            return f"answer {number} is: the template changes or leaves out a part of it"
+    return ""
+
+
 def _end(turn: str, tokenizer: Tokenizer, has_prompt: bool) -> int:
     """Where an answer and its end-of-turn token end in the text from the answer on.
 
@@ -329,20 +343,15 @@ class _Process:
             assert popen is not None
             assert popen.stdin is not None
             assert popen.stdout is not None
-            timer = threading.Timer(_TIMEOUT, popen.kill)
-            timer.daemon = True
-            timer.start()
             try:
                 popen.stdin.write(line + b"\n")
                 popen.stdin.flush()
-                out = popen.stdout.readline()
+                out = _read_line(popen)
             except BrokenPipeError:
                 out = b""
             except BaseException:  # after Ctrl-C the next request must not read this answer
                 self.close()
                 raise
-            finally:
-                timer.cancel()
             if out.endswith(b"\n"):
                 return json.loads(out)
             return {"error": self._ended()}
@@ -373,6 +382,21 @@ class _Process:
             self._popen.kill()
             self._popen.communicate()
             self._popen = None
+
+
+def _read_line(popen: subprocess.Popen) -> bytes:
+    """The next line that the process writes, without its end if the process ends before; the
+    process is killed after :data:`_TIMEOUT`."""
+    assert popen.stdout is not None
+    parts, poll, end = [b""], select.poll(), time.monotonic() + _TIMEOUT
+    poll.register(popen.stdout)
+    while not parts[-1].endswith(b"\n"):
+        if not poll.poll(max(0, 1000 * (end - time.monotonic()))):
+            popen.kill()
+        parts.append(os.read(popen.stdout.fileno(), 1 << 20))
+        if not parts[-1]:
+            break
+    return b"".join(parts)
 
 
 _process = _Process()

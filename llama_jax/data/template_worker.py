@@ -18,7 +18,7 @@ import re
 import resource
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jinja2
@@ -35,6 +35,7 @@ CHARACTERS = 16 << 20
 OPEN, CLOSE = "\udffe", "\udffd"
 """Lone surrogates around the text of a ``{% generation %}`` block in the output."""
 
+Rendered = Callable[[int, bool], tuple[str, list[tuple[int, int]]]]
 # Roles that templates insert into the name of a control token ("<|" + role + "|>").
 ROLES = {"system", "developer", "user", "assistant", "model", "tool", "function", "ipython"}
 
@@ -211,23 +212,20 @@ def _without_blocks(text: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(parts), blocks
 
 
-def _turns(
-    template: jinja2.Template, variables: dict[str, Any], text: str, answers: list[int]
-) -> list[Any]:
+def _turns(rendered: Rendered, text: str, answers: list[int]) -> list[Any]:
     """Of each answer: where its prompt ends in the text, and what the template writes after this
     prompt if the answer is the last message; or a text that says why there is no such place.
 
     Args:
-      template: the template.
-      variables: those of the rendering, with all messages.
-      text: the rendering.
+      rendered: the output for the first messages, with or without a prompt for an answer.
+      text: the output for all messages.
       answers: indices of the answers among the messages.
     """
     found: list[Any] = []
     for k in answers:
         try:
-            prompt, _ = _without_blocks(_render(template, _first(variables, k, True)))
-            turn, _ = _without_blocks(_render(template, _first(variables, k + 1, False)))
+            prompt, _ = rendered(k, True)
+            turn, _ = rendered(k + 1, False)
         except MemoryError:
             raise
         except Exception as e:
@@ -242,24 +240,16 @@ def _turns(
     return found
 
 
-def _has_prompt(template: jinja2.Template, variables: dict[str, Any], answers: list[int]) -> bool:
+def _has_prompt(rendered: Rendered, answers: list[int]) -> bool:
     """Whether the template writes the start of an answer only on request."""
     if not answers:
         return False
     try:
-        with_prompt, without = (
-            _render(template, _first(variables, answers[0], x)) for x in (True, False)
-        )
+        return rendered(answers[0], True) != rendered(answers[0], False)
     except MemoryError:
         raise
     except Exception:
         return False
-    return with_prompt != without
-
-
-def _first(variables: dict[str, Any], count: int, prompt: bool) -> dict[str, Any]:
-    messages = variables["messages"][:count]
-    return variables | {"messages": messages, "add_generation_prompt": prompt}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -272,17 +262,20 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         variables = request["variables"] | {
             name: marker.marked(request["variables"].get(name)) for name in ("messages", "tools")
         }
+        messages = variables["messages"]
         roles = [message.get("role") for message in request["variables"]["messages"]]
         answers = [k for k, role in enumerate(roles) if role == "assistant"]
         for k in answers:
-            variables["messages"][k] = marker.ended(variables["messages"][k])
-        text, blocks = _without_blocks(_render(template, variables))
-        return {
-            "text": text,
-            "blocks": blocks,
-            "turns": _turns(template, variables, text, answers),
-            "has_prompt": _has_prompt(template, variables, answers),
-        }
+            messages[k] = marker.ended(messages[k])
+
+        @functools.cache
+        def rendered(count: int, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+            some = {"messages": messages[:count], "add_generation_prompt": prompt}
+            return _without_blocks(_render(template, variables | some))
+
+        text, blocks = rendered(len(messages), variables["add_generation_prompt"])
+        turns, has_prompt = _turns(rendered, text, answers), _has_prompt(rendered, answers)
+        return {"text": text, "blocks": blocks, "turns": turns, "has_prompt": has_prompt}
     except Refused as e:
         return {"refused": _one_line(str(e))}
     except MemoryError:

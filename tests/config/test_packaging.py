@@ -40,6 +40,7 @@ def test_the_wheel_carries_packages_and_recipes_but_no_tests(setup_arguments):
     assert setup_arguments["packages"] == ["llama_jax*", "pallas_kernels*", "llama_jax.configs"]
     assert setup_arguments["package_dir"] == {"llama_jax.configs": "configs"}
     assert setup_arguments["package_data"]["llama_jax.configs"] == ["*.toml"]
+    assert setup_arguments["package_data"]["llama_jax.data"] == ["templates/*.jinja"]
     for package in ("llama_jax", "pallas_kernels"):
         assert (ROOT / package / "py.typed").is_file()
         folders = {path.parent for path in (ROOT / package).glob("**/*.py")}
