@@ -204,6 +204,7 @@ MODELS: dict[str, ModelConfig] = {
     "llama3.1-405b": _model(128256, 16384, 126, 128, 8, 53248, 1e-5, 5e5, 131072, 8.0),
     "llama3.2-1b":  _model(128256,  2048,  16, 32,  8,  8192, 1e-5, 5e5, 131072, 32.0, tie=True),
     "llama3.2-3b":  _model(128256,  3072,  28, 24,  8,  8192, 1e-5, 5e5, 131072, 32.0, tie=True),
+    "smollm2-135m": _model(49152,   576,  30,  9,  3,  1536, 1e-5, 1e5, 8192, tie=True),
     # Small models: the default recipe, the two shapes of the CPU benchmarks, TinyStories models.
     "tiny":         _model(  2048,   192,   4,  3,  3,   512, 1e-5, 1e4, 256),
     "mini":         _model(  4096,   256,   4,  4,  4,   704, 1e-5, 1e4, 256),

@@ -1,7 +1,7 @@
-"""Convert weights between Meta, Hugging Face and our Orbax checkpoints, bit for bit, and LoRA
+"""Convert weights between Meta, Hugging Face, GGUF and our Orbax checkpoints, bit for bit, and LoRA
 adapters between PEFT's format and ours.
 
-python -m llama_jax.convert SOURCE DESTINATION [--to orbax|hf|meta] [--dtype D] [--verify]
+python -m llama_jax.convert SOURCE DESTINATION [--to orbax|hf|meta|gguf] [--dtype D] [--verify]
 python -m llama_jax.convert ADAPTER DESTINATION [--to peft|orbax] [--base BASE] [--merge]
 python -m llama_jax.convert --inspect PATH
 """
@@ -15,8 +15,10 @@ from pathlib import Path
 
 from llama_jax.checkpoint.model_json import QUANTIZED
 from llama_jax.convert import copy
+from llama_jax.convert.describe import describe
 from llama_jax.convert.formats import FLOATS
-from llama_jax.convert.job import convert, describe, open_folder
+from llama_jax.convert.gguf import KINDS
+from llama_jax.convert.job import convert, open_folder
 from llama_jax.convert.sources import NAMES
 
 
@@ -55,16 +57,18 @@ def _fail(message: str, status: int = 1) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llama_jax.convert",
-        description="Convert LLaMA weights between Meta, Hugging Face and Orbax, bit for bit.",
+        description="Convert LLaMA weights between Meta, Hugging Face, Orbax and GGUF.",
     )
     arg = parser.add_argument
     arg("source", nargs="?", type=Path, metavar="SOURCE",
-        help="folder of weights; its format is recognized")  # fmt: skip
-    arg("destination", nargs="?", type=Path, metavar="DESTINATION", help="folder to create")
+        help="folder of weights, or GGUF file; its format is recognized")  # fmt: skip
+    arg("destination", nargs="?", type=Path, metavar="DESTINATION",
+        help="folder (for GGUF: file) to create")  # fmt: skip
     arg("--to", choices=[*NAMES, "peft"], help="format to write (default: orbax, or hf from orbax)")
     dtypes = ["keep", *(d.name for d in FLOATS)]
     arg("--dtype", choices=dtypes, default="keep", help="dtype to write (default: keep)")
     arg("--quantize", choices=QUANTIZED, help="quantize the matrices of the layers (Orbax only)")
+    arg("--type", choices=list(KINDS), help="type of the matrices in GGUF (default: f16)")
     arg("--shards", type=int, metavar="N", help="files (default: Meta 1, HF at most 5 GB each)")
     arg("--max-memory", type=_memory, default="2GiB", metavar="SIZE", help="limit of this process, "
         "such as 8GiB (default: 2GiB)")  # fmt: skip
@@ -76,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         help="weights that an adapter was trained on (default: as it says)",
     )
     arg("--merge", action="store_true", help="write the base's weights with the adapter added")
-    arg("--inspect", type=Path, metavar="PATH", help="describe the content of a folder")
+    arg("--inspect", type=Path, metavar="PATH", help="describe the content of a folder or file")
     return parser
 
 

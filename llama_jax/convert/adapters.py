@@ -59,6 +59,8 @@ class Adapter:
     tokenizers: list[TokenizerFile]
     extras: list[Path]
     warnings: list[str]
+    generated: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    """as in :class:`SourceCheckpoint`"""
 
     @property
     def scale(self) -> float:
@@ -331,7 +333,7 @@ class DequantizedWeights:
         self.source, self.cfg, self.kind = source, cfg, kind
 
     def dtype(self, tensor: LayerTensor) -> np.dtype:
-        if len(tensor.spec.stored(self.kind)) == 1:
+        if len(tensor.spec.stored(self.kind, self.cfg)) == 1:
             return self.source.dtype(tensor)
         return np.dtype(np.float32)
 
@@ -339,7 +341,9 @@ class DequantizedWeights:
         """Rows start to stop of a tensor."""
         from llama_jax.model.quantize import unpack  # here, because it imports JAX
 
-        parts = [LayerTensor(spec, tensor.layer) for spec in tensor.spec.stored(self.kind)]
+        parts = [
+            LayerTensor(spec, tensor.layer) for spec in tensor.spec.stored(self.kind, self.cfg)
+        ]
         if len(parts) == 1:
             return self.source.read(tensor, start, stop)
         scales, integers = parts
@@ -375,5 +379,5 @@ def merge_source(adapter: Adapter, base: SourceCheckpoint) -> SourceCheckpoint:
     return dataclasses.replace(
         base, weights=weights, files=base.files + adapter.files,
         token_ids=adapter.token_ids, tokenizers=adapter.tokenizers, extras=adapter.extras,
-        warnings=warnings, quantize=None, sha256=sha256,
+        warnings=warnings, quantize=None, sha256=sha256, generated=adapter.generated,
     )  # fmt: skip

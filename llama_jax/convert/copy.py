@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from llama_jax.config import to_dict
 from llama_jax.convert.formats import ConvertError
+from llama_jax.convert.gguf import Q8Weights
 from llama_jax.convert.sources import CheckpointWriter, Format, SourceCheckpoint, normalized
 from llama_jax.convert.tensors import LayerTensor, Weights, layer_tensors, rows_per_chunk
 from llama_jax.io import sync_folder
@@ -69,6 +70,8 @@ class Plan:
         weights = self.source.weights
         if self.quantize is None:
             return weights
+        if self.to == "gguf":
+            return Q8Weights(weights, self.source.cfg)
         from llama_jax.convert.quantize import QuantizedWeights  # here, because it imports JAX
 
         return QuantizedWeights(weights, self.source.cfg)
@@ -150,7 +153,7 @@ def _read(plan: Plan, tensor: LayerTensor, start: int, stop: int) -> np.ndarray:
     if (lost := np.isfinite(block) & ~np.isfinite(cast)).any():
         raise ConvertError(
             f"{tensor.name} holds {block[lost][0]}, which overflows in {dtype.name}; choose "
-            "another --dtype"
+            "another --dtype (--type for GGUF)"
         )
     return cast
 

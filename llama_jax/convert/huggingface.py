@@ -444,5 +444,5 @@ def small_files(source: ModelFolder, dtype: str) -> tuple[dict[str, Any], list[s
             )
         settings = tokenizer_files.hf_settings(meta, source.cfg.context, exact)
         files["tokenizer_config.json"] = settings
-    copied = {path.name for path in source.extras}
+    copied = {path.name for path in source.extras} | source.generated.keys()
     return {name: tree for name, tree in files.items() if name not in copied}, warnings

@@ -11,31 +11,26 @@ import os
 import resource
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from llama_jax.checkpoint import file_hashes
 from llama_jax.checkpoint.model_json import QUANTIZED, make_metadata, write_metadata
-from llama_jax.config import MODELS, to_dict
-from llama_jax.convert import (
-    adapter_job,
-    adapters,
-    copy,
-    huggingface,
-    logits,
-    meta,
-    orbax,
-    sources,
-)
+from llama_jax.convert import adapter_job, adapters, copy, gguf, huggingface, logits, meta, orbax
 from llama_jax.convert.copy import DamagedSourceError, Plan, format_bytes
-from llama_jax.convert.formats import FLOATS, ConvertError, first_names, raise_if_any
-from llama_jax.convert.sources import NAMES, CheckpointWriter, Format, SourceCheckpoint
+from llama_jax.convert.describe import describe, describe_dtypes
+from llama_jax.convert.detect import open_folder
+from llama_jax.convert.formats import FLOATS, ConvertError, raise_if_any
+from llama_jax.convert.sources import (
+    NAMES,
+    CheckpointWriter,
+    Format,
+    SourceCheckpoint,
+    copy_small_files,
+)
 from llama_jax.convert.tensors import tensor_specs
-from llama_jax.io import atomic_write
+from llama_jax.io import atomic_write, sync_folder
 
 
 def convert(
@@ -50,17 +45,19 @@ def convert(
     quantize: str | None = None,
     base: str | Path | None = None,
     merge: bool = False,
+    type: gguf.Kind | None = None,
     log: Callable[[str], None] | None = print,
 ) -> Path:
-    """Convert a folder of weights between Meta, Hugging Face and Orbax, bit for bit; or a LoRA
-    adapter between our format and PEFT's, or merged into its base.
+    """Convert weights between Meta, Hugging Face, Orbax and GGUF, bit for bit; or a LoRA adapter
+    between our format and PEFT's, or merged into its base.
 
     Args:
-      source: folder of weights in any of the formats, or of an adapter.
-      destination: folder to create.
-      to: "meta", "hf" or "orbax"; default: "orbax", or "hf" from "orbax". For an adapter "orbax" or
-        "peft", default: the one that the source is not; merged, default: "orbax".
-      dtype: "keep", "float16", "bfloat16" or "float32".
+      source: folder of weights in any of the formats, or of an adapter; or a GGUF file.
+      destination: folder to create; for GGUF, the file.
+      to: "meta", "hf", "orbax" or "gguf"; default: "orbax", or "hf" from "orbax". For an adapter
+        "orbax" or "peft", default: the one that the source is not; merged, default: "orbax".
+      dtype: "keep", "float16", "bfloat16" or "float32"; for "keep", quantized tensors of a GGUF
+        file are float32.
       shards: number of files of a Meta or Hugging Face folder.
       max_memory: bytes that the conversion may use in addition to what this process uses now.
       verify: read the result back and compare it with the source.
@@ -68,6 +65,7 @@ def convert(
       quantize: "int8" or "int4" for the matrices of the layers, in Orbax only.
       base: the weights that an adapter was trained on; default: the folder that it names.
       merge: write the base's weights with the adapter added.
+      type: of the matrices in GGUF, "f32", "f16" (default), "bf16" or "q8_0".
       log: receives lines about the conversion; None: no output and no progress bar.
 
     Returns:
@@ -82,9 +80,9 @@ def convert(
     max_memory += copy.resident_bytes()
     if to != "peft" and not (merge or base is not None or adapter_job.is_adapter(source)):
         opened = open_folder(source, context)
-        plan = make_plan(opened, destination, to, dtype, shards, max_memory, quantize, log)
+        plan = make_plan(opened, destination, to, dtype, shards, max_memory, quantize, type, log)
         return _run(plan, verify)
-    options = {"dtype": dtype, "shards": shards, "quantize": quantize}
+    options = {"dtype": dtype, "shards": shards, "quantize": quantize, "type": type}
     adapter_job.check_options(source, to, merge, options)
     place = adapter_job.base_folder(source, base, merge)
     opened_base = None if place is None else open_folder(place)
@@ -94,7 +92,9 @@ def convert(
         adapter_job.write(adapter, destination, to, name, opened_base, verify, max_memory, log)
         return destination
     merged = adapters.merge_source(adapter, opened_base)
-    plan = make_plan(merged, destination, to or "orbax", dtype, shards, max_memory, quantize, log)
+    plan = make_plan(
+        merged, destination, to or "orbax", dtype, shards, max_memory, quantize, type, log
+    )
     plan.log(adapter.describe())
     weights = merged.weights = adapters.MergedWeights(merged.weights, adapter, plan.dtypes)
     _run(plan, verify)
@@ -109,75 +109,33 @@ def _run(plan: Plan, verify: bool) -> Path:
         _check_hashes(opened)
     before = copy.file_stamps(opened)
     plan.log(describe(opened))
-    size, what = format_bytes(plan.num_bytes), _describe_dtypes(plan.dtypes, plan.quantize)
+    size, what = format_bytes(plan.num_bytes), describe_dtypes(plan.dtypes, plan.quantize)
     plan.log(f"writing: {plan.destination} ({NAMES[plan.to]}), {size}, {what}")
     _check_disk(plan)
     with copy.open_progress(plan) as progress, _handle_errors(plan):
         digests = copy.write_weights(plan, create_writer(plan), progress)
-        _write_small_files(plan, digests)
+        if plan.to != "gguf":  # its header has the settings and the tokenizer
+            _write_small_files(plan, digests)
         if copy.file_stamps(opened) != before:
             raise ConvertError(f"{opened.path} changed during the conversion; start again")
         if verify:
             _verify(plan)
         copy.sync(plan.partial)
         (plan.partial / "progress.jsonl").unlink()
-    copy.rename(plan.partial, plan.destination)
+    if plan.to == "gguf":
+        (plan.partial / plan.destination.name).rename(plan.destination)
+        plan.partial.rmdir()
+        sync_folder(plan.destination.absolute().parent)
+    else:
+        copy.rename(plan.partial, plan.destination)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sums = "" if plan.to == "gguf" else ", SHA-256 of every tensor in manifest.json"
     plan.log(
         f"done: {plan.destination}, {size} in {seconds:.1f} s "
-        f"({format_bytes(plan.num_bytes / seconds)}/s), peak memory {format_bytes(peak)}, SHA-256 "
-        "of every tensor in manifest.json"
+        f"({format_bytes(plan.num_bytes / seconds)}/s), peak memory {format_bytes(peak)}{sums}"
     )
     return plan.destination
-
-
-def open_folder(path: Path, context: int | None = None) -> SourceCheckpoint:
-    """Recognize the format of a folder by its content, and check it.
-
-    Args:
-      path: a Meta or Hugging Face folder, one of our checkpoints, or one step of it.
-      context: context length of a Meta folder, which has none.
-
-    Raises:
-      ConvertError: the folder cannot be used; lists every reason.
-      OSError: a file cannot be read.
-    """
-    if context is not None and not 1 <= context < 1 << 31:
-        raise ConvertError(f"--context {context} must be at least 1, and a number of tokens")
-    if not path.exists():
-        raise ConvertError(f"{path} does not exist")
-    if not path.is_dir():
-        raise ConvertError(
-            f"{path} is a file; give the folder that holds the weights and their settings"
-        )
-    names = sorted(p.name for p in path.iterdir())
-    pth = [n for n in names if n.startswith("consolidated.") and n.endswith(".pth")]
-    safetensors = [n for n in names if n.endswith((".safetensors", ".safetensors.index.json"))]
-    bins = [n for n in names if n.startswith("pytorch_model")]
-    hf = safetensors or [n for n in bins if n.endswith((".bin", ".bin.index.json"))]
-    # One step of a checkpoint, or the model in it, is accepted as well.
-    root = next((p.parent for p in list(path.resolve().parents)[:2] if p.name == "steps"), path)
-    if pth and hf and "config.json" in names:
-        raise ConvertError(
-            f"{path} holds both {pth[0]} and {hf[0]}; move the files of one format elsewhere"
-        )
-    if pth or "params.json" in names:
-        source = meta.open_meta(path, pth, context)
-    elif hf or "config.json" in names:
-        source = huggingface.open_hf(path, names)
-    elif (root / "model.json").exists():
-        source = orbax.open_orbax(root, path)
-    else:
-        raise ConvertError(
-            f"{path} is not a folder of weights: expected consolidated.*.pth with params.json, "
-            "config.json with model*.safetensors or pytorch_model*.bin, or model.json with "
-            f"steps/; found {first_names(names) or 'nothing'}"
-        )
-    if context is not None and source.format != "meta":
-        raise ConvertError(f"--context is for Meta folders, which have none; {path} has one")
-    sources.check_tokenizers(source)
-    return source
 
 
 def make_plan(
@@ -188,6 +146,7 @@ def make_plan(
     shards: int | None = None,
     max_memory: int = 2 << 30,
     quantize: str | None = None,
+    type: gguf.Kind | None = None,
     log: Callable[[str], None] | None = print,
 ) -> Plan:
     """Decide what is written. Arguments as in :func:`convert`, but `max_memory` limits the whole
@@ -204,7 +163,12 @@ def make_plan(
         )
     to = to or ("hf" if source.format == "orbax" and quantize is None else "orbax")
     if to not in NAMES:
-        raise ConvertError(f"to={to!r} must be 'meta', 'hf' or 'orbax'")
+        raise ConvertError(f"to={to!r} must be 'meta', 'hf', 'orbax' or 'gguf'")
+    if to == "gguf":
+        return _gguf_plan(source, destination, type or "f16", dtype, shards, max_memory, quantize,
+            log)  # fmt: skip
+    if type is not None or destination.suffix == ".gguf":
+        raise ConvertError("a GGUF file, or --type, needs --to gguf")
     floats = {d.name: d for d in FLOATS}
     if dtype not in ("keep", *floats):
         raise ConvertError(f"dtype={dtype!r} must be one of 'keep', {', '.join(map(repr, floats))}")
@@ -226,13 +190,37 @@ def make_plan(
     if dtype != "keep":
         dtypes = dict.fromkeys(dtypes, floats[dtype])
     dtypes = {s.path: s.quantized_dtype or dtypes[s.path] for s in tensor_specs(cfg, quantize)}
-    quiet = log is None
     plan = Plan(
-        source, destination, to, dtypes, shards, max_memory, quantize,
-        log=(lambda line: None) if log is None else log, progress_bar=not quiet,
+        source, destination, to, dtypes, shards, max_memory, quantize, log or _no_log,
+        progress_bar=log is not None,
     )  # fmt: skip
     copy.memory_budget(plan)
     return plan
+
+
+def _gguf_plan(
+    source: SourceCheckpoint, destination: Path, kind: gguf.Kind, dtype: str, shards: int | None,
+    max_memory: int, quantize: str | None, log: Callable[[str], None] | None,
+) -> Plan:  # fmt: skip
+    """As :func:`make_plan`, for a file with matrices of this kind."""
+    if kind not in gguf.KINDS:
+        raise ConvertError(f"type={kind!r} must be one of {', '.join(map(repr, gguf.KINDS))}")
+    if (dtype, shards, quantize) != ("keep", None, None):
+        raise ConvertError("--dtype, --shards and --quantize are not for GGUF; it has --type")
+    gguf.check_writable(source, kind)
+    quantized = "Q8_0" if kind == "q8_0" else None
+    specs = tensor_specs(source.cfg, quantized)
+    dtypes = {spec.path: gguf.written_dtype(spec, kind) for spec in specs}
+    plan = Plan(
+        source, destination, "gguf", dtypes, None, max_memory, quantized, log or _no_log,
+        progress_bar=log is not None,
+    )  # fmt: skip
+    copy.memory_budget(plan)
+    return plan
+
+
+def _no_log(line: str) -> None:
+    pass
 
 
 def create_writer(plan: Plan) -> CheckpointWriter:
@@ -243,36 +231,9 @@ def create_writer(plan: Plan) -> CheckpointWriter:
         return meta.create_writer(folder, cfg, plan.dtypes, plan.shards or 1, by_vocab)
     if plan.to == "hf":
         return huggingface.create_writer(folder, cfg, plan.dtypes, plan.shards)
+    if plan.to == "gguf":
+        return gguf.create_writer(folder / plan.destination.name, plan.source, plan.dtypes)
     return orbax.create_writer(folder, cfg, plan.dtypes, plan.quantize)
-
-
-def describe(source: SourceCheckpoint) -> str:
-    """The content of a folder in some lines of text."""
-    cfg = source.cfg
-    known = [n for n, m in MODELS.items() if sources.replace(m, context=cfg.context) == cfg]
-    rope = {k: v for k, v in to_dict(cfg.rope).items() if v is not None}
-    lines = [
-        f"found: {source.path}: {NAMES[source.format]} format, {len(source.files)} file(s)",
-        f"  model: {cfg.num_params:,} parameters, "
-        + _describe_dtypes(source.dtypes(), source.quantize)
-        + (f", as {known[0]}" if known else ""),
-        f"  sizes: vocab {cfg.vocab_size}, dim {cfg.dim}, layers {cfg.num_layers}, "
-        f"heads {cfg.num_heads} (kv {cfg.num_kv_heads}) of {cfg.head_dim}, "
-        f"feed-forward {cfg.ffn_dim}, context {cfg.context}",
-        f"  norm_eps {cfg.norm_eps:g}, embeddings {'tied' if cfg.tie_embeddings else 'not tied'}",
-        f"  rope: {', '.join(f'{k} {v}' for k, v in rope.items())}",
-    ]
-    lines += [f"  tokenizer: {t.path} ({t.kind}, {t.size} tokens)" for t in source.tokenizers]
-    if source.token_ids:
-        lines.append("  token ids: " + ", ".join(f"{k} {v}" for k, v in source.token_ids.items()))
-    return "\n".join(lines + [f"  note: {warning}" for warning in source.warnings])
-
-
-def _describe_dtypes(dtypes: dict[str, np.dtype], quantize: str | None) -> str:
-    if quantize is not None:
-        other = {path: d for path, d in dtypes.items() if not path.endswith(("/q", "/scale"))}
-        return f"matrices of the layers {quantize}, others {_describe_dtypes(other, None)}"
-    return " and ".join(n for n, _ in Counter(d.name for d in dtypes.values()).most_common())
 
 
 # Checks -------------------------------------------------------------------------------------------
@@ -336,7 +297,8 @@ def _handle_errors(plan: Plan) -> Iterator[None]:
 
 
 def _verify(plan: Plan) -> None:
-    result, count = open_folder(plan.partial), len(plan.tensors)
+    place = plan.partial / plan.destination.name if plan.to == "gguf" else plan.partial
+    result, count = open_folder(place), len(plan.tensors)
     copy.verify(plan, result)
     if plan.quantize is None:
         plan.log(f"verified: {count} tensors equal the source bit for bit")
@@ -361,7 +323,7 @@ def _write_small_files(plan: Plan, digests: dict[str, str]) -> None:
     for path in folder.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
             path.unlink()
-    sources.copy_small_files(source, folder)
+    copy_small_files(source, folder)
     metadata = make_metadata(source.cfg, source.token_ids, plan.quantize)
     trees = {}
     if plan.to == "orbax":

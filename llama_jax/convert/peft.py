@@ -274,7 +274,7 @@ def open_peft(path: Path, base: SourceCheckpoint, max_memory: int = 2 << 30) -> 
     tokenizers, extras, token_ids = _small_files(path, base, report)
     adapter = Adapter(
         path, base.cfg, lora, recorded, pairs, [path / CONFIG, path / WEIGHTS], token_ids,
-        tokenizers, extras, report.warnings,
+        tokenizers, extras, report.warnings, base.generated,
     )  # fmt: skip
     sources.check_tokenizers(adapter)
     return adapter

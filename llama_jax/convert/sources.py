@@ -32,8 +32,10 @@ from llama_jax.data import tokenizer_files
 from llama_jax.data.tokenizer_files import TokenizerFile
 from llama_jax.io import atomic_write, read_json
 
-Format = Literal["meta", "hf", "orbax"]
-NAMES: dict[Format, str] = {"meta": "Meta", "hf": "Hugging Face", "orbax": "Orbax"}
+Format = Literal["meta", "hf", "orbax", "gguf"]
+NAMES: dict[Format, str] = {
+    "meta": "Meta", "hf": "Hugging Face", "orbax": "Orbax", "gguf": "GGUF",
+}  # fmt: skip
 MAX_STOP_IDS = 8
 """largest number of EOS ids; generation compares each token with all of them"""
 _MAX_SETTINGS_BYTES = 1 << 20
@@ -50,6 +52,7 @@ class ModelFolder(Protocol):
     tokenizers: list[TokenizerFile]
     extras: list[Path]
     warnings: list[str]
+    generated: dict[str, bytes]
 
 
 @dataclasses.dataclass
@@ -78,6 +81,8 @@ class SourceCheckpoint:
     """SHA-256 of each tensor according to manifest.json; empty without one"""
     quantize: str | None = None
     """"int8" or "int4" if the matrices of the layers are quantized"""
+    generated: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    """small files by name that are made from the content of a GGUF file, like `extras`"""
 
     def dtypes(self) -> dict[str, np.dtype]:
         """dtype of each line of the table."""
@@ -238,11 +243,13 @@ def check_token_ids(given: dict[str, Any], rows: int, report: Report) -> dict[st
 
 def copy_small_files(source: ModelFolder, folder: Path) -> None:
     """Copy tokenizers, chat template and generation settings."""
+    for name, content in source.generated.items():
+        atomic_write(folder / name, content)
     for path in source.extras:
         atomic_write(folder / path.name, path.read_bytes())
     for tokenizer in source.tokenizers:
         name = "tokenizer.json" if tokenizer.kind == "tokenizer.json" else "tokenizer.model"
-        atomic_write(folder / name, tokenizer.path.read_bytes())
+        atomic_write(folder / name, tokenizer.content)
 
 
 def check_tokenizers(source: ModelFolder) -> None:

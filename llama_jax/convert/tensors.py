@@ -21,6 +21,9 @@ from llama_jax.config import ModelConfig
 from llama_jax.convert import formats
 from llama_jax.convert.formats import TensorSlice
 
+Q8_0_BLOCK = (32, 34)
+"""weights and bytes of a block of GGUF's Q8_0"""
+
 
 class TensorSpec(NamedTuple):
     """One line of the table: a tensor with its name in each format."""
@@ -38,8 +41,11 @@ class TensorSpec(NamedTuple):
     rotary: bool = False
     """the rows are rotary pairs of heads, which Meta interleaves"""
     quantized: str | None = None
-    """"int8" or "int4": integers or scales of a matrix in a quantized checkpoint"""
+    """"int8" or "int4": integers or scales of a matrix in a quantized checkpoint; a type of GGUF,
+    such as "Q8_0": the bytes of the blocks of a matrix in a GGUF file"""
     scales: bool = False
+    block: tuple[int, int] = (1, 1)
+    """weights and bytes of a block in a GGUF file"""
 
     @property
     def stacked(self) -> bool:
@@ -50,6 +56,10 @@ class TensorSpec(NamedTuple):
         shape = cfg.shape(self.letters)
         if self.quantized is None:
             return shape
+        if self.block != (1, 1):  # blocks are along the inputs, and along rows of the embedding
+            axis = self.block_axis
+            count = shape[axis] // self.block[0] * self.block[1]
+            return tuple(count if i == axis else n for i, n in enumerate(shape))
         if self.scales:
             return shape[0] // self.group(cfg), shape[1]
         return shape if self.quantized == "int8" else (-(-shape[0] // 2), shape[1])
@@ -66,12 +76,37 @@ class TensorSpec(NamedTuple):
         """dtype of the scales or integers; None for other tensors."""
         if self.quantized is None:
             return None
-        packed = np.int8 if self.quantized == "int8" else np.uint8
+        packed = np.int8 if self.quantized == "int8" else np.uint8  # uint8 for blocks too
         return np.dtype(np.float32 if self.scales else packed)
 
-    def stored(self, quantize: str | None) -> list["TensorSpec"]:
-        """The arrays of a checkpoint: the tensor itself, or scales and integers of a matrix."""
-        if quantize is None or not self.stacked or self.letters == "D":
+    @property
+    def block_axis(self) -> int:
+        """Our axis along which a GGUF file has blocks: the contiguous one of its matrices."""
+        return 1 if self.letters == "VD" else 0
+
+    def in_blocks(self, kind: str, block: tuple[int, int]) -> "TensorSpec":
+        """The bytes of this matrix in a GGUF file.
+
+        Args:
+          kind: name of the type, such as "Q8_0".
+          block: weights and bytes of a block.
+        """
+        return self._replace(path=f"{self.path}/{kind}", quantized=kind, block=block)
+
+    def stored(self, quantize: str | None, cfg: ModelConfig) -> list["TensorSpec"]:
+        """The arrays of a checkpoint: the tensor itself, or scales and integers of a matrix.
+
+        Args:
+          quantize: "int8" or "int4" for the matrices of the layers; "Q8_0": all matrices whose rows
+            in a GGUF file are whole blocks.
+          cfg: the model.
+        """
+        if quantize is None or self.letters == "D":
+            return [self]
+        if quantize == "Q8_0":
+            whole = self.shape(cfg)[self.block_axis] % Q8_0_BLOCK[0] == 0
+            return [self.in_blocks("Q8_0", Q8_0_BLOCK)] if whole else [self]
+        if not self.stacked:
             return [self]
         scales = self._replace(path=f"{self.path}/scale", quantized=quantize, scales=True)
         return [scales, self._replace(path=f"{self.path}/q", quantized=quantize)]
@@ -93,6 +128,21 @@ TABLE = [
     TensorSpec("unembed",               "DV", "output",          "lm_head", 0),
 ]
 # fmt: on
+_GGUF_NAMES = {
+    "tok_embeddings": "token_embd",
+    "norm": "output_norm",
+    "output": "output",
+    "attention_norm": "attn_norm",
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down",
+}  # fmt: skip
+"""GGUF's names, without `blk.N.` and `.weight`, by Meta's"""
 
 
 class LayerTensor(NamedTuple):
@@ -108,7 +158,7 @@ class LayerTensor(NamedTuple):
     @property
     def transposed(self) -> bool:
         """Whether torch's orientation differs from ours: for matrices, but not the embedding."""
-        return self.spec.path != "embed" and self.spec.letters != "D"
+        return self.spec.letters not in ("VD", "D")
 
     @property
     def meta_name(self) -> str:
@@ -119,6 +169,11 @@ class LayerTensor(NamedTuple):
     def hf_name(self) -> str:
         prefix = "" if self.layer is None else f"model.layers.{self.layer}."
         return f"{prefix}{self.spec.hf}.weight"
+
+    @property
+    def gguf_name(self) -> str:
+        prefix = "" if self.layer is None else f"blk.{self.layer}."
+        return f"{prefix}{_GGUF_NAMES[self.spec.meta]}.weight"
 
     def shape(self, cfg: ModelConfig) -> tuple[int, int]:
         """Our shape as a matrix: (in, out); (V, D) for the embedding, (D, 1) for a norm."""
@@ -131,15 +186,16 @@ class LayerTensor(NamedTuple):
         return shape[::-1] if self.transposed else shape
 
     def unquantized(self) -> "LayerTensor":
-        """The matrix whose integers or scales this is."""
+        """The matrix whose integers, scales or blocks these are."""
         path = self.spec.path.rpartition("/")[0]
-        return LayerTensor(self.spec._replace(path=path, quantized=None, scales=False), self.layer)
+        spec = self.spec._replace(path=path, quantized=None, scales=False, block=(1, 1))
+        return LayerTensor(spec, self.layer)
 
 
 def tensor_specs(cfg: ModelConfig, quantize: str | None = None) -> list[TensorSpec]:
-    """Lines of the table that a model has, quantized to "int8" or "int4" if given."""
+    """Lines of the table that a model has, quantized to "int8", "int4" or "Q8_0" if given."""
     kept = [s for s in TABLE if not (cfg.tie_embeddings and s.path == "unembed")]
-    return [stored for s in kept for stored in s.stored(quantize)]
+    return [stored for s in kept for stored in s.stored(quantize, cfg)]
 
 
 def layer_tensors(cfg: ModelConfig, quantize: str | None = None) -> list[LayerTensor]:

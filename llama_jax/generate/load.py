@@ -42,13 +42,13 @@ def load(
 ) -> LLM:
     """Load a model that is ready to generate.
 
-    Weights of Hugging Face or Meta are converted once, into ``~/.cache/llama_jax/converted`` (or
-    ``$XDG_CACHE_HOME/llama_jax/converted``), and read from there until their files change. That
+    Weights of Hugging Face, Meta or GGUF are converted once, into ``~/.cache/llama_jax/converted``
+    (or ``$XDG_CACHE_HOME/llama_jax/converted``), and read from there until their files change. That
     folder can be deleted at any time.
 
     Args:
       folder: a run of `python -m llama_jax.train`, a result of `python -m llama_jax.convert`, or a
-        folder with weights and tokenizer in the layout of Hugging Face or Meta.
+        folder with weights and tokenizer in the layout of Hugging Face or Meta; or a GGUF file.
       dtype: of weights and computation, "float32" or "bfloat16"; default: float32 on a CPU,
         bfloat16 elsewhere.
       quantize: "int8" or "int4" for the matrices of the layers; weights made by
@@ -134,6 +134,12 @@ def _shapes_of(
 
 def _checkpoint_of(folder: Path, check: Callable[[ModelConfig], Any]) -> Path:
     """The checkpoint to read: ``folder`` itself, or its conversion, made if ``check`` passes."""
+    from llama_jax.convert.gguf import locate
+
+    try:
+        folder = locate(folder)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
     if not folder.exists():
         raise ConfigError(
             f"{folder} does not exist; `python -m llama_jax.train` makes checkpoints/tiny; for "
@@ -154,11 +160,11 @@ def _checkpoint_of(folder: Path, check: Callable[[ModelConfig], Any]) -> Path:
     if not found.tokenizers:
         raise ConfigError(f"{folder} has no tokenizer (tokenizer.model or tokenizer.json)")
     check(found.cfg)
-    tokenizers = [tokenizer.path for tokenizer in found.tokenizers]
-    return _converted(folder.resolve(), NAMES[found.format], tokenizers)
+    files = [*found.files, *(tokenizer.path for tokenizer in found.tokenizers)]
+    return _converted(folder.resolve(), NAMES[found.format], files)
 
 
-def _converted(folder: Path, layout: str, tokenizers: list[Path]) -> Path:
+def _converted(folder: Path, layout: str, read: list[Path]) -> Path:
     """The conversion of ``folder`` in the user's cache, made if it does not exist.
 
     Its name depends on the paths, sizes and modification times of the source's files. A
@@ -167,8 +173,9 @@ def _converted(folder: Path, layout: str, tokenizers: list[Path]) -> Path:
     """
     from llama_jax.convert.job import convert
 
-    # The tokenizer of Meta's LLaMA 1 is in the parent folder.
-    files = {p for p in folder.glob("[!.]*") if p.is_file()} | {p.resolve() for p in tokenizers}
+    # Of the files that are read, the tokenizer of Meta's LLaMA 1 is in the parent folder.
+    beside = folder.glob("[!.]*") if folder.is_dir() else ()
+    files = {p for p in beside if p.is_file()} | {p.resolve() for p in read}
     stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
     key = hashlib.sha256(json.dumps([str(folder), stats]).encode()).hexdigest()[:16]
     cache = _cache_folder() / "converted"

@@ -87,7 +87,7 @@ def _read_quantized(
 ) -> Iterator[QuantizedWeight]:
     """A matrix of each layer, stored quantized by `convert --quantize`."""
     matrix = next(spec for spec in TABLE if spec.path == name)
-    shapes = [(part.path, (cfg.num_layers, *part.shape(cfg))) for part in matrix.stored(kind)]
+    shapes = [(part.path, (cfg.num_layers, *part.shape(cfg))) for part in matrix.stored(kind, cfg)]
     scales, integers = (load_layers(folder, *of) for of in shapes)
     inputs, out = _spec(stack)
     parts = 1 if inputs is None else num_shards(inputs)

@@ -503,7 +503,7 @@ def test_a_destination_that_exists(tmp_path, cfg, state, capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (dict(to="gguf"), "to='gguf' must be 'meta', 'hf' or 'orbax'"),
+        (dict(to="onnx"), "to='onnx' must be 'meta', 'hf', 'orbax' or 'gguf'"),
         (dict(dtype="float64"), "dtype='float64' must be one of 'keep', 'float16', 'bfloat16', 'f"),
         (dict(quantize="int2"), "quantize='int2' must be 'int8' or 'int4'"),
     ],
