@@ -47,6 +47,8 @@ def format_of(file: Path, skip_bad_lines: bool) -> str:
         if isinstance(record, BadLine):
             problem = record.message
         elif not isinstance(record.value, dict):
+            if skip_bad_lines:
+                continue
             return "text"  # whose reader names the problem
         elif isinstance(record.value.get("text"), str):
             _warn_of_conversation(record)
