@@ -51,6 +51,7 @@ RUN_ONCE = (
     "test_train",
     "test_golden_run",
     "test_stopping",
+    "test_finetune",
     "test_training_promises",
     "test_sharding",
     "test_model",

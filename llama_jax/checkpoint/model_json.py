@@ -21,6 +21,7 @@ def make_metadata(
     token_ids: dict[str, Any],
     quantize: str | None = None,
     adapter: dict[str, Any] | None = None,
+    lineage: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of ``model.json``.
 
@@ -31,9 +32,11 @@ def make_metadata(
       adapter: if the arrays are those of a LoRA adapter: its "rank", "alpha", "targets", "rslora"
         and "base", the "path" and "sha256" ("": unknown) of the weights that it was trained on,
         with "quantize" ("int8" or "int4") if training quantized them.
+      lineage: what the weights were trained from: "data", the "path" and "sha256" of each source,
+        and "base", as that of an adapter, if training did not start from random weights.
     """
     tree = FORMAT | {"model": to_dict(cfg), "token_ids": token_ids}
-    optional = {"quantize": quantize, "adapter": adapter}
+    optional = {"quantize": quantize, "adapter": adapter, "lineage": lineage}
     return tree | {key: value for key, value in optional.items() if value is not None}
 
 
@@ -44,7 +47,11 @@ def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
 
 
 def write_model_files(
-    folder: Path, cfg: ModelConfig, tokenizer: Path, token_ids: dict[str, Any]
+    folder: Path,
+    cfg: ModelConfig,
+    tokenizer: Path,
+    token_ids: dict[str, Any],
+    **others: Any,
 ) -> None:
     """Write ``model.json`` and the tokenizer of a run, and their hashes to ``manifest.json``.
 
@@ -53,8 +60,9 @@ def write_model_files(
       cfg: the model.
       tokenizer: file to copy to ``tokenizer.model``.
       token_ids: as for :func:`make_metadata`.
+      others: more arguments of :func:`make_metadata`.
     """
-    write_metadata(folder, make_metadata(cfg, token_ids))
+    write_metadata(folder, make_metadata(cfg, token_ids, **others))
     atomic_write(folder / "tokenizer.model", tokenizer.read_bytes())
     record_files(folder, "model.json", "tokenizer.model")
 

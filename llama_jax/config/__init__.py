@@ -16,6 +16,7 @@ from llama_jax.config.model_config import MODELS, ModelConfig, RopeConfig
 from llama_jax.config.recipe import (
     CheckpointConfig,
     DataConfig,
+    DpoConfig,
     LoraConfig,
     MeshConfig,
     OptimConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "DpoConfig",
     "LoraConfig",
     "MeshConfig",
     "ModelConfig",

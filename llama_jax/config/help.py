@@ -12,6 +12,7 @@ from llama_jax.config.model_config import MODELS, ModelConfig, RopeConfig
 from llama_jax.config.recipe import (
     CheckpointConfig,
     DataConfig,
+    DpoConfig,
     LoraConfig,
     MeshConfig,
     OptimConfig,
@@ -28,6 +29,7 @@ SECTIONS = {
     "optim": OptimConfig,
     "train": TrainConfig,
     "lora": LoraConfig,
+    "dpo": DpoConfig,
     "checkpoint": CheckpointConfig,
 }
 

@@ -305,6 +305,19 @@ class LoraConfig:
 
 
 @checked
+class DpoConfig:
+    """Preference tuning with DPO, on a source of pairs of a chosen and a rejected answer.
+
+    Example::
+
+      DpoConfig(beta=0.1)
+    """
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """how strongly the model is kept near train.init_from (arXiv 2305.18290)"""
+
+
+@checked
 class Recipe:
     """All settings of a training run.
 
@@ -321,6 +334,7 @@ class Recipe:
     train: TrainConfig
     checkpoint: CheckpointConfig
     lora: LoraConfig | None = None
+    dpo: DpoConfig | None = None
 
     def __post_init__(self):
         if self.train.batch_size % self.train.gradient_accumulation:
@@ -338,6 +352,11 @@ class Recipe:
                 f"data.seq_len={self.data.seq_len} is longer than "
                 f"model.context={self.model.context}; set model.context to at least data.seq_len"
             )
+        for name in ("lora", "dpo"):
+            if getattr(self, name) is not None and not self.train.init_from:
+                raise ValueError(
+                    f"[{name}] needs the weights of a trained model; set train.init_from"
+                )
         if self.checkpoint.keep_best and not self.train.eval_every:
             raise ValueError("checkpoint.keep_best needs evaluations; set train.eval_every")
         skipped = sum(last - first + 1 for first, last in self.data.skip_batches)

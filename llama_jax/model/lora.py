@@ -29,6 +29,12 @@ def scale_of(lora: LoraConfig) -> float:
     return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
+def num_adapter_params(cfg: ModelConfig, lora: LoraConfig) -> int:
+    """Exact number of parameters of the adapters."""
+    letters = dict(q="DQ", k="DE", v="DE", o="QD", gate="DF", up="DF", down="FD")
+    return cfg.num_layers * lora.rank * sum(sum(cfg.shape(letters[t])) for t in lora.targets)
+
+
 def init_adapters(
     cfg: ModelConfig, compute: ComputeConfig, lora: LoraConfig, key: jax.Array
 ) -> Params:

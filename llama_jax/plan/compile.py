@@ -15,16 +15,16 @@ from llama_jax.chips import GIB, compiler_options
 from llama_jax.config import Recipe
 from llama_jax.data.batch import Batch, abstract_batch
 from llama_jax.model.llama import ComputeConfig
-from llama_jax.model.params import merge, structure
 from llama_jax.model.sharding import mesh_for, slice_ids
 from llama_jax.plan import hlo
 from llama_jax.plan.machines import Machine, PlanError, devices
+from llama_jax.train.frozen import abstract_frozen, has_frozen
 from llama_jax.train.step import (
     abstract_state,
     check_attention,
     compute_config,
+    make_sums,
     make_train_step,
-    nll_sum,
 )  # fmt: skip
 
 
@@ -35,6 +35,7 @@ class Memory:
     peak: float
     """of the compiled program; where it does not fit, what the compiler says it needs"""
     weights: float
+    """those that are trained, and the base of LoRA or the reference of DPO"""
     optimizer: float
     gradients: float
     """float32; with several microbatches they exist during the whole step"""
@@ -92,22 +93,24 @@ def compile_step(recipe: Recipe, machine: Machine) -> Compiled:
             donate_argnums=0,
             compiler_options=compiler_options(platform),
         )
-        lowered = step.lower(state, batch)
+        frozen = (abstract_frozen(recipe, compute, mesh),) if has_frozen(recipe) else ()
+        lowered = step.lower(state, batch, *frozen)
         try:
             program, peak = lowered.compile(), 0.0
         except Exception as e:  # the compiler's own type
             peak = _needed_bytes(e)
-        activations = activation_bytes(recipe, compute, state.params, batch)
+        activations = activation_bytes(recipe, compute, state.params, batch, *frozen)
     seconds = time.perf_counter() - start
     code, cost = 0.0, None
     if program is not None:
         stats = program.memory_analysis()
         peak, code = peak_bytes(stats, platform), stats.generated_code_size_in_bytes
         cost = hlo.count(program.as_text(), *_rates_per_cycle(machine))
-    weights, optimizer = shard_bytes(state.params), shard_bytes(state.optimizer)
+    gradients, optimizer = shard_bytes(state.params), shard_bytes(state.optimizer)
+    weights = gradients + shard_bytes(frozen)
     # Activations that XLA fuses with their use are never stored.
-    activations = max(0.0, min(activations, peak - 2 * weights - optimizer))
-    memory = Memory(peak, weights, optimizer, weights, activations, code)
+    activations = max(0.0, min(activations, peak - weights - gradients - optimizer))
+    memory = Memory(peak, weights, optimizer, gradients, activations, code)
     slices = tuple(slice_ids(mesh.devices.flat, machine.host_is_slice))
     return Compiled(machine, recipe, dict(mesh.shape), slices, memory, cost, seconds, program)
 
@@ -137,25 +140,27 @@ def _shard_bytes(x: Any) -> int:
     return math.prod(shape) * np.dtype(x.dtype).itemsize
 
 
-def activation_bytes(recipe: Recipe, compute: ComputeConfig, params: Any, batch: Batch) -> float:
+def activation_bytes(
+    recipe: Recipe, compute: ComputeConfig, params: Any, batch: Batch, *frozen: Any
+) -> float:
     """Bytes of a device that JAX passes from the forward to the backward pass, without weights.
 
     Args:
       recipe: the recipe, adapted to the machine.
       compute: how the model computes.
-      params: shapes of the weights.
+      params: shapes of the weights that are trained.
       batch: from :func:`abstract_batch`.
+      frozen: shapes of the base of LoRA or the reference of DPO, if there is one.
     """
-    graphdef = structure(recipe.model, compute)
+    sums = make_sums(recipe, compute)
 
-    def backward(params, microbatch):
-        loss = lambda p: nll_sum(merge(graphdef, p), microbatch, recipe.train.loss_chunk)
-        return jax.vjp(loss, params)[1]
+    def backward(params, microbatch, *frozen):
+        return jax.vjp(lambda p: sums(p, microbatch, *frozen)[0], params)[1]
 
     microbatch = jax.tree.map(_without_first_axis, batch)
-    residuals = jax.tree.leaves(jax.eval_shape(backward, params, microbatch))
+    residuals = jax.tree.leaves(jax.eval_shape(backward, params, microbatch, *frozen))
     # A weight, or its cast copy, is not an activation.
-    weights = {x.shape for x in jax.tree.leaves(params) if len(x.shape) > 1}
+    weights = {x.shape for x in jax.tree.leaves((params, frozen)) if len(x.shape) > 1}
     return float(sum(_shard_bytes(x) for x in residuals if x.shape not in weights))
 
 

@@ -8,6 +8,7 @@ from llama_jax.chips import GIB
 from llama_jax.config import Recipe
 from llama_jax.plan.compile import Compiled
 from llama_jax.plan.energy import PAPER_CARBON, PAPER_PUE, energy
+from llama_jax.train.step import flops_per_token
 
 
 def metrics(c: Compiled, watts: float | None = None, price: float | None = None) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def metrics(c: Compiled, watts: float | None = None, price: float | None = None)
     if c.cost is None:
         return out
     tokens = recipe.tokens_per_step
-    model_flops = recipe.model.flops_per_token(recipe.data.seq_len) * tokens / c.machine.devices
+    model_flops = flops_per_token(recipe) * tokens / c.machine.devices
     out["step"] = {
         "tokens": tokens,
         "flops": step_flops(c),

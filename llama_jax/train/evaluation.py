@@ -10,6 +10,10 @@ import numpy as np
 from llama_jax.config import Recipe
 from llama_jax.data.batch import ShardBatch
 from llama_jax.data.mixture import Mixture, eval_batches, val_stats
+from llama_jax.train.dpo import METRICS
+
+MEANS = ("loss", "bits_per_byte", "unigram_entropy", *METRICS)
+"""Values of a source that the mixture has too, weighted by the sources' weights."""
 
 
 class Best(NamedTuple):
@@ -39,7 +43,7 @@ class Evaluation:
 
     Example::
 
-      record = Evaluation(recipe, mixture, shard_batch, eval_step)(100, (params,))
+      record = Evaluation(recipe, mixture, shard_batch, eval_step)(100, params)
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class Evaluation:
         recipe: Recipe,
         mixture: Mixture,
         shard_batch: ShardBatch,
-        eval_step: Callable[..., jax.Array],
+        eval_step: Callable[..., Any],
     ):
         self._recipe, self._mixture = recipe, mixture
         self._shard_batch, self._eval_step = shard_batch, eval_step
@@ -58,15 +62,16 @@ class Evaluation:
             for name in mixture.sources
         }
 
-    def __call__(self, step: int, params: tuple) -> dict[str, Any]:
+    def __call__(self, step: int, params: Any, *frozen: Any) -> dict[str, Any]:
         """The record of an evaluation: losses of each source, and of the mixture by their weights.
 
         Args:
           step: number of updates so far.
-          params: the first arguments of the evaluation step.
+          params: what is trained.
+          frozen: the last argument of the evaluation step, if it has one.
         """
         recipe, sources = self._recipe, self._mixture.sources
-        losses = {name: self._source(name, params) for name in sources}
+        losses = {name: self._source(name, params, *frozen) for name in sources}
         total_weight = sum(s.weight for s in sources.values())
         mean = lambda key: (
             sum(r[key] * sources[name].weight for name, r in losses.items()) / total_weight
@@ -75,16 +80,20 @@ class Evaluation:
             "kind": "eval",
             "step": step,
             "tokens": step * recipe.tokens_per_step,
-            **{key: mean(key) for key in ("loss", "bits_per_byte", "unigram_entropy")},
+            **{key: mean(key) for key in next(iter(losses.values())) if key in MEANS},
             "sources": losses,
         }
 
-    def _source(self, name: str, params: tuple) -> dict[str, Any]:
+    def _source(self, name: str, params: Any, *frozen: Any) -> dict[str, Any]:
         batches = eval_batches(
             self._mixture, self._recipe.data, *self._size, name, self._shard_batch.microbatch_rows
         )
-        sums = [self._eval_step(*params, self._shard_batch(b)) for b in batches]
-        nll = float(sum(np.float64(x) for x in jax.device_get(sums)))
+        results = [self._eval_step(params, self._shard_batch(b), *frozen) for b in batches]
+        sums = jax.tree.map(lambda *x: float(sum(map(np.float64, x))), *jax.device_get(results))
+        if self._recipe.dpo:
+            pairs = sums.pop("pairs")
+            return {key: total / pairs for key, total in sums.items()} | {"pairs": int(pairs)}
+        nll = sums
         targets = self._val_targets[name]
         return {
             "loss": nll / targets.tokens, "bits_per_byte": nll / targets.text_bytes / np.log(2),

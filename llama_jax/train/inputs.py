@@ -1,19 +1,24 @@
 """What a run reads: prepared data, its tokenizer, and the checkpoint of ``train.init_from``."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
-from llama_jax.checkpoint.file_hashes import record_files
+from llama_jax.checkpoint.file_hashes import record_files, weights_sha256
 from llama_jax.checkpoint.model_json import read_metadata, write_model_files
+from llama_jax.checkpoint.steps import loaded_step
 from llama_jax.config import ConfigError, Recipe, to_dict
-from llama_jax.data.mixture import Mixture, open_mixture
+from llama_jax.data.chat_template import load_template
+from llama_jax.data.manifest import SPLITS
+from llama_jax.data.mixture import Mixture, fingerprint, open_mixture
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.tokenizer_files import EXTRAS, JSON_FILE, MODEL_FILE
 from llama_jax.io import atomic_write, sha256
+from llama_jax.model.quantize import KINDS
 from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.train import run_folder
 
@@ -42,10 +47,16 @@ def open_pretrained(recipe: Recipe) -> Pretrained | None:
     if not folder:
         return None
     cfg, metadata = read_metadata(folder)
-    if kind := metadata.get("quantize"):
+    if "adapter" in metadata:
         raise ConfigError(
-            f"train.init_from={folder} holds {kind} matrices, which are for sampling; give the "
-            "weights from which they were made"
+            f"train.init_from={folder} holds an adapter, not a whole model; to train from it, "
+            f"merge it first: `llama-jax convert {folder} MERGED --merge`, and give MERGED"
+        )
+    kind = metadata.get("quantize")
+    if kind and (recipe.lora is None or recipe.lora.base != kind):
+        raise ConfigError(
+            f"train.init_from={folder} holds {kind} matrices, which training cannot change; give "
+            f"the weights from which they were made, or train adapters with [lora] base={kind!r}"
         )
     if changes := run_folder.differences(to_dict(cfg), to_dict(recipe.model)):
         raise ConfigError(
@@ -111,6 +122,34 @@ def reopen_data(recipe: Recipe) -> Mixture:
     return mixture
 
 
+def check_sources(recipe: Recipe, mixture: Mixture) -> None:
+    """Check that the loss can be computed from the sources.
+
+    Raises:
+      ConfigError: a source has pairs and the recipe no [dpo], or the other way round, or nothing in
+        a split counts in the loss.
+    """
+    for name, source in mixture.sources.items():
+        conversations = source.manifest.get("conversations") or {}
+        is_pairs = conversations.get("format") == "preference"
+        if is_pairs and not recipe.dpo:
+            raise ConfigError(
+                f"source {name} has pairs of a chosen and a rejected answer: add the section [dpo] "
+                "(such as dpo.beta=0.1) to train on them"
+            )
+        if recipe.dpo and not is_pairs:
+            raise ConfigError(
+                f"source {name} has no pairs of a chosen and a rejected answer, which [dpo] needs; "
+                "remove the section [dpo], or give a source of the format preference"
+            )
+        for split, kind in zip(SPLITS, ("training", "validation"), strict=True):
+            if conversations and not source.manifest["splits"][split].get("counted"):
+                raise ConfigError(
+                    f"source {name}: no token of its {kind} conversations counts in the loss; give "
+                    'conversations with answers, or data.loss="all"'
+                )
+
+
 def check_prompts(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Raise a :class:`ConfigError` before training if a sample prompt is empty or too long."""
     bos = tokenizer.bos_id is not None
@@ -123,12 +162,16 @@ def check_prompts(recipe: Recipe, tokenizer: Tokenizer) -> None:
             )
 
 
-def write_start(recipe: Recipe, tokenizer: Tokenizer, pretrained: Pretrained | None) -> None:
-    """Write model.json and the tokenizer files of a new run.
+def write_start(
+    recipe: Recipe, tokenizer: Tokenizer, mixture: Mixture, pretrained: Pretrained | None
+) -> None:
+    """Write model.json, the tokenizer and the chat files of a new run.
 
     Args:
       recipe: the run; its folder is ``checkpoint.dir``.
       tokenizer: the tokenizer of the data.
+      mixture: the data. If conversations were prepared with a chat template, the run gets this
+        template, and its end-of-turn ids become stop ids.
       pretrained: the checkpoint from which the run starts. If its tokenizer is kept, its chat files
         and special token ids are copied.
     """
@@ -136,9 +179,69 @@ def write_start(recipe: Recipe, tokenizer: Tokenizer, pretrained: Pretrained | N
     ids: dict[str, Any] = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     ids = {k: v for k, v in ids.items() if v is not None}
     if pretrained and pretrained.keeps_tokenizer:
-        ids = pretrained.metadata.get("token_ids", ids)
+        ids = dict(pretrained.metadata.get("token_ids", ids))
         for name in CHAT_FILES:
-            if (pretrained.folder / name).is_file():
-                atomic_write(folder / name, (pretrained.folder / name).read_bytes())
-                record_files(folder, name)
-    write_model_files(folder, recipe.model, tokenizer.path, ids)
+            _copy(pretrained.folder / name, folder)
+    if template := mixture.chat_template:
+        _copy(template, folder)
+        stop_ids = load_template("", template.parent).stop_ids(tokenizer)
+        ids["eos"] = _united(ids.get("eos"), stop_ids)
+    write_model_files(folder, recipe.model, tokenizer.path, ids, **_lineage(recipe, mixture))
+
+
+def _copy(file: Path, folder: Path) -> None:
+    if file.is_file():
+        atomic_write(folder / file.name, file.read_bytes())
+        record_files(folder, file.name)
+
+
+def _united(eos: int | list[int] | None, more: Iterable[int]) -> int | list[int]:
+    """EOS ids with more of them; one alone is a number, as in files of Hugging Face."""
+    ids = list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
+    ids += [i for i in more if i not in ids]
+    return ids[0] if len(ids) == 1 else ids
+
+
+def _lineage(recipe: Recipe, mixture: Mixture) -> dict[str, Any]:
+    """What model.json says about the origin of a new run's weights."""
+    lineage: dict[str, Any] = {
+        "data": {
+            name: {
+                "path": recipe.data.sources[name].path,
+                "sha256": fingerprint(mixture, recipe.data, 0)["sources"][name]["shards"],
+            }
+            for name in mixture.sources
+        }
+    }
+    adapter = None
+    if folder := recipe.train.init_from:
+        base = {"path": str(Path(folder).resolve()), "sha256": _base_sha256(folder)}
+        lineage = {"base": base} | lineage
+        if lora := recipe.lora:
+            adapter = {
+                "rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets),
+                "rslora": lora.rslora,
+                "base": base | ({"quantize": lora.base} if lora.base in KINDS else {}),
+            }  # fmt: skip
+    return {"adapter": adapter, "lineage": lineage}
+
+
+def _base_sha256(folder: str) -> str:
+    return weights_sha256(Path(folder), loaded_step(folder))
+
+
+def check_base(recipe: Recipe) -> None:
+    """Check that ``train.init_from`` still holds the weights with which a run with LoRA or DPO
+    started.
+
+    Raises:
+      ConfigError: it holds others.
+    """
+    run, folder = recipe.checkpoint.dir, recipe.train.init_from
+    recorded = read_metadata(run)[1].get("lineage", {}).get("base", {})
+    if _base_sha256(folder) != recorded.get("sha256"):
+        raise ConfigError(
+            f"train.init_from={folder} does not hold the weights with which {run} started (then in "
+            f"{recorded.get('path')}): give the folder that holds them, or use another "
+            "checkpoint.dir"
+        )

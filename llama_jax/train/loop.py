@@ -25,13 +25,13 @@ from llama_jax.checkpoint.steps import BEST_STEP, loaded_step_note, whole_steps
 from llama_jax.checkpoint.weights import check_weights, load_weights
 from llama_jax.config import ConfigError, Recipe, check_recipe, to_dict
 from llama_jax.data.batch import Batch, ShardBatch, abstract_batch
-from llama_jax.data.manifest import SPLITS
 from llama_jax.data.mixture import TrainData
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model.sharding import changed_settings, mesh_for
 from llama_jax.train import inputs, metrics, run_folder
 from llama_jax.train.distributed import any_process
 from llama_jax.train.evaluation import Best, Evaluation, update_best
+from llama_jax.train.frozen import has_frozen, load_frozen
 from llama_jax.train.interrupt import PreemptionHandler
 from llama_jax.train.optim import make_schedule
 from llama_jax.train.step import (
@@ -39,6 +39,7 @@ from llama_jax.train.step import (
     abstract_state,
     check_attention,
     compute_config,
+    flops_per_token,
     init_state,
     make_eval_step,
     make_train_step,
@@ -126,6 +127,7 @@ class Trainer:
         except ValueError as e:
             raise ConfigError(str(e)) from e
         self.recipe, self.steps = self._resolve_epochs(recipe)
+        self.frozen = self._load_frozen()
         self.checkpoints = Checkpoints(self.folder, recipe.checkpoint.keep)
         self.step, self.state = self._restore() if self.saved else (0, self._init_state())
 
@@ -142,6 +144,7 @@ class Trainer:
             preemption.phase("preparing data")
             self.mixture = inputs.prepare_data(recipe, self.pretrained)
             preemption.phase("initializing the weights")
+        inputs.check_sources(recipe, self.mixture)
         self.tokenizer = Tokenizer.load(self.mixture.tokenizer)
         self.batch_spec = self.compute.rules.activation_without_tensor("BT")
         self.shard_batch = ShardBatch(recipe, self.mesh, self.batch_spec)
@@ -185,13 +188,27 @@ class Trainer:
         """Whether the checkpoint with the best loss exists: not if the setting is new."""
         return self.best is not None and self.best.step in whole_steps(self.folder)
 
+    def _load_frozen(self) -> tuple:
+        """The base of LoRA or the reference of DPO, as the last argument of the compiled steps."""
+        folder = self.recipe.train.init_from
+        if not has_frozen(self.recipe):
+            return ()
+        self.preemption.phase(f"reading {folder}")
+        check_weights(folder)
+        if note := loaded_step_note(folder):
+            log(note)
+        if self.saved:
+            inputs.check_base(self.recipe)
+        return (load_frozen(self.recipe, self.compute, self.mesh),)
+
     def _init_state(self) -> TrainState:
-        """Random weights, or those of ``train.init_from``, and a new optimizer state."""
+        """Random weights, those of ``train.init_from``, or new adapters; and a new optimizer
+        state."""
         abstract = abstract_state(self.recipe, self.compute, self.mesh)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         init = functools.partial(init_state, self.recipe, self.compute)
         state = jax.jit(init, out_shardings=shardings)()
-        if folder := self.recipe.train.init_from:
+        if (folder := self.recipe.train.init_from) and not self.recipe.lora:
             check_weights(folder)
             if note := loaded_step_note(folder):
                 log(note)
@@ -201,7 +218,11 @@ class Trainer:
     def train(self) -> bool:
         """Train to the last step; True if this call reached it and finished the evaluation."""
         steps = self.steps
-        self._log_settings()
+        peak = self.peak_flops, self.peak_source
+        for line in metrics.settings_lines(
+            self.recipe, self.compute, self.mesh, peak, self.mixture.sources
+        ):
+            log(line)
         if finished := self._finished():
             log(f"{self.folder} is finished: {finished}")
             self.data.close()
@@ -276,21 +297,6 @@ class Trainer:
             for closes in reversed(close):
                 stack.callback(closes)
 
-    def _log_settings(self) -> None:
-        model, devices = self.recipe.model, jax.devices()
-        sizes = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
-        tokens = self.recipe.tokens_per_step
-        log(
-            f"devices: {len(devices)} x {devices[0].device_kind} in {jax.process_count()} "
-            f"process(es), mesh {sizes} ({self.recipe.mesh.preset})\n"
-            f"peak: {self.peak_flops / 1e12:.3g} TFLOP/s per device ({self.peak_source})\n"
-            f"model: {model.num_params:,} parameters, {self.compute.dtype} compute | "
-            f"{self.steps:,} steps of {tokens:,} tokens = {metrics.short(self.steps * tokens)}"
-        )
-        for name, source in self.mixture.sources.items():
-            tokens, val = (source.manifest["splits"][k]["tokens"] for k in SPLITS)
-            log(f"source {name}: weight {source.weight}, {tokens:,} tokens, {val:,} for validation")
-
     def _compile(self) -> Any:
         self.preemption.phase("compiling")
         start = time.perf_counter()
@@ -300,7 +306,7 @@ class Trainer:
             compiler_options=chips.compiler_options(self.platform),
         )
         batch = abstract_batch(self.recipe, self.mesh, self.batch_spec)
-        compiled = step.lower(self.state, batch).compile()
+        compiled = step.lower(self.state, batch, *self.frozen).compile()
         log(f"compiled the training step in {time.perf_counter() - start:.1f} s")
         return compiled
 
@@ -309,7 +315,7 @@ class Trainer:
         if jax.process_index() != 0:
             return
         if self.saved is None:
-            inputs.write_start(self.recipe, self.tokenizer, self.pretrained)
+            inputs.write_start(self.recipe, self.tokenizer, self.mixture, self.pretrained)
         else:
             for line in run_folder.lines(self.saved.changes):
                 log(f"from step {self.step} on, {line}")
@@ -340,7 +346,7 @@ class Trainer:
                 batch, batch_number = self._next_batch()
             profiler.before(self.step + 1)
             stop_requested = any_process(self.preemption.signal is not None, self.mesh)
-            self.state, step_metrics = train_step(self.state, self.shard_batch(batch))
+            self.state, step_metrics = train_step(self.state, self.shard_batch(batch), *self.frozen)
             self.step += 1
             profiler.after(self.step, step_metrics)
             unchecked.append((self.step, batch_number, step_metrics))
@@ -388,12 +394,8 @@ class Trainer:
         Raises:
           TrainingError: they are not. Nothing is saved after that.
         """
-        loss, grad_norm, learning_rate = (
-            float(x)
-            for x in jax.device_get(
-                [step_metrics[k] for k in ("loss", "grad_norm", "learning_rate")]
-            )
-        )
+        values = {k: float(x) for k, x in jax.device_get(step_metrics).items()}
+        loss, grad_norm = values.pop("loss"), values["grad_norm"]
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
             with contextlib.suppress(CheckpointError):
                 self.checkpoints.wait()
@@ -408,15 +410,14 @@ class Trainer:
         self.checkpoints.poll()
         tokens = recipe.tokens_per_step
         tokens_per_second, data_wait = timer.lap(step, tokens)
-        flops = tokens_per_second * recipe.model.flops_per_token(recipe.data.seq_len)
+        flops = tokens_per_second * flops_per_token(recipe)
         flops_per_device = flops / self.mesh.size
         record = {
             "kind": "train",
             "step": step,
             "tokens": step * tokens,
             "loss": sum(self.losses) / len(self.losses),
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
+            **values,
             "tokens_per_second": tokens_per_second,
             "tflops": flops_per_device / 1e12,
             "mfu": flops_per_device / self.peak_flops,
@@ -433,7 +434,7 @@ class Trainer:
         if not hasattr(self, "_evaluation"):
             step = jax.jit(make_eval_step(self.recipe, self.compute))
             self._evaluation = Evaluation(self.recipe, self.mixture, self.shard_batch, step)
-        record = self._evaluation(self.step, (self.state.params,))
+        record = self._evaluation(self.step, self.state.params, *self.frozen)
         for line in metrics.eval_lines(record):
             log(line)
         self.metrics_log.write(record)

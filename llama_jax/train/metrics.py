@@ -9,13 +9,20 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from llama_jax.config import Recipe
+from llama_jax.data.manifest import SPLITS
+from llama_jax.data.sequences import Source
 from llama_jax.io import atomic_write, save_figure
+from llama_jax.model.compute import ComputeConfig
+from llama_jax.model.lora import num_adapter_params
+from llama_jax.train.frozen import frozen_format
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 LINE_WIDTH = 120
@@ -101,11 +108,55 @@ def _flatten(record: Record, prefix: str = "") -> list[tuple[str, float]]:
 # Text --------------------------------------------------------------------------------------------
 
 
+def settings_lines(
+    recipe: Recipe,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    peak: tuple[float, str],
+    sources: Mapping[str, Source],
+) -> list[str]:
+    """The lines at the start of a run about devices, model and data.
+
+    Args:
+      recipe: the run, with train.steps.
+      compute: how the model is computed.
+      mesh: the devices.
+      peak: peak FLOP/s per device, and where this number is from.
+      sources: the prepared sources.
+    """
+    model, devices, steps = recipe.model, list(mesh.devices.flat), recipe.train.steps or 0
+    sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    tokens = recipe.tokens_per_step
+    lines = [
+        f"devices: {len(devices)} x {devices[0].device_kind} in {jax.process_count()} "
+        f"process(es), mesh {sizes} ({recipe.mesh.preset})",
+        f"peak: {peak[0] / 1e12:.3g} TFLOP/s per device ({peak[1]})",
+        f"model: {model.num_params:,} parameters, {compute.dtype} compute | "
+        f"{steps:,} steps of {tokens:,} tokens = {short(steps * tokens)}",
+    ]
+    if lora := recipe.lora:
+        lines.append(
+            f"LoRA: {num_adapter_params(model, lora):,} trainable parameters, rank {lora.rank} on "
+            f"{', '.join(lora.targets)}; base in {frozen_format(recipe, compute)}"
+        )
+    if recipe.dpo:
+        lines.append(f"DPO: beta {recipe.dpo.beta:g}, reference {recipe.train.init_from}")
+    for name, source in sources.items():
+        tokens, val = (source.manifest["splits"][k]["tokens"] for k in SPLITS)
+        lines.append(
+            f"source {name}: weight {source.weight}, {tokens:,} tokens, {val:,} for validation"
+        )
+    return lines
+
+
 def train_line(r: Record, steps: int) -> str:
     """The log line of a training record, at most :data:`LINE_WIDTH` columns wide."""
+    rewards = ""
+    if "rewards/margin" in r:
+        rewards = f", margin {r['rewards/margin']:.2f}, acc {r['rewards/accuracy']:.0%}"
     return (
         f"step {r['step']:>{len(str(steps))}}/{steps} | {short(r['tokens'])} tokens | "
-        f"loss {r['loss']:.3f}, grad {r['grad_norm']:.2f}, lr {r['learning_rate']:.1e} | "
+        f"loss {r['loss']:.3f}{rewards}, grad {r['grad_norm']:.2f}, lr {r['learning_rate']:.1e} | "
         f"{short(r['tokens_per_second'])} tok/s, MFU {r['mfu']:.1%}, "
         f"wait {r['data_wait']:.1%} | {r['memory_gib']:.1f} GiB"
     )
@@ -116,11 +167,13 @@ def eval_lines(record: Record) -> list[str]:
     losses = record["sources"]
     if len(losses) > 1:
         losses = losses | {"mixture": record}
-    return [
-        f"val/{name} loss {r['loss']:.3f} ({r['bits_per_byte']:.2f} bits/byte), "
-        f"unigram baseline {r['unigram_entropy']:.3f}"
-        for name, r in losses.items()
-    ]
+    return [f"val/{name} loss {r['loss']:.3f}{_beside_loss(r)}" for name, r in losses.items()]
+
+
+def _beside_loss(r: Record) -> str:
+    if "rewards/margin" in r:
+        return f", margin {r['rewards/margin']:.2f}, accuracy {r['rewards/accuracy']:.0%}"
+    return f" ({r['bits_per_byte']:.2f} bits/byte), unigram baseline {r['unigram_entropy']:.3f}"
 
 
 def short(number: float) -> str:
@@ -181,8 +234,8 @@ def plot_losses(records: list[Record], path: Path, title: str) -> None:
     axes.plot(*points(train), lw=1, label="training")
     if val:
         axes.plot(*points(val), "o-", ms=4, label="validation")
-        baseline = val[-1]["unigram_entropy"]
-        axes.axhline(baseline, ls="--", c="0.5", lw=1, label="unigram baseline, validation")
+        if (baseline := val[-1].get("unigram_entropy")) is not None:
+            axes.axhline(baseline, ls="--", c="0.5", lw=1, label="unigram baseline, validation")
     axes.set(xlabel="million tokens", ylabel="loss (nats/token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

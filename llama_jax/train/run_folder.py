@@ -21,6 +21,7 @@ from llama_jax.checkpoint.file_hashes import record_files
 from llama_jax.checkpoint.steps import whole_steps
 from llama_jax.config import ConfigError, Recipe, load_saved_recipe, to_dict, to_toml
 from llama_jax.io import atomic_write, folder_lock
+from llama_jax.train.frozen import has_frozen
 
 RESUMABLE_SETTINGS = (
     "mesh.*", "checkpoint.*", "data.workers", "data.prepared", "data.tokenizer",
@@ -117,6 +118,8 @@ def _read_saved(folder: Path, recipe: Recipe) -> SavedRun | None:
     before = load_saved_recipe(path)
     changed = differences(to_dict(before), to_dict(recipe))
     changed = {k: v for k, v in changed.items() if not _matches(k, RESUMABLE_SETTINGS)}
+    if has_frozen(recipe):  # the loop compares the hash of these weights
+        changed.pop("train.init_from", None)
     if refused := {k: v for k, v in changed.items() if not _matches(k, RECORDED_SETTINGS)}:
         raise ConfigError(
             f"{folder} holds a run of another recipe:\n  " + "\n  ".join(lines(refused))

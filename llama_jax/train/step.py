@@ -15,9 +15,11 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import ConfigError, Recipe
 from llama_jax.data.batch import Batch
 from llama_jax.model.llama import ComputeConfig, Llama
+from llama_jax.model.lora import init_adapters, num_adapter_params, with_adapters
 from llama_jax.model.params import Params, merge, params_of, structure
 from llama_jax.model.rope import rope_of
 from llama_jax.model.sharding import PRESETS, first_position, no_mesh, reshard
+from llama_jax.train.dpo import METRICS, dpo_sums, num_pairs
 from llama_jax.train.optim import make_optimizer, make_schedule
 from pallas_kernels import rotary_attention
 
@@ -26,7 +28,7 @@ class TrainState(NamedTuple):
     """What a training step updates."""
 
     params: Params
-    """Float32 weights, as in the item `model` of a checkpoint."""
+    """Float32 weights, as in the item `model` of a checkpoint; with LoRA, the adapters alone."""
     optimizer: Any
     """State of :func:`llama_jax.train.optim.make_optimizer`."""
 
@@ -87,9 +89,14 @@ def check_attention(recipe: Recipe, mesh: Mesh) -> None:
 
 
 def init_state(recipe: Recipe, compute: ComputeConfig) -> TrainState:
-    """Random weights from ``train.seed``, and the initial state of the optimizer."""
-    llama = Llama(recipe.model, compute, nnx.Rngs(recipe.train.seed), recipe.train.init_std)
-    params = params_of(llama)
+    """Random weights (with LoRA, adapters) from ``train.seed``, and the initial state of the
+    optimizer."""
+    if recipe.lora:
+        key = jax.random.key(recipe.train.seed)
+        params = init_adapters(recipe.model, compute, recipe.lora, key)
+    else:
+        rngs = nnx.Rngs(recipe.train.seed)
+        params = params_of(Llama(recipe.model, compute, rngs, recipe.train.init_std))
     return TrainState(params, make_optimizer(recipe.optim, _num_steps(recipe)).init(params))
 
 
@@ -115,50 +122,111 @@ def abstract_state(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> TrainS
     return jax.tree.map(place, state)
 
 
+def flops_per_token(recipe: Recipe) -> float:
+    """FLOPs of the model per training token, without what the backward pass recomputes.
+
+    6 per parameter (forward pass, gradients of inputs and of weights), and attention; with LoRA, 4
+    per parameter of the base and 6 per parameter of the adapters. DPO adds the forward pass of the
+    reference.
+    """
+    model, T = recipe.model, recipe.data.seq_len
+    all_weights = model.flops_per_token(T)
+    lookup = 0 if model.tie_embeddings else math.prod(model.shape("VD"))
+    weight_gradients = 2.0 * (model.num_params - lookup)
+    flops = all_weights
+    if recipe.lora:
+        flops += 6.0 * num_adapter_params(model, recipe.lora) - weight_gradients
+    return flops + (all_weights / 3 if recipe.dpo else 0)
+
+
 def make_train_step(
     recipe: Recipe, compute: ComputeConfig
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """The function to compile: (state, batch) -> (state, metrics).
+) -> Callable[..., tuple[TrainState, dict]]:
+    """The function to compile: (state, batch) -> (state, metrics); with LoRA or DPO, (state, batch,
+    frozen), where ``frozen`` is of :mod:`llama_jax.train.frozen`.
 
     The batch has a leading axis of microbatches. The metrics are scalars: "loss" (mean over the
-    targets that count, nats/token), "grad_norm" (global, before clipping) and "learning_rate" (of
-    this update).
+    targets that count, nats/token; with DPO, over pairs), "grad_norm" (global, before clipping),
+    "learning_rate" (of this update), and those of DPO.
     """
     optimizer = make_optimizer(recipe.optim, _num_steps(recipe))
     schedule = make_schedule(recipe.optim, _num_steps(recipe))
-    graphdef = structure(recipe.model, compute)
+    sums = make_sums(recipe, compute)
 
-    def loss_sum(params: Params, microbatch: Batch) -> jax.Array:
-        return nll_sum(merge(graphdef, params), microbatch, recipe.train.loss_chunk)
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        mask = batch.mask_BT
-        counted = jnp.float32(batch.targets_BT.size) if mask is None else jnp.sum(mask)
+    def train_step(state: TrainState, batch: Batch, *frozen: Params) -> tuple[TrainState, dict]:
         microbatches = batch.targets_BT.shape[0]
+        counted = _num_counted(recipe, compute, batch)
+        keys_M = None
+        if recipe.lora and recipe.lora.dropout:
+            seed = jax.random.key(recipe.train.seed)
+            keys_M = jax.random.split(
+                jax.random.fold_in(seed, _count(state.optimizer)), microbatches
+            )
 
-        def loss_and_grads(microbatch: Batch) -> tuple[jax.Array, Params]:
-            loss = lambda params: loss_sum(params, microbatch) / counted
-            return jax.value_and_grad(loss)(state.params)
+        def loss_and_grads(microbatch: Batch, key: jax.Array | None) -> tuple[Any, Params]:
+            def loss(params):
+                total, others = sums(params, microbatch, *frozen, key=key)
+                return total / counted, jax.tree.map(lambda x: x / counted, others)
+
+            return jax.value_and_grad(loss, has_aux=True)(state.params)
 
         if microbatches == 1:
-            total, grads = loss_and_grads(batch.microbatch(0))
+            losses, grads = loss_and_grads(
+                batch.microbatch(0), None if keys_M is None else keys_M[0]
+            )
         else:
 
-            def add(carry, microbatch):
-                loss, grads = loss_and_grads(microbatch)
-                return jax.tree.map(jnp.add, carry, (loss, grads)), None
+            def add(carry, microbatch_and_key):
+                return jax.tree.map(jnp.add, carry, loss_and_grads(*microbatch_and_key)), None
 
-            zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
-            (total, grads), _ = jax.lax.scan(add, zeros, batch)
+            others = dict.fromkeys(METRICS, jnp.float32(0)) if recipe.dpo else {}
+            zeros = (jnp.float32(0), others), jax.tree.map(jnp.zeros_like, state.params)
+            (losses, grads), _ = jax.lax.scan(add, zeros, (batch, keys_M))
         metrics = {
-            "loss": total,
+            "loss": losses[0],
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(_count(state.optimizer)),
+            **losses[1],
         }
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
     return train_step
+
+
+def make_sums(recipe: Recipe, compute: ComputeConfig) -> Callable[..., tuple[jax.Array, dict]]:
+    """The function (params, microbatch, *frozen, key) -> sums of the loss and of other metrics over
+    the targets, or the pairs, that count."""
+    graphdef, chunk = structure(recipe.model, compute), recipe.train.loss_chunk
+    beta = recipe.dpo.beta if recipe.dpo else 0.0
+
+    def model_of(params: Params, frozen: tuple, key: jax.Array | None) -> Llama:
+        if recipe.lora:
+            params = with_adapters(frozen[0], params, recipe.lora, key)
+        return merge(graphdef, params)
+
+    def language_model(params, microbatch, *frozen, key=None):
+        return nll_sum(model_of(params, frozen, key), microbatch, chunk), {}
+
+    def preferences(params, microbatch, reference, key=None):
+        policy = model_of(params, (reference,), key)
+        reference_BT = -masked_nll(merge(graphdef, reference), microbatch, chunk)
+        policy_BT = -masked_nll(policy, microbatch, chunk)
+        reference_BT = jax.lax.stop_gradient(reference_BT)
+        return dpo_sums(policy_BT, reference_BT, microbatch, beta, compute)
+
+    return preferences if recipe.dpo else language_model
+
+
+def _num_counted(recipe: Recipe, compute: ComputeConfig, batch: Batch) -> jax.Array:
+    """Number of targets, or pairs, that count in all microbatches; at least 1, because a batch of
+    a small data set may have none."""
+    if recipe.dpo:
+        pairs = jax.lax.map(functools.partial(num_pairs, compute=compute), batch)
+        return jnp.maximum(jnp.sum(pairs), 1)
+    if batch.mask_BT is None:
+        return jnp.float32(batch.targets_BT.size)
+    return jnp.maximum(jnp.sum(batch.mask_BT), 1)
 
 
 def _count(opt_state: Any) -> jax.Array:
@@ -175,6 +243,39 @@ def nll_sum(llama: Llama, batch: Batch, chunk: int) -> jax.Array:
       chunk: number of tokens per device whose logits exist at the same time; the backward pass
         recomputes them. 0: all.
     """
+    chunks, num_chunks = _loss_chunks(llama, batch, chunk)
+    chunk_nll = lambda x, targets, mask: jnp.sum(token_nll(llama.logits(x), targets) * mask)
+    if num_chunks == 1:
+        return chunk_nll(*chunks)
+    body = jax.checkpoint(lambda total, a: (total + chunk_nll(*a), None))
+    return jax.lax.scan(body, jnp.float32(0), chunks)[0]
+
+
+def masked_nll(llama: Llama, batch: Batch, chunk: int) -> jax.Array:
+    """-log p(target) of each target that counts, 0 of the others, [B, T] float32.
+
+    Args:
+      llama: the model.
+      batch: one microbatch, [B, T].
+      chunk: as for :func:`nll_sum`.
+    """
+    chunks, num_chunks = _loss_chunks(llama, batch, chunk)
+    chunk_nll = lambda x, targets, mask: token_nll(llama.logits(x), targets) * mask
+    if num_chunks == 1:
+        return chunk_nll(*chunks)
+    body = jax.checkpoint(lambda _, a: (None, chunk_nll(*a)))
+    _, nll_CBT = jax.lax.scan(body, None, chunks)
+    shape = batch.targets_BT.shape
+    nll_BTC = jnp.moveaxis(nll_CBT, 0, 2)
+    if no_mesh():
+        return nll_BTC.reshape(shape)
+    BT = llama.compute.rules.activation_without_tensor("BT")
+    return nll_BTC.reshape(shape, out_sharding=BT)
+
+
+def _loss_chunks(llama: Llama, batch: Batch, chunk: int) -> tuple[tuple, int]:
+    """Hidden states, targets and mask, with a leading axis of chunks if there are several, and the
+    number of chunks."""
     x_BTD = llama.hidden(
         batch.inputs_BT, positions_BT=batch.positions_BT, segment_ids_BT=batch.segment_ids_BT
     )
@@ -185,17 +286,14 @@ def nll_sum(llama: Llama, batch: Batch, chunk: int) -> jax.Array:
     targets_BT, mask_BT = (
         reshard(a, rules.activation_without_tensor("BT")) for a in (targets_BT, mask_BT)
     )
-    chunk_nll = lambda x, targets, mask: jnp.sum(token_nll(llama.logits(x), targets) * mask)
     num_chunks = _num_chunks(x_BTD, chunk)
     if num_chunks == 1:
-        return chunk_nll(x_BTD, targets_BT, mask_BT)
+        return (x_BTD, targets_BT, mask_BT), 1
     # A chunk holds every num_chunks-th position, so that it is sharded as the whole along T.
     split = lambda a, letters: jnp.moveaxis(
         _split_positions(a, num_chunks, rules.activation_without_tensor(letters)), 2, 0
     )
-    chunks = split(x_BTD, "BTD"), split(targets_BT, "BT"), split(mask_BT, "BT")
-    body = jax.checkpoint(lambda total, a: (total + chunk_nll(*a), None))
-    return jax.lax.scan(body, jnp.float32(0), chunks)[0]
+    return (split(x_BTD, "BTD"), split(targets_BT, "BT"), split(mask_BT, "BT")), num_chunks
 
 
 def _num_chunks(x_BTD: jax.Array, chunk: int) -> int:
@@ -249,11 +347,18 @@ def _is_target(logits_BTV, targets_BT):
     return ids == targets_BT[..., None]
 
 
-def make_eval_step(recipe: Recipe, compute: ComputeConfig) -> Callable[[Params, Batch], jax.Array]:
-    """The function to compile: (params, batch) -> :func:`nll_sum` of a batch of one microbatch."""
-    graphdef = structure(recipe.model, compute)
+def make_eval_step(recipe: Recipe, compute: ComputeConfig) -> Callable[..., Any]:
+    """The function to compile: (params, batch) -> :func:`nll_sum` of a batch of one microbatch.
 
-    def eval_step(params: Params, batch: Batch) -> jax.Array:
-        return nll_sum(merge(graphdef, params), batch.microbatch(0), recipe.train.loss_chunk)
+    With LoRA, (params, batch, frozen). With DPO, the result is a dict of sums over pairs: "loss",
+    :data:`METRICS`, and the number of "pairs".
+    """
+    sums = make_sums(recipe, compute)
+
+    def eval_step(params: Params, batch: Batch, *frozen: Params) -> Any:
+        loss, others = sums(params, batch.microbatch(0), *frozen)
+        if not recipe.dpo:
+            return loss
+        return {"loss": loss, **others, "pairs": num_pairs(batch.microbatch(0), compute)}
 
     return eval_step

@@ -13,6 +13,7 @@ from llama_jax.config import (
     CheckpointConfig,
     ConfigError,
     DataConfig,
+    DpoConfig,
     LoraConfig,
     MeshConfig,
     ModelConfig,
@@ -288,6 +289,7 @@ def test_settings_list_every_field():
         "optim.": OptimConfig,
         "train.": TrainConfig,
         "lora.": LoraConfig,
+        "dpo.": DpoConfig,
         "checkpoint.": CheckpointConfig,
     }
     want = {"model.name"}

@@ -1,0 +1,74 @@
+"""Weights that training reads and does not change: the base of LoRA's adapters, or the reference
+model of DPO without LoRA. They are those of ``train.init_from``."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from llama_jax.checkpoint.model_json import read_metadata
+from llama_jax.config import Recipe
+from llama_jax.generate.read_params import read_params
+from llama_jax.model.compute import ComputeConfig
+from llama_jax.model.params import Params, abstract_params
+from llama_jax.model.quantize import KINDS, quantize
+
+
+def has_frozen(recipe: Recipe) -> bool:
+    """Whether a run has such weights."""
+    return recipe.lora is not None or recipe.dpo is not None
+
+
+def frozen_format(recipe: Recipe, compute: ComputeConfig) -> str:
+    """Their number format: that of ``lora.base``, or of the computation."""
+    kind = "auto" if recipe.lora is None else recipe.lora.base
+    return compute.dtype.name if kind == "auto" else kind
+
+
+def abstract_frozen(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> Params:
+    """Shapes, dtypes and shardings of :func:`load_frozen`; no memory is used.
+
+    Args:
+      recipe: the run.
+      compute: how the model is computed.
+      mesh: devices of the run.
+    """
+    kind, like = frozen_format(recipe, compute), _unquantized(recipe, compute, mesh)
+    if kind not in KINDS:
+        return like
+    with jax.set_mesh(mesh):
+        quantized = jax.eval_shape(functools.partial(quantize, kind=kind), like)
+    place = lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
+    )
+    return jax.tree.map(place, quantized)
+
+
+def load_frozen(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> Params:
+    """Read them in their number format; quantized layer by layer.
+
+    Args:
+      recipe: the run.
+      compute: how the model is computed.
+      mesh: devices of the run; it must be set.
+
+    Raises:
+      ConfigError: the weights are missing, damaged, or of other shapes.
+    """
+    folder, kind = Path(recipe.train.init_from), frozen_format(recipe, compute)
+    stored = read_metadata(folder)[1].get("quantize")
+    like = _unquantized(recipe, compute, mesh)
+    return read_params(folder, recipe.model, like, kind if kind in KINDS else None, stored)
+
+
+def _unquantized(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> Params:
+    kind = frozen_format(recipe, compute)
+    dtype = compute.dtype if kind in KINDS else jnp.dtype(kind)
+    with jax.set_mesh(mesh):
+        abstract = abstract_params(recipe.model, compute)
+    place = lambda x: jax.ShapeDtypeStruct(
+        x.shape, dtype, sharding=NamedSharding(mesh, x.sharding.spec)
+    )
+    return jax.tree.map(place, abstract)

@@ -1,0 +1,361 @@
+"""Fine-tuning: LoRA, DPO, and what the run folder keeps."""
+
+import dataclasses
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from llama_jax.checkpoint.arrays import open_array
+from llama_jax.checkpoint.file_hashes import weights_sha256
+from llama_jax.config import load_recipe
+from llama_jax.data.batch import Batch
+from llama_jax.model.llama import ComputeConfig
+from llama_jax.model.lora import num_adapter_params
+from llama_jax.model.sharding import mesh_for
+from llama_jax.train import loop, step
+from llama_jax.train.__main__ import main
+from llama_jax.train.frozen import abstract_frozen, load_frozen
+
+F32 = ComputeConfig(jnp.dtype("float32"))
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
+RECIPE = """
+[model]
+vocab_size = 288
+dim = 16
+num_layers = 2
+num_heads = 4
+num_kv_heads = 2
+head_dim = 8
+ffn_dim = 32
+norm_eps = 1e-5
+context = 64
+tie_embeddings = false
+rope = {{ theta = 10000.0 }}
+[data]
+seq_len = 32
+packing = "segments"
+val_fraction = 0.1
+sources = {{ words = {{ path = "{folder}/text" }} }}
+prepared = "{folder}/data"
+[mesh]
+data = -1
+fsdp = 1
+[optim]
+peak_lr = 1e-2
+warmup_steps = 2
+[train]
+steps = 2
+batch_size = 8
+log_every = 1
+eval_batches = 1
+[checkpoint]
+dir = "{folder}/base"
+save_every = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a recipe, its text, and a finished run of two steps, the base."""
+    folder = tmp_path_factory.mktemp("finetune")
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: jax.config.values[name] for name in names}
+    for name, value in zip(names, (str(folder / "cache"), 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    rng = random.Random(0)
+    (folder / "text").mkdir()
+    for i in range(60):
+        (folder / f"text/{i}.txt").write_text(" ".join(rng.choice(WORDS) for _ in range(120)))
+    (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
+    assert main([str(folder / "recipe.toml")]) == 0
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def run(place, capsys):
+    """Run the command from the base; (exit code, standard output, standard error)."""
+
+    def call(name, *overrides):
+        more = [f"train.init_from={place}/base", f"checkpoint.dir={place / name}"]
+        code = main([str(place / "recipe.toml"), *more, *overrides])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def contents(folder, step):
+    """Every array of a step, as bytes."""
+    out = {}
+    for item in ("model", "optimizer"):
+        root = folder / "steps" / str(step) / item
+        for path in sorted(p.parent for p in root.rglob("zarr.json")):
+            name = str(path.relative_to(root))
+            out[item, name] = open_array(root, name).read().result().tobytes()
+    return out
+
+
+def stop_at(monkeypatch, batch):
+    """Send SIGTERM when the batch of that number is drawn."""
+    draw = loop.TrainData.__next__
+
+    def drawn(self):
+        if self.state()["batches"] + 1 == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self)
+
+    monkeypatch.setattr(loop.TrainData, "__next__", drawn)
+
+
+LORA = ("lora.rank=4", "lora.dropout=0.1", "train.steps=5", "lora.base=int8",
+        "train.gradient_accumulation=2", "mesh.data=1", "mesh.fsdp=-1")  # fmt: skip
+
+
+def test_a_lora_run_saves_adapters_alone_and_continues_exactly(run, place, monkeypatch):
+    """With dropout, a quantized base, two microbatches and weights sharded over eight devices."""
+    code, out, err = run("lora", *LORA)
+    assert code == 0, err
+    recipe = load_recipe(place / "lora/recipe.toml")
+    count = num_adapter_params(recipe.model, recipe.lora)
+    assert f"LoRA: {count:,} trainable parameters, rank 4 on q, k, v, o, gate, up, down" in out
+    assert "base in int8" in out
+    folder = place / "lora"
+    arrays = contents(folder, 5)
+    names = {name for item, name in arrays if item == "model"}
+    assert "blocks.attention.q.a" in names
+    assert len(names) == 14
+    assert sum(len(x) for (item, _), x in arrays.items() if item == "model") == 4 * count
+    about = json.loads((folder / "model.json").read_text())
+    sha = weights_sha256(place / "base", 2)
+    base = {"path": str(place / "base"), "sha256": sha}
+    assert about["adapter"] == {
+        "rank": 4, "alpha": 32.0, "rslora": False, "base": base | {"quantize": "int8"},
+        "targets": ["q", "k", "v", "o", "gate", "up", "down"],
+    }  # fmt: skip
+    assert about["lineage"]["base"] == base
+    assert about["lineage"]["data"]["words"]["path"] == f"{place}/text"
+    assert len(about["lineage"]["data"]["words"]["sha256"]) == 64
+
+    stop_at(monkeypatch, 3)
+    code, out, _ = run("stopped", *LORA)
+    assert code == 0
+    monkeypatch.undo()
+    assert not (place / "stopped/steps/5").exists()
+    shutil.copytree(place / "base", place / "moved")
+    moved = [f"train.init_from={place}/moved"]  # the same weights may be in another folder
+    code, out, err = run("stopped", *LORA, *moved)
+    assert code == 0, err
+    assert "continuing" in out
+    assert contents(place / "stopped", 5) == arrays
+    code, _, err = run("stopped", *LORA, "lora.rank=8")
+    assert code == 2
+    assert "lora.rank: was 4, now 8" in err
+    code, _, err = run("next", "train.steps=1", f"train.init_from={folder}")
+    assert code == 2
+    assert f"{folder} holds an adapter" in err
+    assert "llama-jax convert" in err
+    assert run("other", "train.steps=1")[0] == 0
+    code, _, err = run("lora", *LORA, "train.steps=6", f"train.init_from={place}/other")
+    assert code == 2
+    assert f"other does not hold the weights with which {folder} started" in err
+
+
+# The step ----------------------------------------------------------------------------------------
+
+
+def pairs(rows=8, T=32):
+    """A batch of rows that hold two pairs, one pair, or one pair of which nothing counts."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, 288, (rows, T + 1), np.int32)
+    segments, positions = np.zeros((2, rows, T), np.int32)
+    mask = np.zeros((rows, T), np.float32)
+    for row in range(rows):
+        lengths = [(7, 5, 6, 9), (12, 13)][row % 2]
+        start = 0
+        for number, length in enumerate(lengths, 1):
+            segments[row, start : start + length] = number
+            positions[row, start : start + length] = np.arange(length)
+            if row != 3:  # the last target of a segment belongs to the next one
+                mask[row, start + length // 2 : start + length - 1] = 1
+            start += length
+        segments[row, start:] = len(lengths) + 1
+        positions[row, start:] = np.arange(T - start)
+    return Batch(ids[:, :-1], ids[:, 1:], mask, segments, positions)
+
+
+def split(batch, microbatches):
+    return jax.tree.map(lambda x: x.reshape(microbatches, -1, x.shape[-1]), batch)
+
+
+def random_state(recipe):
+    """Adapters that are not zero, or weights; and a base."""
+    state = jax.jit(functools.partial(step.init_state, recipe, F32))()
+    add = lambda x, key: x + 0.1 * jax.random.normal(key, x.shape)
+    leaves, tree = jax.tree.flatten(state.params)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    params = jax.tree.unflatten(tree, map(add, leaves, keys))
+    plain = dataclasses.replace(recipe, lora=None, dpo=None)
+    base = jax.jit(functools.partial(step.init_state, plain, F32))().params
+    return state._replace(params=params), jax.tree.map(lambda x: 2 * x, base)
+
+
+def one_device(recipe, state, batch, frozen):
+    return jax.jit(step.make_train_step(recipe, F32))(state, batch, frozen)
+
+
+def on_mesh(recipe, state, batch, frozen):
+    recipe, mesh = mesh_for(recipe)
+    with jax.set_mesh(mesh):
+        compute = step.compute_config(recipe, "cpu")
+        put = lambda tree, like: jax.tree.map(
+            lambda x, y: jax.device_put(x, y.sharding), tree, like
+        )
+        state = put(state, step.abstract_state(recipe, compute, mesh))
+        frozen = put(frozen, abstract_frozen(recipe, compute, mesh))
+        like = loop.abstract_batch(recipe, mesh, compute.rules.activation_without_tensor("BT"))
+        return jax.jit(step.make_train_step(recipe, compute))(state, put(batch, like), frozen)
+
+
+def near(a, b, tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert np.linalg.norm(x - y) <= tolerance * max(np.linalg.norm(y), 1e-30)
+
+
+def recipe_of(place, *overrides):
+    settings = [f"train.init_from={place}/base", "train.steps=5", *overrides]
+    return load_recipe(place / "recipe.toml", settings)
+
+
+MESH = ("mesh.preset=tensor_sequence", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2",
+        "mesh.context=2")  # fmt: skip
+
+
+def test_lora_on_eight_devices_equals_one(place):
+    settings = ["lora.rank=4", "lora.dropout=0.2", "train.gradient_accumulation=2"]
+    recipe = recipe_of(place, *settings, *MESH)
+    state, base = random_state(recipe)
+    batch = split(pairs(), 2)
+    single, metrics = one_device(recipe, state, batch, base)
+    several, metrics_8 = on_mesh(recipe, state, batch, base)
+    near(metrics_8, metrics, 1e-5)
+    near(several, single, 2e-5)
+    # Dropout: another key in each step, none in evaluation.
+    other = one_device(recipe, state._replace(optimizer=single.optimizer), batch, base)[1]
+    assert other["loss"] != metrics["loss"]
+    evaluate = lambda r: jax.jit(step.make_eval_step(r, F32))(state.params, split(pairs(), 1), base)
+    assert evaluate(recipe) == evaluate(recipe_of(place, "lora.rank=4"))
+
+
+def dpo_of_rows_alone(llama_logits, batch, beta):
+    """TRL's sigmoid loss and rewards, of each conversation in a row of its own.
+
+    ``llama_logits[name](ids)`` are the logits [T, V] of the policy and of the reference.
+    """
+    losses, rewards = [], []
+    for row in range(len(batch.inputs_BT)):
+        segments, mask = batch.segment_ids_BT[row], batch.mask_BT[row]
+        for pair in range(1, segments.max() // 2 + 1):
+            sums = {}
+            for side, number in (("chosen", 2 * pair - 1), ("rejected", 2 * pair)):
+                at = np.flatnonzero(segments == number)
+                for name, logits in llama_logits.items():
+                    x = np.asarray(logits(batch.inputs_BT[row, at]), np.float64)
+                    x = x - x.max(-1, keepdims=True)
+                    logp = x - np.log(np.exp(x).sum(-1, keepdims=True))
+                    picked = logp[np.arange(len(at)), batch.targets_BT[row, at]]
+                    sums[side, name] = picked @ mask[at]
+            if not mask[(segments == 2 * pair - 1) | (segments == 2 * pair)].any():
+                continue
+            chosen, rejected = (
+                beta * (sums[side, "policy"] - sums[side, "reference"])
+                for side in ("chosen", "rejected")
+            )
+            losses.append(np.log1p(np.exp(-(chosen - rejected))))
+            rewards.append((chosen, rejected, chosen > rejected, chosen - rejected))
+    return np.mean(losses), np.mean(rewards, axis=0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_dpo_is_trls_formula(place, kind):
+    """On one device and on eight, with one microbatch and with two, and with a chunked loss."""
+    lora = ["lora.rank=4"] if kind == "lora" else []
+    recipe = recipe_of(place, "dpo.beta=0.3", *lora, *MESH)
+    state, base = random_state(recipe)
+    batch = pairs()
+    policy = state.params
+    if kind == "lora":
+        policy = step.with_adapters(base, state.params, recipe.lora)
+    logits_of = lambda params: jax.jit(
+        lambda ids: step.merge(step.structure(recipe.model, F32), params)(ids[None])[0]
+    )
+    models = {"policy": logits_of(policy), "reference": logits_of(base)}
+    loss, rewards = dpo_of_rows_alone(models, batch, 0.3)
+    single, metrics = one_device(recipe, state, split(batch, 1), base)
+    assert metrics["loss"] == pytest.approx(loss, rel=2e-5)
+    assert [metrics[k] for k in step.METRICS] == pytest.approx(rewards.tolist(), rel=1e-4)
+    sums = jax.jit(step.make_eval_step(recipe, F32))(state.params, split(batch, 1), base)
+    assert sums["pairs"] == 11
+    assert sums["loss"] / sums["pairs"] == pytest.approx(loss, rel=2e-5)
+    if kind == "full":
+        return
+    two = ["train.gradient_accumulation=2", "train.loss_chunk=16"]
+    other = recipe_of(place, "dpo.beta=0.3", *lora, *MESH, *two)
+    several, metrics_8 = on_mesh(other, state, split(batch, 2), base)
+    near(metrics_8, metrics, 1e-4)
+    near(several, single, 1e-4)
+
+
+def test_a_batch_without_a_counted_target_is_no_error(place):
+    recipe = recipe_of(place, "lora.rank=4", "optim.weight_decay=0")
+    state, base = random_state(recipe)
+    batch = pairs()._replace(mask_BT=np.zeros((8, 32), np.float32))
+    after, metrics = one_device(recipe, state, split(batch, 1), base)
+    assert (metrics["loss"], metrics["grad_norm"]) == (0, 0)
+    near(after.params, state.params, 0)
+
+
+def test_the_frozen_weights_are_never_in_float32(place):
+    """A base in bfloat16 or in integers has no float32 matrix, on any mesh."""
+    for kind in ("bfloat16", "int8", "int4"):
+        recipe, mesh = mesh_for(recipe_of(place, f"lora.base={kind}", "lora.rank=2"))
+        with jax.set_mesh(mesh):
+            compute = dataclasses.replace(F32, dtype=jnp.dtype("bfloat16"))
+            like = abstract_frozen(recipe, compute, mesh)
+            loaded = load_frozen(recipe, compute, mesh)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), loaded) == jax.tree.map(
+            lambda x: (x.shape, x.dtype, x.sharding), like
+        )
+        sizes = [x.size for x in jax.tree.leaves(loaded) if x.dtype == np.float32]
+        assert all(size <= 2 * 32 for size in sizes)  # scales
+
+
+def test_flops_of_a_token(place):
+    full = recipe_of(place)
+    lora = recipe_of(place, "lora.rank=4")
+    T, N = 32, full.model.num_params - 288 * 16
+    attention = step.flops_per_token(full) - 6 * N
+    assert attention == full.model.flops_per_token(T) - 6 * N
+    adapters = num_adapter_params(lora.model, lora.lora)
+    assert step.flops_per_token(lora) == 4 * N + 6 * adapters + attention
+    dpo = recipe_of(place, "lora.rank=4", "dpo.beta=0.1")
+    extra = step.flops_per_token(dpo) - step.flops_per_token(lora)
+    assert extra == pytest.approx(2 * N + attention / 3)
+
+
+@pytest.mark.parametrize("section", ["lora.rank=4", "dpo.beta=0.1"])
+def test_random_weights_are_no_base(place, section, capsys):
+    assert main([str(place / "recipe.toml"), section]) == 2
+    assert "needs the weights of a trained model; set train.init_from" in capsys.readouterr().err
