@@ -271,11 +271,12 @@ def _read_file(file: Path, source: RawSource) -> Iterator[Document | BadLine]:
 def _read_module(file: Path, path: str) -> Iterator[Document]:
     """The documents of a module of the standard library. The key of all is that of the code."""
     code, texts = python_library.read_module(file, path)
+    key = key_of(code)
     for text in texts:
         if isinstance(text, str):
-            yield Document(text, key_of(code), len(text.encode()))
+            yield Document(text, key, len(text.encode()))
         else:
-            yield instruction_document(text, file, key_of(code))
+            yield instruction_document(text, file, key)
 
 
 def _read_text(file: Path, block_bytes: int) -> Iterator[str | BadLine]:
