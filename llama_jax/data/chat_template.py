@@ -56,11 +56,13 @@ def load_template(name: str, folder: Path | None) -> "ChatTemplate":
             raise ValueError(f"there is no chat template {name!r}; it must be {known}")
         return ChatTemplate(_read(path), f"the template {path}")
     if folder is None:
-        raise ValueError(f"conversations need a chat template; set data.template to {known}")
+        raise ValueError(
+            f"conversations need a chat template; set data.template (--template) to {known}"
+        )
     found, why = folder_template(folder)
     if found is None:
         why = why or f"{folder} has no chat template"
-        raise ValueError(f"{why}; set data.template to {known}")
+        raise ValueError(f"{why}; set data.template (--template) to {known}")
     return ChatTemplate(found, f"the chat template of {folder}")
 
 

@@ -142,12 +142,12 @@ def _conversations(
     kind = "training" if split == "train" else "validation"
     if is_long.any():
         action = "cut from the right" if long_examples == "cut" else "dropped"
-        log.info(
+        log.warning(
             f"source {source}: {is_long.sum():,} of {len(used):,} {kind} {what} are longer than "
             f"data.seq_len={seq_len} and are {action}"
         )
     if not counted.all():
-        log.info(
+        log.warning(
             f"source {source}: {(~counted).sum():,} of {len(used):,} {kind} {what} are dropped: "
             f"none of their first {seq_len} tokens counts in the loss"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from llama_jax.data.conversations import Example, detect_format, read_example
 from llama_jax.prepare.python_library import Instruction
 from llama_jax.prepare.records import (
+    JSON,
     BadLine,
     Document,
     Record,
@@ -46,6 +47,8 @@ def format_of(file: Path, skip_bad_lines: bool) -> str:
     for record in itertools.islice(read_records(file), _TRIED_RECORDS if skip_bad_lines else 1):
         if isinstance(record, BadLine):
             problem = record.message
+            if file.name.lower().endswith(JSON):
+                problem += "; a .json file must be an array of records, or have one record a line"
         elif not isinstance(record.value, dict):
             if skip_bad_lines:
                 continue

@@ -282,7 +282,7 @@ GOOD = alpaca(30)
         ("a.json", b'[{"instruction": "\xe9"}]', "{path} is not UTF-8 text"),
         ("a.json", b"", "{path} is empty"),
         ("a.json", b"[]", 'has no "text" field'),
-        ("a.json", b"not JSON", "{path} line 1 is not JSON"),
+        ("a.json", b"not JSON", "{path} line 1 is not JSON.*; a .json file must be an array"),
         ("a.json", b'[{"a": ' + b"[" * 10**5, "{path} record 1 .*nested too deeply"),
         ("a.jsonl", json.dumps(GOOD[0]).encode() + b"\n{", "{path} line 2 is not JSON"),
         ("a.parquet", [{"q": "x"}], 'row 1 has no "text" column, only q: unknown format'),
@@ -311,7 +311,7 @@ def test_bad_settings_of_conversations(tmp_path, model, monkeypatch):
     ):
         prepare_mixture(config(model, path, packing="concat"), 400, out)
     with pytest.raises(
-        ValueError, match=r"need a chat template; set data.template to alpaca, vicuna"
+        ValueError, match=r"need a chat template; set data.template \(--template\) to alpaca"
     ):
         prepare_mixture(config(f"{model}/tokenizer.model", path), 400, out)
     with pytest.raises(ValueError, match=r"there is no chat template 'poem'"):
