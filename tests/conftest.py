@@ -55,6 +55,8 @@ RUN_ONCE = (
     "test_training_promises",
     "test_sharding",
     "test_model",
+    "test_lora",
+    "test_adapters",
     "test_layers",
     "test_generate",
     "test_load",

@@ -97,7 +97,13 @@ def _answer(args: argparse.Namespace) -> int:
     check_text("the prompt", args.prompt)
     check_integer("n", args.n, 1)
     check_options(**options, top_logprobs=args.top_logprobs)
-    llm = load(args.checkpoint, dtype=args.dtype, quantize=args.quantize, cache=args.cache)
+    llm = load(
+        args.checkpoint,
+        adapter=args.adapter,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        cache=args.cache,
+    )
     if args.prompt != "-":
         _continue(llm, args.prompt, args, options)
         return 0
@@ -164,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, metavar="N", help="equal seeds give equal texts (default: 0)"
     )
     arg = parser.add_argument_group("model").add_argument
+    arg("--adapter", metavar="FOLDER", help="LoRA adapter: a run with a section [lora], or PEFT's")
     arg("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
     arg("--quantize", choices=["int8", "int4"], help="matrices of the layers in 8 or 4 bits")
     arg("--cache", choices=["int8"], help="keys and values in 8 bits")

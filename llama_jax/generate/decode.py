@@ -7,6 +7,7 @@ recompilation.
 """
 
 import contextlib
+import copy
 import functools
 import os
 import sys
@@ -96,6 +97,12 @@ class Engine:
         self._compiled: dict[tuple, Any] = {}
         with use_mesh(mesh):
             self._graphdef = structure(cfg, compute, unstacked=0 in params["blocks"])
+
+    def with_params(self, params: Params) -> "Engine":
+        """An engine with other weights of the same structure, which shares compiled programs."""
+        other = copy.copy(self)
+        other.params, other.weight_bytes = params, bytes_of(params)
+        return other
 
     def devices(self) -> list[jax.Device]:
         """The devices that hold the weights."""
@@ -370,20 +377,6 @@ def top_logprobs(logits_BV: jax.Array, num_top: int) -> tuple[jax.Array, jax.Arr
         return jnp.zeros((len(logits_BV), 0), jnp.int32), jnp.zeros((len(logits_BV), 0))
     top_BN, ids_BN = jax.lax.top_k(logits_BV, num_top)
     return ids_BN, top_BN - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
-
-
-def top_dicts(ids_TN: Any, logprobs_TN: Any, num_top: int) -> list[dict[int, float]]:
-    """The ``num_top`` most likely ids and their log p, one dict per token; empty for 0.
-
-    Args:
-      ids_TN: ids, most likely first.
-      logprobs_TN: their log p, nats.
-      num_top: number of ids to keep.
-    """
-    if not num_top:
-        return []
-    rows = zip(ids_TN[:, :num_top].tolist(), logprobs_TN[:, :num_top].tolist(), strict=True)
-    return [dict(zip(ids, logprobs, strict=True)) for ids, logprobs in rows]
 
 
 def _empty_cache(compute: ComputeConfig, cfg: ModelConfig, cache_len: int) -> KVCache:

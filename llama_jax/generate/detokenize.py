@@ -204,3 +204,17 @@ def stream_text(
     if rest := shape(sequence.result().text)[yielded:]:
         yield rest
     return last
+
+
+def top_dicts(ids_TN: Any, logprobs_TN: Any, num_top: int) -> list[dict[int, float]]:
+    """The ``num_top`` most likely ids and their log p, one dict per token; empty for 0.
+
+    Args:
+      ids_TN: ids, most likely first.
+      logprobs_TN: their log p, nats.
+      num_top: number of ids to keep.
+    """
+    if not num_top:
+        return []
+    rows = zip(ids_TN[:, :num_top].tolist(), logprobs_TN[:, :num_top].tolist(), strict=True)
+    return [dict(zip(ids, logprobs, strict=True)) for ids, logprobs in rows]

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import MODELS, ModelConfig
-from llama_jax.data.tokenizer import Tokenizer, check_text
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.generate.decode import (
     DECODE_STEPS_PER_CALL,
     MAX_BATCH,
@@ -19,9 +20,9 @@ from llama_jax.generate.decode import (
     Engine,
     Request,
     next_power_of_two,
-    top_dicts,
 )
-from llama_jax.generate.detokenize import Generation, OutputSequence, stream_text
+from llama_jax.generate.detokenize import Generation, OutputSequence, stream_text, top_dicts
+from llama_jax.generate.prompts import Prompt, check_eos, check_ids, named, split_prompts
 from llama_jax.generate.sampler import (
     Greedy,
     Options,
@@ -29,7 +30,6 @@ from llama_jax.generate.sampler import (
     check_integer,
     check_options,
     check_top_logprobs,
-    is_integer,
 )
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import ComputeConfig
@@ -38,12 +38,6 @@ from llama_jax.model.quantize import is_quantized
 if TYPE_CHECKING:
     from llama_jax.generate.chat import Chat
     from llama_jax.generate.scores import Scores
-
-Prompt = str | Sequence[int]
-"""Text, or token ids, to which no BOS id is added."""
-
-_NOT_IDS = (str, bytes, bytearray, memoryview)
-"""Sequences of integers or text that are not token ids."""
 
 
 class LLM:
@@ -75,6 +69,7 @@ class LLM:
         mesh: jax.sharding.Mesh | None = None,
         chat_template: str | None = None,
         no_template: str | None = None,
+        checkpoint: Path | None = None,
     ):
         """Make a model of weights in memory.
 
@@ -87,6 +82,7 @@ class LLM:
           mesh: the devices that hold the weights, if more than one.
           chat_template: Jinja text in the format of Hugging Face.
           no_template: why there is no chat template, for the error of :meth:`chat`.
+          checkpoint: folder that the weights were read from, which adapters are compared with.
 
         Raises:
           ValueError: the model does not have an id of ``eos_ids``.
@@ -96,7 +92,8 @@ class LLM:
         self.eos_ids = check_eos(eos_ids, cfg) if eos_ids is not None else ()
         if eos_ids is None and tokenizer.eos_id is not None:
             self.eos_ids = (tokenizer.eos_id,)
-        self._engine = Engine(cfg, params, compute, mesh)
+        self._engine = self._base = Engine(cfg, params, compute, mesh)
+        self._checkpoint, self._adapter = checkpoint, ""
 
     def __repr__(self) -> str:
         cfg, engine = self.cfg, self._engine
@@ -106,18 +103,38 @@ class LLM:
         leaves = jax.tree.leaves(engine.params, is_leaf=is_quantized)
         dtypes = {f"int{w.bits}" for w in leaves if is_quantized(w)}
         cache = f", {engine.compute.cache_dtype} cache" if engine.compute.cache_dtype else ""
+        adapter = f", adapter {self._adapter}" if self._adapter else ""
         return (
             f"LLM({name or f'{cfg.num_layers} layers of width {cfg.dim}'}, "
             f"{cfg.num_params / 1e6:,.1f} million parameters, "
             f"{' and '.join([*dtypes, engine.compute.dtype.name])}, context {cfg.context:,}, "
             f"{len(devices)} x {devices[0].device_kind}, "
-            f"{engine.weight_bytes / len(devices) / 1e6:,.1f} MB of weights per device{cache})"
+            f"{engine.weight_bytes / len(devices) / 1e6:,.1f} MB of weights per device"
+            f"{cache}{adapter})"
         )
 
     @property
     def params(self) -> dict[str, Any]:
         """The weights."""
         return self._engine.params
+
+    def with_adapter(self, folder: str | Path) -> "LLM":
+        """The same base with a LoRA adapter, in place of that of this model if it has one.
+
+        The arrays of the base are shared: several adapters take the memory of one base.
+
+        Args:
+          folder: a run with a section [lora], or an adapter in PEFT's format. Its tokenizer, EOS
+            ids and chat template are used, if it has them.
+
+        Raises:
+          ConfigError: the folder holds no adapter, a damaged one, or one for other sizes.
+        """
+        from llama_jax.generate.adapters import attach, check_base, open_adapter
+
+        adapter = open_adapter(folder, self._checkpoint)
+        check_base(adapter, self.cfg, self._checkpoint)
+        return attach(self, adapter)
 
     @overload
     def generate(
@@ -185,10 +202,10 @@ class LLM:
           ValueError: an invalid argument, or a prompt that does not fit the context.
           MemoryError: the caches of all sequences do not fit in memory with the weights.
         """
-        single, items = _split(prompts)
+        single, items = split_prompts(prompts)
         check_integer("n", n, 1)
         options = check_options(max_new_tokens, sampling, seed, stop, logprobs, top_logprobs)
-        requests = _requests([self._ids_of(p, where) for where, p in _named(items)], n)
+        requests = _requests([self._ids_of(p, where) for where, p in named(items)], n)
         made: list[Generation] = []
         # Dynamic rotary frequencies depend on the longest sequence of a batch.
         batch = 1 if self.cfg.rope.type == "dynamic" else MAX_BATCH
@@ -284,7 +301,7 @@ class LLM:
 
     def _ids_of(self, prompt: Any, where: str = "the prompt") -> list[int]:
         """Checked ids of a prompt, which errors call ``where``."""
-        ids = self._ids_without_bos(prompt, where)
+        ids = check_ids(prompt, where, self.tokenizer, self.cfg.vocab_size)
         if isinstance(prompt, str) and self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id, *ids]
         if not ids:
@@ -292,38 +309,11 @@ class LLM:
         self._check_fits(ids, where)
         return ids
 
-    def _ids_without_bos(self, prompt: Any, where: str) -> list[int]:
-        """Token ids of text, or given ids; raises ValueError for ids that the model does not have.
-
-        Args:
-          prompt: text or ids.
-          where: what errors call it.
-        """
-        vocab_size = self.cfg.vocab_size
-        if not isinstance(prompt, str):
-            if not _is_ids(prompt):
-                kind = type(prompt).__name__
-                raise ValueError(f"{where} must be text or token ids, not {kind}: {prompt!r:.60}")
-            ids = list(map(int, prompt))
-            if wrong := [i for i in ids if not 0 <= i < vocab_size]:
-                raise ValueError(
-                    f"{where} has token id {wrong[0]}; those of the model are 0 to {vocab_size - 1}"
-                )
-            return ids
-        check_text(where, prompt)
-        ids = self.tokenizer.encode(prompt)
-        if ids and max(ids) >= vocab_size:
-            raise ValueError(
-                f"{where} has token id {max(ids)}, and the model only {vocab_size} ids: "
-                f"its tokenizer {self.tokenizer.path} ({self.tokenizer.vocab_size} ids) belongs to "
-                "another model"
-            )
-        return ids
-
     def _texts(self, texts: Any) -> tuple[bool, list[list[int]]]:
         """Whether there is a single text, and the ids of each text."""
-        single, items = _split(texts)
-        return single, [self._ids_without_bos(t, where) for where, t in _named(items, "text")]
+        single, items = split_prompts(texts)
+        ids_of = lambda where, text: check_ids(text, where, self.tokenizer, self.cfg.vocab_size)
+        return single, [ids_of(where, text) for where, text in named(items, "text")]
 
     def _check_fits(self, ids: list[int], where: str = "the prompt") -> None:
         if len(ids) >= self.cfg.context:
@@ -405,40 +395,3 @@ def _requests(prompts: list[list[int]], n: int) -> list[Request]:
         requests += [Request(ids, first + i) for i in range(n)]
         seen[tuple(ids)] += n
     return requests
-
-
-def _split(prompts: Any) -> tuple[bool, list[Any]]:
-    """Whether there is a single prompt, and the list of prompts."""
-    if isinstance(prompts, np.ndarray):
-        prompts = prompts.tolist()
-    listed = isinstance(prompts, Sequence) and not isinstance(prompts, _NOT_IDS)
-    single = not listed or (len(prompts) > 0 and _is_ids(prompts))
-    return single, [prompts] if single else list(prompts)
-
-
-def _is_ids(prompt: Any) -> bool:
-    sequence = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, _NOT_IDS)
-    return sequence and all(map(is_integer, prompt))
-
-
-def _named(items: list[Any], kind: str = "prompt") -> Iterator[tuple[str, Any]]:
-    """Each prompt with its name in errors."""
-    for i, item in enumerate(items):
-        yield f"{kind}s[{i}]" if len(items) > 1 else f"the {kind}", item
-
-
-def check_eos(eos_ids: Any, cfg: ModelConfig) -> tuple[int, ...]:
-    """The EOS ids, without duplicates.
-
-    Raises:
-      ValueError: not an id of the model, or a list of them.
-    """
-    several = isinstance(eos_ids, Sequence) and not isinstance(eos_ids, str)
-    ids: list[Any] = list(eos_ids) if several else [eos_ids]
-    for i in ids:
-        if not is_integer(i) or not 0 <= i < cfg.vocab_size:
-            raise ValueError(
-                f"the end-of-text id {i!r:.60} must be a whole number from 0 to "
-                f"{cfg.vocab_size - 1}, an id of the model"
-            )
-    return tuple(dict.fromkeys(map(int, ids)))

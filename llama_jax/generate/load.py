@@ -1,11 +1,7 @@
 """Load a model: a run of training, converted weights, or weights of Hugging Face or Meta."""
 
 import contextlib
-import fcntl
 import functools
-import hashlib
-import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +16,12 @@ from llama_jax.checkpoint.steps import loaded_step_note
 from llama_jax.checkpoint.weights import check_weights
 from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.data.chat_template import folder_template
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.generate.adapters import attach, base_of, check_base, open_adapter
 from llama_jax.generate.decode import device_memory
-from llama_jax.generate.llm import LLM, check_eos
+from llama_jax.generate.llm import LLM
+from llama_jax.generate.model_files import read_eos_ids, read_tokenizer
 from llama_jax.generate.read_params import read_params
+from llama_jax.generate.user_cache import cache_folder, converted
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import abstract_params
 from llama_jax.model.quantize import KINDS, weight_bytes
@@ -35,6 +33,7 @@ DTYPES = ("float32", "bfloat16")
 def load(
     folder: str | Path,
     *,
+    adapter: str | Path | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
     cache: str | None = None,
@@ -49,10 +48,13 @@ def load(
     Args:
       folder: a run of `python -m llama_jax.train`, a result of `python -m llama_jax.convert`, or a
         folder with weights and tokenizer in the layout of Hugging Face or Meta; or a GGUF file.
+        The folder of a LoRA adapter stands for the base that it names, with the adapter.
+      adapter: a LoRA adapter to use with these weights: a run with a section [lora], or a folder in
+        PEFT's format. Its tokenizer, EOS ids and chat template are used, if it has them.
       dtype: of weights and computation, "float32" or "bfloat16"; default: float32 on a CPU,
         bfloat16 elsewhere.
       quantize: "int8" or "int4" for the matrices of the layers; weights made by
-        `convert --quantize` are already quantized.
+        `convert --quantize` are already quantized. Default: as the adapter was trained.
       cache: "int8" for keys and values in 8 bits, with a scale per head and position; default:
         as ``dtype``. A TPU has no kernel for int8: XLA computes the attention.
       mesh: from ``make_mesh``; heads and widths are sharded over its ``tensor`` axis.
@@ -62,7 +64,7 @@ def load(
 
     Raises:
       ConfigError: the folder holds no weights, or damaged ones (the message names the files), or a
-        tokenizer with more tokens than the embedding has rows.
+        tokenizer with more tokens than the embedding has rows; the adapter is for other sizes.
       ValueError: the tokenizer is missing or of an unknown kind; an unknown dtype, quantization
         or cache; another quantization than that of the checkpoint; a mesh that does not divide the
         model.
@@ -83,6 +85,8 @@ def load(
         unroll=platform != "tpu",
         cache_dtype=jnp.dtype(cache) if cache else None,
     )
+    if adapter is None and (base := base_of(Path(folder))) is not None:
+        folder, adapter = base, folder
     shapes_of = functools.partial(_shapes_of, Path(folder), compute, mesh, devices)
 
     checkpoint = _checkpoint_of(Path(folder), lambda cfg: shapes_of(cfg, quantize))
@@ -96,18 +100,24 @@ def load(
             f"quantize={quantize!r}, but {folder} holds {stored}: leave quantize out, or load the "
             "weights that it was made from"
         )
+    update = None
+    if adapter is not None:
+        update = open_adapter(adapter, checkpoint)
+        check_base(update, cfg, checkpoint)
+        quantize = quantize or (None if stored else update.quantize)
     quantize = quantize or stored
-    tokenizer = _tokenizer_of(checkpoint, cfg)
-    eos_ids = _eos_of(checkpoint, metadata, cfg)
+    tokenizer = read_tokenizer(checkpoint, cfg)
+    eos_ids = read_eos_ids(checkpoint, metadata, cfg)
     template, no_template = folder_template(checkpoint)
     shapes = shapes_of(cfg, quantize)
     _keep_compiled()
     with use_mesh(mesh):
         params = read_params(checkpoint, cfg, shapes, quantize, stored, compute.unroll)
-    return LLM(
-        cfg, params, tokenizer, compute,
-        eos_ids=eos_ids, mesh=mesh, chat_template=template, no_template=no_template,
+    llm = LLM(
+        cfg, params, tokenizer, compute, eos_ids=eos_ids, mesh=mesh, chat_template=template,
+        no_template=no_template, checkpoint=checkpoint,
     )  # fmt: skip
+    return llm if update is None else attach(llm, update)
 
 
 def _shapes_of(
@@ -161,47 +171,7 @@ def _checkpoint_of(folder: Path, check: Callable[[ModelConfig], Any]) -> Path:
         raise ConfigError(f"{folder} has no tokenizer (tokenizer.model or tokenizer.json)")
     check(found.cfg)
     files = [*found.files, *(tokenizer.path for tokenizer in found.tokenizers)]
-    return _converted(folder.resolve(), NAMES[found.format], files)
-
-
-def _converted(folder: Path, layout: str, read: list[Path]) -> Path:
-    """The conversion of ``folder`` in the user's cache, made if it does not exist.
-
-    Its name depends on the paths, sizes and modification times of the source's files. A
-    conversion gets this name when it is complete, and continues after a kill; a second process
-    waits for the first.
-    """
-    from llama_jax.convert.job import convert
-
-    # Of the files that are read, the tokenizer of Meta's LLaMA 1 is in the parent folder.
-    beside = folder.glob("[!.]*") if folder.is_dir() else ()
-    files = {p for p in beside if p.is_file()} | {p.resolve() for p in read}
-    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
-    key = hashlib.sha256(json.dumps([str(folder), stats]).encode()).hexdigest()[:16]
-    cache = _cache_folder() / "converted"
-    converted = cache / f"{folder.name[:40]}-{key}"  # file names have at most 255 bytes
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock_file = (cache / f"{converted.name}.lock").open("a")
-    except OSError as e:
-        advice = "set XDG_CACHE_HOME to a folder that can hold converted weights"
-        raise OSError(e.errno, f"{e.strerror}; {advice}", e.filename) from None
-    with lock_file as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
-        if not converted.exists():
-            print(f"converting {folder} ({layout}) once, to {converted}", file=sys.stderr)
-            convert(folder, converted, log=lambda line: None)
-    return converted
-
-
-def _cache_folder() -> Path:
-    """The user's cache folder, for compiled programs and converted weights."""
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "llama_jax"
-    try:
-        return Path.home() / ".cache/llama_jax"
-    except RuntimeError:
-        raise ConfigError("this user has no home folder: set XDG_CACHE_HOME to a folder") from None
+    return converted(folder.resolve(), NAMES[found.format], files)
 
 
 def _check_files(checkpoint: Path, folder: Path) -> None:
@@ -248,26 +218,5 @@ def _keep_compiled() -> None:
     if jax.config.values["jax_compilation_cache_dir"]:
         return
     with contextlib.suppress(ConfigError):  # without a home folder, nothing is kept
-        jax.config.update("jax_compilation_cache_dir", str(_cache_folder()))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def _tokenizer_of(folder: Path, cfg: ModelConfig) -> Tokenizer:
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise ConfigError(
-            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the embedding of "
-            f"{folder} only {cfg.vocab_size} rows: it is another model's tokenizer"
-        )
-    return tokenizer
-
-
-def _eos_of(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) -> tuple[int, ...] | None:
-    """The EOS ids, if ``model.json`` has them."""
-    ids = metadata.get("token_ids") or {}
-    try:
-        if not isinstance(ids, dict):
-            raise ValueError(f"token_ids must be an object, not {ids!r:.60}")
-        return None if ids.get("eos") is None else check_eos(ids["eos"], cfg)
-    except ValueError as e:
-        raise ConfigError(f"{folder / 'model.json'}: {e}") from None

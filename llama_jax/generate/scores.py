@@ -19,10 +19,9 @@ from llama_jax.generate.decode import (
     MAX_BATCH,
     Engine,
     next_power_of_two,
-    top_dicts,
     top_logprobs,
 )
-from llama_jax.generate.detokenize import Detokenizer
+from llama_jax.generate.detokenize import Detokenizer, top_dicts
 from llama_jax.generate.sampler import MAX_TOP_LOGPROBS
 from llama_jax.model.params import merge
 from llama_jax.model.sharding import reshard

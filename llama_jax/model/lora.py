@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LoraConfig, ModelConfig
 from llama_jax.model.compute import ComputeConfig
-from llama_jax.model.params import Params, abstract_params
+from llama_jax.model.layers import unstack
+from llama_jax.model.params import FUSED, Params, abstract_params
 from llama_jax.model.projection import LoraWeight
 from llama_jax.model.sharding import no_mesh
 
@@ -88,6 +89,50 @@ def with_adapters(
         w = LoraWeight(blocks[module][name], a, b, scale_of(lora), lora.dropout, keys_L)
         blocks[module] = blocks[module] | {name: w}
     return {**params, "blocks": blocks}
+
+
+def add_adapters(cfg: ModelConfig, params: Params, adapters: Params, lora: LoraConfig) -> Params:
+    """:func:`with_adapters` for generation, where the layers may be unstacked and fused.
+
+    Args:
+      cfg: the model.
+      params: of the base, stacked or with one dict per layer; its arrays are shared.
+      adapters: of :func:`init_adapters`.
+      lora: their settings.
+    """
+    if 0 not in params["blocks"]:
+        return with_adapters(params, adapters, lora)
+    stacked = fuse_adapters(cfg, adapters["blocks"]) if no_mesh() else adapters["blocks"]
+    layers = {}
+    for (i, layer), adapters_of_layer in zip(
+        params["blocks"].items(), unstack(stacked), strict=True
+    ):
+        layers[i] = dict(layer)
+        for module, matrices in adapters_of_layer.items():
+            weights = {
+                name: LoraWeight(layer[module][name], pair["a"], pair["b"], scale_of(lora))
+                for name, pair in matrices.items()
+            }
+            layers[i][module] = layer[module] | weights
+    return {**params, "blocks": layers}
+
+
+def fuse_adapters(cfg: ModelConfig, blocks: Params) -> Params:
+    """Adapters of the matrices that :data:`FUSED` joins: every a beside the others, every b in a
+    block of its own."""
+    blocks = {module: dict(matrices) for module, matrices in blocks.items()}
+    for module, widths in (("attention", cfg.shape("QEE")), ("mlp", cfg.shape("FF"))):
+        fused, names = FUSED[module]
+        every_a, every_b = [], []
+        for i, name in enumerate(names):
+            if pair := blocks.get(module, {}).pop(name, None):
+                around = sum(widths[:i]), sum(widths[i + 1 :])
+                every_a.append(pair["a"])
+                every_b.append(jnp.pad(pair["b"], ((0, 0), (0, 0), around)))
+        if every_a:
+            a, b = jnp.concatenate(every_a, axis=2), jnp.concatenate(every_b, axis=1)
+            blocks[module][fused] = {"a": a, "b": b}
+    return blocks
 
 
 def _targets(lora: LoraConfig) -> Iterator[tuple[int, str, str]]:

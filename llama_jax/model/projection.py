@@ -82,12 +82,11 @@ def project(
     out = compute.rules.activation(out_letters)
     product = functools.partial(_product, compute)
     if isinstance(w, LoraWeight):
-        w_in, w_out = w_letters
         tokens = P(*out[:2])
-        h_BTr = product(w.drop(x), w.a, f"{w_in}r", P(*tokens, None), jnp.float32)
+        h_BTr = product(w.drop(x), w.a, f"{w_letters[0]}r", P(*tokens, None), jnp.float32)
         h_BTr = (w.scale * h_BTr).astype(compute.dtype)
         y = product(x, w.base, w_letters, out, out_dtype)
-        y = y + product(h_BTr, w.b, f"r{w_out}", out, out_dtype, tokens)
+        y = y + product(h_BTr, w.b, f"r{w_letters[1]}", out, out_dtype, tokens)
     else:
         y = product(x, w, w_letters, out, out_dtype)
     return checkpoint_name(y, "matmul")

@@ -32,7 +32,7 @@ from llama_jax.generate.__main__ import main
 from llama_jax.generate.decode import DECODE_STEPS_PER_CALL, Engine, Request
 from llama_jax.generate.detokenize import Generation, OutputSequence
 from llama_jax.generate.llm import LLM
-from llama_jax.generate.load import _eos_of
+from llama_jax.generate.model_files import read_eos_ids
 from llama_jax.generate.sampler import check_options
 from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.params import abstract_params, merge, params_of, structure, unstack_layers
@@ -502,12 +502,12 @@ def test_ids_that_end_a_text(llm, tokenizer):
         if odd is not None:
             metadata = {"token_ids": {"eos": odd if odd != [2] else [2, [2]]}}
             with pytest.raises(ConfigError, match=r"run/model\.json: the end-of-text id"):
-                _eos_of(Path("run"), metadata, llm.cfg)
+                read_eos_ids(Path("run"), metadata, llm.cfg)
     with pytest.raises(ConfigError, match=r"run/model\.json: token_ids must be an object"):
-        _eos_of(Path("run"), {"token_ids": [1]}, llm.cfg)
-    assert _eos_of(Path("run"), {"token_ids": {"eos": 2}}, llm.cfg) == (2,)
-    assert _eos_of(Path("run"), {"token_ids": {"eos": [5, 2, 5]}}, llm.cfg) == (5, 2)
-    assert _eos_of(Path("run"), {}, llm.cfg) is None
+        read_eos_ids(Path("run"), {"token_ids": [1]}, llm.cfg)
+    assert read_eos_ids(Path("run"), {"token_ids": {"eos": 2}}, llm.cfg) == (2,)
+    assert read_eos_ids(Path("run"), {"token_ids": {"eos": [5, 2, 5]}}, llm.cfg) == (5, 2)
+    assert read_eos_ids(Path("run"), {}, llm.cfg) is None
 
 
 def test_the_command_line(llm, monkeypatch, capsys):
