@@ -97,12 +97,14 @@ class Worker:
         self._process.wait()
 
 
-def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, list[float]]:
-    """Measurements of each worker, one per round; ends the workers."""
+def take_turns(
+    workers: dict[str, Worker], rounds: int, per_round: int = 1
+) -> dict[str, list[float]]:
+    """Measurements of each worker, ``per_round`` in each round; ends the workers."""
     values: dict[str, list[float]] = {name: [] for name in workers}
     for _ in range(rounds):
         for name, worker in workers.items():
-            values[name].append(worker.measure())
+            values[name] += [worker.measure() for _ in range(per_round)]
     for worker in workers.values():
         worker.close()
     return values

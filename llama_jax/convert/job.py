@@ -96,7 +96,9 @@ def convert(
         merged, destination, to or "orbax", dtype, shards, max_memory, quantize, type, log
     )
     plan.log(adapter.describe())
-    weights = merged.weights = adapters.MergedWeights(merged.weights, adapter, plan.dtypes)
+    # What is quantized afterwards is merged in float32.
+    dtypes = plan.dtypes if plan.quantize is None else {}
+    weights = merged.weights = adapters.MergedWeights(merged.weights, adapter, dtypes)
     _run(plan, verify)
     plan.log(weights.rounding())
     return destination
