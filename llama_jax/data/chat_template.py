@@ -214,12 +214,12 @@ class ChatTemplate:
           ValueError: as for :meth:`encode_example`.
         """
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ids, counted = self.encode_example(talk, tokenizer)
-        last = len(ids) - 1 - counted[::-1].index(True)
-        controls = set(tokenizer.controls.values())
-        # A {% generation %} block may end before or after the token.
-        ends = [i for i in ids[last : last + 2] if i in controls]
-        return tuple(ends[:1])
+        self.encode_example(talk, tokenizer)  # raises
+        rendering = self._render(talk, tokenizer, None, prompt=False)
+        answers, _ = self._answers(rendering, tokenizer)
+        start, end = (answers or rendering.blocks)[-1]
+        names = tokenizer.control_names.findall(rendering.text[start:end])
+        return tuple(tokenizer.controls[name] for name in names[-1:])
 
     def _answers(
         self, rendering: _Rendering, tokenizer: Tokenizer

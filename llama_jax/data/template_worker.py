@@ -147,9 +147,10 @@ class Marker:
         return [self.marked(v) for v in value] if isinstance(value, list) else value
 
     def ended(self, value: Any) -> Any:
-        """A copy of a marked value with a mark at the end of each string in it."""
-        if isinstance(value, dict):
-            return {k: v if k == "role" else self.ended(v) for k, v in value.items()}
+        """A copy of a marked value with a mark at the end of each text in it."""
+        if isinstance(value, dict):  # templates compare these three, or check their length
+            names = ("role", "type", "id")
+            return {k: v if k in names else self.ended(v) for k, v in value.items()}
         if isinstance(value, list):
             return [self.ended(v) for v in value]
         if not isinstance(value, str) or str.replace(value, self._mark, "") in self._words:

@@ -28,7 +28,7 @@ PIECE_CHARS = 2**16
 """Longer texts are encoded in pieces of about this many characters where that is exact."""
 # Names of the BOS and EOS tokens in the tokenizer.json of different model families.
 _BOS_NAMES = ("<|begin_of_text|>", "<s>")
-_EOS_NAMES = ("<|end_of_text|>", "</s>")
+_EOS_NAMES = ("<|end_of_text|>", "</s>", "<|endoftext|>")
 # Regular expressions of Llama 3 and Qwen: both end a word between a letter and white space.
 _PATTERNS = {tiktoken_text.SPLIT, tiktoken_text.SPLIT.replace("{1,3}", "")}
 # Letters of every version of Unicode; a text is not split after any other letter.

@@ -73,8 +73,7 @@ def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
     words = train_tokenizer(
         ["the cat sat on a mat, USER: others"] * 50, 300, folder / "words.model"
     )
-    merges = tiktoken_tools.ranks()
-    merges |= {b"\n\n": len(merges)}
+    merges = tiktoken_tools.ranks() | {b"\n\n": len(tiktoken_tools.ranks())}
     return {
         "pieces": pieces,
         "bytes": json_tokenizer(folder / "bytes.json", every_byte, chatml),
@@ -190,7 +189,7 @@ def test_a_template_with_generation_blocks(tokenizers):
         "a mat"
     ) + tokenizer.encode("\nbreathe ")
     end = tokenizer.controls["<|im_end|>"]
-    for source in (GENERATION, only_text):
+    for source in (GENERATION, only_text, whole):
         assert ChatTemplate(source).stop_ids(tokenizer) == (end,)
     never = "{% if false %}{% generation %}{% endgeneration %}{% endif %}{{ messages[0].content }}"
     with pytest.raises(ValueError, match=r"writes no {% generation %} block"):
@@ -224,11 +223,12 @@ def test_ends_of_turns(tokenizers):
     """Templates that write further control tokens after an answer, or none."""
     tokenizer = tokenizers["bytes"]
     im_end, tool_end = (tokenizer.controls[n] for n in ("<|im_end|>", "<|tool_end|>"))
-    call = {"function": {"name": "add", "arguments": {"a": [1, "the"]}}}
+    call = {"id": "123456789", "function": {"name": "add", "arguments": {"a": [1, "the"]}}}
     talk = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
     calls = SMOLLM2.replace(
         "+ '<|im_end|>' +",
-        "}}{% for c in message.tool_calls or [] %}{{ c.function | tojson }}<|tool_end|>{% endfor %}"
+        "}}{% for c in message.tool_calls or [] %}{{ c.function | tojson }}"
+        "{{ raise_exception('id') if c.id | length != 9 }}<|tool_end|>{% endfor %}"
         "{{ '<|im_end|>' +",
     )
     ids, counted = ChatTemplate(calls).encode_example(talk, tokenizer, tools=[{"name": "add"}])
