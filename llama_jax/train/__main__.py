@@ -48,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
             trainer = loop.run(recipe, preemption)
             if trainer is not None:
                 preemption.phase("sampling; the run is finished and saved")
-                _print_samples(trainer)
+                if trainer.frozen or trainer.mixture.chat_template:
+                    _print_answers(trainer)
+                else:
+                    _print_samples(trainer)
         except KeyboardInterrupt:
             return 128 + (preemption.signal or signal.SIGINT)
         except ConfigError as e:
@@ -115,6 +118,28 @@ def _print_samples(trainer: "Trainer") -> None:
         seed = (recipe.train.seed + i) % 2**32
         text = llm.generate(prompt, max_new_tokens=100, sampling=Sample(temperature=0.7), seed=seed)
         log("sample:\n" + textwrap.indent(prompt + text, "  | ", lambda line: True))
+
+
+def _print_answers(trainer: "Trainer") -> None:
+    """Answer ``train.sample_prompts`` with the saved model, which has the adapter, the chat
+    template and the stop ids of the run; without a template, continue them."""
+    import jax
+
+    from llama_jax.generate.load import load
+    from llama_jax.generate.sampler import Sample
+    from llama_jax.train.loop import log
+
+    train = trainer.recipe.train
+    if not train.sample_prompts or jax.process_count() > 1:
+        return
+    trainer.release()
+    llm = load(trainer.folder)
+    for i, prompt in enumerate(train.sample_prompts):
+        seed = (train.seed + i) % 2**32
+        answer = llm.chat().say if trainer.mixture.chat_template else llm.generate
+        text = answer(prompt, max_new_tokens=100, sampling=Sample(temperature=0.7), seed=seed)
+        separator = "\n" if trainer.mixture.chat_template else ""
+        log("sample:\n" + textwrap.indent(prompt + separator + text, "  | ", lambda line: True))
 
 
 def _parser() -> argparse.ArgumentParser:

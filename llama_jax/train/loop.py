@@ -257,6 +257,11 @@ class Trainer:
         )
         return False
 
+    def release(self) -> None:
+        """Free the arrays on the devices, after training."""
+        for x in jax.tree.leaves((self.state, self.frozen)):
+            x.delete()
+
     def _finished(self) -> str:
         """Why the run is finished, and how to continue; "" if a step or its last evaluation is left
         to do."""

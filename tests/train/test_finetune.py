@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import llama_jax
 from llama_jax.checkpoint.arrays import open_array
-from llama_jax.checkpoint.file_hashes import weights_sha256
+from llama_jax.checkpoint.file_hashes import record_files, weights_sha256
 from llama_jax.config import load_recipe
 from llama_jax.data.batch import Batch
 from llama_jax.model.llama import ComputeConfig
@@ -359,3 +360,91 @@ def test_flops_of_a_token(place):
 def test_random_weights_are_no_base(place, section, capsys):
     assert main([str(place / "recipe.toml"), section]) == 2
     assert "needs the weights of a trained model; set train.init_from" in capsys.readouterr().err
+
+
+# Chat models -------------------------------------------------------------------------------------
+
+
+def records_of(folder, kind):
+    """A file of conversations whose answers are always "the cat sat"."""
+    path = folder / f"{kind}.jsonl"
+    rng = random.Random(1)
+    with path.open("w") as f:
+        for _ in range(300):
+            prompt = " ".join(rng.choice(WORDS) for _ in range(3))
+            if kind == "chats":
+                record = {"instruction": prompt, "input": "", "output": "the cat sat"}
+            else:
+                record = {"prompt": prompt, "chosen": "the cat sat", "rejected": "on a mat"}
+            f.write(json.dumps(record) + "\n")
+    return path
+
+
+def conversations(place, kind):
+    template = place / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + m.content + ':' }}"
+        "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    return (
+        f"data.sources.words.path={records_of(place, kind)}", f"data.template={template}",
+        "data.packing=examples", "data.prepared=", "data.seq_len=64", "train.eval_batches=4",
+    )  # fmt: skip
+
+
+def test_a_model_learns_to_chat_and_stops(run, place):
+    """From a base model with another stop id: the run has the template and both stop ids, and
+    answers end by themselves."""
+    base = place / "chat_base"
+    shutil.copytree(place / "base", base)
+    about = json.loads((base / "model.json").read_text())
+    about["token_ids"]["eos"] = 7
+    (base / "model.json").write_text(json.dumps(about))
+    record_files(base, "model.json")
+    name = "chat"
+    more = ["train.steps=40", "optim.peak_lr=2e-2", "train.log_every=40", "train.eval_every=40",
+            f"train.init_from={base}", 'train.sample_prompts=["the mat"]']  # fmt: skip
+    code, out, err = run(name, *conversations(place, "chats"), *more)
+    assert code == 0, err
+    assert "sample:\n  | the mat\n" in out
+    folder = place / name
+    template = (place / "template.jinja").read_text()
+    assert (folder / "chat_template.jinja").read_text() == template
+    about = json.loads((folder / "model.json").read_text())
+    assert about["token_ids"]["eos"] == [7, 2]
+    llm = llama_jax.load(folder)
+    assert llm.eos_ids == (7, 2)
+    assert llm.chat_template == template
+    assert len(llm.encode(llm.chat().say("the cat on", max_new_tokens=40))) < 40
+    assert evaluations(folder)[-1]["loss"] < 1  # nats a token of an answer that is always the same
+
+
+def evaluations(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == "eval"]
+
+
+def test_preferences_are_learned(run, place):
+    settings = conversations(place, "pairs")
+    code, _, err = run("dpo", *settings, "train.steps=1")
+    assert code == 2
+    assert "source words has pairs of a chosen and a rejected answer: add the section [dpo]" in err
+    code, _, err = run("dpo", "train.steps=1", "dpo.beta=0.1")
+    assert code == 2
+    assert "source words has no pairs of a chosen and a rejected answer" in err
+    more = [
+        "dpo.beta=0.5",
+        "lora.rank=8",
+        "train.steps=12",
+        "optim.peak_lr=2e-2",
+        "train.log_every=12",
+    ]
+    code, out, err = run("dpo", *settings, *more)
+    assert code == 0, err
+    assert "DPO: beta 0.5, reference" in out
+    assert "margin" in out
+    (record,) = evaluations(place / "dpo")
+    assert record["rewards/accuracy"] == 1
+    assert record["rewards/margin"] > 0.5
+    assert record["loss"] < 0.5
+    assert record["sources"]["words"]["pairs"] > 5
