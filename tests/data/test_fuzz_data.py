@@ -18,9 +18,10 @@ from llama_jax.data import tiktoken_text
 from llama_jax.data.manifest import verify
 from llama_jax.data.mixture import TrainData, open_mixture
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.prepare import records
 from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.prepare.records import BadLine, parse_line
-from llama_jax.prepare.text import _text_field
+from llama_jax.prepare.text import _text_field, find_files, read_documents
 from llama_jax.prepare.tokenizer import first_change, train_tokenizer
 
 TEXTS = [f"text {i}: every good boy does fine and then some\n" for i in range(60)]
@@ -69,22 +70,25 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz")
     train_tokenizer(TEXTS, 290, folder / "t.model")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    found = [{"prompt": t, "response": t[::-1].strip()} for t in TEXTS]
+    (folder / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
     prepare_mixture(config(folder), 290, folder / "out")
     return folder
 
 
 def config(folder: Path) -> DataConfig:
-    sources = {"a": SourceConfig(path=str(folder / "a.jsonl"))}
+    sources = {name: SourceConfig(path=str(folder / f"{name}.jsonl")) for name in "ac"}
     return DataConfig(
-        sources=sources, tokenizer=str(folder / "t.model"), seq_len=8, val_fraction=0.1
-    )
+        sources=sources, tokenizer=str(folder / "t.model"), seq_len=120, val_fraction=0.1,
+        packing="examples", template="vicuna",
+    )  # fmt: skip
 
 
 @settings(suppress_health_check=SHARED_FOLDER)
 @given(data=st.data())
 def test_manifests(folder, data):
     """One value changed or removed, or bytes; with or without the hash of the content."""
-    path = folder / "out" / data.draw(st.sampled_from([".", "a"])) / "manifest.json"
+    path = folder / "out" / data.draw(st.sampled_from([".", "a", "c"])) / "manifest.json"
     before = path.read_bytes()
     if data.draw(st.booleans()):
         tree = json.loads(before)
@@ -148,3 +152,32 @@ def test_lines(line):
     found = record if isinstance(record, BadLine) else _text_field(*record)
     assert isinstance(found, str) or (found.reason and "a.jsonl line 1" in found.message)
     assert len(found.message if not isinstance(found, str) else "") < 600
+
+
+RECORDS = [{"instruction": "é " * 9, "output": "x"}, {"conversations": [{"from": "gpt"}]}, {}, 5]
+
+
+@settings(suppress_health_check=SHARED_FOLDER)
+@given(
+    content=st.sampled_from(RECORDS).flatmap(
+        lambda first: mutated(json.dumps([first, *RECORDS], ensure_ascii=False).encode())
+    ),
+    format=st.sampled_from(["auto", "alpaca", "sharegpt", "messages"]),
+    skip_bad_lines=st.booleans(),
+    block=st.sampled_from([1, 7, 2**20]),
+)
+def test_arrays(folder, content, format, skip_bad_lines, block):
+    path = folder / "array.json"
+    path.write_bytes(content)
+    records._BLOCK_CHARS, before = block, records._BLOCK_CHARS
+    message = str(path)
+    try:
+        source = find_files("a", str(path), skip_bad_lines, format)
+        documents = list(read_documents(source, source.files))
+        assert all(d.size for d in documents)
+    except ValueError as e:
+        message = str(e)
+    finally:
+        records._BLOCK_CHARS = before
+    assert str(path) in message
+    assert len(message) < 1500
