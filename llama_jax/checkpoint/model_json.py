@@ -95,6 +95,8 @@ def read_metadata(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise ConfigError(f"{path}: quantize={quantize!r:.60}: must be 'int8' or 'int4'")
     if "adapter" in tree:
         _check_adapter(tree["adapter"], path)
+    if not isinstance(lineage := tree.get("lineage", {}), dict):
+        raise ConfigError(f"{path}: lineage must be an object, not {lineage!r:.60}")
     ids = tree.setdefault("token_ids", {})
     if not isinstance(ids, dict):
         raise ConfigError(f"{path}: token_ids must be an object, not {ids!r:.60}")

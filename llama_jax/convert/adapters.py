@@ -52,6 +52,10 @@ class Adapter:
     lora: LoraConfig
     base: dict[str, str]
     """path and sha256 of the base, and quantize where training quantized it"""
+    sha256: str
+    """of the files of the arrays"""
+    lineage: dict[str, Any]
+    """what it was trained from, as in model.json"""
     pairs: dict[str, Pair]
     files: list[Path]
     """the files of the arrays"""
@@ -68,6 +72,15 @@ class Adapter:
         from llama_jax.model.lora import scale_of  # here, because it imports JAX
 
         return scale_of(self.lora)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its settings in model.json."""
+        lora = self.lora
+        return {
+            "rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets),
+            "rslora": lora.rslora, "base": self.base,
+        }  # fmt: skip
 
     @property
     def num_params(self) -> int:
@@ -155,7 +168,8 @@ def open_adapter(path: Path, max_memory: int = 2 << 30) -> Adapter:
     token_ids = sources.check_token_ids(metadata["token_ids"], cfg.vocab_size, report)
     item = root / "steps" / str(step) / "model"
     adapter = Adapter(
-        path, cfg, lora, settings["base"], _read_pairs(item, cfg, lora), [item], token_ids,
+        path, cfg, lora, settings["base"], file_hashes.weights_sha256(root, step),
+        metadata.get("lineage") or {}, _read_pairs(item, cfg, lora), [item], token_ids,
         tokenizer_files.find(root), sources.extras(root), warnings + report.warnings,
     )  # fmt: skip
     sources.check_tokenizers(adapter)
@@ -231,12 +245,9 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     item = folder / "steps/0/model"
     for name, array in values.items():
         open_array(item, name).write(array).result()
-    lora = adapter.lora
-    settings = {
-        "rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets),
-        "rslora": lora.rslora, "base": adapter.base,
-    }  # fmt: skip
-    metadata = make_metadata(adapter.cfg, adapter.token_ids, adapter=settings)
+    metadata = make_metadata(
+        adapter.cfg, adapter.token_ids, adapter=adapter.settings, lineage=adapter.lineage or None
+    )
     write_metadata(folder, metadata)
     sources.copy_small_files(adapter, folder)
     files = file_hashes.hash_files(folder, set(file_hashes.files_below(folder)))
@@ -374,10 +385,13 @@ def merge_source(adapter: Adapter, base: SourceCheckpoint) -> SourceCheckpoint:
             f"merged with the base's matrices rounded to {kind}, as in training, not with its "
             "original weights"
         )
+    origin = {"path": str(adapter.path.resolve()), "sha256": adapter.sha256}
+    lineage = {"base": adapter.base} | adapter.lineage | {"adapter": adapter.settings | origin}
     changed = tuple(MATRICES[t].path + "/" for t in adapter.lora.targets)
     sha256 = {n: s for n, s in base.sha256.items() if not (kind or n.startswith(changed))}
     return dataclasses.replace(
         base, weights=weights, files=base.files + adapter.files,
         token_ids=adapter.token_ids, tokenizers=adapter.tokenizers, extras=adapter.extras,
         warnings=warnings, quantize=None, sha256=sha256, generated=adapter.generated,
+        lineage=lineage,
     )  # fmt: skip

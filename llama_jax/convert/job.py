@@ -326,7 +326,7 @@ def _write_small_files(plan: Plan, digests: dict[str, str]) -> None:
         if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
             path.unlink()
     copy_small_files(source, folder)
-    metadata = make_metadata(source.cfg, source.token_ids, plan.quantize)
+    metadata = make_metadata(source.cfg, source.token_ids, plan.quantize, lineage=source.lineage)
     trees = {}
     if plan.to == "orbax":
         write_metadata(folder, metadata)

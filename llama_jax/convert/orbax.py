@@ -94,7 +94,7 @@ def open_orbax(root: Path, path: Path) -> SourceCheckpoint:
     sha256 = sources.manifest_sha256(root, cfg, quantize) if step == 0 else {}
     return SourceCheckpoint(
         "orbax", path, cfg, weights, [folder], token_ids, tokenizer_files.find(root),
-        sources.extras(root), warnings, sha256, quantize,
+        sources.extras(root), warnings, sha256, quantize, metadata.get("lineage"),
     )  # fmt: skip
 
 

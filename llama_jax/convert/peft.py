@@ -20,7 +20,7 @@ from llama_jax.convert.formats import FLOATS, ConvertError, TensorSlice, first_n
 from llama_jax.convert.sources import Report, SourceCheckpoint
 from llama_jax.convert.tensors import LayerTensor
 from llama_jax.data import tokenizer_files
-from llama_jax.io import atomic_write
+from llama_jax.io import atomic_write, sha256
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -273,8 +273,9 @@ def open_peft(path: Path, base: SourceCheckpoint, max_memory: int = 2 << 30) -> 
         recorded["quantize"] = base.quantize
     tokenizers, extras, token_ids = _small_files(path, base, report)
     adapter = Adapter(
-        path, base.cfg, lora, recorded, pairs, [path / CONFIG, path / WEIGHTS], token_ids,
-        tokenizers, extras, report.warnings, base.generated,
+        path, base.cfg, lora, recorded, sha256(path / WEIGHTS), {}, pairs,
+        [path / CONFIG, path / WEIGHTS], token_ids, tokenizers, extras, report.warnings,
+        base.generated,
     )  # fmt: skip
     sources.check_tokenizers(adapter)
     return adapter

@@ -81,6 +81,8 @@ class SourceCheckpoint:
     """SHA-256 of each tensor according to manifest.json; empty without one"""
     quantize: str | None = None
     """"int8" or "int4" if the matrices of the layers are quantized"""
+    lineage: dict[str, Any] | None = None
+    """what the weights were trained from, where model.json says so"""
     generated: dict[str, bytes] = dataclasses.field(default_factory=dict)
     """small files by name that are made from the content of a GGUF file, like `extras`"""
 

@@ -38,6 +38,13 @@ def command(*args) -> int:
     return main([*map(str, args), *ANY])
 
 
+def add_to_metadata(folder: Path, **more) -> None:
+    """Add keys to model.json, as training writes them."""
+    tree = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(tree | more))
+    (folder / "manifest.json").unlink()
+
+
 def our_updates(folder: Path) -> dict[str, np.ndarray]:
     """What one of our adapters adds to each matrix, under transformers' names, [out, in]."""
     adapter = open_adapter(folder)
@@ -327,6 +334,7 @@ def _memory_error(tmp_path, bases) -> str:
 def test_merge_adds_in_float32_and_rounds_once(tmp_path, bases, to, capsys):
     source = make_peft(tmp_path / "peft", CFG)
     convert(source, tmp_path / "ours", base=bases["ours"], log=None)
+    add_to_metadata(tmp_path / "ours", lineage={"data": {"alpaca": "of training"}})
     args = ["--merge", "--to", to, "--dtype", "bfloat16"]
     assert command(tmp_path / "ours", tmp_path / "merged", *args) == 0
     said = capsys.readouterr().out
@@ -352,6 +360,12 @@ def test_merge_adds_in_float32_and_rounds_once(tmp_path, bases, to, capsys):
         lost += np.sum((out.astype(np.float64) - exact) ** 2)
         size += np.sum((exact - w).astype(np.float64) ** 2)
     line = next(line for line in said.splitlines() if "rounding lost" in line)
+    lineage = json.loads((tmp_path / "merged/manifest.json").read_text())["lineage"]
+    assert lineage["base"]["path"] == str(bases["ours"].resolve())
+    assert lineage["adapter"]["path"] == str((tmp_path / "ours").resolve())
+    assert lineage["adapter"]["sha256"] == open_adapter(tmp_path / "ours").sha256
+    assert lineage["adapter"]["rank"] == 4
+    assert lineage["data"] == {"alpaca": "of training"}
     stated = float(line.split("rounding lost ")[1].split("%")[0]) / 100
     assert stated == pytest.approx(np.sqrt(lost / size), rel=0.01)
     assert "at most" in line
@@ -365,10 +379,9 @@ def test_merge_with_a_quantized_base_uses_what_training_used(tmp_path, bases, ki
     assert f"merged with the base's matrices rounded to {kind}" in capsys.readouterr().out
     # The same from the base's original weights, which training quantized.
     convert(source, tmp_path / "ours", base=bases["ours"], log=None)
-    settings = json.loads((tmp_path / "ours/model.json").read_text())
-    settings["adapter"]["base"]["quantize"] = kind
-    (tmp_path / "ours/model.json").write_text(json.dumps(settings))
-    (tmp_path / "ours/manifest.json").unlink()
+    adapter = read_metadata(tmp_path / "ours")[1]["adapter"]
+    adapter["base"]["quantize"] = kind
+    add_to_metadata(tmp_path / "ours", adapter=adapter)
     assert command(tmp_path / "ours", tmp_path / "again", "--merge") == 0
     from llama_jax.model.quantize import quantize_weight
 
