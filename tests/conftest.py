@@ -62,6 +62,7 @@ RUN_ONCE = (
     "test_load",
     "test_scores",
     "test_chat",
+    "test_chat_command",
     "test_plan",
     "test_hlo",
     "test_quantize",

@@ -1,4 +1,4 @@
-"""The command ``python -m llama_jax.generate``: continue a prompt and print the text."""
+"""The command ``python -m llama_jax.generate``: continue a prompt, or chat, in a terminal."""
 
 # jax takes seconds to import. Functions import what needs it, so that Ctrl-C and bad arguments get
 # an immediate answer.
@@ -19,7 +19,7 @@ _GRACE = 1.0
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     with _interruptible() as interrupted:
         try:
             return _answer(args)
@@ -90,11 +90,18 @@ def _answer(args: argparse.Namespace) -> int:
     given = {name: x for name in names if (x := getattr(args, name)) is not None}
     if given:
         sampling = Sample(**given)
+    max_new_tokens = args.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = 256 if args.chat else 128
     options: dict[str, Any] = dict(
-        max_new_tokens=args.max_new_tokens, sampling=sampling, seed=args.seed, stop=args.stop
+        max_new_tokens=max_new_tokens, sampling=sampling, seed=args.seed, stop=args.stop
     )
     # Checked before the weights are read, which may take minutes.
-    check_text("the prompt", args.prompt)
+    if args.prompt is None and not args.chat:
+        raise ValueError("give a PROMPT to continue, or --chat")
+    if args.chat and (args.json or args.top_logprobs or args.n != 1):
+        raise ValueError("--chat prints one answer as text: leave out --json, --top-logprobs, --n")
+    check_text("the prompt", args.prompt or "")
     check_integer("n", args.n, 1)
     check_options(**options, top_logprobs=args.top_logprobs)
     llm = load(
@@ -104,6 +111,9 @@ def _answer(args: argparse.Namespace) -> int:
         quantize=args.quantize,
         cache=args.cache,
     )
+    if args.chat:
+        _chat(llm, args.prompt, options)
+        return 0
     if args.prompt != "-":
         _continue(llm, args.prompt, args, options)
         return 0
@@ -133,6 +143,34 @@ def _continue(llm: Any, prompt: str, args: argparse.Namespace, options: dict[str
         print(flush=True)
 
 
+def _chat(llm: Any, message: str | None, options: dict[str, Any]) -> None:
+    """Answer one message, or the lines of the terminal until Ctrl-D."""
+    chat = llm.chat()
+    for line in [message] if message not in (None, "-") else _messages():
+        try:
+            for piece in chat.stream(line, **options):
+                print(piece, end="", flush=True)
+        except ValueError as e:  # a conversation that no longer fits the context
+            if not sys.stdin.isatty():
+                raise
+            print(f"error: {e}", file=sys.stderr)
+        print(flush=True)
+
+
+def _messages() -> Iterator[str]:
+    """Lines of the standard input that are not empty."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        import readline  # noqa: F401 (input then has a history and can be edited)
+
+        print("Type a message; Ctrl-D ends the chat.", file=sys.stderr)
+    with contextlib.suppress(EOFError):
+        while True:
+            if (line := input("> " if terminal else "")).strip():
+                yield line
+    print(end="\n" * terminal)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """One line, without the usage of all options."""
@@ -142,17 +180,20 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m llama_jax.generate",
-        usage="%(prog)s CHECKPOINT PROMPT [options]",
-        description="Continue a prompt and print the text while it is generated. Greedy, unless an "
-        "option of sampling is given.",
+        usage="%(prog)s CHECKPOINT PROMPT [options]\n       %(prog)s CHECKPOINT --chat [MESSAGE]",
+        description="Continue a prompt, or chat, and print the text while it is generated. Greedy, "
+        "unless an option of sampling is given.",
         epilog='example: %(prog)s checkpoints/tiny "def main(" --temperature 0.7 --top-p 0.95',
     )
     arg = parser.add_argument
     arg("checkpoint", metavar="CHECKPOINT", help="folder of a run, or of converted, Hugging Face "
         "or Meta weights")  # fmt: skip
-    arg("prompt", metavar="PROMPT", help='text to continue; "-" reads a prompt per line from stdin')
+    arg("prompt", metavar="PROMPT", nargs="?", help='text to continue, or a message; "-" reads one '
+        "per line from stdin")  # fmt: skip
+    arg("--chat", action="store_true", help="answer the message, or those typed until Ctrl-D, with "
+        "the model's chat template")  # fmt: skip
     arg = parser.add_argument_group("length and output").add_argument
-    arg("--max-new-tokens", type=int, default=128, metavar="T", help="default: 128")
+    arg("--max-new-tokens", type=int, metavar="T", help="default: 128, with --chat 256")
     arg("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; repeatable")
     arg("--n", type=int, default=1, metavar="N", help="continuations per prompt (default: 1)")
     arg("--json", action="store_true", help="a JSON object per line: text, ids, logprobs, finish")

@@ -1,5 +1,7 @@
 """A conversation with a model that has a chat template; the cache is kept from turn to turn."""
 
+import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +16,8 @@ class Chat:
     """The messages of a conversation, and the model's cache of them.
 
     The chat template is that of the checkpoint (Jinja, in the format of Hugging Face). Only the
-    template writes control ids: in a message, their names are ordinary text.
+    template writes control ids: in a message, their names are ordinary text. An answer ends at the
+    EOS ids of the model, and at the token that the template writes after answers.
 
     After an error, Ctrl-C, or a stream that is not read to its end, the conversation is as it was
     before this turn, and can continue.
@@ -43,7 +46,10 @@ class Chat:
             check_text("the system message", system)
         where = f"the chat template of {llm.tokenizer.path.parent}"
         self._template = ChatTemplate(llm.chat_template, where)
-        self._llm = llm
+        self._llm = copy.copy(llm)
+        with contextlib.suppress(ValueError):  # a template that does not say how an answer ends
+            ends = self._template.stop_ids(llm.tokenizer)
+            self._llm.eos_ids = tuple(dict.fromkeys((*llm.eos_ids, *ends)))
         self._ids: list[int] = []  # held by the cache
         self._cache: Any = None
         self._running: Any = None
