@@ -161,7 +161,7 @@ class ChatTemplate:
         """
         rendering = self._render(messages, tokenizer, tools, prompt=True)
         answers, _ = self._answers(rendering, tokenizer)
-        pieces, _ = self._pieces(rendering, answers)
+        pieces, _ = self._pieces(rendering, answers, [])
         return [i for ids in tokenizer.encode_consecutive(pieces) for i in ids]
 
     def encode_example(
@@ -174,8 +174,9 @@ class ChatTemplate:
         """Ids of a conversation, and which of them count in the loss.
 
         Those that count are the answers and their end-of-turn token, or what is inside the
-        ``{% generation %}`` blocks of a template that has them. The ids before each answer are
-        those of :meth:`encode` for the messages before it.
+        ``{% generation %}`` blocks of a template that has them. An answer with "weight" 0 does not
+        count, as in OpenAI's format. The ids before each answer are those of :meth:`encode` for the
+        messages before it.
 
         Args:
           messages: as for :meth:`encode`, with one or more answers (role "assistant").
@@ -190,19 +191,20 @@ class ChatTemplate:
         self._check_tokens(rendering.text, tokenizer)
         answers, problem = self._answers(rendering, tokenizer)
         problem = problem or _changed(messages, rendering.text, answers)
-        if problem and not self._has_blocks:
+        weights = [m.get("weight", 1) for m in messages if m.get("role") == "assistant"]
+        if problem and (not self._has_blocks or 0 in weights):
             raise ValueError(
                 f"{self.name} does not show where {problem}; mark the answers in the template with "
                 "{% generation %} ... {% endgeneration %}"
             )
-        counted = rendering.blocks if self._has_blocks else answers
-        if not counted:
+        left_out = [span for span, weight in zip(answers, weights, strict=False) if weight == 0]
+        pieces, counts = self._pieces(rendering, answers, left_out)
+        if not any(counts):
             raise ValueError(
-                f"{self.name} writes no {{% generation %}} block for this conversation"
+                f"{self.name} writes no {{% generation %}} block for an answer that counts"
                 if self._has_blocks
-                else "the conversation has no answer (no message of the role 'assistant')"
+                else "the conversation has no answer that counts (role 'assistant', weight not 0)"
             )
-        pieces, counts = self._pieces(rendering, answers)
         encoded = tokenizer.encode_consecutive(pieces)
         flags = [count for ids, count in zip(encoded, counts, strict=True) for _ in ids]
         return [i for ids in encoded for i in ids], flags
@@ -239,15 +241,27 @@ class ChatTemplate:
         return found, problem
 
     def _pieces(
-        self, rendering: _Rendering, answers: list[tuple[int, int]]
+        self,
+        rendering: _Rendering,
+        answers: list[tuple[int, int]],
+        left_out: list[tuple[int, int]],
     ) -> tuple[list[str], list[bool]]:
-        """The text in pieces that are encoded one by one, and which of them count."""
+        """The text in pieces that are encoded one by one, and which of them count.
+
+        Args:
+          rendering: the text and its blocks.
+          answers: where the answers are in the text; a prompt ends before each.
+          left_out: the answers that do not count.
+        """
         text, counted = rendering.text, rendering.blocks if self._has_blocks else answers
-        starts = {start for start, _ in answers}  # prompts end here also within a block
+        starts = {start for start, _ in answers}  # also within a block
         borders = sorted({0, len(text), *starts, *(at for span in counted for at in span)})
-        spans = list(itertools.pairwise(borders))
-        counts = [any(a <= start < b for a, b in counted) for start, _ in spans]
-        return [text[start:end] for start, end in spans], counts
+        inside = lambda start, spans: any(a <= start < b for a, b in spans)
+        pieces, counts = [], []
+        for start, end in itertools.pairwise(borders):
+            pieces.append(text[start:end])
+            counts.append(inside(start, counted) and not inside(start, left_out))
+        return pieces, counts
 
     def _check_tokens(self, text: str, tokenizer: Tokenizer) -> None:
         missing = [n for n in self._names - set(tokenizer.controls) if n in text]

@@ -92,12 +92,31 @@ def read_example(record: Any, format: str) -> Example:
         )
     for text in strings_of(record):
         check_text("a text of the record", text)
-    return _READERS[format](record)
+    example = _READERS[format](record)
+    system = {"role": "system", "content": _text(record, "system")}
+    if not system["content"] or example.messages[0]["role"] != "user":
+        return example
+    rejected = example.rejected and [system, *example.rejected]
+    return Example([system, *example.messages], example.tools, rejected)
 
 
 def _alpaca(record: dict[str, Any]) -> Example:
     _need(record, "alpaca", "instruction", "output")
-    return Example(_checked([_instruction(record), _answer(record["output"], "'output'")]))
+    history = record.get("history") or []  # pairs of earlier turns
+    if not isinstance(history, list) or not all(map(_is_pair, history)):
+        raise ValueError(f"'history' must be a list of pairs of texts, not {_start(history)}")
+    roles = ("user", "assistant")
+    messages = [
+        {"role": role, "content": text}
+        for pair in history
+        for role, text in zip(roles, pair, strict=True)
+    ]
+    messages += [_instruction(record), _answer(record["output"], "'output'")]
+    return Example(_checked(messages))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(x, str) for x in value)
 
 
 def _instruction(record: dict[str, Any]) -> dict[str, Any]:

@@ -284,8 +284,22 @@ def test_templates_whose_answers_are_not_found(tokenizers):
     ids, counted = ChatTemplate(marked).encode_example(reasoned, tokenizer)
     last = [i for i, c in zip(ids, counted, strict=True) if c]
     assert tokenizer.decode(last) == "<think>so</think>\nbreathe "
-    with pytest.raises(ValueError, match=r"has no answer \(no message of the role 'assistant'\)"):
+    with pytest.raises(ValueError, match="has no answer that counts"):
         ChatTemplate(SMOLLM2).encode_example(TALK[:1], tokenizer)
+
+
+def test_answers_of_weight_zero(tokenizers):
+    """As in OpenAI's format: part of the conversation that does not count."""
+    tokenizer = tokenizers["merges"]
+    talk = [*TALK[:1], TALK[1] | {"weight": 0}, TALK[2], TALK[3] | {"weight": 1}]
+    for template in (ChatTemplate(SMOLLM2), ChatTemplate(GENERATION)):
+        all_ids, all_counted = template.encode_example(TALK, tokenizer)
+        ids, counted = template.encode_example(talk, tokenizer)
+        second = len(template.encode(TALK[:3], tokenizer))
+        assert ids == all_ids
+        assert counted == [False] * second + all_counted[second:]
+        with pytest.raises(ValueError, match="answer that counts"):
+            template.encode_example(talk[:2], tokenizer)
 
 
 def test_control_tokens_that_the_tokenizer_lacks(tokenizers):
@@ -336,10 +350,10 @@ def test_failing_templates_are_named(tokenizers):
 
 def test_load_template(tmp_path):
     with pytest.raises(
-        ValueError, match=r"set data\.template to alpaca, vicuna, .* or the path of"
+        ValueError, match=r"set data\.template .*to alpaca, vicuna, .* or the path of"
     ):
         load_template("", None)
-    with pytest.raises(ValueError, match=r"has no chat template; set data\.template to alpaca"):
+    with pytest.raises(ValueError, match=r"has no chat template; set data\.template .*to alpaca"):
         load_template("", tmp_path)
     own = tmp_path / "chat_template.jinja"
     own.write_text(SMOLLM2)

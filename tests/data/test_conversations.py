@@ -60,6 +60,20 @@ def test_variants_of_conversations():
     assert read({"prompt": "Hi", "completion": "Hello"}).messages == [USER, BOT]
 
 
+def test_the_rest_of_a_record():
+    """A system message beside the conversation, and earlier turns of an Alpaca record."""
+    system = {"role": "system", "content": "Be brief."}
+    for record in RECORDS.values():
+        example, want = read(record | {"system": "Be brief."}), read(record)
+        assert example.messages == [system, *want.messages]
+        assert example.rejected == (want.rejected and [system, *want.rejected])
+    own = {"messages": [system, USER, BOT], "system": "other"}
+    assert read(own).messages == own["messages"]
+    assert read(RECORDS["messages"] | {"system": None}).messages == [USER, BOT]
+    earlier = RECORDS["alpaca"] | {"history": [["Hi", "Hello"]]}
+    assert read(earlier).messages == [USER, BOT, USER, BOT]
+
+
 def test_tools():
     """Calls without text, their arguments as an object, answers of tools."""
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
@@ -120,6 +134,9 @@ BAD = [
     ({"messages": [USER, BOT], "tools": {"a": 1}}, "'tools' must be a list of objects"),
     ({"instruction": "Hi", "output": " "}, "the answer in message 2 is empty"),
     ({"instruction": "Hi", "output": 5}, "'output' must be a string, not 5"),
+    ({"instruction": "Hi", "output": "x", "history": [["a"]]}, "'history' must be a list of pairs"),
+    ({"instruction": "Hi", "output": "x", "history": [["a", " "]]}, "answer in message 2 is empty"),
+    ({"instruction": "Hi", "output": "x", "system": 5}, "'system' must be a string, not 5"),
     ({"instruction": 5, "output": "x"}, "'instruction' must be a string, not 5"),
     ({"instruction": "Hi", "output": None}, "'output' is missing"),
     ({"prompt": "Hi", "response": "\ud800"}, "not valid Unicode"),

@@ -238,6 +238,8 @@ def test_any_template(tokenizer, source, messages):
     """Ids or a ValueError; control ids only if the template writes a name."""
     try:
         ids = ChatTemplate(source).encode(messages, tokenizer)
+        counted = ChatTemplate(source).encode_example([*messages, TALK[2]], tokenizer)[1]
+        assert any(counted)
     except ValueError:
         return
     if not any(word in source for word in ("<|eot_id|>", "bos_token", "<s>")):
