@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import re
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pydantic
@@ -59,9 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{n['text_bytes'] / n['tokens']:.2f} bytes/token"
             )
     if options.show > 0:
-        for name in data.sources:
-            if (out / name / MANIFEST).exists():
-                show(out / name, options.show)
+        for name, source in data.sources.items():
+            folder = out / name
+            show(folder if folder.is_dir() else Path(source.path), options.show)
 
 
 def _parser() -> argparse.ArgumentParser:

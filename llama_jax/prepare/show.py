@@ -25,7 +25,7 @@ def show(folder: Path, count: int) -> None:
 
     Args:
       folder: of the source.
-      count: number of documents.
+      count: number of documents, or of preference pairs.
     """
     manifest = read_manifest(folder, SourceManifest)
     stream = TokenStream(folder, manifest, "train")
@@ -34,12 +34,18 @@ def show(folder: Path, count: int) -> None:
     starts = stream.doc_starts()
     ends = np.append(starts[1:], len(stream))
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    conversations = stream.conversations or {}
+    sides = (", chosen", ", rejected") if conversations.get("format") == "preference" else ("",)
+    count *= len(sides)
     before, after = ("\033[1;32m", "\033[0m") if color else ("[[", "]]")
     for i, (start, end) in enumerate(zip(starts[:count].tolist(), ends.tolist(), strict=False)):
         ids, _ = stream.read(start, end - start)
         mask = stream.read_mask(start, end - start)
-        print(f"--- {manifest['name']}, training document {i + 1}: {end - start:,} tokens, "
-              f"{int(mask.sum()):,} count in the loss")  # fmt: skip
+        number, side = divmod(i, len(sides))
+        print(
+            f"--- {manifest['name']}, training document {number + 1}{sides[side]}: "
+            f"{end - start:,} tokens, {int(mask.sum()):,} count in the loss"
+        )
         text = "".join(
             f"{before}{part}{after}" if counts else part
             for counts, part in _parts(tokenizer, names, ids.tolist(), mask.tolist())

@@ -16,13 +16,14 @@ from test_prepare import Killed, contents, documents, manifest, texts
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data.chat_template import ChatTemplate
 from llama_jax.data.manifest import verify
-from llama_jax.data.mixture import open_mixture
+from llama_jax.data.mixture import open_mixture, val_stats
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.prepare import records, shards
 from llama_jax.prepare import source as source_module
 from llama_jax.prepare.__main__ import main
 from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.prepare.records import BadLine, read_json
+from llama_jax.prepare.show import show
 from llama_jax.prepare.text import find_files, read_documents
 from llama_jax.prepare.tokenizer import train_tokenizer
 
@@ -46,7 +47,8 @@ def model(tmp_path_factory) -> str:
 def config(model: str, path: Any, **changes: Any) -> DataConfig:
     source = SourceConfig(path=str(path), format=changes.pop("format", "auto"))
     settings = {"tokenizer": model, "val_fraction": 0.2, "workers": 2, "packing": "examples"}
-    return DataConfig(sources={"a": source}, seq_len=64, **settings | changes)
+    settings["seq_len"] = 64
+    return DataConfig(sources={"a": source}, **settings | changes)
 
 
 def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -163,7 +165,7 @@ def test_manifest_of_conversations(tmp_path, model):
     }  # fmt: skip
 
 
-def test_a_preference_pair_is_two_documents(tmp_path, model):
+def test_a_preference_pair_is_two_documents(tmp_path, model, capsys):
     found = [{"prompt": q, "chosen": a, "rejected": f"no {a}"} for q, a in pairs(40)]
     out = prepare_mixture(config(model, lines(tmp_path / "a.jsonl", found)), 400, tmp_path / "out")
     tokenizer, template = Tokenizer.load(model), ChatTemplate(TEMPLATE)
@@ -174,12 +176,23 @@ def test_a_preference_pair_is_two_documents(tmp_path, model):
         expected
     )
     assert open_mixture(out).sources["a"].manifest["conversations"]["format"] == "preference"
+    show(out / "a", 1)
+    assert re.findall(r"training document (.*?):", capsys.readouterr().out) == [
+        "1, chosen", "1, rejected",
+    ]  # fmt: skip
 
 
 def test_loss_on_all_tokens(tmp_path, model):
     path = lines(tmp_path / "a.jsonl", alpaca(40))
     out = prepare_mixture(config(model, path, loss="all"), 400, tmp_path / "out")
     assert {m for mask in masks(out / "a", "train") for m in mask} == {1}
+    # Bits/byte are of the text that the template writes, without the names of control tokens.
+    tokenizer = Tokenizer.load(model)
+    text = [tokenizer.decode(ids) for ids in documents(out / "a", "holdout")]
+    long = config(model, path, loss="all", seq_len=512)
+    stats = val_stats(open_mixture(out), long, 2, 100, "a")
+    assert stats.text_bytes == sum(len(t.encode()) for t in text)
+    assert stats.tokens == sum(len(ids) - 1 for ids in documents(out / "a", "holdout"))
 
 
 def test_what_prepares_conversations_again(tmp_path, model, caplog):
@@ -428,6 +441,8 @@ def test_show(tmp_path, model, capsys, monkeypatch):
         out = capsys.readouterr().out
         assert ("[[" in out) == bool(no_color)
         assert (f"A:\033[1;32m {sample[1]}</s>\033[0m" in out) == (not no_color)
+    main([str(tmp_path / "b"), "--source", f"b={tmp_path / 'out' / 'a'}", *command[3:]])
+    assert f"A:[[ {sample[1]}</s>]]" in capsys.readouterr().out  # of a prepared folder
     main([*command[:-2], "--loss", "all", "--template", "vicuna", "--show", "1"])
     assert "[[<s>A chat between" in capsys.readouterr().out
     lines(path, [{"prompt": "a\033[2Jb", "response": f"x{i}"} for i in range(40)])
