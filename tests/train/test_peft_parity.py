@@ -8,13 +8,12 @@ import convert_tools as tools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from convert_tools import DTYPES, small
 from peft_tools import make_peft
 
+from llama_jax import config as cf
 from llama_jax.checkpoint.weights import load_weights
-from llama_jax.config import OptimConfig
 from llama_jax.convert.adapters import MATRICES, Adapter, open_adapter
 from llama_jax.convert.job import convert
 from llama_jax.data.batch import Batch
@@ -22,7 +21,7 @@ from llama_jax.model.compute import ComputeConfig
 from llama_jax.model.lora import with_adapters
 from llama_jax.model.params import abstract_params, merge, structure
 from llama_jax.train.optim import make_optimizer, make_schedule
-from llama_jax.train.step import nll_sum
+from llama_jax.train.step import TrainState, make_train_step, nll_sum
 
 CFG = small(vocab_size=64, dim=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=96)
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -219,10 +218,15 @@ def test_five_training_steps_equal_peft_and_torch(tmp_path, base):
     convert(source, tmp_path / "ours", base=base / "ours", log=None)
     adapter, steps = open_adapter(tmp_path / "ours"), 5
     # The norm of the gradients is about 0.2, so that every step is clipped.
-    optim = OptimConfig(peak_lr=1e-2, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.05)
+    optim = cf.OptimConfig(peak_lr=1e-2, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.05)
     params, adapters = our_params(base / "ours"), tree_of(adapter)
-    optimizer, schedule = make_optimizer(optim, steps), make_schedule(optim, steps)
-    state, update = optimizer.init(adapters), jax.jit(optimizer.update)
+    recipe = cf.Recipe(
+        model=CFG, lora=adapter.lora, optim=optim, checkpoint=cf.CheckpointConfig(dir="run"),
+        data=cf.DataConfig(sources={"x": cf.SourceConfig(path="x")}, seq_len=T, packing="segments"),
+        train=cf.TrainConfig(steps=steps, batch_size=len(LENGTHS), init_from="base"),
+    )  # fmt: skip
+    state = TrainState(adapters, make_optimizer(optim, steps).init(adapters))
+    train_step, schedule = jax.jit(make_train_step(recipe, COMPUTE)), make_schedule(optim, steps)
 
     theirs = torch_model(base / "hf", source, train=True)
     weights = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
@@ -232,20 +236,21 @@ def test_five_training_steps_equal_peft_and_torch(tmp_path, base):
     norms = []
     for step in range(steps):
         batch = packed_batch(step)
-        loss, grads = loss_and_grads(adapters, params, batch, adapter.lora)
+        _, grads = loss_and_grads(state.params, params, batch, adapter.lora)
+        state, metrics = train_step(state, jax.tree.map(lambda x: x[None], batch), params)
         adamw.zero_grad()
         their_loss = torch_loss(theirs, batch)
         their_loss.backward()
-        assert float(loss) == pytest.approx(their_loss.item(), rel=1e-4)
+        assert float(metrics["loss"]) == pytest.approx(their_loss.item(), rel=1e-4)
         their_grads = {n: p.grad.numpy().copy() for n, p in weights.items()}
         assert_close(under_pefts_names(grads), their_grads, f"gradient {step}")
-        updates, state = update(grads, state, adapters)
-        adapters = optax.apply_updates(adapters, updates)
         adamw.param_groups[0]["lr"] = float(schedule(step))
+        assert float(metrics["learning_rate"]) == pytest.approx(adamw.param_groups[0]["lr"])
         norms.append(float(torch.nn.utils.clip_grad_norm_(weights.values(), optim.max_grad_norm)))
+        assert float(metrics["grad_norm"]) == pytest.approx(norms[-1], rel=1e-4)
         adamw.step()
         their_values = {n: p.detach().numpy() for n, p in weights.items()}
-        assert_close(under_pefts_names(adapters), their_values, f"step {step}")
+        assert_close(under_pefts_names(state.params), their_values, f"step {step}")
     assert min(norms) > 2 * optim.max_grad_norm
 
 
