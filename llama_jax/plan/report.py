@@ -6,6 +6,7 @@ from typing import Any
 
 from llama_jax.chips import GIB
 from llama_jax.config import Recipe
+from llama_jax.model.lora import num_adapter_params
 from llama_jax.plan.compile import Compiled
 from llama_jax.plan.energy import PAPER_CARBON, PAPER_PUE, energy
 from llama_jax.train.step import flops_per_token
@@ -25,10 +26,12 @@ def metrics(c: Compiled, watts: float | None = None, price: float | None = None)
         "chips": c.machine.chips,
         "mesh": c.mesh,
         "parameters": recipe.model.num_params,
+        "adapter_parameters": num_adapter_params(recipe.model, recipe.lora) if recipe.lora else 0,
         "batch_size": recipe.train.batch_size,
         "seq_len": recipe.data.seq_len,
         "gradient_accumulation": recipe.train.gradient_accumulation,
         "remat": recipe.train.remat,
+        "frozen": c.frozen,
         "fits": c.fits,
         "compile_seconds": c.seconds,
         "memory": {
@@ -159,11 +162,13 @@ def _time(c: Compiled, model_flops: float) -> dict[str, Any]:
 def min_memory_traffic(c: Compiled) -> float:
     """Bytes that a step must at least move between chip and memory.
 
-    The train state is read and written once, the forward pass's activations are written and read
-    once per microbatch. The inputs and outputs of every op would be too many: some stay on chip.
+    What is trained and its optimizer state are read and written once, frozen weights are read once;
+    the forward pass's activations are written and read once per microbatch. The inputs and outputs
+    of every op would be too many: some stay on chip.
     """
     m = c.memory
-    return 2 * (m.weights + m.optimizer) + 2 * m.activations * c.recipe.train.gradient_accumulation
+    state = m.weights + m.gradients + 2 * m.optimizer
+    return state + 2 * m.activations * c.recipe.train.gradient_accumulation
 
 
 def to_text(f: dict[str, Any], title: str, rates: str) -> str:
@@ -194,10 +199,15 @@ def _memory_lines(f: dict[str, Any]) -> list[str]:
             f"DOES NOT FIT: {m['peak']:.2f} GiB per device, {m['peak'] - m['available']:.2f} more "
             f"than the {m['available']:.2f} available"
         )
+    trained = "weights"
+    weights = "float32, this device's shard"
+    if f["frozen"]:
+        trained = "adapters" if f["adapter_parameters"] else "weights that are trained"
+        weights = f"those that are not trained in {f['frozen']}, the {trained} in float32"
     meaning = {
-        "weights": "float32, this device's shard",
+        "weights": weights,
         "optimizer": "Adam's two moments, float32",
-        "gradients": "float32, same shapes as the weights",
+        "gradients": f"float32, same shapes as the {trained}",
         "activations": f"kept by the forward pass for the backward pass (remat {f['remat']})",
         "temporary": "rest of the peak: one layer's arrays, gathered weights, logits, buffers",
         "code": "the program, not included in the peak",
