@@ -5,6 +5,7 @@ with a small training run. A block after a comment ``<!-- not run: REASON -->`` 
 ``llama-jax`` commands must name existing commands and options.
 """
 
+import json
 import os
 import re
 import shlex
@@ -24,7 +25,7 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 SMALL = (
-    "train.steps=2", "train.batch_size=2", "data.seq_len=32", "train.eval_batches=1",
+    "train.steps=2", "train.batch_size=2", "data.seq_len=192", "train.eval_batches=1",
     "data.val_fraction=0.02", 'train.sample_prompts=["a"]',
 )  # fmt: skip
 """Overrides of every training command of a page, so that it takes seconds."""
@@ -66,6 +67,8 @@ def place(tmp_path_factory) -> Path:
     )
     lines = "".join(f'{{"text": "page {i} of the web, with some words"}}\n' for i in range(200))
     zstd(folder / "web.jsonl.zst", lines.encode())
+    record = lambda i: {"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."}
+    (folder / "instructions.json").write_text(json.dumps([record(i) for i in range(300)]))
     (folder / "books").mkdir()
     (folder / "books" / "a.txt").write_text("Call me Ishmael. Some years ago. " * 40)
     return folder
