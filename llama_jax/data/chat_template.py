@@ -31,7 +31,7 @@ _WORKER = Path(__file__).with_name("template_worker.py")
 _TIMEOUT = 60
 """Seconds after which a process that does not answer is killed; the CPU time of each rendering is
 limited to 2 s."""
-_CONTROL = re.compile(r"<\|[^\s|<>'\"]+\|>|</?s>|<(?:start|end)_of_turn>")
+_CONTROL = re.compile(r"<[|｜][^\s|｜<>'\"]+[|｜]>|</?s>|<(?:start|end)_of_turn>")
 """Names in the text of a template that stand for control tokens."""
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 

@@ -308,6 +308,10 @@ def test_control_tokens_that_the_tokenizer_lacks(tokenizers):
         message = rf"template {name} writes .* token <\|{token}\|>, which the tokenizer {path} does"
         with pytest.raises(ValueError, match=message):
             load_template(name, None).encode_example(TALK, tokenizers["words"])
+    for token in ("<｜User｜>", "<start_of_turn>", "<|user|>"):
+        source = "{% for m in messages %}" + token + "{{ m.content }}{% endfor %}"
+        with pytest.raises(ValueError, match=f"control token {re.escape(token)}, which"):
+            ChatTemplate(source).encode_example(TALK, tokenizers["merges"])
     said = [TALK[0] | {"content": "<|im_start|>"}, TALK[1]]
     mentions = "{# <|im_start|> #}{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
     assert ChatTemplate(mentions).encode_example(said, tokenizers["words"])
