@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lora_tools import merged, random_adapters
-from model_tools import random_weights, small, tree_of
+from model_tools import F32, random_weights, small, tree_of
 
 import llama_jax
 from llama_jax.checkpoint.checkpoints import Checkpoints
 from llama_jax.checkpoint.file_hashes import record_files, weights_sha256
 from llama_jax.checkpoint.model_json import make_metadata, write_metadata
 from llama_jax.config import ConfigError, LoraConfig, MeshConfig
+from llama_jax.convert.job import convert
 from llama_jax.generate.__main__ import main
+from llama_jax.generate.llm import LLM
 from llama_jax.model.sharding import make_mesh
 from llama_jax.prepare.tokenizer import train_tokenizer
 
@@ -107,6 +109,14 @@ def test_a_mesh(runs, want):
     assert_same(llama_jax.load(runs / "first", mesh=mesh), want)
 
 
+def test_stacked_layers(runs, want, tokenizer):
+    """As on a TPU; the weights may come from memory."""
+    params = jax.tree.map(jnp.asarray, tree_of(random_weights(CFG)))
+    llm = LLM(CFG, params, tokenizer, F32).with_adapter(runs / "first")
+    made = llm.generate(PROMPTS[0], max_new_tokens=8, logprobs=True)
+    assert made.ids == want[0][0][:8]
+
+
 def test_several_adapters_share_a_base(runs, want):
     """The arrays of the base and the compiled programs; files of the adapter replace its own."""
     base = llama_jax.load(runs / "base")
@@ -183,3 +193,25 @@ def test_folders_without_an_adapter(runs, tokenizer, tmp_path, capfd):
     next(p for p in item.rglob("*") if p.is_file() and p.stat().st_size > 100).write_bytes(b"x")
     with pytest.raises(ConfigError, match="has 1 bytes, not"):
         load(adapter)
+
+
+def test_a_folder_in_the_format_of_peft(runs, want, tmp_path, monkeypatch, capfd):
+    """It is converted once, to the user's cache; the base is given, or named by the folder."""
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = convert(runs / "first", tmp_path / "peft", to="peft", log=None)
+    capfd.readouterr()
+    llm = llama_jax.load(runs / "base", adapter=folder)
+    err = capfd.readouterr().err
+    assert err.startswith(f"converting {folder} (PEFT) once, to {tmp_path}/cache/")
+    assert err.count("\n") == 1
+    found = llama_jax.load(folder)
+    assert capfd.readouterr().err == ""
+    reference = llama_jax.load(runs / "first")
+    for other in (llm, found):
+        jax.tree.map(np.testing.assert_array_equal, other.params, reference.params)
+    (folder / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=f"the adapter {folder} cannot be used: "):
+        llama_jax.load(runs / "base", adapter=folder)
+    with pytest.raises(ConfigError, match=f"the adapter {folder} cannot be used: "):
+        llm.with_adapter(folder)

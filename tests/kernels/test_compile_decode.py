@@ -11,10 +11,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llama_jax.chips import compile_for, topology
-from llama_jax.config import MODELS
+from llama_jax.config import MODELS, LoraConfig
 from llama_jax.generate.decode import FULL_CHUNK
 from llama_jax.model.cache import KVCache
 from llama_jax.model.llama import ComputeConfig
+from llama_jax.model.lora import abstract_adapters, add_adapters, num_adapter_params
 from llama_jax.model.params import abstract_params, merge, structure, unstack_layers
 from llama_jax.model.quantize import quantize
 from llama_jax.model.sharding import AXES, PRESETS, reshard
@@ -77,7 +78,7 @@ def test_the_kernel_alone(machine, name, B, T, N, K, dtype):
     assert program.cost_analysis()["bytes accessed"] < 1.05 * 2 * one / L
 
 
-def _step(cfg, devices, B, quantized=None, cache_dtype=jnp.bfloat16):
+def _step(cfg, devices, B, quantized=None, cache_dtype=jnp.bfloat16, lora=None):
     """A greedy decode step as in `llama_jax.load`, and the shapes of its cache.
 
     On one GPU without a mesh and with unstacked layers; on TPUs stacked.
@@ -102,7 +103,14 @@ def _step(cfg, devices, B, quantized=None, cache_dtype=jnp.bfloat16):
         params = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), params)
         if quantized:
             params = jax.eval_shape(lambda p: quantize(p, quantized), params)
-        return jax.eval_shape(unstack_layers, params) if gpu else params
+        if gpu:
+            params = jax.eval_shape(unstack_layers, params)
+        if lora:
+            adapters = abstract_adapters(cfg, compute, lora)
+            adapters = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), adapters)
+            add = functools.partial(add_adapters, cfg, lora=lora)
+            params = jax.eval_shape(lambda p, a: add(p, adapters=a), params, adapters)
+        return params
 
     spec_of = lambda x: None if gpu else x.sharding.spec
     with compile_for(devices[0]) if gpu else jax.set_mesh(mesh):
@@ -193,3 +201,21 @@ def test_a_chunk_of_a_prompt(name, monkeypatch):
     memory, layer = program.memory_analysis(), K * SLOTS * H * 2
     assert memory.alias_size_in_bytes == 4 * layer
     assert memory.temp_size_in_bytes < 6 * layer < N * FULL_CHUNK * SLOTS * 4 / 10
+
+
+@pytest.mark.parametrize("name", ["v5e", "h200"])
+def test_a_step_with_an_adapter(name, monkeypatch):
+    """The adapter is read beside the weights: nothing is merged or copied."""
+    gpu = name == "h200"
+    pytest.importorskip("jax_cuda13_plugin" if gpu else "libtpu", reason="needs the compiler")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    cfg, lora = dataclasses.replace(CFG, num_layers=2), LoraConfig(rank=16)
+    program, cache = _step(cfg, topology(name)[:1], 1, lora=lora)
+    assert program.memory_analysis().temp_size_in_bytes < MIB
+    if gpu:
+        stacks = 2 * (cache.k_LBKSH.size + cache.v_LBKSH.size)
+        weights = 2 * (cfg.num_params - math.prod(cfg.shape("VD")))
+        adapters = 2 * num_adapter_params(cfg, lora)
+        moved = count(program.as_text()).bytes + stacks
+        assert 0.99 * (weights + stacks) < moved < 1.02 * (weights + stacks + 2 * adapters)
