@@ -145,7 +145,7 @@ TEXT = st.lists(
 ANSWER = TEXT.filter(lambda text: text.strip() != "")
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(TEXT, ANSWER), min_size=1, max_size=3), st.none() | TEXT)
 def test_any_conversation(tokenizers, turns, system):
     """The prompt is a prefix, and what counts is the answers, whatever the messages say."""
