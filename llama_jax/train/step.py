@@ -195,8 +195,8 @@ def make_train_step(
 
 
 def make_sums(recipe: Recipe, compute: ComputeConfig) -> Callable[..., tuple[jax.Array, dict]]:
-    """The function (params, microbatch, *frozen, key) -> sums of the loss and of other metrics over
-    the targets, or the pairs, that count."""
+    """The function ``(params, microbatch, *frozen, key)`` -> sums of the loss and of other metrics
+    over the targets, or the pairs, that count."""
     graphdef, chunk = structure(recipe.model, compute), recipe.train.loss_chunk
     beta = recipe.dpo.beta if recipe.dpo else 0.0
 
