@@ -9,7 +9,7 @@ import numpy as np
 from llama_jax.config import ModelConfig
 
 BOOL, U32, I32, F32, STRING, ARRAY = 7, 4, 5, 6, 8, 9
-FORMATS = {U32: "<I", I32: "<i", F32: "<f", BOOL: "<?", 0: "<B", 10: "<Q"}
+FORMATS = {2: "<H", U32: "<I", I32: "<i", F32: "<f", BOOL: "<?", 0: "<B", 10: "<Q"}
 TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
 NAMES = {
     "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v",

@@ -15,10 +15,9 @@ from pathlib import Path
 
 from llama_jax.checkpoint.model_json import QUANTIZED
 from llama_jax.convert import copy
-from llama_jax.convert.describe import describe
 from llama_jax.convert.formats import FLOATS
 from llama_jax.convert.gguf import KINDS
-from llama_jax.convert.job import convert, open_folder
+from llama_jax.convert.job import convert, inspect
 from llama_jax.convert.sources import NAMES
 
 
@@ -32,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         if args.inspect:
-            print(describe(open_folder(args.inspect, args.context)))
+            print(inspect(args.inspect, args.context, args.base))
         else:
             args.max_memory -= copy.resident_bytes()  # the option limits the whole process
             convert(**{k: v for k, v in vars(args).items() if k != "inspect"})

@@ -73,7 +73,7 @@ def base_folder(source: Path, base: str | Path | None, merge: bool) -> Path | No
     return place
 
 
-def open_adapter(source: Path, base: SourceCheckpoint | None, max_memory: int) -> Adapter:
+def open_adapter(source: Path, base: SourceCheckpoint | None, max_memory: int = 2 << 30) -> Adapter:
     """Read an adapter in either format.
 
     Args:

@@ -14,7 +14,7 @@ import numpy as np
 from llama_jax.checkpoint import file_hashes
 from llama_jax.checkpoint.arrays import check_item, open_array
 from llama_jax.checkpoint.model_json import make_metadata, read_metadata, write_metadata
-from llama_jax.config import LoraConfig, ModelConfig
+from llama_jax.config import ConfigError, LoraConfig, ModelConfig
 from llama_jax.config.model_config import FIELD_OF_LETTER
 from llama_jax.convert import orbax, sources
 from llama_jax.convert.formats import ConvertError, raise_if_any
@@ -100,8 +100,10 @@ class Adapter:
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder, or a step of one, is one of our adapters."""
-    root = _root(path)
-    return (root / "model.json").is_file() and "adapter" in read_metadata(root)[1]
+    try:
+        return "adapter" in read_metadata(_root(path))[1]
+    except ConfigError:  # none, or damaged: an error where it is read
+        return False
 
 
 def _root(path: Path) -> Path:

@@ -4,8 +4,8 @@ Settings that change the computation in a way that the model does not implement 
 unknown settings are named in a warning.
 """
 
+import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,8 @@ _EPS = "llama.attention.layer_norm_rms_epsilon"
 _THETA, _ROTARY = "llama.rope.freq_base", "llama.rope.dimension_count"
 _KEY, _VALUE = "llama.attention.key_length", "llama.attention.value_length"
 _SCALING = "llama.rope.scaling."
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_context")
-_OWN = "llama_jax.rope."
-"""prefix of llama3's settings, which GGUF has only as a tensor; llama.cpp ignores the keys"""
+_OWN = "llama_jax.rope"
+"""`rope` of our config as JSON, which GGUF cannot always express exactly; llama.cpp ignores it"""
 # Settings of related models that change the computation, and their values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "llama.attention.scale": (0,), "llama.attention.clamp_kqv": (0,),
@@ -105,9 +104,30 @@ def parse(
         rope={"theta": get.number(_THETA) or 10000.0} | _parse_scaling(get),
     )
     cfg = report.model(tree)
+    own = _own_rope(metadata.get(_OWN))
     if ROPE_FREQS in tensors:
-        cfg = _with_rope_freqs(cfg, tensors[ROPE_FREQS], metadata, report)
+        cfg = _with_rope_freqs(cfg, tensors[ROPE_FREQS], own, report)
+    elif own is not None and own.type == cfg.rope.type != "default":
+        scaled = sources.replace(cfg, rope=own)
+        if np.allclose(_frequencies(scaled), _frequencies(cfg), rtol=1e-5):
+            cfg = scaled
     return cfg, report.warnings
+
+
+def _own_rope(content: Any) -> RopeConfig | None:
+    """The value of :data:`_OWN`, if it is one that we write."""
+    try:
+        return RopeConfig(**json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _frequencies(cfg: ModelConfig) -> np.ndarray:
+    """Rotary frequencies, and the factor on cos and sin."""
+    from llama_jax.model.rope import rope_of  # here, because it imports JAX
+
+    rope = rope_of(cfg)
+    return np.append(np.asarray(rope.inv_freq_H2, np.float64), float(rope.scale))
 
 
 class _Getter:
@@ -169,15 +189,12 @@ def _yarn_scale(factor: float) -> float:
 
 def rope_factors(cfg: ModelConfig) -> np.ndarray:
     """The content of :data:`ROPE_FREQS`: default frequencies divided by those of the model."""
-    from llama_jax.model.rope import rope_of  # here, because it imports JAX
-
     default = sources.replace(cfg, rope=RopeConfig(theta=cfg.rope.theta))
-    ours, plain = (np.asarray(rope_of(c).inv_freq_H2, np.float64) for c in (cfg, default))
-    return (plain / ours).astype(np.float32)
+    return (_frequencies(default) / _frequencies(cfg))[:-1].astype(np.float32)
 
 
 def _with_rope_freqs(
-    cfg: ModelConfig, tensor: GgufTensor, metadata: Metadata, report: Report
+    cfg: ModelConfig, tensor: GgufTensor, own: RopeConfig | None, report: Report
 ) -> ModelConfig:
     """The model with scaling of type llama3 whose frequencies are those of the file."""
     if tensor.type.name != "F32" or tensor.shape != (cfg.head_dim // 2,):
@@ -194,11 +211,8 @@ def _with_rope_freqs(
         report.raise_problems()
     if (factors == 1).all():
         return cfg
-    for fields in _llama3_candidates(cfg, factors, metadata):
-        try:
-            rope = RopeConfig(type="llama3", theta=cfg.rope.theta, **fields)
-        except ValueError:
-            continue
+    candidates = _llama3_candidates(cfg, factors)
+    for rope in [own] * (own is not None and own.type == "llama3") + candidates:
         scaled = sources.replace(cfg, rope=rope)
         if np.allclose(rope_factors(scaled), factors, rtol=1e-5):
             return scaled
@@ -210,32 +224,29 @@ def _with_rope_freqs(
     return cfg
 
 
-def _llama3_candidates(
-    cfg: ModelConfig, factors: np.ndarray, metadata: Metadata
-) -> Iterator[dict[str, Any]]:
+def _llama3_candidates(cfg: ModelConfig, factors: np.ndarray) -> list[RopeConfig]:
     """Settings of llama3 that may give these factors, the likeliest first."""
-    own = {name: metadata.get(_OWN + name) for name in _LLAMA3}
-    if all(map(sources.is_number, own.values())):
-        yield {n: v if n == "original_context" else _decimal(v) for n, v in own.items()}
-    factor = _decimal(factors.max())
-    usual = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    for original in (8192, cfg.context, *(1 << n for n in range(4, 21))):
-        yield usual | {"original_context": original}
-    # Between the two limits, 1 / factors is linear in the frequency; with low = 1, two give the
-    # other settings.
-    if factor <= 1:
-        return
-    plain = cfg.rope.theta ** (-np.arange(cfg.head_dim // 2, dtype=np.float64) * 2 / cfg.head_dim)
+    factor, theta = _decimal(factors.max()), cfg.rope.theta
+
+    def rope(original: int, high: float) -> RopeConfig:
+        return RopeConfig(
+            type="llama3", theta=theta, factor=factor, original_context=original,
+            low_freq_factor=1.0, high_freq_factor=high,
+        )  # fmt: skip
+
+    found = [rope(n, 4.0) for n in (8192, cfg.context, *(1 << i for i in range(4, 21)))]
+    # Between the two limits, 1 / factors is linear in the frequency; with low = 1, the line gives
+    # the other two settings.
+    exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim
     smooth = (1 / factors.astype(np.float64) - 1 / factor) / (1 - 1 / factor)
     inside = (smooth > 1e-4) & (smooth < 1 - 1e-4)
-    if inside.sum() < 2:
-        return
-    slope, offset = np.polyfit(plain[inside] / (2 * math.pi), smooth[inside], 1)
-    if slope > 0 > offset:
-        high = 1 - 1 / offset
-        yield usual | {
-            "high_freq_factor": round(high, 3), "original_context": round(slope * (high - 1)),
-        }  # fmt: skip
+    if inside.sum() >= 2:
+        per_turn = theta ** -exponents[inside] / (2 * math.pi)
+        slope, offset = np.polyfit(per_turn, smooth[inside], 1)
+        if slope > 0 > offset:
+            high = round(1 - 1 / offset, 3)
+            found.append(rope(max(1, round(slope * (high - 1))), high))
+    return found
 
 
 def _decimal(value: Any) -> float:
@@ -264,18 +275,16 @@ def make(cfg: ModelConfig) -> Metadata:
         out |= {_KEY: cfg.head_dim, _VALUE: cfg.head_dim}
     rope = normalized(cfg).rope
     fields = {k: v for k, v in to_dict(rope).items() if v is not None}
-    if rope.type == "llama3":
-        out |= {_OWN + name: fields[name] for name in _LLAMA3}
-    elif rope.type in ("linear", "yarn"):
+    if rope.type != "default":
+        out[_OWN] = json.dumps(fields)
+    if rope.type in ("linear", "yarn"):
         out |= {f"{_SCALING}type": rope.type, f"{_SCALING}factor": fields["factor"]}
     if rope.type == "yarn":
-        from llama_jax.model.rope import rope_of  # here, because it imports JAX
-
         out[f"{_SCALING}original_context_length"] = fields["original_context"]
         for name in ("beta_fast", "beta_slow"):
             if name in fields:
                 out[f"{_SCALING}yarn_{name}"] = fields[name]
         if {"attention_factor", "mscale"} & fields.keys():
-            scale = float(rope_of(cfg).scale) / _yarn_scale(fields["factor"])
+            scale = _frequencies(cfg)[-1].item() / _yarn_scale(fields["factor"])
             out[f"{_SCALING}attn_factor"] = scale
     return out

@@ -104,6 +104,15 @@ def convert(
     return destination
 
 
+def inspect(path: Path, context: int | None = None, base: str | Path | None = None) -> str:
+    """The content of weights or of an adapter in lines of text; arguments as :func:`convert`."""
+    if not adapter_job.is_adapter(path):
+        return describe(open_folder(path, context))
+    place = adapter_job.base_folder(path, base, merge=False)
+    opened = None if place is None else open_folder(place)
+    return adapter_job.open_adapter(path, opened).describe()
+
+
 def _run(plan: Plan, verify: bool) -> Path:
     """Write what was planned, and read it back and compare it if `verify` is set."""
     start, opened = time.perf_counter(), plan.source

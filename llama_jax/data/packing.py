@@ -143,12 +143,12 @@ def _conversations(
     if is_long.any():
         action = "cut from the right" if long_examples == "cut" else "dropped"
         log.warning(
-            f"source {source}: {is_long.sum():,} of {len(used):,} {kind} {what} are longer than "
+            f"source {source}: {is_long.sum():,} of {len(starts):,} {kind} {what} are longer than "
             f"data.seq_len={seq_len} and are {action}"
         )
     if not counted.all():
         log.warning(
-            f"source {source}: {(~counted).sum():,} of {len(used):,} {kind} {what} are dropped: "
+            f"source {source}: {(~counted).sum():,} of {len(starts):,} {kind} {what} are dropped: "
             f"none of their first {seq_len} tokens counts in the loss"
         )
     return Examples(starts[used].reshape(-1), cut[used].reshape(-1))

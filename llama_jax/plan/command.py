@@ -64,6 +64,7 @@ def plan_training(
     recipe, machine = load_recipe(path, overrides), parse_machine(on)
     prepare_jax(machine.chips if machine.chip.platform == "cpu" else 1)
     with quiet():
+        from llama_jax.model.lora import num_adapter_params
         from llama_jax.model.sharding import changed_settings
         from llama_jax.plan.compile import compile_step
         from llama_jax.plan.report import metrics, to_text
@@ -80,9 +81,13 @@ def plan_training(
     sizes = " x ".join(f"{a} {n}" for a, n in compiled.mesh.items() if n > 1) or "one device"
     count = recipe.model.num_params
     size = f"{count / 1e9:.3g}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
+    adapters = ""
+    if recipe.lora:
+        trained = num_adapter_params(recipe.model, recipe.lora)
+        adapters = f" and {trained / 1e6:.3g}M of adapters"
     title = (
         f"{path} on {machine.name}: {machine.chips} x {machine.chip.title}\n"
-        f"{size} parameters, mesh {sizes} ({recipe.mesh.preset}), "
+        f"{size} parameters{adapters}, mesh {sizes} ({recipe.mesh.preset}), "
         f"{train.batch_size} sequences of {recipe.data.seq_len} tokens per step, "
         f"{train.gradient_accumulation} microbatch(es)"
     )

@@ -18,7 +18,7 @@ from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.sharding import mesh_for, slice_ids
 from llama_jax.plan import hlo
 from llama_jax.plan.machines import Machine, PlanError, devices
-from llama_jax.train.frozen import abstract_frozen, has_frozen
+from llama_jax.train.frozen import abstract_frozen, frozen_format, has_frozen
 from llama_jax.train.step import (
     abstract_state,
     check_attention,
@@ -66,6 +66,8 @@ class Compiled:
     """compile time"""
     program: Any
     """`jax.stages.Compiled`"""
+    frozen: str = ""
+    """number format of the weights that are not trained (LoRA, DPO), if there are any"""
 
     @property
     def fits(self) -> bool:
@@ -112,7 +114,8 @@ def compile_step(recipe: Recipe, machine: Machine) -> Compiled:
     activations = max(0.0, min(activations, peak - weights - gradients - optimizer))
     memory = Memory(peak, weights, optimizer, gradients, activations, code)
     slices = tuple(slice_ids(mesh.devices.flat, machine.host_is_slice))
-    return Compiled(machine, recipe, dict(mesh.shape), slices, memory, cost, seconds, program)
+    kind = frozen_format(recipe, compute) if frozen else ""
+    return Compiled(machine, recipe, dict(mesh.shape), slices, memory, cost, seconds, program, kind)
 
 
 def peak_bytes(stats: Any, platform: str) -> float:

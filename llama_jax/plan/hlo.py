@@ -124,7 +124,7 @@ class _Counter:
         is_matmul = flops > 0
         if op.kind == "custom-call" and (declared := _kernel(op)) is not None:
             kernel_flops, kernel_bytes = declared
-            kernel_flops = kernel_flops or _cudnn_flops(table, op)
+            kernel_flops = kernel_flops or _cudnn_flops(table, op) or _quantized_flops(table, op)
             is_matmul = True
             self.cost.kernels[_kernel_name(op)] += times
             self.cost.kernels_without_flops += 0 if kernel_flops or flops else times
@@ -316,6 +316,14 @@ def _cudnn_flops(table: dict[str, Op], op: Op) -> float:
     q, k = (arrays(table[name].type)[0][1] for name in op.operands[:2])
     causal = 0.5 if '"mask_type":"CAUSAL"' in op.line else 1.0
     return 4.0 * math.prod(q) * k[1] * causal * (2.5 if "Backward" in op.line else 1.0)
+
+
+def _quantized_flops(table: dict[str, Op], op: Op) -> float:
+    """FLOPs of a quantized product, from x [rows, in] and the result [..., out]."""
+    if _kernel_name(op) != "quantized_matmul":
+        return 0.0
+    x, out = arrays(table[op.operands[0]].type)[0][1], arrays(op.type)[0][1]
+    return 2.0 * math.prod(x) * out[-1]
 
 
 def _kernel_name(op: Op) -> str:

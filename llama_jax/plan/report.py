@@ -6,10 +6,10 @@ from typing import Any
 
 from llama_jax.chips import GIB
 from llama_jax.config import Recipe
+from llama_jax.model.lora import num_adapter_params
 from llama_jax.plan.compile import Compiled
 from llama_jax.plan.energy import PAPER_CARBON, PAPER_PUE, energy
-from llama_jax.train.frozen import frozen_format, has_frozen
-from llama_jax.train.step import compute_config, flops_per_token
+from llama_jax.train.step import flops_per_token
 
 
 def metrics(c: Compiled, watts: float | None = None, price: float | None = None) -> dict[str, Any]:
@@ -26,11 +26,12 @@ def metrics(c: Compiled, watts: float | None = None, price: float | None = None)
         "chips": c.machine.chips,
         "mesh": c.mesh,
         "parameters": recipe.model.num_params,
+        "adapter_parameters": num_adapter_params(recipe.model, recipe.lora) if recipe.lora else 0,
         "batch_size": recipe.train.batch_size,
         "seq_len": recipe.data.seq_len,
         "gradient_accumulation": recipe.train.gradient_accumulation,
         "remat": recipe.train.remat,
-        "weights_format": _weights_format(recipe, chip.platform),
+        "frozen": c.frozen,
         "fits": c.fits,
         "compile_seconds": c.seconds,
         "memory": {
@@ -68,15 +69,6 @@ def metrics(c: Compiled, watts: float | None = None, price: float | None = None)
     return out
 
 
-def _weights_format(recipe: Recipe, platform: str) -> str:
-    """Number formats of the weights that are trained, and of those that are not."""
-    if not has_frozen(recipe):
-        return "float32"
-    kind = frozen_format(recipe, compute_config(recipe, platform))
-    name = "adapters float32, base" if recipe.lora else "float32, reference"
-    return f"{name} {kind}"
-
-
 def recomputed_flops(recipe: Recipe) -> float:
     """FLOPs per token that the backward pass repeats.
 
@@ -93,19 +85,15 @@ def recomputed_flops(recipe: Recipe) -> float:
 
 
 def step_flops(c: Compiled) -> float:
-    """FLOPs of a step: those counted in the program, and those of kernels that do not declare any
-    (Triton's cannot), from shapes."""
+    """FLOPs of a step: those counted in the program, and those of attention kernels that do not
+    declare any (Triton's cannot), from shapes."""
     assert c.cost is not None
     if not c.cost.kernels_without_flops:
         return c.cost.flops
     tokens = c.recipe.tokens_per_step / c.machine.devices
     # Forward pass 1, backward pass 2, and what `recomputed_flops` counts.
     passes = 3.5 + (c.recipe.train.remat != "none")
-    counted = c.cost.flops + passes * _attention_flops(c.recipe) * tokens
-    if c.recipe.lora is None:
-        return counted
-    # The products with a quantized base are in such kernels too.
-    return max(counted, (flops_per_token(c.recipe) + recomputed_flops(c.recipe)) * tokens)
+    return c.cost.flops + passes * _attention_flops(c.recipe) * tokens
 
 
 def _attention_flops(recipe: Recipe) -> float:
@@ -174,11 +162,13 @@ def _time(c: Compiled, model_flops: float) -> dict[str, Any]:
 def min_memory_traffic(c: Compiled) -> float:
     """Bytes that a step must at least move between chip and memory.
 
-    The train state is read and written once, the forward pass's activations are written and read
-    once per microbatch. The inputs and outputs of every op would be too many: some stay on chip.
+    What is trained and its optimizer state are read and written once, frozen weights are read once;
+    the forward pass's activations are written and read once per microbatch. The inputs and outputs
+    of every op would be too many: some stay on chip.
     """
     m = c.memory
-    return 2 * (m.weights + m.optimizer) + 2 * m.activations * c.recipe.train.gradient_accumulation
+    state = m.weights + m.gradients + 2 * m.optimizer
+    return state + 2 * m.activations * c.recipe.train.gradient_accumulation
 
 
 def to_text(f: dict[str, Any], title: str, rates: str) -> str:
@@ -209,10 +199,15 @@ def _memory_lines(f: dict[str, Any]) -> list[str]:
             f"DOES NOT FIT: {m['peak']:.2f} GiB per device, {m['peak'] - m['available']:.2f} more "
             f"than the {m['available']:.2f} available"
         )
+    trained = "weights"
+    weights = "float32, this device's shard"
+    if f["frozen"]:
+        trained = "adapters" if f["adapter_parameters"] else "weights that are trained"
+        weights = f"those that are not trained in {f['frozen']}, the {trained} in float32"
     meaning = {
-        "weights": f"{f['weights_format']}, this device's shard",
+        "weights": weights,
         "optimizer": "Adam's two moments, float32",
-        "gradients": "float32, same shapes as the weights",
+        "gradients": f"float32, same shapes as the {trained}",
         "activations": f"kept by the forward pass for the backward pass (remat {f['remat']})",
         "temporary": "rest of the peak: one layer's arrays, gathered weights, logits, buffers",
         "code": "the program, not included in the peak",

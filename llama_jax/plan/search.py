@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 from llama_jax.chips import GIB
 from llama_jax.config import MeshConfig, Recipe
+from llama_jax.model.lora import num_adapter_params
 from llama_jax.plan.compile import Compiled, compile_step
 from llama_jax.plan.machines import Machine
 from llama_jax.plan.report import metrics
+from llama_jax.train.step import flops_per_token
 
 MAX_COMPILED = 4
 
@@ -72,8 +74,13 @@ def _estimate(recipe: Recipe, machine: Machine) -> tuple[float, float]:
     per_token = D + {"full": 0, "matmuls": outputs, "none": 2.5 * outputs}[train.remat]
     activations = 2 * model.num_layers * per_token * tokens / train.gradient_accumulation
     layer = 4 * (D * (2 * Q + 2 * E) + 3 * D * F) / mesh.tensor
-    memory = 16 * model.num_params / (mesh.fsdp * mesh.tensor) + activations + 2 * layer
-    model_flops = model.flops_per_token(recipe.data.seq_len) * tokens
+    weights_and_state = 16.0 * model.num_params
+    if recipe.lora:
+        base = {"float32": 4, "int8": 1, "int4": 0.5}.get(recipe.lora.base, 2)
+        adapters = num_adapter_params(model, recipe.lora)
+        weights_and_state = base * model.num_params + 16.0 * adapters
+    memory = weights_and_state / (mesh.fsdp * mesh.tensor) + activations + 2 * layer
+    model_flops = flops_per_token(recipe) * tokens
     compute = model_flops * (4 / 3 if train.remat == "full" else 1.03) / (chip.tflops * 1e12)
     # Weights are gathered twice and gradients reduced once per microbatch, 2 bytes each.
     weights = 6 * model.num_params / mesh.tensor * train.gradient_accumulation

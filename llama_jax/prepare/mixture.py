@@ -108,9 +108,9 @@ def prepare_mixture(
         tokenizer_sha256 = sha256(tokenizer.path)
     text = Encoding(tokenizer, rule)
     conversations = text._replace(template=template, loss=data.loss)
-    for name, source in raw.items():
-        encoding = text if source.format == "text" else conversations
-        prepare_source(source, data, encoding, tokenizer_sha256, out / name)
+    for name, found in raw.items():
+        encoding = text if found.format == "text" else conversations
+        prepare_source(found, data, encoding, tokenizer_sha256, out / name)
     with wait_for_lock(out):
         check_unchanged(tokenizer, tokenizer_sha256)
         if keep_sources:  # another command may have added some since

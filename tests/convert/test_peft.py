@@ -76,6 +76,11 @@ def test_peft_in_and_out_keeps_every_bit(tmp_path, bases, capsys):
     assert adapter["alpha"] == 6
     assert adapter["base"]["path"] == str(bases["ours"].resolve())
     assert len(adapter["base"]["sha256"]) == 64
+    for folder in (source, tmp_path / "ours"):
+        assert command("--inspect", folder, "--base", bases["ours"]) == 0
+        assert "LoRA adapter, 3,712 parameters\n  rank 4, alpha 6, targets q, k" in (
+            capsys.readouterr().out
+        )
     for name in ("chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (bases["hf"] / name).read_bytes()
     name = "adapter_model.safetensors"

@@ -18,8 +18,10 @@ from llama_jax.plan import __main__ as plan
 from llama_jax.plan import search
 from llama_jax.plan.compile import compile_step, peak_bytes
 from llama_jax.plan.machines import PlanError, devices, parse_machine
+from llama_jax.plan.report import recomputed_flops, step_flops
 from llama_jax.train import loop
 from llama_jax.train.__main__ import main
+from llama_jax.train.step import flops_per_token
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -426,3 +428,64 @@ def test_remat_costs_time_and_saves_memory():
         assert found["none"].memory > found["matmuls"].memory > found["full"].memory
     # Where compute dominates, the repeated forward pass costs time.
     assert any(f["full"].seconds > 1.1 * f["none"].seconds for f in by_way.values())
+
+
+# LoRA ---------------------------------------------------------------------------------------------
+
+
+LORA = """
+[lora]
+rank = 4
+base = "int4"
+"""
+
+
+def test_plan_of_adapters(recipe, capsys):
+    """Gradients and optimizer state of the adapters alone; the base in its number format."""
+    recipe.write_text(recipe.read_text() + LORA)
+    arguments = [
+        str(recipe),
+        "--on",
+        "cpu:1",
+        "train.init_from=x",
+        "train.batch_size=2",
+        "--output",
+    ]
+    assert plan.main([*arguments, str(recipe.parent / "plan.json")]) == 0
+    f = json.loads((recipe.parent / "plan.json").read_text())
+    adapters = 4 * 3 * (4 * (256 + 256) + 3 * (256 + 512))
+    assert f["adapter_parameters"] == adapters
+    memory = f["memory"]
+    matrices, others = 3 * (4 * 256 * 256 + 3 * 256 * 512), 2 * 512 * 256 + 7 * 256
+    scales = matrices / 64
+    base = matrices / 2 + 4 * scales + 4 * others
+    assert memory["weights"] == base + 4 * adapters
+    assert memory["gradients"] == 4 * adapters
+    assert memory["optimizer"] == pytest.approx(8 * adapters, abs=16)
+    own = load_recipe(recipe, ["train.init_from=x"]).model.flops_per_token(128)
+    per_token = f["step"]["model_flops"] / 256
+    lookup = 512 * 256
+    assert per_token == own - 2 * (matrices + others - lookup) + 6 * adapters
+    out = capsys.readouterr().out
+    assert "2.23M parameters and 0.0522M of adapters" in out
+    assert "those that are not trained in int4, the adapters in float32" in out
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax's CUDA plugin"
+)
+def test_no_copy_of_a_quantized_base(recipe):
+    """Outside of the base and the state, a step needs the memory of a few matrices: no second copy
+    of the base, and no gradient of a matrix."""
+    changes = [
+        "model.dim=1024", "model.ffn_dim=2816", "model.num_layers=32", "model.num_heads=8",
+        "model.num_kv_heads=8", "train.batch_size=1", "train.loss_chunk=128", "mesh.fsdp=1",
+        "lora.base=int4", "lora.rank=16", "train.init_from=x",
+    ]  # fmt: skip
+    compiled = compile_step(load_recipe(recipe, changes), parse_machine("h100:1"))
+    memory = compiled.memory
+    assert memory.weights > 200e6
+    assert memory.activations + memory.temporary < 60e6
+    assert compiled.cost.kernels["quantized_matmul"] == 2 * 7 * 32 - 32
+    counted = flops_per_token(compiled.recipe) + recomputed_flops(compiled.recipe)
+    assert step_flops(compiled) == pytest.approx(128 * counted, rel=0.1)
