@@ -367,9 +367,9 @@ def stop(recipe_path: Path, count: int = 50, max_new_tokens: int = 256) -> dict[
     llm = llama_jax.load(recipe.checkpoint.dir)
     answers = [
         answer
-        for i in progress(range(0, count, 10), "answers")
+        for i in progress(range(0, count, 25), "answers")
         for answer in llm.generate(
-            prompts[i : i + 10], max_new_tokens=max_new_tokens, logprobs=True
+            prompts[i : i + 25], max_new_tokens=max_new_tokens, logprobs=True
         )
     ]
     stopped = sum(answer.finish == "end" for answer in answers)
