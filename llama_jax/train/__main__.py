@@ -133,13 +133,17 @@ def _print_answers(trainer: "Trainer") -> None:
     if not train.sample_prompts or jax.process_count() > 1:
         return
     trainer.release()
-    llm = load(trainer.folder)
-    for i, prompt in enumerate(train.sample_prompts):
-        seed = (train.seed + i) % 2**32
-        answer = llm.chat().say if trainer.mixture.chat_template else llm.generate
-        text = answer(prompt, max_new_tokens=100, sampling=Sample(temperature=0.7), seed=seed)
-        separator = "\n" if trainer.mixture.chat_template else ""
-        log("sample:\n" + textwrap.indent(prompt + separator + text, "  | ", lambda line: True))
+    try:
+        llm = load(trainer.folder)
+        for i, prompt in enumerate(train.sample_prompts):
+            seed = (train.seed + i) % 2**32
+            answer = llm.chat().say if trainer.mixture.chat_template else llm.generate
+            text = answer(prompt, max_new_tokens=100, sampling=Sample(temperature=0.7), seed=seed)
+            separator = "\n" if trainer.mixture.chat_template else ""
+            text = prompt + separator + text
+            log("sample:\n" + textwrap.indent(text, "  | ", lambda line: True))
+    except (ValueError, MemoryError) as e:  # such as a prompt too long for the chat template
+        log(f"no samples: {e}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -55,8 +55,8 @@ def open_pretrained(recipe: Recipe) -> Pretrained | None:
     kind = metadata.get("quantize")
     if kind and (recipe.lora is None or recipe.lora.base != kind):
         raise ConfigError(
-            f"train.init_from={folder} holds {kind} matrices, which training cannot change; give "
-            f"the weights from which they were made, or train adapters with [lora] base={kind!r}"
+            f"train.init_from={folder} holds {kind} matrices, which are for sampling; give the "
+            f"weights from which they were made, or train adapters beside them: lora.base={kind}"
         )
     if changes := run_folder.differences(to_dict(cfg), to_dict(recipe.model)):
         raise ConfigError(
