@@ -100,7 +100,8 @@ def convert(
     dtypes = plan.dtypes if plan.quantize is None else {}
     weights = merged.weights = adapters.MergedWeights(merged.weights, adapter, dtypes)
     _run(plan, verify)
-    plan.log(weights.rounding())
+    if plan.quantize is None:
+        plan.log(weights.rounding())
     return destination
 
 
