@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.checkpoint.file_hashes import record_files
-from llama_jax.config import ConfigError, ModelConfig, check_model, to_dict
+from llama_jax.config import ConfigError, LoraConfig, ModelConfig, check_model, to_dict
+from llama_jax.config.recipe import LORA_TARGETS
 from llama_jax.io import atomic_write, read_json
 
 FORMAT = {"format": 1, "rotary_layout": "half"}
@@ -103,7 +104,23 @@ def read_metadata(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     return cfg, tree
 
 
-_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+def adapter_settings(lora: LoraConfig, base: dict[str, str]) -> dict[str, Any]:
+    """The "adapter" of ``model.json``; ``base`` as in :func:`make_metadata`."""
+    return {
+        "rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets),
+        "rslora": lora.rslora, "base": base,
+    }  # fmt: skip
+
+
+def lora_of(metadata: dict[str, Any]) -> LoraConfig:
+    """Rank, alpha, targets and scale of the adapter that a ``model.json`` describes."""
+    adapter = metadata["adapter"]
+    return LoraConfig(
+        rank=adapter["rank"], alpha=float(adapter["alpha"]), targets=tuple(adapter["targets"]),
+        rslora=adapter["rslora"],
+    )  # fmt: skip
+
+
 _MAX_ADAPTER_RANK = 2**16
 
 
@@ -117,7 +134,7 @@ def _check_adapter(adapter: Any, path: Path) -> None:
             type(rank) is int and 1 <= rank <= _MAX_ADAPTER_RANK
             and type(alpha) in (int, float) and 0 < alpha < 1e12
             and isinstance(targets, list) and 0 < len(targets) == len(set(targets))
-            and set(targets) <= set(_TARGETS)
+            and set(targets) <= set(LORA_TARGETS)
             and type(adapter["rslora"]) is bool and all(isinstance(text, str) for text in base)
             and quantize in (None, *QUANTIZED)
         )  # fmt: skip
@@ -125,6 +142,7 @@ def _check_adapter(adapter: Any, path: Path) -> None:
         ok = False
     if not ok:
         raise ConfigError(
-            f"{path} is damaged: its adapter needs rank, alpha, targets of {', '.join(_TARGETS)}, "
-            f"rslora, and base with path and sha256, not {adapter!r:.200}"
+            f"{path} is damaged: its adapter needs rank, alpha, targets of "
+            f"{', '.join(LORA_TARGETS)}, rslora, and base with path and sha256, "
+            f"not {adapter!r:.200}"
         )

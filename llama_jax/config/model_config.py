@@ -174,6 +174,12 @@ FIELD_OF_LETTER = dict(
 )  # fmt: skip
 
 
+def different_sizes(a: ModelConfig, b: ModelConfig) -> list[tuple[str, int, int]]:
+    """The sizes in which two models differ: name, value in ``a`` and value in ``b``."""
+    values = [(name, getattr(a, name), getattr(b, name)) for name in FIELD_OF_LETTER.values()]
+    return [size for size in values if size[1] != size[2]]
+
+
 def _model(V, D, L, N, K, F, eps, theta, context, factor=None, *, tie=False) -> ModelConfig:
     rope = RopeConfig(theta=theta)
     if factor:  # as in Llama 3.1

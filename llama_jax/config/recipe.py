@@ -4,7 +4,7 @@ The string below a field is its help text; see ``python -m llama_jax.train --hel
 """
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -273,6 +273,11 @@ class CheckpointConfig:
     """also keep the checkpoint with the best validation loss, which is the one that is loaded"""
 
 
+LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
+"""The matrices of a layer, which can have a LoRA adapter."""
+
+
 @checked
 class LoraConfig:
     """LoRA: train adapters of rank r beside the matrices of the layers, which stay as they are.
@@ -286,9 +291,7 @@ class LoraConfig:
     """r, the rank of each adapter"""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """the update of a matrix is multiplied by alpha / rank"""
-    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
-        "q", "k", "v", "o", "gate", "up", "down",
-    )  # fmt: skip
+    targets: tuple[LoraTarget, ...] = LORA_TARGETS
     """matrices with an adapter"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """probability that an input of an adapter is zero in training"""

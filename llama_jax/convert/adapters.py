@@ -6,6 +6,7 @@ An adapter folder looks like a run: ``model.json`` with the settings of the adap
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,15 @@ import numpy as np
 
 from llama_jax.checkpoint import file_hashes
 from llama_jax.checkpoint.arrays import check_item, open_array
-from llama_jax.checkpoint.model_json import make_metadata, read_metadata, write_metadata
+from llama_jax.checkpoint.model_json import (
+    adapter_settings,
+    lora_of,
+    make_metadata,
+    read_metadata,
+    write_metadata,
+)
 from llama_jax.config import ConfigError, LoraConfig, ModelConfig
-from llama_jax.config.model_config import FIELD_OF_LETTER
+from llama_jax.config.model_config import different_sizes
 from llama_jax.convert import orbax, sources
 from llama_jax.convert.formats import ConvertError, raise_if_any
 from llama_jax.convert.sources import Report, SourceCheckpoint
@@ -76,11 +83,7 @@ class Adapter:
     @property
     def settings(self) -> dict[str, Any]:
         """Its settings in model.json."""
-        lora = self.lora
-        return {
-            "rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets),
-            "rslora": lora.rslora, "base": self.base,
-        }  # fmt: skip
+        return adapter_settings(self.lora, self.base)
 
     @property
     def num_params(self) -> int:
@@ -101,19 +104,14 @@ class Adapter:
 def is_adapter(path: Path) -> bool:
     """Whether a folder, or a step of one, is one of our adapters."""
     try:
-        return "adapter" in read_metadata(_root(path))[1]
+        return "adapter" in read_metadata(orbax.root_of(path))[1]
     except ConfigError:  # none, or damaged: an error where it is read
         return False
 
 
-def _root(path: Path) -> Path:
-    """The run folder of a path that may be one step of it."""
-    return next((p.parent for p in list(path.resolve().parents)[:2] if p.name == "steps"), path)
-
-
 def recorded_base(path: Path) -> dict[str, str]:
     """The base that one of our adapters was trained on."""
-    return read_metadata(_root(path))[1]["adapter"]["base"]
+    return read_metadata(orbax.root_of(path))[1]["adapter"]["base"]
 
 
 def pair_shapes(cfg: ModelConfig, spec: TensorSpec, rank: int) -> Pair:
@@ -153,24 +151,18 @@ def open_adapter(path: Path, max_memory: int = 2 << 30) -> Adapter:
       ConvertError: it cannot be used; lists every reason.
       OSError: a file cannot be read.
     """
-    root = _root(path)
+    root = orbax.root_of(path)
     cfg, metadata = read_metadata(root)
-    settings = metadata["adapter"]
-    lora = LoraConfig(
-        rank=settings["rank"], alpha=float(settings["alpha"]), rslora=settings["rslora"],
-        targets=tuple(settings["targets"]),
-    )  # fmt: skip
+    lora = lora_of(metadata)
     check_size(cfg, lora, max_memory, path)
     step, steps = orbax.find_step(root, path)
-    warnings = []
-    if len(steps) > 1:
-        warnings.append(f"this is step {step}; the folder has steps {', '.join(map(str, steps))}")
+    warnings = orbax.other_steps(root, step, steps)
     raise_if_any(file_hashes.find_problems(root, file_hashes.listed_files(root, step, "model")))
     report = Report(f"{root}/model.json")
     token_ids = sources.check_token_ids(metadata["token_ids"], cfg.vocab_size, report)
     item = root / "steps" / str(step) / "model"
     adapter = Adapter(
-        path, cfg, lora, settings["base"], file_hashes.weights_sha256(root, step),
+        path, cfg, lora, metadata["adapter"]["base"], file_hashes.weights_sha256(root, step),
         metadata.get("lineage") or {}, _read_pairs(item, cfg, lora), [item], token_ids,
         tokenizer_files.find(root), sources.extras(root), warnings + report.warnings,
     )  # fmt: skip
@@ -204,23 +196,26 @@ def _read_pairs(item: Path, cfg: ModelConfig, lora: LoraConfig) -> dict[str, Pai
 
 def check_base(adapter: Adapter, base: SourceCheckpoint) -> None:
     """Raise :class:`ConvertError` if an adapter does not belong to these weights."""
-    sizes = [*FIELD_OF_LETTER.values()]
-    ours, theirs = adapter.cfg, base.cfg
-    different = [
-        f"{name} is {getattr(ours, name)} in the adapter, {getattr(theirs, name)} in the base"
-        for name in sizes
-        if getattr(ours, name) != getattr(theirs, name)
-    ]
-    if different:
-        raise ConvertError(
-            f"{adapter.path} is an adapter of another model than {base.path}: "
-            + "; ".join(different)
-        )
+    raise_if_other_sizes(adapter.path, base.path, different_sizes(adapter.cfg, base.cfg))
     recorded, found = adapter.base["sha256"], base_sha256(base)
     if recorded and found and recorded != found:
         raise ConvertError(
             f"{adapter.path} was trained on other weights than those of {base.path}: their SHA-256 "
             "differ; give --base BASE, the weights that it was trained on"
+        )
+
+
+def raise_if_other_sizes(adapter: Path, base: Path, sizes: Iterable[tuple[str, Any, Any]]) -> None:
+    """Raise :class:`ConvertError` if there are sizes in which an adapter and a base differ.
+
+    Args:
+      adapter: the adapter.
+      base: the base.
+      sizes: name, value in the adapter and value in the base.
+    """
+    if different := [f"{n} is {a} in the adapter, {b} in the base" for n, a, b in sizes]:
+        raise ConvertError(
+            f"{adapter} is an adapter of another model than {base}: {'; '.join(different)}"
         )
 
 

@@ -36,7 +36,7 @@ def open_folder(path: Path, context: int | None = None) -> SourceCheckpoint:
     bins = [n for n in names if n.startswith("pytorch_model")]
     hf = safetensors or [n for n in bins if n.endswith((".bin", ".bin.index.json"))]
     # One step of a checkpoint, or the model in it, is accepted as well.
-    root = next((p.parent for p in list(path.resolve().parents)[:2] if p.name == "steps"), path)
+    root = orbax.root_of(path)
     if pth and hf and "config.json" in names:
         raise ConvertError(
             f"{path} holds both {pth[0]} and {hf[0]}; move the files of one format elsewhere"

@@ -81,12 +81,7 @@ def open_orbax(root: Path, path: Path) -> SourceCheckpoint:
     step, steps = find_step(root, path)
     folder = root / "steps" / str(step) / "model"
     weights = _open_arrays(folder, cfg, quantize)
-    warnings = []
-    if len(steps) > 1:
-        best = ", which has the best validation loss" if step == best_step(root) else ""
-        warnings.append(
-            f"this is step {step}{best}; the folder has steps {', '.join(map(str, steps))}"
-        )
+    warnings = other_steps(root, step, steps)
     report = Report(f"{root}/model.json")
     token_ids = sources.check_token_ids(metadata["token_ids"], cfg.vocab_size, report)
     warnings += report.warnings
@@ -96,6 +91,19 @@ def open_orbax(root: Path, path: Path) -> SourceCheckpoint:
         "orbax", path, cfg, weights, [folder], token_ids, tokenizer_files.find(root),
         sources.extras(root), warnings, sha256, quantize, metadata.get("lineage"),
     )  # fmt: skip
+
+
+def root_of(path: Path) -> Path:
+    """The run folder of a path that may be one step of it, or the model in a step."""
+    return next((p.parent for p in list(path.resolve().parents)[:2] if p.name == "steps"), path)
+
+
+def other_steps(root: Path, step: int, steps: list[int]) -> list[str]:
+    """A warning that names the steps of a folder, if this is not the only one."""
+    if len(steps) == 1:
+        return []
+    best = ", which has the best validation loss" if step == best_step(root) else ""
+    return [f"this is step {step}{best}; the folder has steps {', '.join(map(str, steps))}"]
 
 
 def find_step(root: Path, path: Path) -> tuple[int, list[int]]:

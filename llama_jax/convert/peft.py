@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax.config import LoraConfig, ModelConfig
+from llama_jax.config.model_config import FIELD_OF_LETTER
 from llama_jax.convert import adapters, formats, huggingface, sources
 from llama_jax.convert.adapters import MATRICES, Adapter, Pair, pair_shapes
 from llama_jax.convert.formats import FLOATS, ConvertError, TensorSlice, first_names, short
@@ -331,20 +332,14 @@ def _check_tensors(
                 problems.append(f"{where}: {name} is {found.dtype}, not a float of 16 or 32 bits")
             if len(found.shape) == 2 and found.shape[axis] != shape[axis]:
                 size = {"Q": "num_heads x head_dim", "E": "num_kv_heads x head_dim"}
-                key = size.get(letter) or adapters.FIELD_OF_LETTER[letter]
+                key = size.get(letter) or FIELD_OF_LETTER[letter]
                 sizes[key] = str(found.shape[axis]), str(shape[axis])
             elif found.shape != shape:
                 problems.append(
                     f"{where}: {name} has shape {list(found.shape)}, {CONFIG} and the base make it "
                     f"{list(shape)}"
                 )
-    if sizes:
-        raise ConvertError(
-            f"{path} is an adapter of another model than {base.path}: "
-            + "; ".join(
-                f"{k} is {a} in the adapter, {b} in the base" for k, (a, b) in sizes.items()
-            )
-        )
+    adapters.raise_if_other_sizes(path, base.path, [(k, *v) for k, v in sizes.items()])
     formats.raise_if_any(sources.check_names(set(slices), set(expected), where) + problems)
 
 

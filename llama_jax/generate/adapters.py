@@ -9,11 +9,11 @@ import jax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from llama_jax.checkpoint.file_hashes import weights_sha256
-from llama_jax.checkpoint.model_json import read_metadata
+from llama_jax.checkpoint.model_json import lora_of, read_metadata
 from llama_jax.checkpoint.steps import loaded_step
 from llama_jax.checkpoint.weights import check_weights, load_weights
 from llama_jax.config import ConfigError, LoraConfig, ModelConfig
-from llama_jax.config.model_config import FIELD_OF_LETTER
+from llama_jax.config.model_config import different_sizes
 from llama_jax.data import tokenizer_files
 from llama_jax.data.chat_template import folder_template
 from llama_jax.generate.model_files import read_eos_ids, read_tokenizer
@@ -40,10 +40,7 @@ class Adapter(NamedTuple):
     @property
     def lora(self) -> LoraConfig:
         """Its rank, targets and scale."""
-        x = self.metadata["adapter"]
-        return LoraConfig(
-            rank=x["rank"], alpha=float(x["alpha"]), targets=tuple(x["targets"]), rslora=x["rslora"]
-        )
+        return lora_of(self.metadata)
 
     @property
     def quantize(self) -> str | None:
@@ -115,15 +112,11 @@ def check_base(adapter: Adapter, cfg: ModelConfig, checkpoint: Path | None) -> N
     Raises:
       ConfigError: the sizes differ.
     """
-    different = [
-        f"{name} is {getattr(adapter.cfg, name)} in the adapter, {getattr(cfg, name)} here"
-        for name in FIELD_OF_LETTER.values()
-        if getattr(adapter.cfg, name) != getattr(cfg, name)
-    ]
-    if different:
+    if sizes := different_sizes(adapter.cfg, cfg):
         raise ConfigError(
             f"the adapter {adapter.folder} is for another model than "
-            f"{checkpoint or 'these weights'}: {'; '.join(different)}"
+            f"{checkpoint or 'these weights'}: "
+            + "; ".join(f"{name} is {a} in the adapter, {b} here" for name, a, b in sizes)
         )
     base = adapter.metadata["adapter"]["base"]
     if checkpoint is None or not base["sha256"]:

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LoraConfig, ModelConfig
+from llama_jax.config.recipe import LORA_TARGETS
 from llama_jax.model.compute import ComputeConfig
 from llama_jax.model.layers import unstack
 from llama_jax.model.params import FUSED, Params, abstract_params
 from llama_jax.model.projection import LoraWeight
 from llama_jax.model.sharding import no_mesh
 
-TARGETS = (
-    ("attention", "q"), ("attention", "k"), ("attention", "v"), ("attention", "o"),
-    ("mlp", "gate"), ("mlp", "up"), ("mlp", "down"),
-)  # fmt: skip
+LETTERS = dict(q="DQ", k="DE", v="DE", o="QD", gate="DF", up="DF", down="FD")
+"""Axes of each matrix of a layer."""
+TARGETS = tuple(("attention" if name in "qkvo" else "mlp", name) for name in LORA_TARGETS)
 """Module and name of each matrix of a layer."""
 
 
@@ -32,8 +32,7 @@ def scale_of(lora: LoraConfig) -> float:
 
 def num_adapter_params(cfg: ModelConfig, lora: LoraConfig) -> int:
     """Exact number of parameters of the adapters."""
-    letters = dict(q="DQ", k="DE", v="DE", o="QD", gate="DF", up="DF", down="FD")
-    return cfg.num_layers * lora.rank * sum(sum(cfg.shape(letters[t])) for t in lora.targets)
+    return cfg.num_layers * lora.rank * sum(sum(cfg.shape(LETTERS[t])) for t in lora.targets)
 
 
 def init_adapters(

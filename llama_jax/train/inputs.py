@@ -9,7 +9,7 @@ import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
 from llama_jax.checkpoint.file_hashes import record_files, weights_sha256
-from llama_jax.checkpoint.model_json import read_metadata, write_model_files
+from llama_jax.checkpoint.model_json import adapter_settings, read_metadata, write_model_files
 from llama_jax.checkpoint.steps import loaded_step
 from llama_jax.config import ConfigError, Recipe, to_dict
 from llama_jax.data.chat_template import load_template
@@ -218,11 +218,8 @@ def _lineage(recipe: Recipe, mixture: Mixture) -> dict[str, Any]:
         base = {"path": str(Path(folder).resolve()), "sha256": _base_sha256(folder)}
         lineage = {"base": base} | lineage
         if lora := recipe.lora:
-            adapter = {
-                "rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets),
-                "rslora": lora.rslora,
-                "base": base | ({"quantize": lora.base} if lora.base in KINDS else {}),
-            }  # fmt: skip
+            kind = {"quantize": lora.base} if lora.base in KINDS else {}
+            adapter = adapter_settings(lora, base | kind)
     return {"adapter": adapter, "lineage": lineage}
 
 
