@@ -5,9 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-from jax.sharding import NamedSharding, SingleDeviceSharding
-
 from llama_jax.checkpoint.file_hashes import weights_sha256
 from llama_jax.checkpoint.model_json import lora_of, read_metadata
 from llama_jax.checkpoint.steps import loaded_step
@@ -17,6 +14,7 @@ from llama_jax.config.model_config import different_sizes
 from llama_jax.data import tokenizer_files
 from llama_jax.data.chat_template import folder_template
 from llama_jax.generate.model_files import read_eos_ids, read_tokenizer
+from llama_jax.generate.read_params import on_devices
 from llama_jax.generate.user_cache import converted
 from llama_jax.io import read_json
 from llama_jax.model.lora import abstract_adapters, add_adapters
@@ -137,14 +135,9 @@ def attach(llm: Any, adapter: Adapter) -> Any:
     """
     cfg, engine, folder = llm.cfg, llm._base, adapter.checkpoint
     lora = adapter.lora
-    device = engine.devices()[0]
-
-    def place(x: Any) -> jax.ShapeDtypeStruct:
-        spec = NamedSharding(mesh, x.sharding.spec) if mesh else SingleDeviceSharding(device)
-        return jax.ShapeDtypeStruct(x.shape, engine.compute.dtype, sharding=spec)
-
-    with use_mesh(mesh := engine.mesh):
-        like = jax.tree.map(place, abstract_adapters(cfg, engine.compute, lora))
+    with use_mesh(engine.mesh):
+        abstract = abstract_adapters(cfg, engine.compute, lora)
+        like = on_devices(abstract, engine.compute.dtype, engine.mesh, engine.devices()[0])
         arrays = load_weights(folder, like)
         params = add_adapters(cfg, engine.params, arrays, lora)
     new = copy.copy(llm)

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from llama_jax.checkpoint.model_json import read_metadata
 from llama_jax.checkpoint.steps import loaded_step_note
@@ -20,7 +19,7 @@ from llama_jax.generate.adapters import attach, base_of, check_base, open_adapte
 from llama_jax.generate.decode import device_memory
 from llama_jax.generate.llm import LLM
 from llama_jax.generate.model_files import read_eos_ids, read_tokenizer
-from llama_jax.generate.read_params import read_params
+from llama_jax.generate.read_params import on_devices, read_params
 from llama_jax.generate.user_cache import cache_folder, converted
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import abstract_params
@@ -134,12 +133,7 @@ def _shapes_of(
     with use_mesh(mesh):
         abstract = abstract_params(cfg, compute)
         _check_memory(folder, abstract, quantize or compute.dtype.name, devices)
-
-    def place(x: Any) -> jax.ShapeDtypeStruct:
-        spec = NamedSharding(mesh, x.sharding.spec) if mesh else SingleDeviceSharding(devices[0])
-        return jax.ShapeDtypeStruct(x.shape, compute.dtype, sharding=spec)
-
-    return jax.tree.map(place, abstract)
+    return on_devices(abstract, compute.dtype, mesh, devices[0])
 
 
 def _checkpoint_of(folder: Path, check: Callable[[ModelConfig], Any]) -> Path:

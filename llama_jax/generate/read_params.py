@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm import tqdm
 
 from llama_jax.checkpoint.weights import load_layers, load_weights
@@ -72,6 +72,25 @@ def read_params(
         for layer in blocks.values():
             fuse_projections(layer)
     return params
+
+
+def on_devices(
+    abstract: Any, dtype: Any, mesh: jax.sharding.Mesh | None, device: jax.Device | None = None
+) -> Any:
+    """Abstract arrays with this dtype (None: their own) and a sharding on devices.
+
+    Args:
+      abstract: a tree with shapes, dtypes and partition specs.
+      dtype: of all arrays.
+      mesh: devices over which the arrays are sharded.
+      device: of all arrays, if there is no mesh.
+    """
+
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, x.sharding.spec) if mesh else SingleDeviceSharding(device)
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
+
+    return jax.tree.map(place, abstract)
 
 
 def _quantize_stored(

@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llama_jax.train import interrupt
 
@@ -48,10 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer = loop.run(recipe, preemption)
             if trainer is not None:
                 preemption.phase("sampling; the run is finished and saved")
-                if trainer.frozen or trainer.mixture.chat_template:
-                    _print_answers(trainer)
-                else:
-                    _print_samples(trainer)
+                _print_samples(trainer)
         except KeyboardInterrupt:
             return 128 + (preemption.signal or signal.SIGINT)
         except ConfigError as e:
@@ -98,52 +95,65 @@ def _fail(error: str, code: int) -> int:
 
 
 def _print_samples(trainer: "Trainer") -> None:
-    """Continue ``train.sample_prompts``, if one process holds all weights."""
+    """Print texts for ``train.sample_prompts``, if one process holds all weights."""
+    import jax
+
+    if not trainer.recipe.train.sample_prompts or jax.process_count() > 1:
+        return
+    if trainer.frozen or trainer.mixture.chat_template:
+        _print_answers(trainer)
+    else:
+        _print_continuations(trainer)
+
+
+def _print_continuations(trainer: "Trainer") -> None:
+    """Continue ``train.sample_prompts`` with the weights in memory."""
     import jax
     import numpy as np
 
     from llama_jax.generate.llm import LLM
-    from llama_jax.generate.sampler import Sample
     from llama_jax.model.llama import ComputeConfig
-    from llama_jax.train.loop import log
 
     recipe = trainer.recipe
-    prompts = recipe.train.sample_prompts
-    if not prompts or jax.process_count() > 1:
-        return
     compute = ComputeConfig(np.dtype("float32"), unroll=trainer.compute.unroll)
     llm = LLM(recipe.model, jax.device_get(trainer.state.params), trainer.tokenizer, compute)
-    # Different seeds: with equal ones, a barely trained model continues all prompts alike.
-    for i, prompt in enumerate(prompts):
-        seed = (recipe.train.seed + i) % 2**32
-        text = llm.generate(prompt, max_new_tokens=100, sampling=Sample(temperature=0.7), seed=seed)
-        log("sample:\n" + textwrap.indent(prompt + text, "  | ", lambda line: True))
+    for prompt, options in _sampling(trainer):
+        _log_sample(prompt + llm.generate(prompt, **options))
 
 
 def _print_answers(trainer: "Trainer") -> None:
     """Answer ``train.sample_prompts`` with the saved model, which has the adapter, the chat
     template and the stop ids of the run; without a template, continue them."""
-    import jax
-
     from llama_jax.generate.load import load
-    from llama_jax.generate.sampler import Sample
     from llama_jax.train.loop import log
 
-    train = trainer.recipe.train
-    if not train.sample_prompts or jax.process_count() > 1:
-        return
     trainer.release()
     try:
         llm = load(trainer.folder)
-        for i, prompt in enumerate(train.sample_prompts):
-            seed = (train.seed + i) % 2**32
-            answer = llm.chat().say if trainer.mixture.chat_template else llm.generate
-            text = answer(prompt, max_new_tokens=100, sampling=Sample(temperature=0.7), seed=seed)
-            separator = "\n" if trainer.mixture.chat_template else ""
-            text = prompt + separator + text
-            log("sample:\n" + textwrap.indent(text, "  | ", lambda line: True))
+        for prompt, options in _sampling(trainer):
+            if trainer.mixture.chat_template:
+                _log_sample(f"{prompt}\n{llm.chat().say(prompt, **options)}")
+            else:
+                _log_sample(prompt + llm.generate(prompt, **options))
     except (ValueError, MemoryError) as e:  # such as a prompt too long for the chat template
         log(f"no samples: {e}")
+
+
+def _sampling(trainer: "Trainer") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each sample prompt, and how its text is generated. The seeds differ: with equal ones, a
+    barely trained model continues all prompts alike."""
+    from llama_jax.generate.sampler import Sample
+
+    train = trainer.recipe.train
+    for i, prompt in enumerate(train.sample_prompts):
+        seed = (train.seed + i) % 2**32
+        yield prompt, dict(max_new_tokens=100, sampling=Sample(temperature=0.7), seed=seed)
+
+
+def _log_sample(text: str) -> None:
+    from llama_jax.train.loop import log
+
+    log("sample:\n" + textwrap.indent(text, "  | ", lambda line: True))
 
 
 def _parser() -> argparse.ArgumentParser:

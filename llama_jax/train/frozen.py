@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from llama_jax.checkpoint.model_json import read_metadata
 from llama_jax.config import Recipe
-from llama_jax.generate.read_params import read_params
+from llama_jax.generate.read_params import on_devices, read_params
 from llama_jax.model.compute import ComputeConfig
 from llama_jax.model.params import Params, abstract_params
 from llama_jax.model.quantize import KINDS, quantize
@@ -40,10 +40,7 @@ def abstract_frozen(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> Param
         return like
     with jax.set_mesh(mesh):
         quantized = jax.eval_shape(functools.partial(quantize, kind=kind), like)
-    place = lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
-    )
-    return jax.tree.map(place, quantized)
+    return on_devices(quantized, None, mesh)
 
 
 def load_frozen(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> Params:
@@ -68,7 +65,4 @@ def _unquantized(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> Params:
     dtype = compute.dtype if kind in KINDS else jnp.dtype(kind)
     with jax.set_mesh(mesh):
         abstract = abstract_params(recipe.model, compute)
-    place = lambda x: jax.ShapeDtypeStruct(
-        x.shape, dtype, sharding=NamedSharding(mesh, x.sharding.spec)
-    )
-    return jax.tree.map(place, abstract)
+    return on_devices(abstract, dtype, mesh)

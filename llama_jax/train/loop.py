@@ -190,13 +190,10 @@ class Trainer:
 
     def _load_frozen(self) -> tuple:
         """The base of LoRA or the reference of DPO, as the last argument of the compiled steps."""
-        folder = self.recipe.train.init_from
         if not has_frozen(self.recipe):
             return ()
-        self.preemption.phase(f"reading {folder}")
-        check_weights(folder)
-        if note := loaded_step_note(folder):
-            log(note)
+        self.preemption.phase(f"reading {self.recipe.train.init_from}")
+        self._check_pretrained()
         if self.saved:
             inputs.check_base(self.recipe)
         return (load_frozen(self.recipe, self.compute, self.mesh),)
@@ -209,11 +206,16 @@ class Trainer:
         init = functools.partial(init_state, self.recipe, self.compute)
         state = jax.jit(init, out_shardings=shardings)()
         if (folder := self.recipe.train.init_from) and not self.recipe.lora:
-            check_weights(folder)
-            if note := loaded_step_note(folder):
-                log(note)
+            if not self.frozen:
+                self._check_pretrained()
             state = state._replace(params=load_weights(folder, abstract.params))
         return state
+
+    def _check_pretrained(self) -> None:
+        """Check the files of ``train.init_from``, and log which step is read if not the newest."""
+        check_weights(self.recipe.train.init_from)
+        if note := loaded_step_note(self.recipe.train.init_from):
+            log(note)
 
     def train(self) -> bool:
         """Train to the last step; True if this call reached it and finished the evaluation."""

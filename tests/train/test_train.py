@@ -560,6 +560,8 @@ def test_samples_have_their_own_seeds_and_every_line_is_marked(monkeypatch, caps
         compute=SimpleNamespace(unroll=False),
         state=SimpleNamespace(params={}),
         tokenizer=None,
+        frozen=(),
+        mixture=SimpleNamespace(chat_template=None),
     )
     _print_samples(trainer)
     assert seeds == [2**32 - 1, 0]
