@@ -1,4 +1,5 @@
-"""LoRA adapters for generation: find their base, compare it with another, use them with it."""
+"""LoRA adapters for generation: finds the base of an adapter, compares it with the weights in use,
+and makes a model of both."""
 
 import copy
 import sys

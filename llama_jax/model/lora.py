@@ -117,8 +117,8 @@ def add_adapters(cfg: ModelConfig, params: Params, adapters: Params, lora: LoraC
 
 
 def fuse_adapters(cfg: ModelConfig, blocks: Params) -> Params:
-    """Adapters of the matrices that :data:`FUSED` joins: every a beside the others, every b in a
-    block of its own."""
+    """Adapters of the matrices that :data:`FUSED` joins: the matrices a are concatenated, and the
+    matrices b are the blocks of a block-diagonal matrix."""
     blocks = {module: dict(matrices) for module, matrices in blocks.items()}
     for module, widths in (("attention", cfg.shape("QEE")), ("mlp", cfg.shape("FF"))):
         fused, names = FUSED[module]
