@@ -110,32 +110,36 @@ def make_model(folder, tokenizer, rope=PLAIN, **sizes):
     return folder
 
 
-def compare(ours: SourceCheckpoint, path, prompt: list[int], count: int, bound: float) -> int:
-    """Compare the next tokens, and the log-probabilities of the first one.
+def compare(ours: SourceCheckpoint, runs: list[tuple], count: int) -> list[int]:
+    """Compare next tokens, and the log-probabilities of the first one, in one forward pass.
 
     Args:
       ours: the weights with which we compute, in float32.
-      path: the GGUF file.
-      prompt: token ids.
+      runs: a model in llama.cpp, token ids of a prompt, and the bound on the differences of
+        log-probabilities.
       count: number of next tokens.
-      bound: on the differences of log-probabilities.
 
     Returns:
-      The number of tokens before the first one whose lead over the second is below 2 `bound`; all
-      of them were compared.
+      Of each run, the number of tokens before the first one whose lead over the second is below
+      twice the bound; all of them were compared.
     """
-    tokens, top = LlamaCpp(path).greedy(prompt, count)
-    ids = np.array([prompt + tokens[:-1]])
-    all_logits = _our_logits(ours, ours.cfg, ours.dtypes(), ids, np.arange(ids.size)[None])
-    logits = all_logits[0, len(prompt) - 1 :].astype(np.float64)
-    second, first = np.sort(logits)[:, -2:].T
-    sure = next((i for i, lead in enumerate(first - second) if lead < 2 * bound), count)
-    assert tokens[:sure] == logits.argmax(-1)[:sure].tolist()
-    logprobs = logits[0] - np.log(np.exp(logits[0]).sum())
-    errors = [abs(logprobs[i] - theirs) for i, theirs in top.items()]
-    assert len(errors) == 20
-    assert max(errors) < bound, errors
-    return sure
+    answers = [theirs.greedy(prompt, count) for theirs, prompt, _ in runs]
+    rows = [prompt + tokens for (_, prompt, _), (tokens, _) in zip(runs, answers, strict=True)]
+    ids = np.array([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    all_logits = _our_logits(ours, ours.cfg, ours.dtypes(), ids, positions)
+    out = []
+    for (_, prompt, bound), (tokens, top), row in zip(runs, answers, all_logits, strict=True):
+        logits = row[len(prompt) - 1 :][: len(tokens)].astype(np.float64)
+        second, first = np.sort(logits)[:, -2:].T
+        sure = next((i for i, lead in enumerate(first - second) if lead < 2 * bound), len(tokens))
+        assert tokens[:sure] == logits.argmax(-1)[:sure].tolist()
+        logprobs = logits[0] - np.log(np.exp(logits[0]).sum())
+        errors = [abs(logprobs[i] - theirs) for i, theirs in top.items()]
+        assert len(errors) == 20
+        assert max(errors) < bound, errors
+        out.append(sure)
+    return out
 
 
 @pytest.mark.parametrize("tokenizer", [spm, llama3, smollm], ids=lambda t: t.__name__)
@@ -144,11 +148,14 @@ def test_llama_cpp_gives_our_ids_and_our_next_tokens(tmp_path, tokenizer):
     half = open_folder(convert(source, tmp_path / "half", to="hf", dtype="float16"))
     known = Tokenizer.load(half.path)
     prompts = [known.encode(t) for t in ("the cat sat on 12 mats", "then thawed", "dogs, 6")]
+    runs = []
     # llama.cpp rounds activations to the type of the weights: float16, and blocks of 8 bits.
-    for kind, bound, least in (("f16", 0.01, 12), ("q8_0", 0.3, 0)):
+    for kind, bound in (("f16", 0.01), ("q8_0", 0.3)):
         path = convert(source, tmp_path / f"{kind}.gguf", to="gguf", type=kind)
-        assert sum(compare(half, path, prompt, 8, bound) for prompt in prompts) >= least
-    theirs = LlamaCpp(path)
+        theirs = LlamaCpp(path)
+        runs += [(theirs, prompt, bound) for prompt in prompts]
+    sure = compare(half, runs, 8)
+    assert sum(sure[: len(prompts)]) >= 12
     for text in TEXTS:
         assert theirs.tokenize(text) == known.encode(text), text
     read = Tokenizer.load(convert(path, tmp_path / "read", dtype="bfloat16"))
@@ -175,7 +182,8 @@ def test_llama_cpp_scales_rotary_frequencies_as_we_do(tmp_path, name):
     source = make_model(tmp_path / "hf", smollm, ROPES[name], tie_embeddings=True)
     path = convert(source, tmp_path / "m.gguf", to="gguf", type="f32")
     prompt = np.random.default_rng(1).integers(0, 290, 300).tolist()
-    assert compare(open_folder(path), path, prompt, 8, 1e-3) >= 4
+    (sure,) = compare(open_folder(path), [(LlamaCpp(path), prompt, 1e-3)], 8)
+    assert sure >= 4
     assert open_folder(path).cfg == open_folder(source).cfg
 
 
@@ -185,10 +193,15 @@ def test_llama_cpp_tells_the_story_that_we_generate(tmp_path, monkeypatch):
     source = convert(STORIES / "hf-mha", tmp_path / "half", dtype="float16")
     llm = llama_jax.load(source)
     prompt = llm.encode("Once upon a time")
-    story = llm.generate(prompt, max_new_tokens=60, logprobs=True)
-    for kind, bound, least in (("f16", 0.02, 60), ("q8_0", 0.4, 5)):
+    story = list(llm.generate(prompt, max_new_tokens=30, logprobs=True).ids)
+    runs = []
+    for kind, bound in (("f16", 0.02), ("q8_0", 0.4)):
         path = convert(STORIES / "hf-mha", tmp_path / f"{kind}.gguf", to="gguf", type=kind)
-        assert compare(open_folder(source), path, prompt, 60, bound) >= least
         theirs = LlamaCpp(path)
-        assert theirs.greedy(prompt, 60)[0][:least] == list(story.ids)[:least]
-        assert theirs.tokenize("Once upon a  time", True) == llm.encode("Once upon a  time")
+        runs.append((theirs, prompt, bound))
+        assert theirs.greedy(prompt, 30)[0][:5] == story[:5]
+    f16, q8_0 = compare(open_folder(source), runs, 30)
+    assert f16 == 30
+    assert q8_0 >= 5
+    assert runs[0][0].greedy(prompt, 30)[0] == story
+    assert theirs.tokenize("Once upon a  time", True) == llm.encode("Once upon a  time")
