@@ -171,8 +171,8 @@ def open_gguf(path: Path) -> SourceCheckpoint:
 def _read_parts(path: Path) -> list[GgufFile]:
     """The headers of a file, or of all files of a split model."""
     first = gguf_file.read(path)
-    count = first.metadata.get("split.count", 1)
-    if type(count) is int and count < 2:
+    count = _split_number(first, "count", 1)
+    if count < 2:
         return [first]
     name = _SPLIT.fullmatch(path.name)
     if name is None or int(name[3]) != count:
@@ -191,7 +191,7 @@ def _read_parts(path: Path) -> list[GgufFile]:
     problems: list[str] = []
     seen: dict[str, Path] = {}
     for i, file in enumerate(files):
-        number, total = (file.metadata.get(f"split.{key}") for key in ("no", "count"))
+        number, total = (_split_number(file, key, -1) for key in ("no", "count"))
         if (number, total) != (i, count):
             problems.append(
                 f"{file.path}: says it is part {number} (from 0) of {total}, its name makes it "
@@ -201,7 +201,7 @@ def _read_parts(path: Path) -> list[GgufFile]:
             if tensor in seen:
                 problems.append(f"{file.path}: {tensor[:200]} is in {seen[tensor]} as well")
             seen[tensor] = file.path
-    total = first.metadata.get("split.tensors.count", len(seen))
+    total = _split_number(first, "tensors.count", len(seen))
     if total != len(seen) and not problems:
         problems.append(
             f"{path}: the model has {total} tensors, its {count} files {len(seen)}: they do not "
@@ -209,6 +209,14 @@ def _read_parts(path: Path) -> list[GgufFile]:
         )
     raise_if_any(problems)
     return files
+
+
+def _split_number(file: GgufFile, key: str, default: int) -> int:
+    """Metadata of a split model."""
+    value = file.metadata.get(f"split.{key}", default)
+    if type(value) is not int:
+        raise ConvertError(f"{file.path}: split.{key}={short(value)} is not a whole number")
+    return value
 
 
 def _check_tensors(

@@ -171,7 +171,7 @@ def _sentencepiece(
     added = [i for i, t in enumerate(types) if t in (_CONTROL, _USER_DEFINED)]
     special = {ids.get("bos"), ids.get("pad"), metadata.get(f"{_KEY}eos_token_id")}
     size = len(tokens)
-    while size - 1 in added and size - 1 not in special:
+    while size and types[size - 1] in (_CONTROL, _USER_DEFINED) and size - 1 not in special:
         size -= 1
     controls = [i for i in added if types[i] == _CONTROL and i not in special]
     if not controls:
@@ -232,7 +232,8 @@ def _byte_level(
 ) -> list[TokenizerFile]:
     """``tokenizer.json`` of a byte-level BPE."""
     given = metadata.get(f"{_KEY}pre", "default")
-    name = next((n for n, aliases in _ALIASES.items() if given in aliases), None)
+    names = _ALIASES.items() if isinstance(given, str) else ()
+    name = next((n for n, aliases in names if given in aliases), None)
     if name is None:
         known = ", ".join(alias for aliases in _ALIASES.values() for alias in aliases)
         raise ConvertError(
@@ -259,8 +260,10 @@ def _byte_level(
         "unk_token": None, "fuse_unk": False, "byte_fallback": False,
         "ignore_merges": name in _IGNORES_MERGES, "vocab": vocab, "merges": pairs,
     }  # fmt: skip
-    bos = ids.get("bos")
-    if not metadata.get(f"{_KEY}add_bos_token", name in _ADDS_BOS):
+    bos, adds = ids.get("bos"), metadata.get(f"{_KEY}add_bos_token", name in _ADDS_BOS)
+    if type(adds) is not bool:
+        raise ConvertError(f"{path}: {_KEY}add_bos_token={short(adds)} is not true or false")
+    if not adds:
         bos = None
     decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     tree = tokenizer_json.make(

@@ -219,6 +219,8 @@ def _gguf_plan(
         raise ConvertError(f"type={kind!r} must be one of {', '.join(map(repr, gguf.KINDS))}")
     if (dtype, shards, quantize) != ("keep", None, None):
         raise ConvertError("--dtype, --shards and --quantize are not for GGUF; it has --type")
+    if destination.is_dir():
+        raise ConvertError(f"{destination} is a folder; give the name of a file to create")
     gguf.check_writable(source, kind)
     quantized = "Q8_0" if kind == "q8_0" else None
     specs = tensor_specs(source.cfg, quantized)

@@ -164,8 +164,7 @@ def _hf_state(
     """The reduced model under Hugging Face's names in torch's [out, in], directly from the files of
     a Hugging Face folder."""
     state = {}
-    if source.format == "hf":
-        assert isinstance(source.weights, TorchWeights)
+    if source.format == "hf" and isinstance(source.weights, TorchWeights):  # not merged
         for tensor in layer_tensors(reduced):
             location = source.weights.shards[tensor.name][0].slice
             whole = formats.view(location, formats.map_file(location.path))

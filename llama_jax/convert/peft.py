@@ -251,7 +251,7 @@ def open_peft(path: Path, base: SourceCheckpoint, max_memory: int = 2 << 30) -> 
         raise ConvertError(f"{path / WEIGHTS} is missing")
     slices = formats.read_safetensors(path / WEIGHTS)
     _check_tensors(slices, modules, path, base)
-    lora, factors = _common_settings(config, modules)
+    lora, factors = _common_settings(config, modules, path)
     adapters.check_size(base.cfg, lora, max_memory, path)
     if changed := [n for n, factor in factors.items() if not math.log2(factor).is_integer()]:
         report.warn(
@@ -265,6 +265,8 @@ def open_peft(path: Path, base: SourceCheckpoint, max_memory: int = 2 << 30) -> 
     mapped = formats.map_file(path / WEIGHTS)
     for name, m in modules.items():
         a, b = (formats.view(slices[n], mapped) for n in _tensor_names(name))
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise ConvertError(f"{path / WEIGHTS}: {name} holds numbers that are not finite")
         pairs[m.target].a_LIr[m.layer, :, : m.rank] = a.T
         b_rO = pairs[m.target].b_LrO[m.layer, : m.rank]
         b_rO[...] = b.T
@@ -283,7 +285,7 @@ def open_peft(path: Path, base: SourceCheckpoint, max_memory: int = 2 << 30) -> 
 
 
 def _common_settings(
-    config: dict[str, Any], modules: dict[str, Module]
+    config: dict[str, Any], modules: dict[str, Module], path: Path
 ) -> tuple[LoraConfig, dict[str, float]]:
     """One rank and alpha for all matrices, and the factor of each `b` that keeps its scale.
 
@@ -302,8 +304,17 @@ def _common_settings(
     lora = given
     if rank != given.rank:
         lora = make(rank, given.alpha * scale_of(given) / scale_of(make(rank, given.alpha)))
-    factor = lambda m: float(np.float32(scale_of(make(m.rank, m.alpha)) / scale_of(lora)))
-    return lora, {name: factor(m) for name, m in modules.items()}
+    with np.errstate(over="ignore", under="ignore"):
+        factors = {
+            name: float(np.float32(scale_of(make(m.rank, m.alpha)) / scale_of(lora)))
+            for name, m in modules.items()
+        }
+    if wrong := [n for n, factor in factors.items() if not 0 < factor < math.inf]:
+        raise ConvertError(
+            f"{path / CONFIG}: the scale of {first_names(wrong, 3)} is too far from that of "
+            "lora_alpha for float32"
+        )
+    return lora, factors
 
 
 def _tensor_names(module: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from gguf_tools import ARRAY, I32, STRING, U32
 from test_convert import restore
 
 from llama_jax.config import RopeConfig
-from llama_jax.convert import copy
+from llama_jax.convert import copy, gguf_tokenizer
 from llama_jax.convert import logits as verification
 from llama_jax.convert import tensors as weights
 from llama_jax.convert.__main__ import main
@@ -30,10 +30,9 @@ from llama_jax.data.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
-def tensors_alone(request, monkeypatch):
-    """Only tests of rotary scaling compare logits."""
-    if "rotary" not in request.node.name:
-        monkeypatch.setattr(verification, "compare_logits", lambda *args: "not in this test")
+def tensors_alone(monkeypatch):
+    """Logits of GGUF files are compared with llama.cpp's and transformers' in other files."""
+    monkeypatch.setattr(verification, "compare_logits", lambda *args: "not in this test")
 
 
 NORMS = ("norm", "attention_norm", "mlp_norm")
@@ -252,11 +251,13 @@ def test_command_line(tmp_path, capsys):
     assert main([str(source), str(path), "--to", "gguf", "--type", "f32", *ANY]) == 0
     assert main(["--inspect", str(path)]) == 0
     capsys.readouterr()
+    (tmp_path / "folder").mkdir()
     for arguments, message in [
         ([str(source), str(path), "--to", "gguf"], "exists"),
         ([str(source), str(tmp_path / "x.gguf")], "needs --to gguf"),
         ([str(source), str(tmp_path / "x"), "--type", "f16"], "needs --to gguf"),
         ([str(source), str(tmp_path / "x.gguf"), "--to", "gguf", "--dtype", "float16"], "--type"),
+        ([str(source), str(tmp_path / "folder"), "--to", "gguf"], "name of a file"),
         (["--inspect", str(tmp_path)], f"give the file itself, {path}"[:24]),
         ([str(source), str(tmp_path / "x"), "--context", "8"], "--context"),
     ]:
@@ -307,3 +308,18 @@ def test_control_tokens_added_to_a_sentencepiece_model(tmp_path):
     final = convert(again, tmp_path / "final")
     for name in ("tokenizer.model", "tokenizer.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (final / name).read_bytes()
+
+
+def test_many_control_tokens_are_read_in_linear_time():
+    count = 30_000
+    tokens = ["<unk>", "<s>", "</s>", "▁", *(f"<{i}>" for i in range(count))]
+    metadata = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": np.zeros(len(tokens), np.float32),
+        "tokenizer.ggml.token_type": np.array([2, 3, 3, 1] + [3] * count, np.int32),
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
+    }  # fmt: skip
+    start = time.process_time()
+    files = gguf_tokenizer.read(metadata, len(tokens), Path("m.gguf"))[1]
+    assert time.process_time() - start < 6
+    assert [file.size for file in files] == [4, len(tokens)]

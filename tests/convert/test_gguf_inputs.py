@@ -138,6 +138,20 @@ CASES = {
         changed(**{"tokenizer.ggml.model": (STRING, "gpt2"),
                    "tokenizer.ggml.pre": (STRING, "tekken")}), "pre='tekken'"
     ),
+    "rule of splitting is a list": (
+        changed(**{"tokenizer.ggml.model": (STRING, "gpt2"),
+                   "tokenizer.ggml.pre": (ARRAY, (U32, [1, 2]))}), "the rule that splits text"
+    ),
+    "add_bos_token is a list": (
+        changed(**{"tokenizer.ggml.model": (STRING, "gpt2"),
+                   "tokenizer.ggml.pre": (STRING, "llama-bpe"),
+                   "tokenizer.ggml.tokens": (ARRAY, (STRING, [*TOKENS[:-1], "ab"])),
+                   "tokenizer.ggml.merges": (ARRAY, (STRING, ["a b"])),
+                   "tokenizer.ggml.add_bos_token": (ARRAY, (U32, [1, 2]))}), "not true or false"
+    ),
+    "number of files is a list": (
+        changed(**{"split.count": (ARRAY, (U32, [1, 2]))}), "is not a whole number"
+    ),
     "merges": (
         changed(**{"tokenizer.ggml.model": (STRING, "gpt2"),
                    "tokenizer.ggml.merges": (ARRAY, (STRING, ["a x y"]))}), "list of pairs"

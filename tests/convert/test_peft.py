@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import convert_tools as tools
+import gguf_tools
 import jax
 import numpy as np
 import peft_tools
@@ -180,6 +181,7 @@ REFUSED = {
     "rank true": (dict(r=True), "rank True"),
     "no alpha": (dict(lora_alpha=None), "alpha None"),
     "pattern rank": (dict(rank_pattern={"q_proj": -1}), "rank -1"),
+    "scale of a module": (dict(alpha_pattern={"q_proj": 1e-300}), "too far from that"),
     "pattern table": (dict(alpha_pattern=[1]), "alpha_pattern=[1] is not a table"),
     "rslora": (dict(use_rslora="yes"), "use_rslora='yes'"),
     "layers": (dict(layers_to_transform=["a"]), "layers_to_transform"),
@@ -232,6 +234,9 @@ TENSORS = {
     "dimensions": (
         lambda t: t.update({f"{PREFIX}.lora_A.weight": np.ones((4, 32, 1), np.float32)}),
         "has shape [4, 32, 1]",
+    ),
+    "not finite": (
+        lambda t: t[f"{PREFIX}.lora_B.weight"].__setitem__((0, 0), np.nan), "are not finite"
     ),
     "integers": (
         lambda t: t.update({f"{PREFIX}.lora_A.weight": np.ones((4, 32), np.int32)}),
@@ -374,6 +379,32 @@ def test_merge_adds_in_float32_and_rounds_once(tmp_path, bases, to, capsys):
     stated = float(line.split("rounding lost ")[1].split("%")[0]) / 100
     assert stated == pytest.approx(np.sqrt(lost / size), rel=0.01)
     assert "at most" in line
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_merge_writes_gguf(tmp_path, bases, kind):
+    if kind == "q8_0":
+        pytest.importorskip("gguf")
+    cfg = small(dim=64, ffn_dim=96, head_dim=8)  # rows of whole blocks
+    base = tools.make_hf(
+        tmp_path / "base", tools.meta_state(cfg, DTYPES["float32"], make=tools.random_values), cfg
+    )
+    letters = gguf_tools.model(tmp_path / "letters.gguf", small())[0]
+    convert(letters, tmp_path / "letters", log=None)
+    (base / "tokenizer.model").write_bytes((tmp_path / "letters/tokenizer.model").read_bytes())
+    source, lines = make_peft(tmp_path / "peft", cfg), []
+    options = dict(base=base, merge=True, log=lines.append, verify=kind == "f16")
+    one = convert(source, tmp_path / "one.gguf", to="gguf", type=kind, **options)
+    assert any("rounding lost" in line for line in lines) == (kind == "f16")
+    whole = convert(source, tmp_path / "whole", to="hf", dtype="float32", **options)
+    other = convert(whole, tmp_path / "other.gguf", to="gguf", type=kind, log=None)
+    one, other = (open_folder(path) for path in (one, other))
+    assert one.cfg == other.cfg == cfg
+    for tensor in layer_tensors(cfg):
+        rows = tensor.shape(cfg)[0]
+        assert np.array_equal(
+            one.weights.read(tensor, 0, rows), other.weights.read(tensor, 0, rows)
+        )
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
