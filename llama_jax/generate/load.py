@@ -90,6 +90,12 @@ def load(
 
     checkpoint = _checkpoint_of(Path(folder), lambda cfg: shapes_of(cfg, quantize))
     cfg, metadata = read_metadata(checkpoint)
+    if "adapter" in metadata:
+        base = metadata["adapter"]["base"]["path"]
+        raise ConfigError(
+            f"{folder} holds a LoRA adapter, not the weights of a whole model, so {adapter} cannot "
+            f"be used with it; give the weights that it was trained on ({base})"
+        )
     _check_files(checkpoint, Path(folder))
     if note := loaded_step_note(checkpoint):
         print(note, file=sys.stderr)

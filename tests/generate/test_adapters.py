@@ -177,6 +177,8 @@ def test_folders_without_an_adapter(runs, tokenizer, tmp_path, capfd):
     load = lambda adapter: llama_jax.load(runs / "base", adapter=adapter)
     with pytest.raises(ConfigError, match=r"base holds a whole model and no LoRA adapter"):
         load(runs / "base")
+    with pytest.raises(ConfigError, match=r"first holds a LoRA adapter, not the weights"):
+        llama_jax.load(runs / "first", adapter=runs / "second")
     with pytest.raises(ConfigError, match=r"no adapter \(neither model.json nor adapter_config"):
         load(tmp_path)
     with pytest.raises(ConfigError, match=r"nowhere is not a folder"):
