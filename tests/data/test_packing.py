@@ -17,6 +17,8 @@ import pytest
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data import token_stream
 from llama_jax.data.batch import Batch
+from llama_jax.data.chat_template import load_template
+from llama_jax.data.conversations import read_example
 from llama_jax.data.manifest import verify
 from llama_jax.data.mixture import Mixture, TrainData, eval_batches, open_mixture, val_stats
 from llama_jax.data.packing import first_fit
@@ -24,6 +26,7 @@ from llama_jax.data.sequences import SequenceDataset
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.prepare.tokenizer import train_tokenizer
 
+SHARED = Path(__file__).parents[2] / "../shared/data"
 T = 32
 VOCAB = 320
 TEMPLATE = b"{{ messages }}"
@@ -308,6 +311,22 @@ def test_first_fit():
         assert used.max() <= seq_len
         assert used.sum() / (len(used) * seq_len) > 0.95
         assert set(rows) == set(range(len(used)))
+
+
+def test_rows_of_alpaca_are_full():
+    """The real records with LLaMA's tokenizer, where they exist."""
+    if not SHARED.is_dir():
+        return
+    tokenizer = Tokenizer.load(SHARED / "llama_tokenizer/tokenizer.model")
+    template = load_template("alpaca", None)
+    sizes = []
+    for record in json.loads((SHARED / "alpaca/alpaca_en_demo.json").read_text("utf-8")):
+        messages = read_example(record, "alpaca").messages
+        sizes.append(len(template.encode_example(messages, tokenizer)[0]) - 1)
+    order = np.random.RandomState(0).permutation(len(sizes))
+    for chosen in (order, np.arange(len(sizes))):
+        rows = first_fit([min(sizes[i], 2048) for i in chosen], 2048)
+        assert sum(sizes) / ((max(rows) + 1) * 2048) > 0.95
 
 
 def test_a_million_examples_take_seconds():

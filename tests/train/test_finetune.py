@@ -26,6 +26,7 @@ from llama_jax.checkpoint.file_hashes import (
 )
 from llama_jax.config import load_recipe
 from llama_jax.data.batch import Batch
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.lora import num_adapter_params
 from llama_jax.model.sharding import mesh_for
@@ -437,6 +438,57 @@ def test_a_model_learns_to_chat_and_stops(run, place):
     assert llm.chat_template == template
     assert len(llm.encode(llm.chat().say("the cat on", max_new_tokens=40))) < 40
     assert evaluations(folder)[-1]["loss"] < 1  # nats a token of an answer that is always the same
+
+
+def nll_by_hand(folder, ids):
+    """-log p of each token of ids after the first, in NumPy float64, from the arrays of a run."""
+    root = folder / "steps/2/model"
+    weights = lambda name: open_array(root, name).read().result().astype(np.float64)
+    norm = lambda x, w: x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-5) * w
+    softmax = lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+    T = len(ids) - 1
+    angle = np.arange(T)[:, None, None] * 10000.0 ** -(np.arange(0, 8, 2) / 8)
+    cos, sin = np.cos(angle), np.sin(angle)
+
+    def rotate(x):
+        a, b = np.split(x.reshape(T, -1, 8), 2, axis=-1)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    x = weights("embed")[ids[:-1]]
+    for layer in range(2):
+        w = lambda name, layer=layer: weights(f"blocks.{name}")[layer]
+        y = norm(x, w("attention_norm"))
+        q, k = rotate(y @ w("attention.q")), rotate(y @ w("attention.k"))
+        v = (y @ w("attention.v")).reshape(T, 2, 8)
+        k, v = np.repeat(k, 2, 1), np.repeat(v, 2, 1)
+        scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(8)
+        scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
+        x = x + np.einsum("hts,shd->thd", softmax(scores), v).reshape(T, -1) @ w("attention.o")
+        y = norm(x, w("mlp_norm"))
+        gate = y @ w("mlp.gate")
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ w("mlp.up"))) @ w("mlp.down")
+    p = softmax(norm(x, weights("norm")) @ weights("unembed"))
+    return -np.log(p[np.arange(T), ids[1:]])
+
+
+def test_the_first_loss_is_that_of_the_answer_by_hand(run, place):
+    """One Alpaca record in training (and one in validation), from its file to the log."""
+    settings = conversations(place, "chats")
+    records = [("the cat", "sat on a mat"), ("some animals", "saw")]
+    lines = [json.dumps({"instruction": q, "input": "", "output": a}) for q, a in records]
+    (place / "chats.jsonl").write_text("\n".join(lines))
+    code, _, err = run("by_hand", *settings, "lora.rank=2", "train.steps=1", "optim.peak_lr=1e-9")
+    assert code == 0, err
+    tokenizer = Tokenizer.load(place / "base/tokenizer.model")
+    losses = []
+    for question, answer in records:
+        prompt = tokenizer.encode(f"{question}:", bos=True)
+        answer = tokenizer.encode_array(answer, eos=True, start=False).tolist()
+        losses.append(nll_by_hand(place / "base", prompt + answer)[len(prompt) - 1 :].mean())
+    lines = map(json.loads, (place / "by_hand/metrics.jsonl").read_text().splitlines())
+    logged = {r["kind"]: r["loss"] for r in lines}
+    np.testing.assert_allclose(sorted(logged.values()), sorted(losses), rtol=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def evaluations(folder):
