@@ -72,23 +72,43 @@ def folder_template(folder: Path) -> tuple[str | None, str | None]:
     Raises:
       ValueError: a file is damaged.
     """
-    own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    own, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
     if own.is_file():
-        return _read(own), None
-    template = read_json(settings).get("chat_template") if settings.is_file() else None
+        return _with_token_names(_read(own), settings, path), None
+    template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = [t for t in template if isinstance(t, dict)]
         template = {t.get("name"): t.get("template") for t in named}
     if isinstance(template, dict):
         if "default" not in template:
             return None, (
-                f"{settings} has chat templates named {', '.join(map(repr, template))}, and none "
+                f"{path} has chat templates named {', '.join(map(repr, template))}, and none "
                 f"named 'default': write the one to use to {own}"
             )
         template = template["default"]
-    if template is not None and not isinstance(template, str):
-        raise ValueError(f"{settings}: chat_template must be text, not {template!r:.60}")
-    return template, None
+    if template is None:
+        return None, None
+    if not isinstance(template, str):
+        raise ValueError(f"{path}: chat_template must be text, not {template!r:.60}")
+    return _with_token_names(template, settings, path), None
+
+
+def _with_token_names(template: str, settings: dict[str, Any], path: Path) -> str:
+    """The template, which begins with the values of the variables ``bos_token`` and ``eos_token``
+    where tokenizer_config.json has them, as in transformers: a chat model may end its answers with
+    another token than documents. So the values go wherever the template is copied to."""
+    values = ""
+    for name in ("bos_token", "eos_token"):
+        token = settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is None or name not in template or f"set {name} =" in template:
+            continue
+        if not isinstance(token, str):
+            raise ValueError(f"{path}: {name} must be text, not {token!r:.60}")
+        values += f"{{% set {name} = {json.dumps(token, ensure_ascii=False)} %}}"
+    # Jinja drops a line break directly after a statement, which may be the template's own.
+    return values + ("{{ '' }}" if values and template.startswith("\n") else "") + template
 
 
 def _read(path: Path) -> str:

@@ -422,3 +422,29 @@ def test_records_of_alpaca_and_vicuna(tokenizers):
                 ) + texts[0]
                 whole = [i for text in texts for i in tokenizer.encode(text, eos=True)]
                 assert template.encode_example(messages, tokenizer)[0] == [tokenizer.bos_id, *whole]
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", {"content": "<|im_end|>", "lstrip": False}])
+def test_token_names_of_tokenizer_config(eos, tokenizers, tmp_path):
+    """A template gets the eos_token of tokenizer_config.json, which is not that of documents."""
+    text = "\n{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    text += "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = tokenizers["bytes"]
+    end = tokenizer.controls["<|im_end|>"]
+    assert tokenizer.eos_id != end
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": eos, "chat_template": text})
+    )
+    template = load_template("", tmp_path)
+    ids, counted = template.encode_example(TALK[:2], tokenizer)
+    expected = [*b"\nuser: the cat", end, *b"assistant: a mat", end]
+    assert ids == expected
+    assert [i for i, c in zip(ids, counted, strict=True) if c] == [*b"a mat", end]
+    assert template.stop_ids(tokenizer) == (end,)
+    # The copy in a run folder, beside the same settings, is not changed again.
+    (tmp_path / "chat_template.jinja").write_text(template.source)
+    assert load_template("", tmp_path).source == template.source
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": 3}')
+    (tmp_path / "chat_template.jinja").write_text(text)
+    with pytest.raises(ValueError, match="eos_token must be text, not 3"):
+        load_template("", tmp_path)
