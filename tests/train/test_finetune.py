@@ -266,7 +266,12 @@ MESH = ("mesh.preset=tensor_sequence", "mesh.data=1", "mesh.fsdp=2", "mesh.tenso
 
 
 def test_lora_on_eight_devices_equals_one(place):
-    settings = ["lora.rank=4", "lora.dropout=0.2", "train.gradient_accumulation=2"]
+    settings = [
+        "lora.rank=4",
+        "lora.alpha=4.0",
+        "lora.dropout=0.2",
+        "train.gradient_accumulation=2",
+    ]
     recipe = recipe_of(place, *settings, *MESH)
     state, base = random_state(recipe)
     batch = split(pairs(), 2)
@@ -278,7 +283,7 @@ def test_lora_on_eight_devices_equals_one(place):
     other = one_device(recipe, state._replace(optimizer=single.optimizer), batch, base)[1]
     assert other["loss"] != metrics["loss"]
     evaluate = lambda r: jax.jit(step.make_eval_step(r, F32))(state.params, split(pairs(), 1), base)
-    assert evaluate(recipe) == evaluate(recipe_of(place, "lora.rank=4"))
+    assert evaluate(recipe) == evaluate(recipe_of(place, "lora.rank=4", "lora.alpha=4.0"))
 
 
 def dpo_of_rows_alone(llama_logits, batch, beta):
@@ -313,7 +318,7 @@ def dpo_of_rows_alone(llama_logits, batch, beta):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_dpo_is_trls_formula(place, kind):
     """On one device and on eight, with one microbatch and with two, and with a chunked loss."""
-    lora = ["lora.rank=4"] if kind == "lora" else []
+    lora = ["lora.rank=4", "lora.alpha=4.0"] if kind == "lora" else []
     recipe = recipe_of(place, "dpo.beta=0.3", *lora, *MESH)
     state, base = random_state(recipe)
     batch = pairs()
@@ -337,7 +342,7 @@ def test_dpo_is_trls_formula(place, kind):
     other = recipe_of(place, "dpo.beta=0.3", *lora, *MESH, *two)
     several, metrics_8 = on_mesh(other, state, split(batch, 2), base)
     near(metrics_8, metrics, 1e-4)
-    near(several, single, 5e-4)  # moments, of gradients that nearly cancel
+    near(several, single, 1e-4)
 
 
 def test_a_batch_without_a_counted_target_is_no_error(place):
