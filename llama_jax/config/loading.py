@@ -316,7 +316,8 @@ def _explain(error: Any, known: list[str]) -> str:
         if given != "a table":
             return f"{name}={given!r:.200}: {message}"
         return message if not name or message.startswith(f"{name}.") else f"{name}: {message}"
-    return f"{name}={given!r:.200}: {message[0].lower() + message[1:]}"
+    hint = ', such as [1, 2] or ["a", "b"]' if error["type"] == "tuple_type" else ""
+    return f"{name}={given!r:.200}: {message[0].lower() + message[1:]}{hint}"
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -291,7 +291,8 @@ class ChatTemplate:
                 f"{self.name} writes the control token {first}, which the tokenizer "
                 f"{tokenizer.path} does not have; choose another template"
             )
-        if tokenizer.eos_id is None and re.search(r"\beos_token\b", self.source):
+        eos_is_set = "set eos_token =" in self.source
+        if tokenizer.eos_id is None and not eos_is_set and "eos_token" in self.source:
             raise ValueError(
                 f"{self.name} ends answers with the EOS token, which the tokenizer "
                 f"{tokenizer.path} does not have; choose another template"

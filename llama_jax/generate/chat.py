@@ -40,7 +40,7 @@ class Chat:
             raise ValueError(
                 llm.no_template
                 or "this checkpoint has no chat template: it is a base model, which continues "
-                "text; use llm.generate(...)"
+                "text; use llm.generate(...), in a terminal without --chat"
             )
         if system is not None:
             check_text("the system message", system)

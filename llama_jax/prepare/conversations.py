@@ -49,6 +49,8 @@ def format_of(file: Path, skip_bad_lines: bool) -> str:
             problem = record.message
             if file.name.lower().endswith(JSON):
                 problem += "; a .json file must be an array of records, or have one record a line"
+        elif record.value == []:
+            problem = f"{file} is an empty array; give one with records"
         elif not isinstance(record.value, dict):
             if skip_bad_lines:
                 continue

@@ -46,6 +46,10 @@ def key_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+REFUSED = "refused by the template"
+"""The reason of a :class:`BadLine` for a conversation that the chat template does not render."""
+
+
 class BadLine(NamedTuple):
     """A line, row, record or block that cannot be used."""
 

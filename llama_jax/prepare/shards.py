@@ -19,7 +19,7 @@ from llama_jax.data.chat_template import ChatTemplate
 from llama_jax.data.manifest import SPLITS, file_sizes, shard_files
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.io import atomic_write, read_json_or_empty
-from llama_jax.prepare.records import BadLine, Document
+from llama_jax.prepare.records import REFUSED, BadLine, Document
 from llama_jax.prepare.split import SplitRule
 from llama_jax.prepare.text import TEXT, RawSource, count_bad_line, read_documents
 
@@ -159,7 +159,7 @@ def _encode(
             except ValueError as e:
                 if document.example is None:
                     raise
-                bad.append(BadLine("refused by the template", f"{document.where}: {e}"))
+                bad.append(BadLine(REFUSED, f"{document.where}: {e}"))
                 continue
             ids += new_ids
             masks += new_masks

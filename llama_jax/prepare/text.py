@@ -21,6 +21,7 @@ from llama_jax.prepare.conversations import format_of, instruction_document, rea
 from llama_jax.prepare.records import (
     JSON,
     JSONL,
+    REFUSED,
     BadLine,
     Document,
     key_of,
@@ -241,8 +242,9 @@ def count_bad_line(
       bad_lines: counter by reason.
     """
     if not source.skip_bad_lines:
+        what = "it, or the template" if bad.reason == REFUSED else "it"
         raise ValueError(
-            f"{bad.message}; correct it, or leave out bad lines "
+            f"{bad.message}; correct {what}, or leave out bad lines "
             "(--skip-bad-lines, data.skip_bad_lines=true)"
         )
     if bad_lines is not None:

@@ -62,6 +62,7 @@ def open_pretrained(recipe: Recipe) -> Pretrained | None:
         raise ConfigError(
             f"train.init_from={folder} is another model:\n  "
             + "\n  ".join(run_folder.lines(changes))
+            + "\nset model.name or the section [model] to the sizes of that checkpoint"
         )
     own = Tokenizer.load(folder)
     given = Tokenizer.load(data.tokenizer) if data.tokenizer else own

@@ -1,5 +1,6 @@
 """Which ids of a conversation count in the loss: the answers and their end-of-turn tokens."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -441,6 +442,9 @@ def test_token_names_of_tokenizer_config(eos, tokenizers, tmp_path):
     assert ids == expected
     assert [i for i, c in zip(ids, counted, strict=True) if c] == [*b"a mat", end]
     assert template.stop_ids(tokenizer) == (end,)
+    without_eos = copy.copy(tokenizer)
+    without_eos.eos_id = None
+    assert template.encode_example(TALK[:2], without_eos)[0] == expected
     # The copy in a run folder, beside the same settings, is not changed again.
     (tmp_path / "chat_template.jinja").write_text(template.source)
     assert load_template("", tmp_path).source == template.source

@@ -294,7 +294,7 @@ GOOD = alpaca(30)
         ("a.json", b"[1, 2]", '{path} line 1 has no "text" field that is a string, only a list'),
         ("a.json", b'[{"instruction": "\xe9"}]', "{path} is not UTF-8 text"),
         ("a.json", b"", "{path} is empty"),
-        ("a.json", b"[]", 'has no "text" field'),
+        ("a.json", b"[]", "{path} is an empty array; give one with records"),
         ("a.json", b"not JSON", "{path} line 1 is not JSON.*; a .json file must be an array"),
         ("a.json", b'[{"a": ' + b"[" * 10**5, "{path} record 1 .*nested too deeply"),
         ("a.jsonl", json.dumps(GOOD[0]).encode() + b"\n{", "{path} line 2 is not JSON"),
@@ -346,7 +346,7 @@ def test_bad_settings_of_conversations(tmp_path, model, monkeypatch):
     refusing = tmp_path / "refusing.jinja"
     refusing.write_text("{% if messages %}{{ raise_exception('not today') }}{% endif %}")
     with pytest.raises(
-        ValueError, match=r"a.jsonl line \d+: .*not today; correct it, or leave out"
+        ValueError, match=r"a.jsonl line \d+: .*not today; correct it, or the template, or leave"
     ):
         prepare_mixture(config(model, path, template=str(refusing)), 400, out)
     with pytest.raises(
