@@ -24,7 +24,9 @@ def test_public_names():
 
 def test_names_of_a_model_are_those_for_users():
     public = [name for name in dir(llama_jax.LLM) if not name.startswith("_")]
-    assert public == ["chat", "encode", "generate", "params", "perplexity", "score", "stream"]
+    assert public == [
+        "chat", "encode", "generate", "params", "perplexity", "score", "stream", "with_adapter",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("installed", ["9.8.7", None])

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from benchmarks.accelerator.common import Row, Rows, Sizes, random_arrays, time_calls
 from benchmarks.accelerator.correctness import KINDS, LIMIT, relative_errors
-from llama_jax.model.llama import ComputeConfig, _project
+from llama_jax.model.compute import ComputeConfig
+from llama_jax.model.projection import project
 from llama_jax.model.quantize import bytes_of, quantize_weight
 
 COMPUTE = ComputeConfig(jnp.dtype(jnp.bfloat16), unroll=True)
@@ -30,7 +31,7 @@ def rows(s: Sizes, earlier: dict[str, Row]) -> Rows:
 def program(x_LXD: jax.Array, matrices: list[Any]) -> list[jax.Array]:
     """The function to compile: one product per matrix."""
     return [
-        _project(COMPUTE, x[:, None], w, "DF", "BTF") for x, w in zip(x_LXD, matrices, strict=True)
+        project(COMPUTE, x[:, None], w, "DF", "BTF") for x, w in zip(x_LXD, matrices, strict=True)
     ]
 
 
