@@ -57,9 +57,9 @@ class Evaluation:
         self._shard_batch, self._eval_step = shard_batch, eval_step
         rows, max_batches = shard_batch.microbatch_size, recipe.train.eval_batches
         self._size = rows, max_batches
+        names = () if recipe.dpo else mixture.sources  # the loss of pairs is a mean over pairs
         self._val_targets = {
-            name: val_stats(mixture, recipe.data, rows, max_batches, name)
-            for name in mixture.sources
+            name: val_stats(mixture, recipe.data, rows, max_batches, name) for name in names
         }
 
     def __call__(self, step: int, params: Any, *frozen: Any) -> dict[str, Any]:
