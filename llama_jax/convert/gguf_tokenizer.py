@@ -15,6 +15,7 @@ from llama_jax.convert.formats import ConvertError, short
 from llama_jax.convert.gguf_file import Metadata
 from llama_jax.convert.sources import Report, SourceCheckpoint
 from llama_jax.data import sentencepiece_json, tiktoken_text, tokenizer_json
+from llama_jax.data.chat_template import default_template
 from llama_jax.data.tokenizer_files import JSON_FILE, TokenizerFile
 
 _KEY = "tokenizer.ggml."
@@ -347,10 +348,7 @@ def _template(source: SourceCheckpoint) -> str | None:
     files = source.generated | {path.name: path.read_bytes() for path in source.extras}
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode()
-    template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+    template, _ = default_template(json.loads(files.get("tokenizer_config.json", b"{}")))
     return template if isinstance(template, str) else None
 
 

@@ -76,22 +76,29 @@ def folder_template(folder: Path) -> tuple[str | None, str | None]:
     settings = read_json(path) if path.is_file() else {}
     if own.is_file():
         return _with_token_names(_read(own), settings, path), None
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = [t for t in template if isinstance(t, dict)]
-        template = {t.get("name"): t.get("template") for t in named}
-    if isinstance(template, dict):
-        if "default" not in template:
-            return None, (
-                f"{path} has chat templates named {', '.join(map(repr, template))}, and none "
-                f"named 'default': write the one to use to {own}"
-            )
-        template = template["default"]
+    template, names = default_template(settings)
+    if names:
+        return None, (
+            f"{path} has chat templates named {', '.join(map(repr, names))}, and none "
+            f"named 'default': write the one to use to {own}"
+        )
     if template is None:
         return None, None
     if not isinstance(template, str):
         raise ValueError(f"{path}: chat_template must be text, not {template!r:.60}")
     return _with_token_names(template, settings, path), None
+
+
+def default_template(settings: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The chat template in the content of tokenizer_config.json; if it has several templates and
+    none is named "default", None and their names."""
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = [t for t in template if isinstance(t, dict)]
+        template = {t.get("name"): t.get("template") for t in named}
+    if not isinstance(template, dict):
+        return template, []
+    return template.get("default"), [] if "default" in template else list(template)
 
 
 def _with_token_names(template: str, settings: dict[str, Any], path: Path) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import convert_tools as tools
 import gguf_tools
@@ -323,3 +324,13 @@ def test_many_control_tokens_are_read_in_linear_time():
     files = gguf_tokenizer.read(metadata, len(tokens), Path("m.gguf"))[1]
     assert time.process_time() - start < 6
     assert [file.size for file in files] == [4, len(tokens)]
+
+
+@pytest.mark.parametrize(
+    "form", ["A", {"default": "A", "rag": "B"},
+             [{"name": "rag", "template": "B"}, {"name": "default", "template": "A"}]],
+)  # fmt: skip
+def test_the_default_chat_template_is_written(form):
+    settings = json.dumps({"chat_template": form}).encode()
+    source = SimpleNamespace(generated={"tokenizer_config.json": settings}, extras=[])
+    assert gguf_tokenizer._template(source) == "A"
