@@ -1,0 +1,1 @@
+"""Evaluation on EleutherAI's lm-evaluation-harness: ``python -m llama_jax.evaluate``."""

@@ -1,0 +1,14 @@
+"""All benchmarks of the paper by name, and the sets that the command accepts."""
+
+from llama_jax.evaluate.paper_task import PaperTask
+
+TASKS: dict[str, PaperTask] = {}
+"""by name in the harness; each starts with ``paper_``"""
+
+
+def task_sets() -> dict[str, list[str]]:
+    """Names of the tasks of each set; "paper" has all."""
+    sets: dict[str, list[str]] = {"paper": list(TASKS)}
+    for name, task in TASKS.items():
+        sets.setdefault(task.table, []).append(name)
+    return sets
