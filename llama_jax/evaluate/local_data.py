@@ -1,0 +1,241 @@
+"""Files of the benchmarks' data sets: found below a folder, and read as records.
+
+Errors name the file and the line or record.
+"""
+
+import csv
+import fnmatch
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_jax.evaluate.paper_task import TaskOptions
+from llama_jax.io import open_regular
+from llama_jax.prepare.records import (
+    BadLine,
+    Record,
+    read_array,
+    read_lines,
+    read_parquet,
+)
+
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_SHARD = re.compile(r"-00000-of-(\d{5})(?=\.)")
+_TYPES = {str: "a string", int: "a whole number", bool: "true or false", list: "a list"}
+
+
+class MissingData(ValueError):
+    """The data of a task is not there; the message says what to download and where to put it."""
+
+
+def find(
+    options: TaskOptions, folders: tuple[str, ...], patterns: tuple[str, ...], download: str
+) -> Path:
+    """The first file of a data set.
+
+    Files anywhere below DIR/FOLDER/ are considered, and files of DIR itself if their name, or the
+    name of DIR, contains the name of one of the folders. Upper and lower case, "-" and "_" do not
+    matter.
+
+    Args:
+      options: of the command; ``options.data`` is DIR.
+      folders: names of the data set's folder, such as ("piqa",).
+      patterns: shell patterns of the file, the preferred one first. A pattern is compared with the
+        name of a file and with its path in the folder.
+      download: what to download and where to put it, for the error message.
+
+    Raises:
+      MissingData: no file matches.
+      ValueError: DIR is not a folder.
+    """
+    if options.data is None:
+        raise MissingData(f"no data folder was given (--data DIR): {download}")
+    if not options.data.is_dir():
+        raise ValueError(f"the data folder {options.data} does not exist or is not a folder")
+    files = list(_files(options.data, [_plain(folder) for folder in folders]))
+    for pattern in patterns:
+        for path, in_folder in files:
+            if any(
+                fnmatch.fnmatch(_plain(name), _plain(pattern)) for name in (path.name, in_folder)
+            ):
+                return path
+    names = " or ".join(patterns)
+    raise MissingData(f"{options.data / folders[0]} has no file {names}: {download}")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def _files(data: Path, folders: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    """Files that may belong to a data set, and their paths in its folder."""
+    entries = sorted(data.iterdir())
+    for folder in folders:
+        for entry in entries:
+            if entry.is_dir() and _plain(entry.name) == folder:
+                for path in sorted(entry.rglob("*")):
+                    if path.is_file():
+                        yield path, path.relative_to(entry).as_posix()
+    named = re.compile(rf"(?<![a-z0-9])({'|'.join(map(re.escape, folders))})(?![a-z0-9])")
+    own = named.search(_plain(data.resolve().name))
+    for entry in sorted(data.rglob("*")) if own else entries:
+        if entry.is_file() and (own or named.search(_plain(entry.name))):
+            yield entry, entry.relative_to(data).as_posix()
+
+
+def read_records(path: Path, columns: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
+    """The records of a file as dicts.
+
+    Args:
+      path: .jsonl, .json (an array, one object, or one object a line), .txt (as .json), .csv or
+        .tsv, each also with .gz; or .parquet. If the name has "-00000-of-NNNNN", all parts are
+        read.
+      columns: names of the columns of a .csv or .tsv file without a header line.
+
+    Raises:
+      ValueError: the file is damaged, empty, or of another format; names the file, the line or
+        record, and what was expected.
+    """
+    return [record.value for record in read_located(path, columns)]
+
+
+def read_located(path: Path, columns: tuple[str, ...] | None = None) -> list[Record]:
+    """As :func:`read_records`, with the place of each record for error messages."""
+    records: list[Record] = []
+    for part in _parts(path):
+        for record in _read(part, columns):
+            if isinstance(record, BadLine):
+                raise ValueError(record.message)
+            if not isinstance(record.value, dict):
+                raise ValueError(
+                    f"{record.where}: expected an object with named fields, not "
+                    + _show(record.value)
+                )
+            records.append(record)
+    if not records:
+        raise ValueError(f"{path} has no records")
+    return records
+
+
+def field(record: Record, name: str, kind: type) -> Any:
+    """A field of a record.
+
+    Args:
+      record: from :func:`read_located`.
+      name: of the field.
+      kind: its type: str (not empty), int, bool or list.
+
+    Raises:
+      ValueError: absent, or of another type.
+    """
+    value = record.value.get(name)
+    if type(value) is not kind or (kind is str and not value.strip()):
+        given = f"it is {_show(value)}" if name in record.value else f"fields: {_names(record)}"
+        raise ValueError(f'{record.where}: field "{name}" must be {_TYPES[kind]}; {given}')
+    return value
+
+
+def strings(record: Record, name: str, minimum: int = 1) -> list[str]:
+    """A field that is a list of strings, at least ``minimum`` of them; none is blank."""
+    values = field(record, name, list)
+    if len(values) < minimum or not all(isinstance(v, str) and v.strip() for v in values):
+        raise ValueError(
+            f'{record.where}: field "{name}" must be a list of at least {minimum} strings that are '
+            f"not blank; it is {_show(values)}"
+        )
+    return values
+
+
+def _names(record: Record) -> str:
+    return ", ".join(list(map(str, record.value))[:8]) or "none"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _parts(path: Path) -> list[Path]:
+    """The file, or all parts of a data set that is stored in several files."""
+    if not (match := _SHARD.search(path.name)):
+        return [path]
+    parts = [
+        path.with_name(_SHARD.sub(f"-{i:05d}-of-{match[1]}", path.name))
+        for i in range(int(match[1]))
+    ]
+    for part in parts:
+        if not part.is_file():
+            raise ValueError(f"{part} is missing; {path.name} is the first of {len(parts)} files")
+    return parts
+
+
+def _read(path: Path, columns: tuple[str, ...] | None) -> Iterator[Record | BadLine]:
+    open_regular(path).close()  # a pipe or a Git LFS pointer is an error that says so
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix in (".json", ".txt"):
+        return _read_json(path)
+    if suffix == ".jsonl":
+        return read_lines(path)
+    if suffix in _TABLES:
+        return _read_table(path, _TABLES[suffix], columns)
+    if suffix == ".parquet":
+        return iter(read_parquet(path))
+    raise ValueError(f"{path}: expected a .jsonl, .json, .csv, .tsv or .parquet file")
+
+
+def _text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
+        return content.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error) as e:
+        raise ValueError(f"{path} is damaged: {e}") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text, from byte {e.start} on") from None
+
+
+def _read_json(path: Path) -> Iterator[Record | BadLine]:
+    text = _text(path)
+    if text.lstrip().startswith("["):
+        return read_array(path)
+    try:
+        return iter([Record(str(path), json.loads(text))])
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON: nested too deeply") from None
+    except json.JSONDecodeError as e:
+        if e.msg == "Extra data":
+            return read_lines(path)
+        raise ValueError(f"{path} line {e.lineno} is not JSON: {e.msg}") from None
+
+
+def _read_table(path: Path, delimiter: str, columns: tuple[str, ...] | None) -> Iterator[Record]:
+    """The rows of a table. In a .tsv file, quotation marks are ordinary characters."""
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    # newline="" keeps the line breaks inside quoted cells.
+    lines = io.StringIO(_text(path), newline="")
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    names = columns
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            raise ValueError(f"{path} line {line}: {e}; expected a table of text") from None
+        if not row:
+            continue
+        if names is None:
+            names = tuple(row)
+            continue
+        if len(row) != len(names):
+            raise ValueError(
+                f"{path} line {line} has {len(row)} columns; expected {len(names)}: "
+                + ", ".join(names)
+            )
+        yield Record(f"{path} line {line}", dict(zip(names, row, strict=True)))
