@@ -1,8 +1,11 @@
 """All benchmarks of the paper by name, and the sets that the command accepts."""
 
 from llama_jax.evaluate.paper_task import PaperTask
+from llama_jax.evaluate.tasks import bias
 
-TASKS: dict[str, PaperTask] = {}
+TASKS: dict[str, PaperTask] = {
+    **bias.TASKS,
+}
 """by name in the harness; each starts with ``paper_``"""
 
 
