@@ -14,5 +14,6 @@ setup(
         "": ["py.typed"],
         "llama_jax.configs": ["*.toml"],
         "llama_jax.data": ["templates/*.jinja"],
+        "llama_jax.evaluate": ["published.toml"],
     },
 )

@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import platform
 import resource
-import subprocess
 import sys
 import textwrap
 import time
@@ -23,6 +22,7 @@ from llama_jax.io import atomic_write, save_figure
 from llama_jax.model.compute import ComputeConfig
 from llama_jax.model.lora import num_adapter_params
 from llama_jax.train.frozen import frozen_format
+from llama_jax.versions import source_version
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 LINE_WIDTH = 120
@@ -187,29 +187,9 @@ def short(number: float) -> str:
 def environment() -> str:
     """Source version, package versions and machine, as log lines."""
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
-    text = f"llama_jax {_source()} | Python {platform.python_version()}, {versions} | "
+    text = f"llama_jax {source_version()} | Python {platform.python_version()}, {versions} | "
     text += platform.platform()
     return textwrap.fill(text, LINE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _source(package: Path = Path(__file__).parents[1]) -> str:
-    """The commit of this package's own source checkout; the version of an installed package.
-
-    A repository that merely encloses the package (a virtual environment inside a project) does not
-    count: its commit says nothing about this code.
-    """
-    root = package.parent
-    git = lambda *args: subprocess.run(
-        ["git", "-C", root, *args], capture_output=True, text=True
-    ).stdout.strip()
-    with contextlib.suppress(OSError):  # git is not installed
-        tracked = git("ls-files", f"{package.name}/train/metrics.py", "pyproject.toml").splitlines()
-        if len(tracked) == 2 and Path(git("rev-parse", "--show-toplevel")).samefile(root):
-            changed = "+changes" if git("status", "--porcelain", "-uno") else ""
-            return f"commit {git('rev-parse', '--short=12', 'HEAD')}{changed}"
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("llama-jax")
-    return "of an unknown version"
 
 
 def plot_losses(records: list[Record], path: Path, title: str) -> None:

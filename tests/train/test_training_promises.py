@@ -39,6 +39,7 @@ from llama_jax.train.__main__ import main
 from llama_jax.train.distributed import any_device, any_process
 from llama_jax.train.optim import make_optimizer
 from llama_jax.train.step import compute_config, nll_sum
+from llama_jax.versions import source_version
 from pallas_kernels import rms_norm
 
 CFG = tools.small()
@@ -457,16 +458,16 @@ def test_the_logged_commit_is_the_packages_own(tmp_path):
     installed = tmp_path / "project/venv/site-packages/llama_jax"
     checkout = tmp_path / "checkout/llama_jax"
     for package in (installed, checkout):
-        (package / "train").mkdir(parents=True)
-        (package / "train/metrics.py").touch()
+        package.mkdir(parents=True)
+        (package / "versions.py").touch()
     (checkout.parent / "pyproject.toml").touch()
     (tmp_path / "project/pyproject.toml").touch()
     commit(tmp_path / "project")
     commit(checkout.parent)
-    assert "commit" not in metrics._source(installed)
-    assert re.fullmatch("commit [0-9a-f]{12}", metrics._source(checkout))
-    (checkout / "train/metrics.py").write_text("changed")
-    assert metrics._source(checkout).endswith("+changes")
+    assert "commit" not in source_version(installed)
+    assert re.fullmatch("commit [0-9a-f]{12}", source_version(checkout))
+    (checkout / "versions.py").write_text("changed")
+    assert source_version(checkout).endswith("+changes")
 
 
 # Files -------------------------------------------------------------------------------------------
