@@ -26,6 +26,8 @@ from llama_jax.prepare.records import (
 
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _SHARD = re.compile(r"-00000-of-(\d{5})(?=\.)")
+FILES_READ: set[Path] = set()
+"""All files that this process has read as records, for the hashes in the report."""
 _TYPES = {str: "a string", int: "a whole number", bool: "true or false", list: "a list"}
 
 
@@ -36,11 +38,18 @@ class MissingData(ValueError):
 def find(
     options: TaskOptions, folders: tuple[str, ...], patterns: tuple[str, ...], download: str
 ) -> Path:
-    """The first file of a data set.
+    """The first of the files that :func:`find_all` returns."""
+    return find_all(options, folders, patterns, download)[0]
+
+
+def find_all(
+    options: TaskOptions, folders: tuple[str, ...], patterns: tuple[str, ...], download: str
+) -> list[Path]:
+    """The files of a data set that match the first pattern that matches any.
 
     Files anywhere below DIR/FOLDER/ are considered, and files of DIR itself if their name, or the
     name of DIR, contains the name of one of the folders. Upper and lower case, "-" and "_" do not
-    matter.
+    matter. Hidden files are ignored, and so are training files unless the pattern names them.
 
     Args:
       options: of the command; ``options.data`` is DIR.
@@ -58,12 +67,15 @@ def find(
     if not options.data.is_dir():
         raise ValueError(f"the data folder {options.data} does not exist or is not a folder")
     files = list(_files(options.data, [_plain(folder) for folder in folders]))
-    for pattern in patterns:
-        for path, in_folder in files:
-            if any(
-                fnmatch.fnmatch(_plain(name), _plain(pattern)) for name in (path.name, in_folder)
-            ):
-                return path
+    for pattern in map(_plain, patterns):
+        found = [
+            path
+            for path, in_folder in files
+            if any(fnmatch.fnmatch(_plain(name), pattern) for name in (path.name, in_folder))
+            and ("train" in pattern or "train" not in path.name)
+        ]
+        if found:
+            return found
     names = " or ".join(patterns)
     raise MissingData(f"{options.data / folders[0]} has no file {names}: {download}")
 
@@ -79,12 +91,16 @@ def _files(data: Path, folders: Sequence[str]) -> Iterator[tuple[Path, str]]:
         for entry in entries:
             if entry.is_dir() and _plain(entry.name) == folder:
                 for path in sorted(entry.rglob("*")):
-                    if path.is_file():
+                    if path.is_file() and not path.name.startswith("."):
                         yield path, path.relative_to(entry).as_posix()
     named = re.compile(rf"(?<![a-z0-9])({'|'.join(map(re.escape, folders))})(?![a-z0-9])")
     own = named.search(_plain(data.resolve().name))
     for entry in sorted(data.rglob("*")) if own else entries:
-        if entry.is_file() and (own or named.search(_plain(entry.name))):
+        if (
+            entry.is_file()
+            and not entry.name.startswith(".")
+            and (own or named.search(_plain(entry.name)))
+        ):
             yield entry, entry.relative_to(data).as_posix()
 
 
@@ -108,6 +124,7 @@ def read_located(path: Path, columns: tuple[str, ...] | None = None) -> list[Rec
     """As :func:`read_records`, with the place of each record for error messages."""
     records: list[Record] = []
     for part in _parts(path):
+        FILES_READ.add(part)
         for record in _read(part, columns):
             if isinstance(record, BadLine):
                 raise ValueError(record.message)

@@ -1,9 +1,10 @@
 """All benchmarks of the paper by name, and the sets that the command accepts."""
 
 from llama_jax.evaluate.paper_task import PaperTask
-from llama_jax.evaluate.tasks import bias
+from llama_jax.evaluate.tasks import bias, commonsense
 
 TASKS: dict[str, PaperTask] = {
+    **commonsense.TASKS,
     **bias.TASKS,
 }
 """by name in the harness; each starts with ``paper_``"""

@@ -1,0 +1,58 @@
+"""Tasks of the harness on documents that are already in memory."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Doc = dict[str, Any]
+
+
+def local_task(
+    name: str,
+    docs: Sequence[Doc],
+    metrics: Sequence[str],
+    *,
+    shots: Sequence[Doc] = (),
+    answer_context: bool = False,
+    **config: Any,
+) -> Any:
+    """A task whose metrics are averages over documents, all of them better if higher.
+
+    Args:
+      name: of the task.
+      docs: the documents; all have the same fields.
+      metrics: their names, as the harness or ``process_results`` computes them.
+      shots: examples that precede each question, in this order.
+      answer_context: compute the metric "acc_mutual_info" from log P(choice | prompt) -
+        log P(choice | "Answer:"), as the paper does. The harness's own has an empty context.
+      config: other fields of ``lm_eval.config.task.TaskConfig``.
+
+    Returns:
+      An ``lm_eval.api.task.ConfigurableTask``.
+    """
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    class LocalTask(ConfigurableTask):
+        def download(self, *_: Any, **__: Any) -> None:
+            self.dataset = {"test": Dataset.from_list(list(docs))}
+
+        def construct_requests(self, doc: Doc, ctx: Any, **kwargs: Any) -> Any:
+            requests = super().construct_requests(doc, ctx, **kwargs)
+            if answer_context:
+                for request in requests[len(requests) // 2 :]:
+                    request.arguments = ("Answer:", request.arguments[1])
+            return requests
+
+    return LocalTask(
+        config={
+            "task": name,
+            "test_split": "test",
+            "num_fewshot": len(shots),
+            "fewshot_config": {"sampler": "first_n", "samples": list(shots)} if shots else None,
+            "metric_list": [
+                {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+                for metric in metrics
+            ],
+            **config,
+        }
+    )
