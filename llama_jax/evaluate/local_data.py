@@ -151,7 +151,7 @@ def field(record: Record, name: str, kind: type) -> Any:
       ValueError: absent, or of another type.
     """
     value = record.value.get(name)
-    if type(value) is not kind or (kind is str and not value.strip()):
+    if type(value) is not kind or (isinstance(value, str) and not value.strip()):
         given = f"it is {_show(value)}" if name in record.value else f"fields: {_names(record)}"
         raise ValueError(f'{record.where}: field "{name}" must be {_TYPES[kind]}; {given}')
     return value
@@ -232,10 +232,12 @@ def _read_json(path: Path) -> Iterator[Record | BadLine]:
 
 def _read_table(path: Path, delimiter: str, columns: tuple[str, ...] | None) -> Iterator[Record]:
     """The rows of a table. In a .tsv file, quotation marks are ordinary characters."""
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    # newline="" keeps the line breaks inside quoted cells.
-    lines = io.StringIO(_text(path), newline="")
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    lines = io.StringIO(_text(path), newline="")  # keeps the line breaks inside quoted cells
+    reader = csv.reader(
+        lines,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
+    )
     names = columns
     while True:
         line = reader.line_num + 1

@@ -1,10 +1,11 @@
 """All benchmarks of the paper by name, and the sets that the command accepts."""
 
 from llama_jax.evaluate.paper_task import PaperTask
-from llama_jax.evaluate.tasks import bias, commonsense
+from llama_jax.evaluate.tasks import bias, commonsense, knowledge
 
 TASKS: dict[str, PaperTask] = {
     **commonsense.TASKS,
+    **knowledge.TASKS,
     **bias.TASKS,
 }
 """by name in the harness; each starts with ``paper_``"""

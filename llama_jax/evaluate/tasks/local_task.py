@@ -1,6 +1,6 @@
 """Tasks of the harness on documents that are already in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Doc = dict[str, Any]
@@ -11,7 +11,7 @@ def local_task(
     docs: Sequence[Doc],
     metrics: Sequence[str],
     *,
-    shots: Sequence[Doc] = (),
+    shots: Sequence[Doc] | Callable[[Doc], Sequence[Doc]] = (),
     answer_context: bool = False,
     **config: Any,
 ) -> Any:
@@ -21,7 +21,8 @@ def local_task(
       name: of the task.
       docs: the documents; all have the same fields.
       metrics: their names, as the harness or ``process_results`` computes them.
-      shots: examples that precede each question, in this order.
+      shots: examples that precede the questions, in this order; or a function that returns those
+        of a question, whose number is the same for all.
       answer_context: compute the metric "acc_mutual_info" from log P(choice | prompt) -
         log P(choice | "Answer:"), as the paper does. The harness's own has an empty context.
       config: other fields of ``lm_eval.config.task.TaskConfig``.
@@ -32,9 +33,16 @@ def local_task(
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
+    examples = list(shots(docs[0]) if callable(shots) else shots)
+
     class LocalTask(ConfigurableTask):
         def download(self, *_: Any, **__: Any) -> None:
             self.dataset = {"test": Dataset.from_list(list(docs))}
+
+        def fewshot_context(self, doc: Doc, **kwargs: Any) -> Any:
+            if callable(shots):
+                self.sampler.replace_df(shots(doc))
+            return super().fewshot_context(doc, **kwargs)
 
         def construct_requests(self, doc: Doc, ctx: Any, **kwargs: Any) -> Any:
             requests = super().construct_requests(doc, ctx, **kwargs)
@@ -47,8 +55,8 @@ def local_task(
         config={
             "task": name,
             "test_split": "test",
-            "num_fewshot": len(shots),
-            "fewshot_config": {"sampler": "first_n", "samples": list(shots)} if shots else None,
+            "num_fewshot": len(examples),
+            "fewshot_config": {"sampler": "first_n", "samples": examples} if examples else None,
             "metric_list": [
                 {"metric": metric, "aggregation": "mean", "higher_is_better": True}
                 for metric in metrics
