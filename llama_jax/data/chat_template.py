@@ -33,6 +33,7 @@ _TIMEOUT = 60
 limited to 2 s."""
 _CONTROL = re.compile(r"<[|｜][^\s|｜<>'\"]+[|｜]>|</?s>|<(?:start|end)_of_turn>")
 """Names in the text of a template that stand for control tokens."""
+_END_OF_MESSAGE = "END_OF_MESSAGE_TO_CONTINUE"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
 
@@ -190,6 +191,35 @@ class ChatTemplate:
         answers, _ = self._answers(rendering, tokenizer)
         pieces, _ = self._pieces(rendering, answers, [])
         return [i for ids in tokenizer.encode_consecutive(pieces) for i in ids]
+
+    def text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tokenizer: Tokenizer,
+        *,
+        continues: bool = False,
+    ) -> str:
+        """The text of a conversation, in which names in messages are not told apart from tokens.
+
+        Args:
+          messages: as for :meth:`encode`.
+          tokenizer: the model's.
+          continues: end inside the last message, which the model continues; otherwise at the start
+            of the model's answer.
+
+        Raises:
+          ValueError: as for :meth:`encode`; the template leaves out the end of the last message.
+        """
+        if not continues:
+            return self._render(messages, tokenizer, None, prompt=True).text.replace(BREAK, "")
+        *before, last = messages
+        marked = [*before, last | {"content": f"{last['content']}{_END_OF_MESSAGE} "}]
+        text = self._render(marked, tokenizer, None, prompt=False).text.replace(BREAK, "")
+        text, found, after = text.rpartition(_END_OF_MESSAGE)
+        if not found:
+            raise ValueError(f"{self.name} leaves out the end of the last message")
+        # Like the mark, the message loses blanks at its end if the template removes them.
+        return text if after.startswith(" ") else text.rstrip()
 
     def encode_example(
         self,

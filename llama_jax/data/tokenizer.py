@@ -93,6 +93,11 @@ class Tokenizer:
         raise NotImplementedError
 
     @property
+    def adds_bos(self) -> bool:
+        """Whether each text begins with the BOS token, unless the caller asks for the opposite."""
+        return self.bos_id is not None
+
+    @property
     def eos_id(self) -> int | None:
         """Id of the EOS token, which ends a document; None if there is none."""
         raise NotImplementedError
@@ -342,6 +347,10 @@ class JsonTokenizer(Tokenizer):
         first = self._tokenizer.encode("").ids[:1]
         known = [i for i in first if i in self._controls.values() and i != self.eos_id]
         return known[0] if known else self._named(_BOS_NAMES)
+
+    @functools.cached_property
+    def adds_bos(self) -> bool:
+        return self.bos_id is not None and self._tokenizer.encode("").ids[:1] == [self.bos_id]
 
     @functools.cached_property
     def eos_id(self) -> int | None:
