@@ -7,6 +7,7 @@ import csv
 import fnmatch
 import gzip
 import io
+import itertools
 import json
 import re
 import zlib
@@ -120,12 +121,21 @@ def read_records(path: Path, columns: tuple[str, ...] | None = None) -> list[dic
     return [record.value for record in read_located(path, columns)]
 
 
-def read_located(path: Path, columns: tuple[str, ...] | None = None) -> list[Record]:
-    """As :func:`read_records`, with the place of each record for error messages."""
+def read_located(
+    path: Path, columns: tuple[str, ...] | None = None, count: int | None = None
+) -> list[Record]:
+    """As :func:`read_records`, with the place of each record for error messages.
+
+    Args:
+      path: as for :func:`read_records`.
+      columns: as for :func:`read_records`.
+      count: number of records to read; None: all.
+    """
     records: list[Record] = []
     for part in _parts(path):
         FILES_READ.add(part)
-        for record in _read(part, columns):
+        missing = None if count is None else count - len(records)
+        for record in itertools.islice(_read(part, columns), missing):
             if isinstance(record, BadLine):
                 raise ValueError(record.message)
             if not isinstance(record.value, dict):

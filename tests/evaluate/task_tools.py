@@ -1,5 +1,6 @@
 """Tools for the tests of tasks: stock tasks on local documents, and a model with fixed answers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,17 @@ def shared(path: str) -> Path:
     if not (SHARED / path).exists():
         pytest.skip(f"no {SHARED / path}")
     return SHARED / path
+
+
+def write(folder, name, content):
+    """A file of text, or of one record a line; a .parquet file of records."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith(".parquet"):
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(content), path)
+    elif isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in content))

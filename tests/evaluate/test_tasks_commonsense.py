@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from task_tools import requests, scores, shared, stock_task
+from task_tools import requests, scores, shared, stock_task, write
 
 from llama_jax.evaluate.local_data import MissingData
 from llama_jax.evaluate.paper_task import TaskOptions
@@ -62,20 +62,6 @@ OBQA_DOC = {"query": "Ice is", "choices": OBQA_CHOICES["text"], "gold": 1}
 
 def without_label(record):
     return {name: value for name, value in record.items() if name != "label"}
-
-
-def write(folder, name, content):
-    """A file of text, or of one record a line; a .parquet file of records."""
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if name.endswith(".parquet"):
-        from pyarrow import Table, parquet
-
-        parquet.write_table(Table.from_pylist(content), path)
-    elif isinstance(content, str):
-        path.write_text(content, encoding="utf-8")
-    else:
-        path.write_text("".join(json.dumps(record) + "\n" for record in content))
 
 
 def docs(task, folder):
