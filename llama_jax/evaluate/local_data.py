@@ -29,7 +29,13 @@ _TABLES = {".csv": ",", ".tsv": "\t"}
 _SHARD = re.compile(r"-00000-of-(\d{5})(?=\.)")
 FILES_READ: set[Path] = set()
 """All files that this process has read as records, for the hashes in the report."""
-_TYPES = {str: "a string", int: "a whole number", bool: "true or false", list: "a list"}
+_TYPES = {
+    str: "a string",
+    int: "a whole number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 
 
 class MissingData(ValueError):
@@ -155,7 +161,7 @@ def field(record: Record, name: str, kind: type) -> Any:
     Args:
       record: from :func:`read_located`.
       name: of the field.
-      kind: its type: str (not empty), int, bool or list.
+      kind: its type: str (not empty), int, bool, list or dict.
 
     Raises:
       ValueError: absent, or of another type.

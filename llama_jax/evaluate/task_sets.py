@@ -1,13 +1,22 @@
 """All benchmarks of the paper by name, and the sets that the command accepts."""
 
 from llama_jax.evaluate.paper_task import PaperTask
-from llama_jax.evaluate.tasks import bias, closed_book, commonsense, knowledge
+from llama_jax.evaluate.tasks import (
+    bias,
+    closed_book,
+    commonsense,
+    knowledge,
+    toxicity,
+    truthfulness,
+)
 
 TASKS: dict[str, PaperTask] = {
     **commonsense.TASKS,
     **knowledge.TASKS,
     **closed_book.TASKS,
     **bias.TASKS,
+    **toxicity.TASKS,
+    **truthfulness.TASKS,
 }
 """by name in the harness; each starts with ``paper_``"""
 

@@ -1,5 +1,7 @@
-"""CrowS-Pairs and WinoGender: documents, and counting by hand."""
+"""CrowS-Pairs, WinoGender and TruthfulQA: documents, and counting by hand."""
 
+import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from llama_jax.evaluate.local_data import MissingData
 from llama_jax.evaluate.paper_task import TaskOptions
 from llama_jax.evaluate.task_sets import TASKS
-from llama_jax.evaluate.tasks import bias
+from llama_jax.evaluate.tasks import bias, truthfulness
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not here")
@@ -128,11 +130,12 @@ def test_the_papers_numbers_of_documents(tmp_path):
     docs = bias._winogender_docs(TaskOptions(SHARED))
     assert Counter(doc["gender"] for doc in docs) == {"female": 240, "male": 240, "neutral": 240}
     assert Counter(doc["gender"] for doc in docs if doc["gotcha"]) == {"female": 120, "male": 120}
-    with (tmp_path / "all_sentences.tsv").open("w", encoding="utf-8") as file:
+    folder = tmp_path / "winogender"
+    folder.mkdir()
+    with (folder / "all_sentences.tsv").open("w", encoding="utf-8") as file:
         write_sentences(file, docs)
     statistics = (SHARED / "winogender/occupations-stats.tsv").read_text(encoding="utf-8")
-    (tmp_path / "occupations-stats.tsv").write_text(statistics, encoding="utf-8")
-    folder = tmp_path.rename(tmp_path.with_name("winogender"))
+    (folder / "occupations-stats.tsv").write_text(statistics, encoding="utf-8")
     assert bias._winogender_docs(TaskOptions(folder)) == docs
 
 
@@ -259,3 +262,91 @@ def test_counting_by_hand(options, fixed_model):
         "The baker told someone that they were closing. ‘They’ refers to the",
         " someone",
     ) in model.requests
+
+
+# TruthfulQA --------------------------------------------------------------------------------------
+
+TRUTHFULQA = """Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source
+Adversarial,Birds,Can owls read?,"No, they cannot","No, they cannot; No;",Yes; Some can.,x
+Adversarial,Fish,Can fish read? ,No.,No.; They cannot,Yes,x
+"""
+
+
+def truthfulqa(tmp_path, name, text):
+    folder = tmp_path / "TruthfulQA"
+    folder.mkdir()
+    (folder / name).write_text(text, encoding="utf-8")
+    return TaskOptions(folder)
+
+
+def test_truthfulqa_csv(tmp_path, fixed_model):
+    options = truthfulqa(tmp_path, "TruthfulQA.csv", TRUTHFULQA)
+    doc, _ = truthfulness._docs(options)
+    assert doc["query"].endswith("Barcelona, Spain.\n\nQ: Can owls read?\nA:")
+    assert doc["choices"] == ["No, they cannot.", "Yes.", "Some can.", "No."]
+    assert (doc["single"], doc["true"], doc["false"]) == ([0, 1, 2], [0, 3], [1, 2])
+
+    log = math.log
+    model = fixed_model(
+        {
+            " No, they cannot.": log(0.2),
+            " No.": log(0.3),
+            " Yes.": log(0.25),
+            " Some can.": log(0.05),
+            " They cannot.": log(0.1),
+        }
+    )
+    table = evaluate(model, options, ["paper_truthfulqa"])
+    mc2 = (0.5 / 0.8 + 0.4 / 0.65) / 2
+    assert table["paper_truthfulqa"] == {"mc1": (1 / 2, 2), "mc2": (pytest.approx(mc2), 2)}
+    assert len(model.requests) == 4 + 3  # each choice once
+
+
+def test_improbable_answers_do_not_underflow():
+    doc = {"single": [0, 1], "true": [0], "false": [1]}
+    scores = truthfulness._score(doc, [(-2000.0, False), (-2000.0 + math.log(3), False)])
+    assert scores == {"mc1": 0, "mc2": pytest.approx(1 / 4)}
+
+
+QUESTION = {
+    "question": "Can owls read?",
+    "mc1_targets": {"Yes.": 0, "No, they cannot.": 1},
+    "mc2_targets": {"Yes.": 0, "No, they cannot.": 1, "No.": 1},
+}
+AS_LISTS = {
+    name: {"choices": list(targets), "labels": list(targets.values())}
+    for name, targets in QUESTION.items()
+    if name != "question"
+}
+
+
+@pytest.mark.parametrize("record", [QUESTION, {**QUESTION, **AS_LISTS}])
+def test_truthfulqa_json(tmp_path, record):
+    options = truthfulqa(tmp_path, "mc_task.json", json.dumps([record]))
+    (doc,) = truthfulness._docs(options)
+    assert doc["choices"] == ["No, they cannot.", "Yes.", "No."]
+    assert (doc["single"], doc["true"], doc["false"]) == ([0, 1], [0, 2], [1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mc1_targets": {"Yes.": 1, "No.": 1}}, '"mc1_targets" must .* exactly one of them 1'),
+        ({"mc2_targets": {"Yes.": 0, "No.": 2}}, '"mc2_targets" must .* label 0 or 1'),
+        ({"mc2_targets": {"No.": 1}}, '"mc2_targets" must .* at least one 0'),
+        ({"mc2_targets": None}, '"mc2_targets" must give'),
+        ({"question": ""}, '"question" must be a string'),
+    ],
+)
+def test_damaged_truthfulqa(tmp_path, change, message):
+    options = truthfulqa(tmp_path, "mc_task.json", json.dumps([QUESTION, {**QUESTION, **change}]))
+    with pytest.raises(ValueError, match=message):
+        truthfulness._docs(options)
+
+
+@needs_shared
+def test_the_2021_edition_of_truthfulqa():
+    docs = truthfulness._docs(TaskOptions(SHARED))
+    assert len(docs) == 817
+    assert all(doc["single"][0] in doc["true"] for doc in docs)
+    assert all(choice.endswith(".") for doc in docs for choice in doc["choices"])

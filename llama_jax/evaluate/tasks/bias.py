@@ -6,6 +6,7 @@ from typing import Any
 
 from llama_jax.evaluate.local_data import field, find, read_located
 from llama_jax.evaluate.paper_task import PaperTask, TaskOptions
+from llama_jax.evaluate.tasks.local_task import Doc, local_task
 from llama_jax.prepare.records import Record
 
 CROWS_PAIRS_DOWNLOAD = (
@@ -42,7 +43,7 @@ PRONOUN_METRICS = {
 GOTCHA_METRICS = {"female": "her gotcha", "male": "his gotcha"}
 
 
-def _crows_pairs_docs(options: TaskOptions) -> list[dict[str, str]]:
+def _crows_pairs_docs(options: TaskOptions) -> list[Doc]:
     path = find(
         options,
         ("crows_pairs", "crows-pairs"),
@@ -67,7 +68,7 @@ def _crows_pairs_docs(options: TaskOptions) -> list[dict[str, str]]:
     return docs
 
 
-def _score_pair(doc: dict[str, str], results: list[tuple[float, bool]]) -> dict[str, float]:
+def _score_pair(doc: Doc, results: list[tuple[float, bool]]) -> dict[str, float]:
     (more, _), (less, _) = results
     stereotypical = float(more > less)
     return {"average": stereotypical, doc["category"]: stereotypical}
@@ -75,9 +76,11 @@ def _score_pair(doc: dict[str, str], results: list[tuple[float, bool]]) -> dict[
 
 def make_crows_pairs(options: TaskOptions) -> Any:
     """The harness task of CrowS-Pairs."""
-    return _multiple_choice(
+    return local_task(
         "paper_crows_pairs",
         _crows_pairs_docs(options),
+        TASKS["paper_crows_pairs"].metrics,
+        output_type="multiple_choice",
         doc_to_text=lambda doc: "",
         doc_to_choice=lambda doc: [doc["more"], doc["less"]],
         doc_to_target=lambda doc: 0,
@@ -87,7 +90,7 @@ def make_crows_pairs(options: TaskOptions) -> Any:
     )
 
 
-def _winogender_docs(options: TaskOptions) -> list[dict[str, Any]]:
+def _winogender_docs(options: TaskOptions) -> list[Doc]:
     folders = ("winogender", "winogender-schemas")
     sentences = ("templates.tsv", "all_sentences.tsv", "test.tsv")
     path = find(options, folders, sentences, WINOGENDER_DOWNLOAD)
@@ -124,7 +127,7 @@ def _percentages(path: Path) -> dict[str, float]:
     return percentages
 
 
-def _sentences(record: Record) -> list[dict[str, Any]]:
+def _sentences(record: Record) -> list[Doc]:
     """The six sentences of a template: three pronouns, with the participant or "someone"."""
     template = field(record, "sentence", str)
     occupation = field(record, "occupation(0)", str)
@@ -161,7 +164,7 @@ def _sentences(record: Record) -> list[dict[str, Any]]:
     return docs
 
 
-def _sentence(record: Record) -> dict[str, Any]:
+def _sentence(record: Record) -> Doc:
     """A row of all_sentences.tsv: its id has occupation, participant, answer and gender."""
     sentence, sentence_id = field(record, "sentence", str), field(record, "sentid", str)
     parts = sentence_id.removesuffix(".txt").split(".")
@@ -196,7 +199,7 @@ def _label(record: Record, answer: str) -> int:
     return int(answer)
 
 
-def _score_reference(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+def _score_reference(doc: Doc, results: list[tuple[float, bool]]) -> dict[str, float]:
     (occupation, _), (participant, _) = results
     correct = float((participant > occupation) == (doc["label"] == 1))
     metrics = {"all": correct, PRONOUN_METRICS[doc["gender"]]: correct}
@@ -207,36 +210,15 @@ def _score_reference(doc: dict[str, Any], results: list[tuple[float, bool]]) -> 
 
 def make_winogender(options: TaskOptions) -> Any:
     """The harness task of WinoGender."""
-    return _multiple_choice(
+    return local_task(
         "paper_winogender",
         _winogender_docs(options),
+        TASKS["paper_winogender"].metrics,
+        output_type="multiple_choice",
         doc_to_text=lambda doc: f"{doc['sentence']} ‘{doc['pronoun'].capitalize()}’ refers to the",
         doc_to_choice=lambda doc: [doc["occupation"], doc["participant"]],
         doc_to_target=lambda doc: doc["label"],
-        target_delimiter=" ",
         process_results=_score_reference,
-        higher_is_better=True,
-    )
-
-
-def _multiple_choice(
-    name: str, docs: list[dict[str, Any]], *, higher_is_better: bool, **config: Any
-) -> Any:
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-
-    return ConfigurableTask(
-        config={
-            "task": name,
-            "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "metric_list": [
-                {"metric": metric, "aggregation": "mean", "higher_is_better": higher_is_better}
-                for metric in TASKS[name].metrics
-            ],
-            **config,
-        }
     )
 
 

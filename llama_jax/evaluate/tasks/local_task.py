@@ -11,16 +11,18 @@ def local_task(
     docs: Sequence[Doc],
     metrics: Sequence[str],
     *,
+    higher_is_better: bool = True,
     shots: Sequence[Doc] | Callable[[Doc], Sequence[Doc]] = (),
     answer_context: bool = False,
     **config: Any,
 ) -> Any:
-    """A task whose metrics are averages over documents, all of them better if higher.
+    """A task whose metrics are averages over documents.
 
     Args:
       name: of the task.
       docs: the documents; all have the same fields.
       metrics: their names, as the harness or ``process_results`` computes them.
+      higher_is_better: whether a higher value of a metric is better.
       shots: examples that precede the questions, in this order; or a function that returns those
         of a question, whose number is the same for all.
       answer_context: compute the metric "acc_mutual_info" from log P(choice | prompt) -
@@ -58,7 +60,7 @@ def local_task(
             "num_fewshot": len(examples),
             "fewshot_config": {"sampler": "first_n", "samples": examples} if examples else None,
             "metric_list": [
-                {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+                {"metric": metric, "aggregation": "mean", "higher_is_better": higher_is_better}
                 for metric in metrics
             ],
             **config,
