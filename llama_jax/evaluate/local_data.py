@@ -79,10 +79,10 @@ def find_all(
             path
             for path, in_folder in files
             if any(fnmatch.fnmatch(_plain(name), pattern) for name in (path.name, in_folder))
-            and ("train" in pattern or "train" not in path.name)
+            and ("train" in pattern or "train" not in path.name.lower())
         ]
         if found:
-            return found
+            return list(dict.fromkeys(found))
     names = " or ".join(patterns)
     raise MissingData(f"{options.data / folders[0]} has no file {names}: {download}")
 

@@ -6,6 +6,7 @@ from llama_jax.evaluate.tasks import (
     closed_book,
     commonsense,
     knowledge,
+    math_word,
     toxicity,
     truthfulness,
 )
@@ -14,6 +15,7 @@ TASKS: dict[str, PaperTask] = {
     **commonsense.TASKS,
     **knowledge.TASKS,
     **closed_book.TASKS,
+    **math_word.TASKS,
     **bias.TASKS,
     **toxicity.TASKS,
     **truthfulness.TASKS,

@@ -9,9 +9,11 @@ import pytest
 from pyarrow import parquet
 
 from llama_jax.evaluate.local_data import (
+    FILES_READ,
     MissingData,
     field,
     find,
+    find_all,
     read_located,
     read_records,
     strings,
@@ -141,6 +143,22 @@ def test_the_data_folder_may_be_the_folder_of_one_data_set(tmp_path):
     assert find(options, ("boolq",), ("dev.jsonl",), "").name == "dev.jsonl"
     with pytest.raises(MissingData):
         find(options, ("siqa",), ("dev.jsonl",), "")
+    touch(tmp_path / "boolq" / "boolq" / "x" / "dev.jsonl", tmp_path / "boolq" / ".dev.jsonl")
+    assert len(find_all(options, ("boolq",), ("dev.jsonl",), "")) == 2  # each file once
+
+
+def test_training_files_are_found_on_request_only(tmp_path):
+    touch(tmp_path / "nq" / "train-dev.jsonl")
+    options = TaskOptions(data=tmp_path)
+    with pytest.raises(MissingData):
+        find(options, ("nq",), ("*dev*",), "")
+    assert find(options, ("nq",), ("*train*",), "").name == "train-dev.jsonl"
+
+
+def test_files_read_are_recorded(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": 2}\n{')
+    assert len(read_located(tmp_path / "a.jsonl", count=2)) == 2
+    assert tmp_path / "a.jsonl" in FILES_READ
 
 
 def test_no_data_folder(tmp_path):

@@ -14,6 +14,8 @@ def local_task(
     higher_is_better: bool = True,
     shots: Sequence[Doc] | Callable[[Doc], Sequence[Doc]] = (),
     answer_context: bool = False,
+    samples: int = 1,
+    sampling: dict[str, Any] | None = None,
     **config: Any,
 ) -> Any:
     """A task whose metrics are averages over documents.
@@ -27,6 +29,8 @@ def local_task(
         of a question, whose number is the same for all.
       answer_context: compute the metric "acc_mutual_info" from log P(choice | prompt) -
         log P(choice | "Answer:"), as the paper does. The harness's own has an empty context.
+      samples: if more than 1, a second request of each question is answered this many times.
+      sampling: settings of the generation of those answers.
       config: other fields of ``lm_eval.config.task.TaskConfig``.
 
     Returns:
@@ -51,6 +55,11 @@ def local_task(
             if answer_context:
                 for request in requests[len(requests) // 2 :]:
                     request.arguments = ("Answer:", request.arguments[1])
+            if samples > 1:
+                kwargs["metadata"] = (*kwargs["metadata"][:2], samples)
+                sampled = super().construct_requests(doc, ctx, **kwargs)
+                sampled.arguments, sampled.idx = (ctx, dict(sampling or {})), 1
+                requests = [requests, sampled]
             return requests
 
     return LocalTask(
