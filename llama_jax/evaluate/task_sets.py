@@ -7,6 +7,7 @@ from llama_jax.evaluate.tasks import (
     commonsense,
     knowledge,
     math_word,
+    reading,
     toxicity,
     truthfulness,
 )
@@ -15,6 +16,7 @@ TASKS: dict[str, PaperTask] = {
     **commonsense.TASKS,
     **knowledge.TASKS,
     **closed_book.TASKS,
+    **reading.TASKS,
     **math_word.TASKS,
     **bias.TASKS,
     **toxicity.TASKS,
