@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,10 @@ def find_all(
 ) -> list[Path]:
     """The files of a data set that match the first pattern that matches any.
 
-    Files anywhere below DIR/FOLDER/ are considered, and files of DIR itself if their name, or the
-    name of DIR, contains the name of one of the folders. Upper and lower case, "-" and "_" do not
-    matter. Hidden files are ignored, and so are training files unless the pattern names them.
+    Files anywhere below DIR/FOLDER/ are considered, and files of DIR itself. A folder or a file of
+    DIR belongs to the data set if its name begins with one of ``folders``; all files of DIR do if
+    its own name begins so. Upper and lower case, "-" and "_" do not matter. Hidden files are
+    ignored, and so are training files unless the pattern names them.
 
     Args:
       options: of the command; ``options.data`` is DIR.
@@ -91,24 +92,24 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def _files(data: Path, folders: Sequence[str]) -> Iterator[tuple[Path, str]]:
+def _files(data: Path, folders: list[str]) -> Iterator[tuple[Path, str]]:
     """Files that may belong to a data set, and their paths in its folder."""
-    entries = sorted(data.iterdir())
-    for folder in folders:
-        for entry in entries:
-            if entry.is_dir() and _plain(entry.name) == folder:
-                for path in sorted(entry.rglob("*")):
-                    if path.is_file() and not path.name.startswith("."):
-                        yield path, path.relative_to(entry).as_posix()
-    named = re.compile(rf"(?<![a-z0-9])({'|'.join(map(re.escape, folders))})(?![a-z0-9])")
-    own = named.search(_plain(data.resolve().name))
-    for entry in sorted(data.rglob("*")) if own else entries:
-        if (
-            entry.is_file()
-            and not entry.name.startswith(".")
-            and (own or named.search(_plain(entry.name)))
-        ):
-            yield entry, entry.relative_to(data).as_posix()
+    named = re.compile(rf"({'|'.join(map(re.escape, folders))})(?![a-z0-9])")
+
+    def belongs(path: Path) -> bool:
+        # A folder of the hub's cache is named datasets--OWNER--NAME.
+        return named.match(_plain(path.name).rpartition("__")[2]) is not None
+
+    def rank(path: Path) -> tuple[int, str]:
+        name = _plain(path.name)
+        return folders.index(name) if name in folders else len(folders), name
+
+    entries = sorted(data.iterdir(), key=rank)
+    for place in [*filter(belongs, entries), *([data] if belongs(data.resolve()) else [])]:
+        folder = place if place.is_dir() else data
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if path.is_file() and not path.name.startswith("."):
+                yield path, path.relative_to(folder).as_posix()
 
 
 def read_records(path: Path, columns: tuple[str, ...] | None = None) -> list[dict[str, Any]]:

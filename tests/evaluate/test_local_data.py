@@ -124,9 +124,12 @@ def test_which_file_is_found(tmp_path):
     def found() -> str:
         return find(options, folders, patterns, "").relative_to(tmp_path).as_posix()
 
-    touch(tmp_path / "search-challenge-dev.jsonl")  # "arc" is not a word of this name
+    touch(tmp_path / "search-challenge-dev.jsonl")  # does not begin with "arc"
     with pytest.raises(MissingData):
         found()
+    cached = "datasets--allenai--ai2_arc/snapshots/1/ARC-Challenge/dev.jsonl"
+    touch(tmp_path / cached)
+    assert found() == cached
     touch(tmp_path / "ARC-Challenge-Dev.jsonl")
     assert found() == "ARC-Challenge-Dev.jsonl"
     touch(tmp_path / "AI2-ARC" / "ARC-Challenge" / "test-00000-of-00001.parquet")

@@ -98,7 +98,7 @@ class _DataSet(NamedTuple):
 
 _NQ = _DataSet(
     "nq",
-    ("nq", "nq_open", "naturalquestions", "natural_questions"),
+    ("nq", "naturalquestions", "natural_questions"),
     patterns("nq_open.dev", "*validation*", "*dev*", "*test*"),
     patterns("*train*"),
     _nq,
@@ -107,7 +107,7 @@ _NQ = _DataSet(
 )
 _TRIVIAQA = _DataSet(
     "triviaqa",
-    ("triviaqa", "trivia_qa", "triviaqa_rc"),
+    ("triviaqa", "trivia_qa"),
     # The filtered set is web-dev.json and wikipedia-dev.json, not unfiltered-web-dev.json.
     (
         "w*_dev.json",

@@ -246,7 +246,7 @@ _ARC_DOWNLOAD = (
     "download ARC-V1-Feb2018 from allenai.org/data/arc, or the data set allenai/ai2_arc of the hub,"
     " to DIR/arc/"
 )
-_ARC_FOLDERS = ("arc", "ai2_arc", "arc_v1_feb2018_2")
+_ARC_FOLDERS = ("arc", "ai2_arc")
 TASKS: dict[str, PaperTask] = dict(
     [
         _task(
@@ -260,7 +260,7 @@ TASKS: dict[str, PaperTask] = dict(
         _task(
             "paper_piqa", "PIQA",
             _DataSet(
-                ("piqa", "physicaliqa_train_dev"),
+                ("piqa", "physicaliqa"),
                 patterns("valid", "dev", "*validation*", "*valid*", "*dev*", "*piqa*"),
                 _piqa, "Question: ", "\nAnswer:",
             ),
@@ -270,7 +270,7 @@ TASKS: dict[str, PaperTask] = dict(
         _task(
             "paper_siqa", "SIQA",
             _DataSet(
-                ("siqa", "socialiqa", "social_iqa", "social_i_qa", "socialiqa_train_dev"),
+                ("siqa", "socialiqa", "social_iqa", "social_i_qa"),
                 patterns("dev", "*validation*", "*dev*", "*siqa*"),
                 _siqa, "Q: ", "\nA:",
             ),
@@ -288,7 +288,7 @@ TASKS: dict[str, PaperTask] = dict(
         _task(
             "paper_winogrande", "WinoGrande",
             _DataSet(
-                ("winogrande", "winogrande_1.1"),
+                ("winogrande",),
                 patterns("dev", "*xl*validation*", "*validation*", "*dev*", "*val*"),
                 _winogrande,
             ),
@@ -319,7 +319,7 @@ TASKS: dict[str, PaperTask] = dict(
         _task(
             "paper_openbookqa", "OBQA",
             _DataSet(
-                ("openbookqa", "obqa", "openbookqa_v1_sep2018"),
+                ("openbookqa", "obqa"),
                 patterns("*main/test*", "test", "*main/*validation*", "*main/dev", "dev", "*test*",
                          suffixes=(*SUFFIXES, ".tsv")),
                 _openbookqa,

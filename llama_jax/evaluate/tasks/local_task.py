@@ -33,9 +33,14 @@ def local_task(
       sampling: settings of the generation of those answers.
       config: other fields of ``lm_eval.config.task.TaskConfig``.
 
+    Raises:
+      ValueError: there are no documents.
+
     Returns:
       An ``lm_eval.api.task.ConfigurableTask``.
     """
+    if not docs:
+        raise ValueError(f"{name}: its data files have no questions")
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 

@@ -13,7 +13,6 @@ from llama_jax.evaluate.tasks.commonsense import patterns
 from llama_jax.evaluate.tasks.local_task import Doc, local_task
 from llama_jax.prepare.records import Record
 
-MAX_ANSWER_TOKENS = 512
 SAMPLING = {"temperature": 0.6, "top_p": 0.95}
 """Of the answers that vote, as for Minerva (Lewkowycz et al. 2022)."""
 
@@ -53,7 +52,9 @@ def gsm8k_answer(text: str) -> Decimal | None:
 def _gsm8k_docs(options: TaskOptions) -> list[Doc]:
     stems = patterns("test", "main/test*", "*test*")
     docs = []
-    for record in read_located(find(options, ("gsm8k",), stems, _GSM8K_DOWNLOAD)):
+    for record in read_located(
+        find(options, ("gsm8k", "grade_school_math"), stems, _GSM8K_DOWNLOAD)
+    ):
         answer = field(record, "answer", str).rpartition("####")[2].strip()
         if number(answer) is None:
             raise ValueError(f'{record.where}: field "answer" must end with "#### NUMBER"')
@@ -99,7 +100,7 @@ def _math_docs(options: TaskOptions) -> list[Doc]:
         return {"query": _math_query(field(record, "problem", str)), "target": answer}
 
     files = ("*test/*/*.json", *patterns("test", "*test-00000-of-*", "*test*"))
-    paths = find_all(options, ("math", "hendrycks_math", "math_500"), files, _MATH_DOWNLOAD)
+    paths = find_all(options, ("math", "hendrycks_math"), files, _MATH_DOWNLOAD)
     return [read(record) for path in paths for record in read_located(path)]
 
 
@@ -150,18 +151,17 @@ def _answer_task(
             right[metric] = float(answer is not None and is_right(doc, answer))
         return right
 
-    limits = {"until": until, "max_gen_toks": MAX_ANSWER_TOKENS}
     return local_task(
         name,
         docs,
         ("exact_match", "maj1@k")[: 1 + (samples > 1)],
         shots=shots,
         samples=samples,
-        sampling={**limits, "do_sample": True, **SAMPLING},
+        sampling={"until": until, "do_sample": True, **SAMPLING},
         output_type="generate_until",
         doc_to_text="query",
         doc_to_target="target",
-        generation_kwargs={**limits, "do_sample": False, "temperature": 0.0},
+        generation_kwargs={"until": until, "do_sample": False, "temperature": 0.0},
         filter_list=[{"name": "none", "filter": []}],  # all sampled answers reach the score
         process_results=score,
     )
