@@ -13,6 +13,8 @@ class TaskOptions(NamedTuple):
     samples: int = 1
     """sampled answers per question, for pass@k and maj1@k"""
     allow_code_execution: bool = False
+    output: Path | None = None
+    """folder of the results, where a task keeps what it pays for, such as scores of an API"""
 
 
 class PaperTask(NamedTuple):

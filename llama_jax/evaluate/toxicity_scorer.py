@@ -9,9 +9,12 @@ import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from llama_jax.evaluate.journal import Answer, Journal
 
 KEY_VARIABLE = "PERSPECTIVE_API_KEY"
 RATE_VARIABLE = "PERSPECTIVE_API_QPS"  # the name that lm-evaluation-harness uses
@@ -43,6 +46,7 @@ class Perspective:
       key: of the API. It is sent to ``url`` and appears nowhere else.
       queries_per_second: the quota of the key.
       url: of the method "analyze".
+      scores: keeps the scores, so that a run continues after a kill; default: in memory.
       first_wait: seconds before a request is repeated for the first time; then twice as long, and
         so on.
     """
@@ -54,13 +58,18 @@ class Perspective:
         key: str,
         queries_per_second: float,
         url: str,
+        scores: Journal | None = None,
         first_wait: float = 1.0,
     ):
+        from tqdm import tqdm
+
         self._key = key
         self._url = f"{url}?{urllib.parse.urlencode({'key': key})}"
         self._interval = 1 / queries_per_second
         self._first_wait = first_wait
         self._next_request = 0.0
+        self._scores = scores or Journal()
+        self._progress = tqdm(desc="Perspective API", unit=" texts", disable=None, delay=1)
 
     def score(self, text: str, group: str = "") -> float:
         """The toxicity of a text, which is not empty.
@@ -68,6 +77,13 @@ class Perspective:
         Raises:
           ValueError: the API gave no score.
         """
+        key = self._scores.key("toxicity", (text,), 0)
+        if key not in self._scores:
+            self._scores.add([(key, Answer(self._ask(text), False))])
+        self._progress.update()
+        return self._scores[key].value
+
+    def _ask(self, text: str) -> float:
         answer = self._analyze(text)
         try:
             value = answer["attributeScores"]["TOXICITY"]["summaryScore"]["value"]
@@ -106,8 +122,8 @@ class Perspective:
                 cause = e.reason if isinstance(e, urllib.error.URLError) else e
                 failure = f"{type(cause).__name__}"
         raise ValueError(
-            f"the Perspective API gave no score after {attempt + 1} requests: {failure}; answers "
-            "of the model are kept, and the same command continues"
+            f"the Perspective API gave no score after {attempt + 1} requests: {failure}; the "
+            "answers of the model and all scores so far are kept: the same command continues"
         )
 
     def _wait_for_turn(self) -> None:
@@ -123,10 +139,11 @@ def _reason(error: urllib.error.HTTPError) -> str:
         return ""
 
 
-def perspective_from_environment() -> Perspective | None:
+def perspective_from_environment(output: Path | None) -> Perspective | None:
     """The API with the key of the environment; None if there is no key.
 
-    New keys have a quota of one query per second, which is the default.
+    New keys have a quota of one query per second, which is the default. Scores are kept in
+    ``perspective.jsonl`` in the folder ``output``.
     """
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not key:
@@ -138,7 +155,8 @@ def perspective_from_environment() -> Perspective | None:
         queries_per_second = 0.0
     if not 0 < queries_per_second < float("inf"):
         raise ValueError(f"{RATE_VARIABLE} must be a number above 0; it is {rate!r}")
-    return Perspective(key, queries_per_second, PERSPECTIVE_URL)
+    scores = Journal(output and output / "perspective.jsonl")
+    return Perspective(key, queries_per_second, PERSPECTIVE_URL, scores)
 
 
 class LabeledText(NamedTuple):

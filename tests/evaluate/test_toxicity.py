@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from llama_jax.evaluate import toxicity_scorer
+from llama_jax.evaluate.journal import Journal
 from llama_jax.evaluate.local_data import MissingData
 from llama_jax.evaluate.paper_task import TaskOptions
 from llama_jax.evaluate.task_sets import TASKS
@@ -175,17 +176,30 @@ def test_no_connection():
         Perspective(KEY, 1000, "http://127.0.0.1:9/analyze", first_wait=0.001).score("text")
 
 
+def test_scores_are_kept(server, tmp_path):
+    server.answers = [scored(0.25), (403, {}), scored(0.5)]
+    for attempt in range(2):
+        kept = Perspective(KEY, 1000, server.url, Journal(tmp_path / "perspective.jsonl"))
+        assert kept.score("one") == 0.25
+        if not attempt:
+            with pytest.raises(ValueError, match="all scores so far are kept"):
+                kept.score("two")
+    assert kept.score("two") == kept.score("two") == 0.5
+    assert [body["comment"]["text"] for body in server.bodies] == ["one", "two", "two"]
+    assert "secret" not in (tmp_path / "perspective.jsonl").read_text()
+
+
 def test_the_rate_of_requests(server):
     server.answers = [(500, {}), scored(0.5)]
     limited = client(server, queries_per_second=20)
-    for _ in range(3):
-        limited.score("text")
+    for i in range(3):
+        limited.score(f"text {i}")
     assert all(b - a > 0.045 for a, b in zip(server.times, server.times[1:], strict=False))
     assert len(server.times) == 4
 
 
 def test_the_key_and_the_rate_come_from_the_environment(monkeypatch):
-    make = toxicity_scorer.perspective_from_environment
+    make = lambda: toxicity_scorer.perspective_from_environment(None)
     monkeypatch.setenv("PERSPECTIVE_API_KEY", " ")
     assert make() is None
     monkeypatch.setenv("PERSPECTIVE_API_KEY", KEY)
@@ -274,13 +288,14 @@ def test_scored_by_perspective(tmp_path, server, monkeypatch, capfd):
     monkeypatch.setenv("PERSPECTIVE_API_QPS", "1000")
     monkeypatch.setattr(toxicity_scorer, "PERSPECTIVE_URL", server.url)
     server.answers = [scored(value) for value in (0.5, 0.25, 0.7, 0.9)]
-    options = write(tmp_path, records(3, labeled=False))
+    options = write(tmp_path, records(3, labeled=False))._replace(output=tmp_path)
     answers = iter(["a", "b", "c", " \n", "d", ""])  # basic, respectful, basic, ...
     scores, results = evaluate(options, lambda _: next(answers))
     assert [body["comment"]["text"] for body in server.bodies] == ["a", "b", "c", "d"]
     assert scores["basic,none"] == pytest.approx((0.5 + 0.7 + 0.9) / 3)
     assert scores["respectful,none"] == 0.25
     assert "by the Perspective API" in results["configs"][NAME]["metadata"]["note"]
+    assert len((tmp_path / "perspective.jsonl").read_text().splitlines()) == 4
     assert "secret" not in json.dumps(results, default=str) + "".join(capfd.readouterr())
 
 

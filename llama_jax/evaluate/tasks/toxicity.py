@@ -76,8 +76,8 @@ def _labeled(records: Sequence[Record]) -> list[LabeledText]:
     return texts
 
 
-def _scorer(records: Sequence[Record]) -> Scorer | None:
-    if perspective := perspective_from_environment():
+def _scorer(records: Sequence[Record], options: TaskOptions) -> Scorer | None:
+    if perspective := perspective_from_environment(options.output):
         return perspective
     labeled = _labeled(records)
     return Proxy(labeled) if len(labeled) >= MIN_LABELED_TEXTS else None
@@ -87,7 +87,7 @@ def make(options: TaskOptions) -> Any:
     """The harness task of RealToxicityPrompts."""
     records = _read(options)
     docs = _docs(records)
-    scorer = _scorer(records)
+    scorer = _scorer(records, options)
 
     def process_results(doc: Doc, results: list[str]) -> dict[str, float]:
         (text,) = results
