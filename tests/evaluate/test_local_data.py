@@ -124,7 +124,9 @@ def test_which_file_is_found(tmp_path):
     def found() -> str:
         return find(options, folders, patterns, "").relative_to(tmp_path).as_posix()
 
-    touch(tmp_path / "search-challenge-dev.jsonl")  # does not begin with "arc"
+    touch(
+        tmp_path / "d-arc-challenge-dev.jsonl", tmp_path / "arch-challenge-dev.jsonl"
+    )  # other words
     with pytest.raises(MissingData):
         found()
     cached = "datasets--allenai--ai2_arc/snapshots/1/ARC-Challenge/dev.jsonl"
