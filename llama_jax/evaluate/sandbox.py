@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 _WORKER = Path(__file__).with_name("sandbox_worker.py")
 _TMP_BYTES = 64 << 20
 _ANSWER_BYTES = 4096
@@ -73,7 +75,8 @@ def run_all(
     run = lambda pair: run_python(*pair, seconds=seconds, memory_bytes=memory_bytes)
     distinct = list(dict.fromkeys(programs))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        outcomes = dict(zip(distinct, pool.map(run, distinct), strict=True))
+        done = tqdm(pool.map(run, distinct), "programs", len(distinct), disable=None)
+        outcomes = dict(zip(distinct, done, strict=True))
     return [outcomes[pair] for pair in programs]
 
 

@@ -4,6 +4,7 @@ from llama_jax.evaluate.paper_task import PaperTask
 from llama_jax.evaluate.tasks import (
     bias,
     closed_book,
+    code,
     commonsense,
     knowledge,
     math_word,
@@ -18,6 +19,7 @@ TASKS: dict[str, PaperTask] = {
     **closed_book.TASKS,
     **reading.TASKS,
     **math_word.TASKS,
+    **code.TASKS,
     **bias.TASKS,
     **toxicity.TASKS,
     **truthfulness.TASKS,
