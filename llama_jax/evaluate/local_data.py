@@ -148,7 +148,7 @@ def read_located(
             if not isinstance(record.value, dict):
                 raise ValueError(
                     f"{record.where}: expected an object with named fields, not "
-                    + _show(record.value)
+                    f"{record.value!r:.60}"
                 )
             records.append(record)
     if not records:
@@ -169,7 +169,7 @@ def field(record: Record, name: str, kind: type) -> Any:
     """
     value = record.value.get(name)
     if type(value) is not kind or (isinstance(value, str) and not value.strip()):
-        given = f"it is {_show(value)}" if name in record.value else f"fields: {_names(record)}"
+        given = f"it is {value!r:.60}" if name in record.value else f"fields: {_names(record)}"
         raise ValueError(f'{record.where}: field "{name}" must be {_TYPES[kind]}; {given}')
     return value
 
@@ -180,18 +180,13 @@ def strings(record: Record, name: str, minimum: int = 1) -> list[str]:
     if len(values) < minimum or not all(isinstance(v, str) and v.strip() for v in values):
         raise ValueError(
             f'{record.where}: field "{name}" must be a list of at least {minimum} strings that are '
-            f"not blank; it is {_show(values)}"
+            f"not blank; it is {values!r:.60}"
         )
     return values
 
 
 def _names(record: Record) -> str:
     return ", ".join(list(map(str, record.value))[:8]) or "none"
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _parts(path: Path) -> list[Path]:

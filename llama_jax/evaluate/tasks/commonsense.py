@@ -60,7 +60,7 @@ def label(record: Record, name: str, first: int, count: int) -> int:
             return i
     raise ValueError(
         f'{record.where}: field "{name}" must be a number from {first} to {first + count - 1}; it '
-        f"is {value!r} (test sets without answers cannot be evaluated)"
+        f"is {value!r:.60} (test sets without answers cannot be evaluated)"
     )
 
 
@@ -70,7 +70,7 @@ def _boolq(record: Record) -> Doc:
     if type(answer) not in (bool, int) or answer not in (0, 1):
         raise ValueError(
             f'{record.where}: field "answer" must be true or false, or "label" 0 or 1; it is '
-            f"{answer!r}"
+            f"{answer!r:.60}"
         )
     query = f"{passage}\nQuestion: {question}?\nAnswer:"
     return choice_doc(record, query, ["no", "yes"], int(answer))
@@ -87,7 +87,7 @@ def _siqa(record: Record) -> Doc:
     if "options" in record.value:
         choices, answer = strings(record, "options", 2), field(record, "answer", str)
         if answer not in choices:
-            raise ValueError(f'{record.where}: the answer "{answer}" is not one of the options')
+            raise ValueError(f'{record.where}: the answer "{answer:.60}" is not one of the options')
         return choice_doc(record, query, choices, choices.index(answer))
     choices = [field(record, f"answer{letter}", str) for letter in "ABC"]
     return choice_doc(record, query, choices, label(record, "label", 1, 3))
@@ -142,8 +142,8 @@ def _lettered(record: Record, start: str, end: str) -> Doc:
     key = field(value, "answerKey", str).strip()
     if len(texts) != len(labels) or key not in labels:
         raise ValueError(
-            f'{record.where}: answerKey is "{key}", and the labels of {len(texts)} choices are '
-            + ", ".join(labels)
+            f'{record.where}: answerKey is "{key:.60}", and the labels of {len(texts)} choices are '
+            f"{', '.join(labels):.60}"
         )
     return choice_doc(record, start + query + end, texts, labels.index(key))
 
@@ -161,7 +161,7 @@ def _openbookqa(record: Record) -> Doc:
     if not match or key not in "ABCD":
         raise ValueError(
             f'{record.where}: expected the choices "(A) ... (B) ... (C) ... (D) ..." and a letter '
-            f"from A to D; they are {text!r} and {key!r}"
+            f"from A to D; they are {text!r:.60} and {key!r:.60}"
         )
     choices = [choice.strip() for choice in match.groups()]
     return choice_doc(record, field(record, "Question Stem", str), choices, "ABCD".index(key))

@@ -92,7 +92,9 @@ def _read(path: Path, ending: str) -> dict[str, list[Doc]]:
             choices = [str(record.value[letter]) for letter in "ABCD"]
             answer = field(record, "answer", str).strip()
             if answer not in tuple("ABCD"):
-                raise ValueError(f"{record.where}: the answer must be A, B, C or D, not {answer!r}")
+                raise ValueError(
+                    f"{record.where}: the answer must be A, B, C or D, not {answer!r:.60}"
+                )
             gold = "ABCD".index(answer)
         else:
             subject, choices = field(record, "subject", str), field(record, "choices", list)
@@ -100,7 +102,7 @@ def _read(path: Path, ending: str) -> dict[str, list[Doc]]:
             if len(choices) != 4:
                 raise ValueError(f"{record.where} has {len(choices)} choices; expected 4")
         if subject not in GROUP_OF:
-            raise ValueError(f"{record.where}: {subject!r} is not one of MMLU's 57 subjects")
+            raise ValueError(f"{record.where}: {subject!r:.60} is not one of MMLU's 57 subjects")
         docs.setdefault(subject, []).append(_doc(record, subject, choices, gold))
     return docs
 

@@ -53,7 +53,7 @@ def _questions(record: Record) -> Iterator[_Question]:
             raise ValueError(f"{part.where}: the options must be strings")
         if field(part, "answer", str) not in tuple(letters):
             raise ValueError(
-                f"{part.where}: the answer must be a letter of {letters}, not {answer!r}"
+                f"{part.where}: the answer must be a letter of {letters}, not {answer!r:.60}"
             )
         yield _Question(article, field(part, "question", str), options, letters.index(answer))
 
