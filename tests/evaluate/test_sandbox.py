@@ -73,7 +73,10 @@ if not os.fork():
 
 
 def test_harm_is_contained(run, tmp_path, monkeypatch):
-    canary, secret = tmp_path / "canary", "s" + uuid.uuid4().hex
+    """The programs do little harm even if the sandbox does not contain them."""
+    folder, secret = tmp_path / "folder", "s" + uuid.uuid4().hex
+    folder.mkdir()
+    canary = folder / "canary"
     canary.write_text(secret)
     monkeypatch.setenv("API_KEY", secret)
     mark = uuid.uuid4().hex
@@ -83,28 +86,29 @@ def test_harm_is_contained(run, tmp_path, monkeypatch):
         port = server.getsockname()[1]
         harm = {
             "infinite loop": "while True: pass",
-            "fork bomb": "import os\nwhile True: os.fork()",
-            "fork bomb of a shell": "import os\nassert os.system(':(){ :|:& };:') == 0",
-            "threads": "import threading\nfor _ in range(100000):\n"
-            "    threading.Thread(target=__import__('time').sleep, args=[9]).start()",
+            "fork bomb": "import os\nfor _ in range(6): os.fork()",
+            "shell": "import os\nassert os.system('true') == 0",
+            "threads": "import threading\nfor _ in range(1000):\n"
+            "    threading.Thread(target=__import__('time').sleep, args=[1]).start()",
             "daemon": DAEMON,
             "deletion": f"import os\nos.remove({str(canary)!r})",
-            "deletion of all": "import shutil\nshutil.rmtree('/')",
-            "mode of a directory": "import os\nos.chmod('/usr/lib', 0)",
+            "deletion of a folder": f"import shutil\nshutil.rmtree({str(folder)!r})",
+            "new file": f"open('/usr/lib/{mark}', 'w')",
+            "new file at the top": f"open('/{mark}', 'w')",
+            "mode of a folder": "import os\nos.chmod('/usr/lib', os.stat('/usr/lib').st_mode)",
             "network": f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 5)",
             "allocation of 10 GB": "x = bytearray(10 << 30)",
-            "file of 10 GB": "with open('/tmp/x', 'wb') as f:\n"
-            "    for _ in range(10240): f.write(bytes(1 << 20))",
-            "many files": "for i in range(10240):\n"
+            "file of 10 GB": "open('/tmp/x', 'wb').truncate(10 << 30)",
+            "many files": "for i in range(100):\n"
             "    with open(f'/tmp/{i}', 'wb') as f: f.write(bytes(1 << 20))",
-            "output": "while True: print('x' * (1 << 20))",
+            "output": "for _ in range(100): print('x' * (1 << 20))",
             "output to any file": "import os\nfor i in range(64):\n    try:\n"
-            "        while True: os.write(i, bytes(1 << 16))\n    except OSError: pass",
+            "        for _ in range(1000): os.write(i, bytes(1 << 16))\n    except OSError: pass",
             "secret file": f"assert open({str(canary)!r}).read()",
             "secret variable": "import os\nassert os.environ['API_KEY']",
             "secret of any process": "import glob\nassert glob.glob('/proc/*/environ')",
             "devices": "import os\nassert os.listdir('/dev')",
-            "signals": "import os\nos.kill(-1, 9)",
+            "signals": f"import os\nos.kill({os.getpid()}, 0)",
             "more memory": "import resource\n"
             "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nx = bytearray(10 << 30)",
             "memory of the kernel": "import os\nos.memfd_create('x')",
@@ -159,7 +163,7 @@ def test_success_cannot_be_claimed(run):
         "(" * 100000,
         "def f(): return",
     ]
-    outcomes = run([(program, "\nassert 1 == 2, '''x'''") for program in wrong])
+    outcomes = run([(program, "\nassert 1 == 2  # '''") for program in wrong])
     assert [p for p, outcome in zip(wrong, outcomes, strict=True) if outcome.passed] == []
     # The function that is tested ends the process, or reports success.
     outcomes = run([(CLAIM, "leave()"), ("import os", "os._exit(0)"), ("", "raise SystemExit")])
