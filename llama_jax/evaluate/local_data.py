@@ -84,8 +84,8 @@ def find_all(
         ]
         if found:
             return list(dict.fromkeys(found))
-    names = " or ".join(patterns)
-    raise MissingData(f"{options.data / folders[0]} has no file {names}: {download}")
+    name = patterns[0] + " or similar" * (len(patterns) > 1)
+    raise MissingData(f"{options.data / folders[0]} has no file {name}: {download}")
 
 
 def _plain(name: str) -> str:

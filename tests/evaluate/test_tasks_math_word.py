@@ -132,6 +132,18 @@ def test_math(tmp_path, name):
     assert scores(task, ["It is 0.5.", "?", "?", HALF]) == {"exact_match": 0.0, "maj1@k": 1.0}
 
 
+def test_a_limit_keeps_all_subjects_of_math(tmp_path):
+    pytest.importorskip("lm_eval")
+    for subject, count in (("algebra", 3), ("geometry", 1)):
+        for i in range(count):
+            record = {**MATH, "problem": f"{subject} {i}"}
+            write(tmp_path, f"MATH/test/{subject}/{i}.json", json.dumps(record))
+    docs = math_word._math_docs(TaskOptions(data=tmp_path))
+    assert [doc["query"].split("\n")[1] for doc in docs] == [
+        "algebra 0", "geometry 0", "algebra 1", "algebra 2",
+    ]  # fmt: skip
+
+
 def test_bad_math(tmp_path):
     pytest.importorskip("lm_eval")
     options = TaskOptions(data=tmp_path)

@@ -1,6 +1,5 @@
 """Tables 9 and 16 of the paper: MMLU, 5-shot, per question, per group and per subject."""
 
-import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from llama_jax.evaluate.local_data import field, find, find_all, read_located
 from llama_jax.evaluate.paper_task import PaperTask, TaskOptions
 from llama_jax.evaluate.tasks.commonsense import choice_doc, label
-from llama_jax.evaluate.tasks.local_task import Doc, local_task
+from llama_jax.evaluate.tasks.local_task import Doc, in_turn, local_task
 from llama_jax.prepare.records import Record
 
 GROUPS = {
@@ -137,12 +136,9 @@ def _make(options: TaskOptions) -> Any:
             f"of all averages: {', '.join(absent)}",
             file=sys.stderr,
         )
-    # One question of each subject in turn, so that --limit keeps questions of all subjects.
-    turns = itertools.zip_longest(*(questions[subject] for subject in sorted(questions)))
-    docs = [doc for turn in turns for doc in turn if doc is not None]
     return local_task(
         "paper_mmlu",
-        docs,
+        in_turn(questions[subject] for subject in sorted(questions)),
         ("average", *(g for g in GROUPS if set(GROUPS[g]) & set(questions)), *sorted(questions)),
         shots=lambda doc: examples[doc["subject"]],
         output_type="multiple_choice",

@@ -1,9 +1,16 @@
 """Tasks of the harness on documents that are already in memory."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Doc = dict[str, Any]
+
+
+def in_turn(groups: Iterable[Sequence[Doc]]) -> list[Doc]:
+    """One document of each group in turn, so that a limit keeps documents of all groups."""
+    turns = itertools.zip_longest(*groups)
+    return [doc for turn in turns for doc in turn if doc is not None]
 
 
 def local_task(

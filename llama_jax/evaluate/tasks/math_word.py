@@ -10,7 +10,7 @@ from typing import Any
 from llama_jax.evaluate.local_data import field, find, find_all, read_located
 from llama_jax.evaluate.paper_task import PaperTask, TaskOptions
 from llama_jax.evaluate.tasks.commonsense import patterns
-from llama_jax.evaluate.tasks.local_task import Doc, local_task
+from llama_jax.evaluate.tasks.local_task import Doc, in_turn, local_task
 from llama_jax.prepare.records import Record
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95}
@@ -101,7 +101,10 @@ def _math_docs(options: TaskOptions) -> list[Doc]:
 
     files = ("*test/*/*.json", *patterns("test", "*test-00000-of-*", "*test*"))
     paths = find_all(options, ("math", "hendrycks_math"), files, _MATH_DOWNLOAD)
-    return [read(record) for path in paths for record in read_located(path)]
+    subjects: dict[Path, list[Doc]] = {}
+    for path in paths:
+        subjects.setdefault(path.parent, []).extend(map(read, read_located(path)))
+    return in_turn(subjects.values())
 
 
 def _math_query(problem: str) -> str:
