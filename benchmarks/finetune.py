@@ -415,7 +415,9 @@ def main() -> None:
         }[part]
         result[part] = environment(versions) | run()
         result[part]["steps"] = arguments.steps
-        if "torch" in result and "ours" in result:
+        result.pop("ours_over_torch", None)
+        sides = [result[side] for side in ("ours", "torch") if side in result]
+        if len(sides) == 2 and sides[0]["steps"] == sides[1]["steps"]:
             result["ours_over_torch"] = result["ours"]["after"] / result["torch"]["after"]
             print(f"loss after training, ours / torch: {result['ours_over_torch']:.4f}")
         write("finetune", result)

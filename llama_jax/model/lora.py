@@ -71,27 +71,40 @@ def abstract_adapters(cfg: ModelConfig, compute: ComputeConfig, lora: LoraConfig
 def with_adapters(
     params: Params, adapters: Params, lora: LoraConfig, dropout_key: jax.Array | None = None
 ) -> Params:
-    """Stacked parameters whose targeted matrices are :class:`LoraWeight`.
+    """Parameters whose targeted matrices are :class:`LoraWeight`.
 
     Args:
-      params: of the base, which may be quantized; its arrays are shared.
-      adapters: of :func:`init_adapters`.
+      params: of the base, stacked or with one dict per layer; its arrays are shared, and may be
+        quantized.
+      adapters: of :func:`init_adapters`; fused if the base is.
       lora: their settings.
       dropout_key: key of this step; default: no dropout, as in evaluation.
     """
-    blocks = dict(params["blocks"])
-    for i, module, name in _targets(lora):
-        a, b = (adapters["blocks"][module][name][x] for x in ("a", "b"))
-        keys_L = None
-        if dropout_key is not None and lora.dropout:
-            keys_L = jax.random.split(jax.random.fold_in(dropout_key, i), len(a))
-        w = LoraWeight(blocks[module][name], a, b, scale_of(lora), lora.dropout, keys_L)
-        blocks[module] = blocks[module] | {name: w}
-    return {**params, "blocks": blocks}
+    stacked = {module: dict(matrices) for module, matrices in adapters["blocks"].items()}
+    for i, module, name in _targets(lora) if dropout_key is not None and lora.dropout else ():
+        pair = stacked[module][name]
+        keys_L = jax.random.split(jax.random.fold_in(dropout_key, i), len(pair["a"]))
+        stacked[module][name] = pair | {"key": keys_L}
+
+    def add(block: Params, of_block: Params) -> Params:
+        weight = lambda w, x: LoraWeight(
+            w, x["a"], x["b"], scale_of(lora), lora.dropout, x.get("key")
+        )
+        weights = {
+            module: {name: weight(block[module][name], x) for name, x in matrices.items()}
+            for module, matrices in of_block.items()
+        }
+        return block | {module: block[module] | new for module, new in weights.items()}
+
+    blocks = params["blocks"]
+    if 0 not in blocks:
+        return {**params, "blocks": add(blocks, stacked)}
+    layers = zip(blocks, unstack(stacked), strict=True)
+    return {**params, "blocks": {i: add(blocks[i], of_layer) for i, of_layer in layers}}
 
 
 def add_adapters(cfg: ModelConfig, params: Params, adapters: Params, lora: LoraConfig) -> Params:
-    """:func:`with_adapters` for generation, where the layers may be unstacked and fused.
+    """:func:`with_adapters` for generation, where the layers may be fused.
 
     Args:
       cfg: the model.
@@ -99,21 +112,9 @@ def add_adapters(cfg: ModelConfig, params: Params, adapters: Params, lora: LoraC
       adapters: of :func:`init_adapters`.
       lora: their settings.
     """
-    if 0 not in params["blocks"]:
-        return with_adapters(params, adapters, lora)
-    stacked = fuse_adapters(cfg, adapters["blocks"]) if no_mesh() else adapters["blocks"]
-    layers = {}
-    for (i, layer), adapters_of_layer in zip(
-        params["blocks"].items(), unstack(stacked), strict=True
-    ):
-        layers[i] = dict(layer)
-        for module, matrices in adapters_of_layer.items():
-            weights = {
-                name: LoraWeight(layer[module][name], pair["a"], pair["b"], scale_of(lora))
-                for name, pair in matrices.items()
-            }
-            layers[i][module] = layer[module] | weights
-    return {**params, "blocks": layers}
+    if 0 in params["blocks"] and no_mesh():
+        adapters = {"blocks": fuse_adapters(cfg, adapters["blocks"])}
+    return with_adapters(params, adapters, lora)
 
 
 def fuse_adapters(cfg: ModelConfig, blocks: Params) -> Params:

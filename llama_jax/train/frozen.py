@@ -6,7 +6,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llama_jax.checkpoint.model_json import read_metadata
 from llama_jax.config import Recipe
@@ -36,11 +37,25 @@ def abstract_frozen(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> Param
       mesh: devices of the run.
     """
     kind, like = frozen_format(recipe, compute), _unquantized(recipe, compute, mesh)
-    if kind not in KINDS:
+    if kind in KINDS:
+        with jax.set_mesh(mesh):
+            quantized = jax.eval_shape(functools.partial(quantize, kind=kind), like)
+        like = on_devices(quantized, None, mesh)
+    if not is_unstacked(recipe, compute):
         return like
-    with jax.set_mesh(mesh):
-        quantized = jax.eval_shape(functools.partial(quantize, kind=kind), like)
-    return on_devices(quantized, None, mesh)
+
+    def layer_of(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, P(*x.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
+
+    layer = jax.tree.map(layer_of, like["blocks"])
+    return {**like, "blocks": dict.fromkeys(range(recipe.model.num_layers), layer)}
+
+
+def is_unstacked(recipe: Recipe, compute: ComputeConfig) -> bool:
+    """Whether the base has one dict per layer: an unrolled step would slice each layer of a stack
+    in every call."""
+    return recipe.lora is not None and compute.unroll
 
 
 def load_frozen(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> Params:
@@ -57,7 +72,9 @@ def load_frozen(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> Params:
     folder, kind = Path(recipe.train.init_from), frozen_format(recipe, compute)
     stored = read_metadata(folder)[1].get("quantize")
     like = _unquantized(recipe, compute, mesh)
-    return read_params(folder, recipe.model, like, kind if kind in KINDS else None, stored)
+    quantized = kind if kind in KINDS else None
+    unstacked = is_unstacked(recipe, compute)
+    return read_params(folder, recipe.model, like, quantized, stored, unstacked)
 
 
 def _unquantized(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> Params:

@@ -197,20 +197,24 @@ def make_train_step(
 def make_sums(recipe: Recipe, compute: ComputeConfig) -> Callable[..., tuple[jax.Array, dict]]:
     """The function ``(params, microbatch, *frozen, key)`` -> sums of the loss and of other metrics
     over the targets, or the pairs, that count."""
-    graphdef, chunk = structure(recipe.model, compute), recipe.train.loss_chunk
+    chunk = recipe.train.loss_chunk
+    graphdef = functools.cache(functools.partial(structure, recipe.model, compute))
     beta = recipe.dpo.beta if recipe.dpo else 0.0
+
+    def build(params: Params) -> Llama:
+        return merge(graphdef(0 in params["blocks"]), params)
 
     def model_of(params: Params, frozen: tuple, key: jax.Array | None) -> Llama:
         if recipe.lora:
             params = with_adapters(frozen[0], params, recipe.lora, key)
-        return merge(graphdef, params)
+        return build(params)
 
     def language_model(params, microbatch, *frozen, key=None):
         return nll_sum(model_of(params, frozen, key), microbatch, chunk), {}
 
     def preferences(params, microbatch, reference, key=None):
         policy = model_of(params, (reference,), key)
-        reference_BT = -masked_nll(merge(graphdef, reference), microbatch, chunk)
+        reference_BT = -masked_nll(build(reference), microbatch, chunk)
         policy_BT = -masked_nll(policy, microbatch, chunk)
         reference_BT = jax.lax.stop_gradient(reference_BT)
         return dpo_sums(policy_BT, reference_BT, microbatch, beta, compute)

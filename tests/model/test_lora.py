@@ -235,6 +235,12 @@ def test_dropout():
         assert set(np.unique(y)) == {np.float32(0), np.float32(1 / 0.75)}
         assert np.mean(y) == pytest.approx(1, abs=0.05)
     assert len({y.tobytes() for y in dropped}) == len(dropped)
+    layer = lambda i: jax.tree.map(lambda a: a[i], base["blocks"])
+    unstacked = {**base, "blocks": {i: layer(i) for i in range(CFG.num_layers)}}
+    blocks = with_adapters(unstacked, adapters, lora, jax.random.key(0))["blocks"]
+    for i, w in enumerate(weights[: CFG.num_layers]):  # q of each layer
+        jax.tree.map(np.testing.assert_array_equal, blocks[i]["attention"]["q"].a, w.a)
+        np.testing.assert_array_equal(blocks[i]["attention"]["q"].drop(x), dropped[i])
     evaluated = with_adapters(base, adapters, lora)["blocks"]["mlp"]["down"]
     assert evaluated.drop(x) is x
     with jax.set_mesh(make_mesh(MeshConfig(preset="fsdp_tensor", tensor=2))):

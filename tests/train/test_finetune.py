@@ -359,7 +359,7 @@ def test_the_frozen_weights_are_never_in_float32(place):
     for kind in ("bfloat16", "int8", "int4"):
         recipe, mesh = mesh_for(recipe_of(place, f"lora.base={kind}", "lora.rank=2"))
         with jax.set_mesh(mesh):
-            compute = dataclasses.replace(F32, dtype=jnp.dtype("bfloat16"))
+            compute = dataclasses.replace(F32, dtype=jnp.dtype("bfloat16"), unroll=kind != "int8")
             like = abstract_frozen(recipe, compute, mesh)
             loaded = load_frozen(recipe, compute, mesh)
         assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), loaded) == jax.tree.map(
