@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from llama_jax.evaluate.journal import Answer, Journal
 
@@ -61,8 +62,6 @@ class Perspective:
         scores: Journal | None = None,
         first_wait: float = 1.0,
     ):
-        from tqdm import tqdm
-
         self._key = key
         self._url = f"{url}?{urllib.parse.urlencode({'key': key})}"
         self._interval = 1 / queries_per_second
