@@ -150,7 +150,7 @@ def test_missing_and_few_training_questions(tmp_path):
     with pytest.raises(MissingData, match=r"download NQ-open\.dev\.jsonl"):
         TASKS["paper_nq_5shot"].make(options)
     write(tmp_path, "nq/NQ-open.train.jsonl", NQ_TRAIN[:4])
-    with pytest.raises(ValueError, match="nq has 4 questions; expected at least 5"):
+    with pytest.raises(MissingData, match="has 4 questions; expected at least 5"):
         TASKS["paper_nq_5shot"].make(options)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from llama_jax.evaluate.local_data import field, find_all, read_located, strings
+from llama_jax.evaluate.local_data import MissingData, field, find_all, read_located, strings
 from llama_jax.evaluate.paper_task import PaperTask, TaskOptions
 from llama_jax.evaluate.tasks.commonsense import patterns
 from llama_jax.evaluate.tasks.local_task import Doc, local_task
@@ -141,9 +141,9 @@ def _make(data_set: _DataSet, shots: int, options: TaskOptions) -> Any:
     # Twice as many records, because a question may be repeated.
     examples = _read(data_set, options, data_set.training, 2 * shots)[:shots] if shots else []
     if len(examples) < shots:
-        raise ValueError(
-            f"{name}: the training file of {data_set.name} has {len(examples)} questions; expected "
-            f"at least {shots}"
+        raise MissingData(
+            f"the training file has {len(examples)} questions; expected at least {shots}: "
+            + data_set.download
         )
     return local_task(
         name,
