@@ -39,7 +39,7 @@ _TYPES = {
 
 
 class MissingData(ValueError):
-    """The data of a task is not there; the message says what to download and where to put it."""
+    """A task lacks its data, or else what it needs to run; the message says what to do."""
 
 
 def find(

@@ -74,7 +74,7 @@ def run_all(
     """
     run = lambda pair: run_python(*pair, seconds=seconds, memory_bytes=memory_bytes)
     distinct = list(dict.fromkeys(programs))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = tqdm(pool.map(run, distinct), "programs", len(distinct), disable=None)
         outcomes = dict(zip(distinct, done, strict=True))
     return [outcomes[pair] for pair in programs]

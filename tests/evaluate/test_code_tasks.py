@@ -131,7 +131,7 @@ def test_published_samples():
     folder = shared("humaneval")
     if runs_here():
         names = ("example_samples.jsonl", "example_problem.jsonl")
-        assert code.score_samples(*(folder / name for name in names), seconds=1) == {"pass@1": 0.5}
+        assert code.score_samples(*(folder / name for name in names), seconds=2) == {"pass@1": 0.5}
 
 
 def test_canonical_solutions(tmp_path):
@@ -171,7 +171,7 @@ def test_mbpp_prompt(options):
 
 @pytest.mark.parametrize("name", ["paper_humaneval", "paper_mbpp"])
 def test_refused_without_permission(options, name):
-    with pytest.raises(ValueError, match="--allow-code-execution") as error:
+    with pytest.raises(MissingData, match="--allow-code-execution") as error:
         TASKS[name].make(options._replace(allow_code_execution=False))
     assert "\n" not in str(error.value)
 

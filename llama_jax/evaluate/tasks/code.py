@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.evaluate import sandbox
-from llama_jax.evaluate.local_data import field, find, read_located, strings
+from llama_jax.evaluate.local_data import MissingData, field, find, read_located, strings
 from llama_jax.evaluate.paper_task import PaperTask, TaskOptions
 
 HUMANEVAL_DOWNLOAD = (
@@ -147,7 +147,7 @@ def _run_all(
 
 
 def _make_humaneval(options: TaskOptions) -> Any:
-    _check(options, "paper_humaneval")
+    _check(options)
     patterns = ("HumanEval.jsonl.gz", "HumanEval.jsonl", "test-00000-of-*.parquet")
     folders = ("humaneval", "human-eval", "openai_humaneval")
     docs = _humaneval_docs(find(options, folders, patterns, HUMANEVAL_DOWNLOAD))
@@ -155,20 +155,23 @@ def _make_humaneval(options: TaskOptions) -> Any:
 
 
 def _make_mbpp(options: TaskOptions) -> Any:
-    _check(options, "paper_mbpp")
+    _check(options)
     patterns = ("mbpp.jsonl", "mbpp.jsonl.gz")
     docs = _mbpp_docs(find(options, ("mbpp",), patterns, MBPP_DOWNLOAD))
     return _task("paper_mbpp", docs, _MBPP_STOPS, options.samples)
 
 
-def _check(options: TaskOptions, name: str) -> None:
+def _check(options: TaskOptions) -> None:
     """Refuse before anything is generated."""
     if not options.allow_code_execution:
-        raise ValueError(
-            f"{name} runs programs that the model writes: give --allow-code-execution, which runs "
-            "them in a sandbox"
+        raise MissingData(
+            "runs programs that the model writes: give --allow-code-execution, which runs them in "
+            "a sandbox"
         )
-    sandbox.sandbox_name()
+    try:
+        sandbox.sandbox_name()
+    except ValueError as e:
+        raise MissingData(str(e)) from None
 
 
 def _task(name: str, docs: list[dict[str, str]], stops: list[str], num_samples: int) -> Any:
