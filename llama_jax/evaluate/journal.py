@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama_jax.io import open_regular
+
 
 class Answer(NamedTuple):
     """The answer to one request of the harness."""
@@ -69,7 +71,8 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         """Read the file, and remove a last line that is incomplete."""
-        content = path.read_bytes()
+        with open_regular(path) as f:
+            content = f.readall()
         complete = content.rfind(b"\n") + 1
         if complete < len(content):
             os.truncate(path, complete)
@@ -78,5 +81,5 @@ class Journal:
                 record = json.loads(line)
                 answer = Answer(record["answer"], record["truncated"])
                 self._answers[record["key"]] = answer
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # a damaged line: the request is computed again

@@ -1,6 +1,7 @@
 """Answers in a file: complete after a kill at any byte, never those of another model."""
 
 import json
+import os
 
 import pytest
 
@@ -33,7 +34,11 @@ def test_a_file_cut_at_any_byte(tmp_path):
     assert Journal(path)[keys[1]] == Answer("é\n", True)
 
 
-@pytest.mark.parametrize("damage", [b"\xff\n", b"[]\n", b"null\n", b'{"key": "x"}\n', b"\n"])
+@pytest.mark.parametrize(
+    "damage",
+    [b"\xff\n", b"[]\n", b"null\n", b'{"key": "x"}\n', b"\n", b"[" * 100_000 + b"\n"],
+    ids=range(6),
+)
 def test_damaged_lines_are_ignored(tmp_path, damage):
     path = tmp_path / "answers.jsonl"
     keys = filled(path)
@@ -52,3 +57,9 @@ def test_answers_of_another_model_or_request_have_other_keys(tmp_path):
         keys |= {journal.key("generate_until", ("a", {"until": ["\n"]}), 0)}
         keys |= {journal.key("loglikelihood_rolling", ("a",), 0)}
     assert len(keys) == 10
+
+
+def test_the_file_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "answers.jsonl")
+    with pytest.raises(ValueError, match="is not a regular file"):
+        Journal(tmp_path / "answers.jsonl")
