@@ -1,0 +1,211 @@
+"""Log-probabilities of continuations: against a plain forward pass, and shared prefixes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from model_tools import F32, model_of, random_weights, small, tree_of
+
+from llama_jax.evaluate import likelihood
+from llama_jax.evaluate.likelihood import score_continuations
+from llama_jax.evaluate.prefix_tree import build_tree
+from llama_jax.generate.decode import Engine
+from llama_jax.model.params import abstract_params
+from llama_jax.model.quantize import quantize
+from llama_jax.model.sharding import AXES, PRESETS
+
+CFG = small(vocab_size=40, context=160)
+PARAMS = tree_of(random_weights(CFG))
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    """Short rows and caches, so that random requests fill batches and split long prefixes."""
+    monkeypatch.setattr(likelihood, "LENGTHS", (8, 32))
+    monkeypatch.setattr(likelihood, "TOKENS_PER_CALL", 32)
+    monkeypatch.setattr(likelihood, "CACHE_LENS", (64, 256))
+    monkeypatch.setattr(likelihood, "CACHE_POSITIONS", 512)
+    monkeypatch.setattr(likelihood, "LOGITS_PER_CHUNK", 8)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(CFG, PARAMS, F32, None)
+
+
+@functools.cache
+def _forward(cfg):
+    return jax.jit(lambda params, tokens: model_of(cfg)(params)(tokens)[0])
+
+
+def reference(cfg, params, context, continuation):
+    """(sum of log p, greedy) by one forward pass over the whole sequence."""
+    inputs = [*context, *continuation[:-1]]
+    padded = inputs if cfg.rope.type == "dynamic" else inputs + [0] * (-len(inputs) % 160)
+    logits = _forward(cfg)(params, np.asarray([padded], np.int32))
+    logprob = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
+    rows = logprob[len(context) - 1 : len(inputs)]
+    greedy = bool((rows.argmax(-1) == continuation).all())
+    return float(rows[np.arange(len(rows)), continuation].sum()), greedy
+
+
+def random_requests(seed, count=30):
+    """Contexts that extend each other at random places, and several continuations of each."""
+    rng = np.random.default_rng(seed)
+    ids = lambda low, high: rng.integers(0, 40, rng.integers(low, high)).tolist()
+    contexts, out = [ids(1, 90)], []
+    while len(out) < count:
+        base = contexts[rng.integers(len(contexts))]
+        context = (base[: rng.integers(1, len(base) + 1)] + ids(0, 40))[:120]
+        contexts.append(context)
+        for _ in range(rng.choice([1, 1, 2, 4, 12])):
+            out.append((context, ids(1, rng.choice([2, 12, 40]))))
+        if rng.random() < 0.2:
+            out.append(out[-1])
+    return out
+
+
+def check(engine, requests, cfg=CFG, params=PARAMS, tolerance=1e-4):
+    """Every request is scored once, as by a plain forward pass."""
+    scored = list(score_continuations(engine, requests))
+    assert sorted(i for i, *_ in scored) == list(range(len(requests)))
+    for i, logprob, greedy in scored:
+        want, want_greedy = reference(cfg, params, *requests[i])
+        assert logprob == pytest.approx(want, abs=tolerance), (i, requests[i])
+        assert greedy == want_greedy
+
+
+def greedy_requests(count=3):
+    """A request whose continuation is the most likely one, and one that differs at the end."""
+    out = []
+    for i in range(count):
+        ids = [i, 7]
+        for _ in range(5):
+            logits = _forward(CFG)(PARAMS, np.asarray([ids + [0] * (160 - len(ids))], np.int32))
+            ids.append(int(logits[len(ids) - 1].argmax()))
+        out += [(ids[:2], ids[2:]), (ids[:2], [*ids[2:-1], (ids[-1] + 1) % 40])]
+    return out
+
+
+def test_random_trees_of_requests(engine):
+    for seed in range(12):
+        check(engine, random_requests(seed))
+    compiled = len(engine._compiled)
+    for seed in range(12, 16):
+        check(engine, random_requests(seed))
+    assert len(engine._compiled) == compiled
+
+
+def test_greedy(engine):
+    requests = greedy_requests()
+    check(engine, requests)
+    scored = {i: greedy for i, _, greedy in score_continuations(engine, requests)}
+    assert [scored[i] for i in range(6)] == [True, False] * 3
+
+
+def test_a_small_pool_of_caches(engine, monkeypatch):
+    """Caches are reused as soon as no segment needs them, also for chains of segments."""
+    monkeypatch.setattr(likelihood, "CACHE_POSITIONS", 64)  # rows: as many as the longest chain
+    for seed in range(100, 104):
+        check(engine, random_requests(seed))
+
+
+def test_many_continuations_of_one_token(engine):
+    context = list(range(9))
+    check(engine, [(context, [i]) for i in range(40)] + [(context[:8], [i]) for i in range(40)])
+    repeated = [(context[:1], [i, j]) for i in range(4) for j in range(40)] * 2
+    check(engine, repeated)
+
+
+def tokens_read(requests):
+    return sum(s.end - s.start for s in build_tree(requests, [0] * len(requests), 64, 64))
+
+
+def test_shared_tokens_are_read_once():
+    """Contexts of a question, a head of many questions, contexts with equal continuations."""
+    rng = np.random.default_rng(0)
+    ids = lambda n: rng.integers(0, 40, n).tolist()
+    head, continuation = ids(150), ids(9)
+    letters = [[i] for i in range(4)]
+    five_shot = [([*head, 1 + q, *ids(19)], x) for q in range(10) for x in letters]
+    assert tokens_read(five_shot) == 150 + 10 * 20
+    choices = [([*head, 1 + q, *ids(19)], [x, *ids(6)]) for q in range(2) for x in range(4)]
+    by_question = [([*c[:-2], 3, 4], x) for c, x in choices]
+    assert tokens_read(by_question[:4]) == 170 + sum(len(x) - 1 for _, x in by_question[:4])
+    differing = [(ids(1)[:0] + head[:40] + [1, name], continuation) for name in (5, 6)]
+    assert tokens_read(differing) == 41 + 2 * (1 + 8)
+    # A short prefix is read again: a copy of the cache would cost more.
+    assert tokens_read([([3, 4, q, *head], [1]) for q in range(2)]) == 2 * 153
+    assert tokens_read([(head, [1, 2, 3]), (head, [1, 2, 3]), (head, [1, 2])]) == 152
+
+
+def test_dynamic_rotary_frequencies():
+    """They depend on the length of the whole sequence beyond the original context."""
+    cfg = small({"type": "dynamic", "factor": 2.0, "original_context": 40}, context=160)
+    requests = [r for r in random_requests(5, 12) if len(r[0]) > 8]
+    context = requests[0][0]
+    requests += [(context, [1, 2]), (context, [3, 4]), (context, [5, 6, 7])]
+    assert len({len(x) + len(y) > 41 for x, y in requests}) == 2
+    check(Engine(cfg, PARAMS, F32, None), requests, cfg)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_weights_and_cache(kind):
+    cfg = small(vocab_size=40, context=160, dim=32, head_dim=8, ffn_dim=64)
+    params = quantize(tree_of(random_weights(cfg)), kind)
+    requests = random_requests(3, 12)
+    check(Engine(cfg, params, F32, None), requests, cfg, params)
+    if kind == "int8":
+        compute = dataclasses.replace(F32, cache_dtype=jnp.dtype("int8"))
+        engine = Engine(cfg, params, compute, None)
+        check(engine, requests, cfg, params, tolerance=2.0)
+        # The same alone: keys and values are rounded at every position, shared or not.
+        scored = {i: logprob for i, logprob, _ in score_continuations(engine, requests)}
+        for i in range(0, len(requests), 4):
+            ((_, alone, _),) = score_continuations(engine, [requests[i]])
+            assert alone == pytest.approx(scored[i], abs=1e-4)
+
+
+def test_a_mesh():
+    """Sharded over ``tensor``, as generation shards models."""
+    compute = dataclasses.replace(F32, rules=PRESETS["fsdp_tensor"])
+    mesh = jax.make_mesh((1, 1, 2, 1), AXES, (AxisType.Explicit,) * 4, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        place = lambda x, s: jax.device_put(x, NamedSharding(mesh, s.sharding.spec))
+        params = jax.tree.map(place, PARAMS, abstract_params(CFG, compute))
+    check(Engine(CFG, params, compute, mesh), random_requests(3, 12))
+
+
+def test_logits_that_are_not_finite():
+    params = jax.tree.map(np.array, PARAMS)
+    params["embed"][39] = np.nan
+    engine = Engine(CFG, params, F32, None)
+    with pytest.raises(ValueError, match="request 1: .* after token 3 are NaN or infinite"):
+        list(score_continuations(engine, [([1, 2], [3]), ([1, 2, 39], [3])]))
+    params["embed"][39] = 0
+    params["unembed"][0, 5] = np.inf  # of a token that is not scored
+    with pytest.raises(ValueError, match="request 0: .* NaN or infinite"):
+        list(score_continuations(engine.with_params(params), [([1, 2], [3])]))
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (([], [1]), "request 1: the context has no tokens"),
+        (([1], []), "request 1: the continuation has no tokens"),
+        (([1, 40], [1]), "request 1: id 40 is not in the model's vocabulary of 40"),
+        (([1], [-1]), "request 1: id -1 is not"),
+        (([1] * 160, [1, 2]), "request 1: 161 input tokens are more than the .* context of 160"),
+    ],
+)
+def test_bad_requests(engine, request_, message):
+    with pytest.raises(ValueError, match=message):
+        next(score_continuations(engine, [([1], [2]), request_]))
+
+
+def test_no_requests(engine):
+    assert list(score_continuations(engine, [])) == []
