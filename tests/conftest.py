@@ -61,6 +61,7 @@ RUN_ONCE = (
     "test_generate",
     "test_load",
     "test_scores",
+    "test_likelihood",
     "test_chat",
     "test_chat_command",
     "test_plan",

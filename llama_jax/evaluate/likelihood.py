@@ -179,14 +179,14 @@ class _Caches:
         self.engine, self.cache_len = engine, cache_len
         rows = max(CACHE_POSITIONS // cache_len, min_rows)
         engine._check_memory(rows + self.batch(1), cache_len)
-        self.pool = self._empty(rows)
+        self.pool = self._empty(rows, pool=True)
         self.free = list(range(rows))
         self.of_batch: dict[int, KVCache] = {}
 
-    def _empty(self, rows: int) -> KVCache:
+    def _empty(self, rows: int, pool: bool = False) -> KVCache:
         compute, cfg = self.engine.compute, self.engine.cfg
-        make = functools.partial(_empty_caches, compute, cfg, rows, self.cache_len)
-        return self.engine.run(f"caches {rows} x {self.cache_len}", make, ())
+        make = functools.partial(_empty_caches, compute, cfg, rows, self.cache_len, pool)
+        return self.engine.run(f"caches {rows} x {self.cache_len}, {pool}", make, ())
 
     def batch(self, T: int) -> int:
         """Rows of a batch of this length, a power of two."""
@@ -264,18 +264,20 @@ class _Caches:
 # The compiled program -----------------------------------------------------------------------------
 
 
-def _empty_caches(compute, cfg, rows: int, cache_len: int) -> KVCache:
+def _empty_caches(compute, cfg, rows: int, cache_len: int, pool: bool) -> KVCache:
     caches = KVCache.empty(cfg, rows, cache_len, compute.cache_dtype or compute.dtype)
-    if no_mesh():
-        return caches
-    spec = _cache_spec(compute)
-    return jax.tree.map(lambda x: reshard(x, P(*spec[: x.ndim])) if x.ndim > 1 else x, caches)
+    arrays = _shard(compute, _arrays(caches), pool)
+    return KVCache(*arrays[:2], caches.lengths_B, arrays[2])
 
 
-def _cache_spec(compute) -> P:
-    """Sharding of caches: heads over ``tensor``, all rows on each device."""
-    heads = compute.rules.activation("BKSH")[1]
-    return P(None, None, heads, None, None)
+def _shard(compute, arrays: tuple, pool: bool) -> tuple:
+    """Rows of a batch as the rules say; each device has all rows of the pool."""
+    return jax.tree.map(lambda x: reshard(x, _spec(compute, x, pool)), arrays)
+
+
+def _spec(compute, x: jax.Array, pool: bool) -> P:
+    rows, *rest = compute.rules.activation("BKSH")
+    return P(*(None, None if pool else rows, *rest)[: x.ndim])
 
 
 def _score_program(graphdef, params, pool: KVCache, caches: KVCache, batch: _Batch):
@@ -322,7 +324,7 @@ def _copy_prefixes(compute, pool: KVCache, caches: KVCache, batch: _Batch) -> KV
             if no_mesh():
                 part = part[:, batch.parents_B]
             else:
-                spec = P(*_cache_spec(compute)[: part.ndim])
+                spec = _spec(compute, part, False)
                 part = part.at[:, batch.parents_B].get(out_sharding=spec)
             return jax.lax.dynamic_update_slice_in_dim(new, part, i * COPY_BLOCK, axis=3)
 
@@ -343,9 +345,6 @@ def _keep(compute, pool: KVCache, caches: KVCache, batch: _Batch) -> KVCache:
 
         return jax.tree.map(row, arrays, new)
 
-    new = _arrays(caches)
-    if not no_mesh():
-        spec = _cache_spec(compute)
-        new = jax.tree.map(lambda x: reshard(x, P(*spec[: x.ndim])), new)
+    new = _shard(compute, _arrays(caches), True)
     k, v, scales = jax.lax.fori_loop(0, batch.num_kept, copy, _arrays(pool))
     return KVCache(k, v, pool.lengths_B, scales)
