@@ -40,7 +40,7 @@ def save_chart(path: Path, bars: Sequence[Bar], model: str) -> bool:
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(bars)), layout="constrained")
     height = 0.8 / (1 + len(published))
     axes.barh(
-        range(len(bars)), [bar.value for bar in bars], height, label=model,
+        range(len(bars)), [bar.value for bar in bars], height, label=_plain(model),
         xerr=[bar.standard_error for bar in bars], error_kw={"lw": 1},
     )  # fmt: skip
     for i, name in enumerate(published, 1):
@@ -51,7 +51,7 @@ def save_chart(path: Path, bars: Sequence[Bar], model: str) -> bool:
             label=f"{name} (published)", color=str(0.55 + 0.2 * (i - 1)),
         )  # fmt: skip
     middle = height * len(published) / 2
-    axes.set_yticks([row + middle for row in range(len(bars))], [bar.label for bar in bars])
+    axes.set_yticks([row + middle for row in range(len(bars))], [_plain(bar.label) for bar in bars])
     axes.set(xlim=(0, 100), ylim=(len(bars) - 0.5 + middle, -0.5 + middle - 0.1), xlabel="%")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
@@ -59,3 +59,11 @@ def save_chart(path: Path, bars: Sequence[Bar], model: str) -> bool:
     save_figure(figure, path)
     plt.close(figure)
     return True
+
+
+def _plain(name: str) -> str:
+    r"""Show "$" as itself, and a name in the legend that begins with "_".
+
+    Matplotlib reads mathematics between two "$", and hides names with "_".
+    """
+    return " " * name.startswith("_") + name.replace("$", r"\$")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llama_jax.evaluate import report
+from llama_jax.evaluate.chart import Bar, save_chart
 from llama_jax.evaluate.paper_task import PaperTask
 from llama_jax.evaluate.published import published_tables
 from llama_jax.evaluate.report import RunInfo, Score, write_report
@@ -126,6 +127,11 @@ def test_json_is_stable(results, tmp_path):
     assert tree["tables"]["12"]["published"]["LLaMA 65B"]["age"] == 70.1
     assert tree["versions"]["jax"]
     assert tree["limit"] == 100
+
+
+def test_names_in_the_chart_are_plain_text(tmp_path):
+    bar = Bar("task $\\x$", 5.0, 1.0, {"LLaMA 7B": 3.0})
+    assert save_chart(tmp_path / "chart.png", [bar], "_model $\\frac{$")
 
 
 def test_no_chart_without_a_value_to_chart(results, tmp_path):
