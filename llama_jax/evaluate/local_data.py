@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llama_jax.data.tokenizer import check_text
 from llama_jax.evaluate.paper_task import TaskOptions
 from llama_jax.io import open_regular
 from llama_jax.prepare.records import (
@@ -171,6 +172,8 @@ def field(record: Record, name: str, kind: type) -> Any:
     if type(value) is not kind or (isinstance(value, str) and not value.strip()):
         given = f"it is {value!r:.60}" if name in record.value else f"fields: {_names(record)}"
         raise ValueError(f'{record.where}: field "{name}" must be {_TYPES[kind]}; {given}')
+    if isinstance(value, str):
+        check_text(f'{record.where}: field "{name}"', value)
     return value
 
 
@@ -182,6 +185,8 @@ def strings(record: Record, name: str, minimum: int = 1) -> list[str]:
             f'{record.where}: field "{name}" must be a list of at least {minimum} strings that are '
             f"not blank; it is {values!r:.60}"
         )
+    for value in values:
+        check_text(f'{record.where}: field "{name}"', value)
     return values
 
 

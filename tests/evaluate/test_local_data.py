@@ -104,6 +104,11 @@ def test_fields_are_checked(tmp_path):
         strings(record, "options")
     with pytest.raises(ValueError, match="at least 3 strings"):
         strings(record, "options", 3)
+    path.write_text('{"q": "\\ud800", "options": ["a", "\\ud800"]}\n')
+    (record,) = read_located(path)
+    for read in (lambda: field(record, "q", str), lambda: strings(record, "options")):
+        with pytest.raises(ValueError, match=r'line 1: field ".*" is not valid Unicode'):
+            read()
 
 
 def touch(*paths: Path) -> None:
