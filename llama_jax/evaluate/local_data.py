@@ -29,7 +29,7 @@ from llama_jax.prepare.records import (
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _SHARD = re.compile(r"-00000-of-(\d{5})(?=\.)")
 FILES_READ: set[Path] = set()
-"""All files that this process has read as records, for the hashes in the report."""
+"""All data files that this process has read, for the hashes in the report."""
 _TYPES = {
     str: "a string",
     int: "a whole number",
@@ -209,7 +209,10 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _read(path: Path, columns: tuple[str, ...] | None) -> Iterator[Record | BadLine]:
-    open_regular(path).close()  # a pipe or a Git LFS pointer is an error that says so
+    try:
+        open_regular(path).close()  # a pipe or a Git LFS pointer is an error that says so
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read: {e.strerror}") from None
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix in (".json", ".txt"):
         return _read_json(path)
@@ -222,7 +225,13 @@ def _read(path: Path, columns: tuple[str, ...] | None) -> Iterator[Record | BadL
     raise ValueError(f"{path}: expected a .jsonl, .json, .csv, .tsv or .parquet file")
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+      ValueError: damaged, or not UTF-8.
+    """
+    FILES_READ.add(path)
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
@@ -234,7 +243,7 @@ def _text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> Iterator[Record | BadLine]:
-    text = _text(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
         return read_array(path)
     try:
@@ -249,7 +258,7 @@ def _read_json(path: Path) -> Iterator[Record | BadLine]:
 
 def _read_table(path: Path, delimiter: str, columns: tuple[str, ...] | None) -> Iterator[Record]:
     """The rows of a table. In a .tsv file, quotation marks are ordinary characters."""
-    lines = io.StringIO(_text(path), newline="")  # keeps the line breaks inside quoted cells
+    lines = io.StringIO(read_text(path), newline="")  # keeps the line breaks inside quoted cells
     reader = csv.reader(
         lines,
         delimiter=delimiter,

@@ -144,6 +144,8 @@ def test_hellaswag_is_cleaned(tmp_path):
         ("winogrande", {"winogrande/dev.jsonl": [{**WINOGRANDE, "sentence": "No blank."}]},
          'must have "_"'),
         ("winogrande", {"winogrande/dev.jsonl": [{**WINOGRANDE, "answer": ""}]}, 'field "answer"'),
+        ("winogrande", {"winogrande/dev.jsonl": [{"query": "a", "choices": ["b", "c"], "gold": 0}]},
+         'field "sentence" must be a string; fields: query, choices, gold'),
         ("arc_easy", {"arc/ARC-Easy-Test.jsonl": [{**ARC, "answerKey": "D"}]},
          'answerKey is "D", and the labels of 3 choices are 1, 2, 3'),
         ("arc_easy", {"arc/ARC-Easy-Test.jsonl": [{**ARC_HUB, "choices": ["a", "b"]}]},

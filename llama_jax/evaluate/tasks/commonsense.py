@@ -10,7 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_jax.evaluate.local_data import MissingData, field, find, read_located, strings
+from llama_jax.evaluate.local_data import (
+    MissingData,
+    field,
+    find,
+    read_located,
+    read_text,
+    strings,
+)
 from llama_jax.evaluate.paper_task import PaperTask, TaskOptions
 from llama_jax.evaluate.tasks.local_task import Doc, local_task
 from llama_jax.prepare.records import Record
@@ -182,6 +189,8 @@ class _DataSet(NamedTuple):
 def _read(data_set: _DataSet, options: TaskOptions, download: str) -> list[Doc]:
     path = find(options, data_set.folders, data_set.patterns, download)
     records = _with_labels(path, read_located(path), download)
+    if data_set.to_doc is _winogrande:  # has a reshaped form of its own
+        return list(map(_winogrande, records))
     return [
         reshaped(record, data_set.start, data_set.end) or data_set.to_doc(record)
         for record in records
@@ -198,7 +207,7 @@ def _with_labels(path: Path, records: list[Record], download: str) -> list[Recor
         raise MissingData(
             f"{labels_path}, the right answers of {path.name}, is missing: {download}"
         )
-    labels = labels_path.read_text(encoding="utf-8").split()
+    labels = read_text(labels_path).split()
     if len(labels) != len(records):
         raise ValueError(
             f"{labels_path} has {len(labels)} labels; expected {len(records)}, one for each record "
