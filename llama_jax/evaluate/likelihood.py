@@ -22,8 +22,8 @@ from llama_jax.model.sharding import no_mesh, reshard
 
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Lengths of the rows of a batch: a segment is padded to the next one."""
-TOKENS_PER_CALL = LENGTHS[-1]
-"""Largest number of tokens of a batch with their padding."""
+TOKENS_PER_CALL = 512
+"""Largest number of tokens of a batch, with their padding."""
 CACHE_LENS = tuple(256 * 4**i for i in range(10))
 """Positions of the caches; the memory of a cache is proportional to it."""
 CACHE_POSITIONS = 16384
@@ -55,7 +55,7 @@ def score_continuations(
     for i, request in enumerate(requests):
         _check(engine, i, *request)
     rope_lengths = [_rope_length(engine, len(x) + len(y) - 1) for x, y in requests]
-    segments = build_tree(requests, rope_lengths, TOKENS_PER_CALL, TOKENS_PER_CALL)
+    segments = build_tree(requests, rope_lengths, LENGTHS[-1], TOKENS_PER_CALL)
     missing = [len(continuation) for _, continuation in requests]
     sums, greedy = [0.0] * len(requests), [True] * len(requests)
     for segment, scored in _read(engine, segments):
@@ -103,12 +103,14 @@ def _rope_length(engine: Engine, length: int) -> int:
 def _read(engine: Engine, segments: list[Segment]) -> Iterator[tuple[Segment, list[tuple]]]:
     """Compute all segments; yields each with its (position, token, log p, most likely token)."""
     cache_len = {}
+    # More than the context and a padded segment is never used.
+    largest = -(-(engine.cfg.context + TOKENS_PER_CALL) // COPY_BLOCK) * COPY_BLOCK
     for root in (s for s in segments if s.parent is None):
         below = [root]
         for segment in below:
             below += segment.children
         positions = max(s.start + _row_length(s) for s in below)
-        cache_len[root] = next(n for n in CACHE_LENS if n >= positions)
+        cache_len[root] = min(next(n for n in CACHE_LENS if n >= positions), largest)
     for n in sorted(set(cache_len.values()), reverse=True):
         roots = [root for root in cache_len if cache_len[root] == n]
         yield from _read_trees(engine, roots, n)
@@ -117,7 +119,7 @@ def _read(engine: Engine, segments: list[Segment]) -> Iterator[tuple[Segment, li
 def _read_trees(
     engine: Engine, roots: list[Segment], cache_len: int
 ) -> Iterator[tuple[Segment, list[tuple]]]:
-    caches = _Caches(engine, cache_len, 1 + max(root.height for root in roots))
+    caches = _Caches(engine, cache_len, max(2, *(root.num_caches for root in roots)))
     leaves: list[Segment] = []
     inner: dict[int, list[Segment]] = {}  # by depth
     add = lambda s: (inner.setdefault(s.depth, []) if s.children else leaves).append(s)
@@ -198,8 +200,8 @@ class _Caches:
         T, free, positions = 0, len(self.free), TOKENS_PER_CALL
         rows: list[Segment] = []
         for segment in reversed(ready):
-            # As many rows stay free as the segments below need, one below the other.
-            if segment.height > free:
+            replaces = segment.parent is not None and segment.parent.unread == 1
+            if segment.num_caches > free + replaces:  # its tree could not be read to the end
                 continue
             T = T or _row_length(segment)
             if rows and (len(rows) == self.batch(T) or segment.rope_length != rows[0].rope_length):
@@ -209,13 +211,11 @@ class _Caches:
                 break
             if segment.start + T <= self.cache_len:
                 rows.append(segment)
-                free -= bool(segment.children)
+                free -= bool(segment.children) and not replaces
         return rows, T
 
     def read(self, rows: list[Segment], T: int) -> list[list[tuple]]:
         """Compute a batch; returns (position, token, log p, most likely token) of each row."""
-        for segment in rows if rows[0].children else ():
-            segment.row = self.free.pop()
         batch = self._batch(rows, T)
         B = len(batch.counts_B)
         caches = self.of_batch.pop(B, None)
@@ -223,11 +223,6 @@ class _Caches:
         args = (self.engine.params, self.pool, caches, batch)
         out = self.engine.run("score continuations", _score_program, args, donated=(1, 2))
         self.pool, self.of_batch[B], *scored = out
-        for segment in rows:
-            if (parent := segment.parent) is not None:
-                parent.unread -= 1
-                if not parent.unread:
-                    self.free.append(parent.row)
         logprobs, best = (x.tolist() for x in map(np.asarray, scored))
         made: list[list[tuple]] = [[] for _ in rows]
         p = 0
@@ -248,8 +243,13 @@ class _Caches:
         for b, segment in enumerate(rows):
             tokens_BT[b, : segment.length] = segment.ids[segment.start : segment.end]
             counts_B[b], lengths_B[b] = segment.length, segment.start
-            parents_B[b] = 0 if segment.parent is None else segment.parent.row
-            rows_B[b] = segment.row
+            if (parent := segment.parent) is not None:
+                parents_B[b] = parent.row
+                parent.unread -= 1
+                if not parent.unread:
+                    self.free.append(parent.row)
+            if segment.children:
+                segment.row = rows_B[b] = self.free.pop()
             for position, tokens in segment.positions():
                 positions_P[p] = b * T + position - segment.start
                 targets_PN[p, : len(tokens)] = tokens

@@ -24,8 +24,8 @@ class Segment:
     targets: dict[int, dict[int, list[int]]] = dataclasses.field(default_factory=dict)
     """position -> next token to score there -> requests that contain it"""
     children: "list[Segment]" = dataclasses.field(default_factory=list)
-    height: int = 0
-    """of the tree of segments below; 0 for a leaf"""
+    num_caches: int = 0
+    """caches that are needed at a time to read the segments below; 0 for a leaf"""
     row: int = -1
     """of the pool of caches"""
     unread: int = 0
@@ -84,7 +84,9 @@ def build_tree(
             segment.parent.children.append(segment)
     for segment in sorted(out, key=lambda s: -s.end):
         segment.unread = len(segment.children)
-        segment.height = 1 + max((c.height for c in segment.children), default=-1)
+        needs = sorted(child.num_caches for child in segment.children)
+        # The child that is read last may replace its parent.
+        segment.num_caches = max([1, *needs[-1:], *(1 + n for n in needs[-2:-1])]) if needs else 0
     return out
 
 
