@@ -108,7 +108,7 @@ def test_harm_is_contained(run, tmp_path, monkeypatch):
             "secret variable": "import os\nassert os.environ['API_KEY']",
             "secret of any process": "import glob\nassert glob.glob('/proc/*/environ')",
             "devices": "import os\nassert os.listdir('/dev')",
-            "signals": f"import os\nos.kill({os.getpid()}, 0)",
+            "process ids of the machine": "import os\nassert os.getpid() > 9",
             "more memory": "import resource\n"
             "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nx = bytearray(10 << 30)",
             "memory of the kernel": "import os\nos.memfd_create('x')",
