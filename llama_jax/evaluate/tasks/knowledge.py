@@ -130,12 +130,13 @@ def _score(doc: Doc, results: list[tuple[float, bool]]) -> dict[str, float]:
 
 def _make(options: TaskOptions) -> Any:
     questions, examples = _documents(options)
-    if absent := [subject for subject in GROUP_OF if subject not in questions]:
-        print(
-            f"paper_mmlu: {len(absent)} of 57 subjects are not in the data folder and are left out "
-            f"of all averages: {', '.join(absent)}",
-            file=sys.stderr,
-        )
+    absent = [subject for subject in GROUP_OF if subject not in questions]
+    note = (
+        f"{len(absent)} of MMLU's 57 subjects are not in the data folder, and are left out of all "
+        f"averages: {', '.join(absent)}"
+    )
+    if absent:
+        print(note, file=sys.stderr)
     return local_task(
         "paper_mmlu",
         in_turn(questions[subject] for subject in sorted(questions)),
@@ -147,6 +148,7 @@ def _make(options: TaskOptions) -> Any:
         doc_to_choice="choices",
         doc_to_target="gold",
         process_results=_score,
+        metadata={"note": note} if absent else None,
     )
 
 
