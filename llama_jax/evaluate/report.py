@@ -39,6 +39,8 @@ class RunInfo(NamedTuple):
     """what generated code ran in; empty: no code was run"""
     missing: Mapping[str, str] = {}
     """tasks without a result, and why"""
+    notes: Sequence[str] = ()
+    """what tasks say about their data and their scores; filled in by :func:`write_report`"""
     seconds: float = 0.0
 
 
@@ -66,6 +68,7 @@ def write_report(output: Path, results: dict[str, Any], run: RunInfo) -> str:
       The tables as text for the terminal.
     """
     scores = all_scores(results)
+    run = run._replace(notes=task_notes(results))
     tables = [t for t in published_tables() if any(measured(t, scores))]
     charted = save_chart(output / "chart.png", _bars(tables, scores), run.model)
     report = to_json(scores, tables, run)
@@ -75,6 +78,13 @@ def write_report(output: Path, results: dict[str, Any], run: RunInfo) -> str:
 
 
 # Scores ------------------------------------------------------------------------------------------
+
+
+def task_notes(results: dict[str, Any]) -> list[str]:
+    """The notes that tasks have in the metadata of their configuration."""
+    configs = sorted(results.get("configs", {}).items())
+    notes = {task: (config.get("metadata") or {}).get("note") for task, config in configs}
+    return [f"{task}: {note}." for task, note in notes.items() if note]
 
 
 def all_scores(results: dict[str, Any]) -> dict[str, dict[str, Score]]:
@@ -163,7 +173,7 @@ def _notes(run: RunInfo) -> list[str]:
         )
     if run.sandbox:
         notes.append(f"Generated code ran in a sandbox: {run.sandbox}.")
-    return [line for note in notes for line in (note, "")][:-1]
+    return [line for note in [*notes, *run.notes] for line in (note, "")][:-1]
 
 
 def _results(scores: Scores, tables: Sequence[PublishedTable], run: RunInfo) -> list[str]:

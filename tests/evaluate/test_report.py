@@ -112,6 +112,18 @@ def test_files(results, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_notes_of_tasks(results, tmp_path):
+    results["configs"] = {
+        "wikitext": {"metadata": {"version": 1.0}},
+        "paper_piqa": {"metadata": {"note": "half of the data is missing"}},
+        "gsm8k": {},
+    }
+    for text in (write_report(tmp_path, results, RUN), (tmp_path / "report.md").read_text()):
+        assert "paper_piqa: half of the data is missing.\n" in text
+    notes = json.loads((tmp_path / "report.json").read_text())["notes"]
+    assert notes == ["paper_piqa: half of the data is missing."]
+
+
 def test_json_is_stable(results, tmp_path):
     """The same results in another order give the same bytes, except for the time."""
     reports = []
