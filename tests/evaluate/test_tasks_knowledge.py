@@ -136,7 +136,10 @@ def test_averages_are_over_questions(tmp_path, capsys):
     write_csv(tmp_path, "astronomy", count=1)
     task = TASK.make(TaskOptions(data=tmp_path))
     note = task.config.metadata["note"]
-    assert note.startswith("55 of MMLU's 57 subjects are not in the data folder")
+    assert note == (
+        "averages are over the 2 of MMLU's 57 subjects that are in the data folder, only anatomy, "
+        "astronomy"
+    )
     assert capsys.readouterr().err == note + "\n"
     assert scores(task, [-1, -2, -3, -4] * 4) == {
         "average": 0.5,
@@ -145,6 +148,20 @@ def test_averages_are_over_questions(tmp_path, capsys):
         "stem": 1.0,
         "astronomy": 1.0,
     }
+
+
+def test_a_missing_subject_is_named(tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    for subject in GROUP_OF:
+        if subject != "virology":
+            write_csv(tmp_path, subject, count=1)
+    task = TASK.make(TaskOptions(data=tmp_path))
+    assert "the 56 of MMLU's 57 subjects that" in task.config.metadata["note"]
+    assert task.config.metadata["note"].endswith("folder, without virology")
+    write_csv(tmp_path, "virology")
+    capsys.readouterr()
+    assert TASK.make(TaskOptions(data=tmp_path)).config.metadata is None
+    assert capsys.readouterr().err == ""
 
 
 def test_prompts_and_accuracy_of_a_real_model():
