@@ -6,18 +6,19 @@ Errors name the file and the line or record.
 import csv
 import fnmatch
 import gzip
+import hashlib
 import io
 import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from llama_jax.data.tokenizer import check_text
 from llama_jax.evaluate.paper_task import TaskOptions
-from llama_jax.io import open_regular
+from llama_jax.io import open_regular, sha256
 from llama_jax.prepare.records import (
     BadLine,
     Record,
@@ -111,6 +112,25 @@ def _files(data: Path, folders: list[str]) -> Iterator[tuple[Path, str]]:
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             if path.is_file() and not path.name.startswith("."):
                 yield path, path.relative_to(folder).as_posix()
+
+
+def hashes(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each file by its path; one for all files of a folder with more than 20 of them.
+
+    The hash of a folder is that of the lines ``sha256sum`` prints for its files, by name.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for path in sorted(set(files)):
+        folders.setdefault(path.parent, []).append(path)
+    found: dict[str, str] = {}
+    for folder, paths in folders.items():
+        digests = {str(path): sha256(path) for path in paths}
+        if len(paths) > 20:
+            lines = "".join(f"{digests[str(path)]}  {path.name}\n" for path in paths)
+            digest = hashlib.sha256(lines.encode()).hexdigest()
+            digests = {f"{folder} ({len(paths):,} files)": digest}
+        found |= digests
+    return found
 
 
 def read_records(path: Path, columns: tuple[str, ...] | None = None) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Files of the data sets: which file is found, which formats are read, what errors say."""
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from llama_jax.evaluate.local_data import (
     field,
     find,
     find_all,
+    hashes,
     read_located,
     read_records,
     strings,
@@ -169,6 +171,18 @@ def test_files_read_are_recorded(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": 2}\n{')
     assert len(read_located(tmp_path / "a.jsonl", count=2)) == 2
     assert tmp_path / "a.jsonl" in FILES_READ
+
+
+def test_hashes(tmp_path):
+    few, many = tmp_path / "few", tmp_path / "many"
+    touch(few / "b", few / "a", *(many / f"{i:02d}" for i in range(21)))
+    x = hashlib.sha256(b"x").hexdigest()
+    lines = "".join(f"{x}  {i:02d}\n" for i in range(21))
+    assert hashes([*many.iterdir(), *few.iterdir(), few / "a"]) == {
+        str(few / "a"): x,
+        str(few / "b"): x,
+        f"{many} (21 files)": hashlib.sha256(lines.encode()).hexdigest(),
+    }
 
 
 def test_no_data_folder(tmp_path):
