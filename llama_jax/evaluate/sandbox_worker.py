@@ -54,11 +54,10 @@ def forbid() -> None:
     _check(libc.prctl(no_new_privileges, 1, 0, 0, 0))
     version_3 = (ctypes.c_uint32 * 2)(0x20080522, 0)
     _check(libc.capset(version_3, (ctypes.c_uint32 * 6)()))
-    steps = _filter()
-    program = ctypes.create_string_buffer(steps, len(steps))
-    header = struct.pack("HP", len(steps) // 8, ctypes.addressof(program))
-    address = ctypes.addressof(ctypes.create_string_buffer(header, len(header)))
-    _check(libc.prctl(set_seccomp, filter_mode, address, 0, 0))
+    steps = ctypes.create_string_buffer(_filter())
+    count = (len(steps) - 1) // 8  # without the zero byte at the end
+    header = ctypes.create_string_buffer(struct.pack("HP", count, ctypes.addressof(steps)))
+    _check(libc.prctl(set_seccomp, filter_mode, ctypes.addressof(header), 0, 0))
 
 
 def _check(status: int) -> None:
