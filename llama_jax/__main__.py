@@ -9,6 +9,7 @@ VERBS = {
     "prepare": "tokenize text into token shards",
     "train": "pretrain or fine-tune a model",
     "generate": "sample text from a model, or chat with it",
+    "evaluate": "evaluate a model on the benchmarks of the LLaMA paper, or others",
     "convert": "convert weights between Meta, Hugging Face and Orbax",
     "verify": "check every file of a run, a checkpoint or prepared data",
     "plan": "predict memory, speed and cost of a run on any TPU or GPU",

@@ -17,25 +17,41 @@ _GRACE = 1.0
 """Maximum seconds from Ctrl-C to the end of the process."""
 
 
+class Status:
+    """The exit status of a command."""
+
+    code = 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     args = _parser().parse_intermixed_args(argv)
+    with command_errors() as status:
+        _answer(args)
+    return status.code
+
+
+@contextlib.contextmanager
+def command_errors() -> Iterator[Status]:
+    """Turn errors for people into one line, and Ctrl-C into "stopped"; sets the exit status."""
+    status = Status()
     with _interruptible() as interrupted:
         try:
-            return _answer(args)
+            yield status
         except BrokenPipeError:
             # The reader has exited, as in `| head -1`: discard the rest of the buffer.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
+            status.code = 141
         except BaseException as e:
             # A library interrupted during its import may raise another error.
             if isinstance(e, KeyboardInterrupt) or interrupted.is_set():
                 print("\nstopped", file=sys.stderr)
-                return 130
-            if isinstance(e, ValueError | MemoryError | OSError):
+                status.code = 130
+            elif isinstance(e, ValueError | MemoryError | OSError):
                 print(f"error: {e}", file=sys.stderr)
-                return 2
-            raise
+                status.code = 2
+            else:
+                raise
 
 
 def load(folder: str, **compute: Any) -> Any:
@@ -81,7 +97,7 @@ def _interruptible() -> Iterator[threading.Event]:
         os.close(reading)
 
 
-def _answer(args: argparse.Namespace) -> int:
+def _answer(args: argparse.Namespace) -> None:
     from llama_jax.data.tokenizer import check_text
     from llama_jax.generate.sampler import Greedy, Sample, check_integer, check_options
 
@@ -113,16 +129,15 @@ def _answer(args: argparse.Namespace) -> int:
     )
     if args.chat:
         _chat(llm, args.prompt, options)
-        return 0
+        return
     if args.prompt != "-":
         _continue(llm, args.prompt, args, options)
-        return 0
+        return
     for number, line in enumerate(sys.stdin, 1):
         try:
             _continue(llm, line.rstrip("\n"), args, options)
         except ValueError as e:
             raise ValueError(f"line {number}: {e}") from None
-    return 0
 
 
 def _continue(llm: Any, prompt: str, args: argparse.Namespace, options: dict[str, Any]) -> None:
