@@ -1,6 +1,7 @@
 """Every field of a record replaced: a document, or an error that names the place."""
 
 import copy
+import json
 
 import pytest
 
@@ -39,7 +40,8 @@ READERS = [
      {"article": "a", "questions": ["b"], "options": [["c", "d"]], "answers": ["A"]}),
 ]  # fmt: skip
 VALUES = (None, "", " ", "x", -1, 2, 9**99, 0.5, float("nan"), True, [], [[]], {}, ["x"], [None],
-          [{}], {"x": 1}, {"text": [1], "label": [[]]}, "[" * 999)  # fmt: skip
+          [{}], {"x": 1}, {"text": [1], "label": [[]]}, "[" * 999, "\ud800",
+          ["a", "\ud800"])  # fmt: skip
 
 
 def paths(value, path=()):
@@ -73,7 +75,8 @@ def test_every_field_replaced(number):
         for value in (..., *VALUES):
             damaged = replaced(record, path, value)
             try:
-                read(Record("file.jsonl line 7", damaged))
+                doc = read(Record("file.jsonl line 7", damaged))
+                json.dumps(doc, ensure_ascii=False).encode()  # text that can be tokenized
             except ValueError as e:
                 messages.append(str(e))
     assert [m for m in messages if not m.startswith("file.jsonl line 7") or "\n" in m] == []

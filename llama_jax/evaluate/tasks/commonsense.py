@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama_jax.data.tokenizer import check_text
 from llama_jax.evaluate.local_data import (
     MissingData,
     field,
@@ -110,6 +111,7 @@ def _hellaswag(record: Record) -> Doc:
     start, end = (record.value.get(name) for name in ("ctx_a", "ctx_b"))
     if not isinstance(start, str) or not isinstance(end, str):
         raise ValueError(f'{record.where}: fields "ctx_a" and "ctx_b" must be strings')
+    check_text(record.where, start + end)
     query = f"{field(record, 'activity_label', str)}: {start} {end.capitalize()}"
     choices = [clean(ending) for ending in strings(record, "endings", 2)]
     return choice_doc(record, clean(query), choices, label(record, "label", 0, len(choices)))

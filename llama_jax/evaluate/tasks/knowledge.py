@@ -99,8 +99,8 @@ def _read(path: Path, ending: str) -> dict[str, list[Doc]]:
         else:
             subject, choices = field(record, "subject", str), field(record, "choices", list)
             gold = label(record, "answer", 0, 4)
-            if len(choices) != 4:
-                raise ValueError(f"{record.where} has {len(choices)} choices; expected 4")
+            if len(choices) != 4 or not all(isinstance(choice, str) for choice in choices):
+                raise ValueError(f'{record.where}: "choices" must be four strings')
         if subject not in GROUP_OF:
             raise ValueError(f"{record.where}: {subject!r:.60} is not one of MMLU's 57 subjects")
         docs.setdefault(subject, []).append(_doc(record, subject, choices, gold))

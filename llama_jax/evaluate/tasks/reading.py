@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+from llama_jax.data.tokenizer import check_text
 from llama_jax.evaluate.local_data import field, find_all, read_located
 from llama_jax.evaluate.paper_task import PaperTask, TaskOptions
 from llama_jax.evaluate.tasks.commonsense import patterns
@@ -51,6 +52,7 @@ def _questions(record: Record) -> Iterator[_Question]:
         letters = "ABCDEFGH"[: len(field(part, "options", list))]
         if not all(isinstance(option, str) for option in options):
             raise ValueError(f"{part.where}: the options must be strings")
+        check_text(part.where, "".join(options))
         if field(part, "answer", str) not in tuple(letters):
             raise ValueError(
                 f"{part.where}: the answer must be a letter of {letters}, not {answer!r:.60}"
