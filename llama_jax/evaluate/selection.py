@@ -22,7 +22,7 @@ class Selection(NamedTuple):
     loaded: dict[str, Any]
     """what ``lm_eval.tasks.TaskManager.load`` returns"""
     missing: dict[str, str]
-    """tasks of a set whose data are not there, and what to download"""
+    """tasks of a set that cannot run, and what they need, such as data"""
     files: list[Path]
     """local files that were read"""
 
@@ -42,7 +42,7 @@ def select_tasks(names: Sequence[str], options: TaskOptions) -> Selection:
         .parquet) of the data folder DIR if there are such files, in place of the hub.
 
     Raises:
-      MissingData: a task that was named itself has no data, or no task of a set has.
+      MissingData: a task that was named itself cannot run, or no task of a set can.
       ValueError: an unknown name (the message has the nearest names), or a task that cannot be
         used.
     """
@@ -65,7 +65,7 @@ def select_tasks(names: Sequence[str], options: TaskOptions) -> Selection:
             missing[name] = str(e)
     if missing and not built and not others:
         raise MissingData(
-            f"no task of {', '.join(names)} has its data; the first, {next(iter(missing))}: "
+            f"no task of {', '.join(names)} can run; the first, {next(iter(missing))}: "
             f"{next(iter(missing.values()))}"
         )
     manager = harness.manager if harness else _task_manager((), False)

@@ -176,6 +176,32 @@ def test_refused_without_permission(options, name):
     assert "\n" not in str(error.value)
 
 
+def test_sets_without_permission(options, outcomes):
+    """A set runs without the tasks that cannot run, which it lists."""
+    pytest.importorskip("lm_eval")
+    from llama_jax.evaluate.selection import select_tasks
+
+    write(
+        options.data,
+        "winogender/templates.tsv",
+        "occupation(0)\tother-participant(1)\tanswer\tsentence\n"
+        "baker\tguest\t0\tThe $OCCUPATION told the $PARTICIPANT that $NOM_PRONOUN left.\n",
+    )
+    statistics = "occupation\tbls_pct_female\nbaker\t60\n"
+    write(options.data, "winogender/occupations-stats.tsv", statistics)
+    denied = options._replace(allow_code_execution=False)
+    selection = select_tasks(["bias", "code"], denied)
+    assert list(selection.loaded["tasks"]) == ["paper_winogender"]
+    assert "--allow-code-execution" in selection.missing["paper_humaneval"]
+    assert "--allow-code-execution" in selection.missing["paper_mbpp"]
+    with pytest.raises(MissingData, match=r"no task of code can run; .*--allow-code-execution"):
+        select_tasks(["code"], denied)
+    with pytest.raises(MissingData, match=r"paper_mbpp: .*--allow-code-execution"):
+        select_tasks(["bias", "paper_mbpp"], denied)
+    selection = select_tasks(["code"], options)
+    assert list(selection.loaded["tasks"]) == ["paper_humaneval", "paper_mbpp"]
+
+
 @pytest.mark.parametrize("name", ["paper_humaneval", "paper_mbpp"])
 def test_absent_data(tmp_path, name, outcomes):
     with pytest.raises(MissingData, match=r"download .*jsonl.* from .*github\.com"):

@@ -110,7 +110,7 @@ def test_the_command_writes_a_report(ask, files, tmp_path):
         (["--tasks", "hellaswag"], "datasets/Rowan/hellaswag, save it as DIR/hellaswag/"),
         (["--tasks", "humaneval"], "humaneval"),
         (["--tasks", "paper_piqa"], "paper_piqa: no data folder was given"),
-        (["--tasks", "commonsense"], "no task of commonsense has its data"),
+        (["--tasks", "commonsense"], "no task of commonsense can run"),
         (["--tasks", "commonsense", "--data", "nowhere"], "nowhere"),
         (["--tasks", "my_choice.yaml", "--chat-template"], "no chat template"),
         (["--tasks", "my_choice.yaml", "--limit", "0"], "--limit 0 must be 1 or more"),
