@@ -69,6 +69,11 @@ def place(tmp_path_factory) -> Path:
     zstd(folder / "web.jsonl.zst", lines.encode())
     record = lambda i: {"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."}
     (folder / "instructions.json").write_text(json.dumps([record(i) for i in range(300)]))
+    piqa = folder / "benchmark_data" / "piqa"
+    piqa.mkdir(parents=True)
+    question = '{"goal": "Cut bread.", "sol1": "Use a knife.", "sol2": "Use a spoon."}\n'
+    (piqa / "valid.jsonl").write_text(question)
+    (piqa / "valid-labels.lst").write_text("0\n")
     (folder / "books").mkdir()
     (folder / "books" / "a.txt").write_text("Call me Ishmael. Some years ago. " * 40)
     return folder
