@@ -18,6 +18,7 @@ from tqdm import tqdm
 from llama_jax.checkpoint.file_hashes import weights_sha256
 from llama_jax.checkpoint.steps import loaded_step
 from llama_jax.evaluate.journal import Journal
+from llama_jax.evaluate.local_data import hashes
 from llama_jax.evaluate.paper_task import TaskOptions
 from llama_jax.io import folder_lock, sha256
 
@@ -75,7 +76,7 @@ def evaluate(
             run = RunInfo(
                 model=name or llm.tokenizer.path.resolve().parent.name,
                 command=command,
-                data={str(path): sha256(path) for path in selection.files},
+                data=hashes(selection.files),
                 limit=limit,
                 truncated_prompts=sum(map(len, model.truncated.values())),
                 sandbox=_sandbox(selection, options),

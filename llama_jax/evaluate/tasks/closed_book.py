@@ -99,7 +99,7 @@ class _DataSet(NamedTuple):
 _NQ = _DataSet(
     "nq",
     ("nq", "naturalquestions", "natural_questions"),
-    patterns("nq_open.dev", "*validation*", "*dev*", "*test*"),
+    patterns("NQ-open.dev", "*validation*", "*dev*", "*test*"),
     patterns("*train*"),
     _nq,
     "download NQ-open.dev.jsonl (and NQ-open.train.jsonl for examples) from the folder nq_open of "
@@ -110,11 +110,11 @@ _TRIVIAQA = _DataSet(
     ("triviaqa", "trivia_qa"),
     # The filtered set is web-dev.json and wikipedia-dev.json, not unfiltered-web-dev.json.
     (
-        "w*_dev.json",
+        "w*-dev.json",
         *patterns("*rc.nocontext/validation*", "*rc*validation*", "*validation*", "*dev*"),
         *patterns("triviaqa*"),
     ),
-    ("wikipedia_train.json", "w*_train.json", *patterns("*rc.nocontext/train*", "*train*")),
+    ("wikipedia-train.json", "w*-train.json", *patterns("*rc.nocontext/train*", "*train*")),
     _triviaqa,
     "download triviaqa-rc.tar.gz from nlp.cs.washington.edu/triviaqa, or the data set "
     "mandarjoshi/trivia_qa (rc.nocontext) of the hub, and unpack it to DIR/triviaqa/",
