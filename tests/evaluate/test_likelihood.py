@@ -104,6 +104,14 @@ def test_random_trees_of_requests(engine, monkeypatch):
     assert len(engine._compiled) == compiled
 
 
+def test_a_row_near_the_end_of_the_cache(engine, monkeypatch):
+    """It is not read together with a longer row, whose padding the cache has no positions for."""
+    monkeypatch.setattr(likelihood, "LENGTHS", (8, 32))
+    monkeypatch.setattr(likelihood, "CACHE_LENS", (64, 256))
+    ids = np.random.default_rng(0).integers(0, 40, 80).tolist()
+    check(engine, [(ids[50:], [1]), (ids[:50], [1, 2]), (ids[:50], [3, 4])])
+
+
 def test_greedy(engine):
     requests = greedy_requests()
     check(engine, requests)
@@ -191,7 +199,10 @@ def test_logits_that_are_not_finite(engine):
     with pytest.raises(ValueError, match=r"request 1: .* after token 3 are NaN or infinite"):
         list(score_continuations(engine, [([1, 2], [3]), ([1, 2, 39], [3])]))
     params["embed"][39] = 0
-    params["unembed"][0, 5] = np.inf  # of a token that is not scored
+    # -inf for a token that is not scored, which the sum over all tokens does not show.
+    params["unembed"][0, 5] = np.inf
+    padded = np.asarray([[1, 2] + [0] * 158], np.int32)
+    params["unembed"][0, 5] *= -np.sign(_forward(CFG)(params, padded, 0)[1, 5])
     with pytest.raises(ValueError, match=r"request 0: .* NaN or infinite"):
         list(score_continuations(engine, [([1, 2], [3])]))
 
