@@ -49,6 +49,7 @@ RUN_ONCE = (
     "test_quantized_matmul",
     "test_add_rms_norm",
     "test_train",
+    "test_train_evaluate",
     "test_golden_run",
     "test_stopping",
     "test_finetune",

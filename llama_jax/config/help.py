@@ -13,6 +13,7 @@ from llama_jax.config.recipe import (
     CheckpointConfig,
     DataConfig,
     DpoConfig,
+    EvaluateConfig,
     LoraConfig,
     MeshConfig,
     OptimConfig,
@@ -28,6 +29,7 @@ SECTIONS = {
     "mesh": MeshConfig,
     "optim": OptimConfig,
     "train": TrainConfig,
+    "train.evaluate": EvaluateConfig,
     "lora": LoraConfig,
     "dpo": DpoConfig,
     "checkpoint": CheckpointConfig,
@@ -57,7 +59,7 @@ def settings() -> list[Setting]:
     out = [Setting("model.name", "str", "optional", models)]
     for section, cls in SECTIONS.items():
         for key, field in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
-            if (name := f"{section}.{key}") in ("model.rope", "data.sources"):
+            if (name := f"{section}.{key}") in ("model.rope", "data.sources", "train.evaluate"):
                 continue  # sections of their own
             default = "from model.name" if cls is ModelConfig else "required"
             if not field.is_required():

@@ -188,6 +188,30 @@ class OptimConfig:
 
 
 @checked
+class EvaluateConfig:
+    """Benchmarks of lm-evaluation-harness during training, on the weights in memory.
+
+    Example::
+
+      EvaluateConfig(tasks=("piqa", "paper_boolq"), every=1000, limit=200)
+    """
+
+    tasks: tuple[str, ...]
+    """tasks and task sets of this project and of the harness; only those that compare
+    log-likelihoods"""
+    every: Positive
+    """steps between evaluations; there is one at the end too"""
+    limit: Positive = 100
+    """questions of each task; training waits while they are answered"""
+    data: LocalPath = ""
+    """folder of local data, as for `llama-jax evaluate`; empty: tasks download their data"""
+
+    def __post_init__(self):
+        if not self.tasks:
+            raise ValueError("train.evaluate.tasks is empty; name at least one task")
+
+
+@checked
 class TrainConfig:
     """Training loop.
 
@@ -234,6 +258,8 @@ class TrainConfig:
     """maximum number of validation batches per source and evaluation"""
     early_stopping: NonNegative = 0
     """end the run after this many evaluations without a better validation loss; 0: never"""
+    evaluate: EvaluateConfig | None = None
+    """benchmarks during training: {tasks, every, limit, data}"""
     profile_steps: StepRange | None = None
     """[first, last] steps to profile (for TensorBoard or Perfetto)"""
     sample_prompts: tuple[str, ...] = ()

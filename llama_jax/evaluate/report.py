@@ -20,7 +20,7 @@ PACKAGES = ("jax", "jaxlib", "lm_eval", "datasets", "numpy")
 DAGGER = "†"
 CHARTED_MODELS = ("LLaMA 7B", "LLaMA 65B")
 MAIN_METRICS = ("acc_norm", "acc", "exact_match")
-"""Metrics of the harness's tasks that are charted first; else the first between 0 and 1."""
+"""Metrics that stand for a task of the harness; else its first one."""
 
 
 class RunInfo(NamedTuple):
@@ -143,6 +143,12 @@ def _metric(of_task: Mapping[str, Score], metric: str) -> Score | None:
     return next((score for name, score in of_task.items() if name.split(",")[0] == metric), None)
 
 
+def main_metric(task: str, of_task: Mapping[str, Score]) -> str:
+    """The metric that stands for a task; "" if it has none."""
+    first = TASKS[task].metrics if task in TASKS else MAIN_METRICS
+    return next((m for m in first if m in of_task), next(iter(of_task), ""))
+
+
 # Text --------------------------------------------------------------------------------------------
 
 
@@ -165,7 +171,9 @@ def _notes(run: RunInfo) -> list[str]:
     """What a reader must know before the numbers."""
     notes = []
     if run.limit is not None:
-        notes.append(f"First {run.limit:,} questions of each task: not comparable.")
+        notes.append(
+            f"First {run.limit:,} questions of each task: not comparable with published results."
+        )
     if run.truncated_prompts:
         notes.append(
             f"{run.truncated_prompts:,} prompts were longer than the context and were truncated "
@@ -198,7 +206,7 @@ def _results(scores: Scores, tables: Sequence[PublishedTable], run: RunInfo) -> 
     if run.missing:
         lines += ["## Tasks without a result", ""]
         lines += [f"- {task}: {reason}" for task, reason in run.missing.items()]
-    return lines if lines[-1] else lines[:-1]
+    return lines[:-1] if lines and not lines[-1] else lines
 
 
 def filled(table: PublishedTable, ours: Sequence[Score | None], model: str) -> list[list[str]]:
@@ -338,10 +346,9 @@ def _bars(tables: Sequence[PublishedTable], scores: Scores) -> list[Bar]:
                 }
                 bars.append(_bar(f"{table.short} {item}".strip(), score, published))
     for task in scores:
-        of_task = {k: s for k, s in scores[task].items() if 0 <= s.value <= 1}
-        name = next((m for m in MAIN_METRICS if m in of_task), next(iter(of_task), ""))
+        name = main_metric(task, {k: s for k, s in scores[task].items() if 0 <= s.value <= 1})
         if task not in TASKS and name:
-            bars.append(_bar(f"{task} {name}", of_task[name], {}))
+            bars.append(_bar(f"{task} {name}", scores[task][name], {}))
     return bars
 
 

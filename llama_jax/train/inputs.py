@@ -76,6 +76,21 @@ def open_pretrained(recipe: Recipe) -> Pretrained | None:
     return Pretrained(Path(folder), metadata, keeps_tokenizer)
 
 
+def model_tokenizer(recipe: Recipe, mixture: Mixture, pretrained: Pretrained | None) -> Tokenizer:
+    """The tokenizer with the files beside it in a checkpoint, which name its special tokens.
+
+    Args:
+      recipe: the run.
+      mixture: its data.
+      pretrained: the checkpoint from which a new run starts; None for a continued run.
+    """
+    if pretrained and pretrained.keeps_tokenizer:
+        return Tokenizer.load(pretrained.folder)
+    folder = Path(recipe.checkpoint.dir)
+    continued = (folder / "recipe.toml").exists()
+    return Tokenizer.load(folder if continued else mixture.tokenizer)
+
+
 def prepared_folder(recipe: Recipe) -> Path:
     """The folder of the token shards."""
     return Path(recipe.data.prepared or Path(recipe.checkpoint.dir) / "data")

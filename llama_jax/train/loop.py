@@ -5,8 +5,6 @@ sharded over the devices. Starting the same recipe again continues the run.
 """
 
 import contextlib
-import functools
-import math
 import signal
 import sys
 import time
@@ -21,26 +19,26 @@ from tqdm import tqdm
 
 from llama_jax import chips
 from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
-from llama_jax.checkpoint.steps import BEST_STEP, loaded_step_note, whole_steps
-from llama_jax.checkpoint.weights import check_weights, load_weights
-from llama_jax.config import ConfigError, Recipe, check_recipe, to_dict
+from llama_jax.checkpoint.steps import BEST_STEP, whole_steps
+from llama_jax.config import ConfigError, Recipe
 from llama_jax.data.batch import Batch, ShardBatch, abstract_batch
 from llama_jax.data.mixture import TrainData
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model.sharding import changed_settings, mesh_for
 from llama_jax.train import inputs, metrics, run_folder
+from llama_jax.train.benchmarks import Benchmarks, benchmark_lines, open_tasks
 from llama_jax.train.distributed import any_process
 from llama_jax.train.evaluation import Best, Evaluation, update_best
 from llama_jax.train.frozen import has_frozen, load_frozen
+from llama_jax.train.initial_state import check_pretrained, initial_state
 from llama_jax.train.interrupt import PreemptionHandler
-from llama_jax.train.optim import make_schedule
+from llama_jax.train.schedule import schedule_change, with_steps
 from llama_jax.train.step import (
     TrainState,
     abstract_state,
     check_attention,
     compute_config,
     flops_per_token,
-    init_state,
     make_eval_step,
     make_train_step,
 )  # fmt: skip
@@ -122,14 +120,19 @@ class Trainer:
         if self.saved and (moved := self.saved.set_aside):
             step = self.saved.restart_from
             log(f"going back to step {step}: newer checkpoints are now in {moved}")
+        tasks = open_tasks(recipe)
         try:
             self._open_data()
         except ValueError as e:
             raise ConfigError(str(e)) from e
-        self.recipe, self.steps = self._resolve_epochs(recipe)
+        self.recipe, line = with_steps(recipe, self.data.sequences_per_epoch)
+        self.steps: int = self.recipe.train.steps or 0
+        if line:
+            log(line)
         self.frozen = self._load_frozen()
         self.checkpoints = Checkpoints(self.folder, recipe.checkpoint.keep)
-        self.step, self.state = self._restore() if self.saved else (0, self._init_state())
+        self.benchmarks = self._open_benchmarks(tasks) if tasks else None
+        self.step, self.state = self._restore() if self.saved else (0, self._initial_state())
 
     def _open_data(self) -> None:
         recipe, preemption = self.recipe, self.preemption
@@ -152,22 +155,6 @@ class Trainer:
             self.mixture, recipe.data, recipe.train.batch_size, self.shard_batch.batch_rows
         )
         inputs.check_prompts(recipe, self.tokenizer)
-
-    def _resolve_epochs(self, recipe: Recipe) -> tuple[Recipe, int]:
-        """The recipe with train.steps in place of train.epochs, and these steps."""
-        train = recipe.train
-        if train.steps:
-            return recipe, train.steps
-        assert train.epochs
-        sequences = self.data.sequences_per_epoch
-        steps = max(1, math.ceil(train.epochs * sequences / train.batch_size - 1e-9))
-        log(
-            f"{train.epochs:g} epochs of {sequences:,} sequences are {steps:,} steps of "
-            f"{train.batch_size} sequences"
-        )
-        tree = to_dict(recipe)
-        tree["train"] |= {"steps": steps, "epochs": None}
-        return check_recipe(tree, f"train.epochs={train.epochs:g}"), steps
 
     def _restore(self) -> tuple[int, TrainState]:
         """Step and state of the newest checkpoint."""
@@ -198,23 +185,20 @@ class Trainer:
             inputs.check_base(self.recipe)
         return (load_frozen(self.recipe, self.compute, self.mesh),)
 
-    def _init_state(self) -> TrainState:
-        """Random weights, those of ``train.init_from``, or new adapters; and a new optimizer
-        state."""
-        abstract = abstract_state(self.recipe, self.compute, self.mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        init = functools.partial(init_state, self.recipe, self.compute)
-        state = jax.jit(init, out_shardings=shardings)()
-        if (folder := self.recipe.train.init_from) and not self.recipe.lora:
-            if not self.frozen:
-                self._check_pretrained()
-            state = state._replace(params=load_weights(folder, abstract.params))
-        return state
+    def _open_benchmarks(self, tasks: Any) -> Benchmarks:
+        tokenizer = inputs.model_tokenizer(self.recipe, self.mixture, self.pretrained)
+        benchmarks = Benchmarks(self.recipe, self.compute, tasks, tokenizer, self.shard_batch)
+        log(benchmarks.line())
+        return benchmarks
+
+    def _initial_state(self) -> TrainState:
+        recipe = self.recipe
+        if recipe.train.init_from and not recipe.lora and not self.frozen:
+            self._check_pretrained()
+        return initial_state(recipe, self.compute, self.mesh)
 
     def _check_pretrained(self) -> None:
-        """Check the files of ``train.init_from``, and log which step is read if not the newest."""
-        check_weights(self.recipe.train.init_from)
-        if note := loaded_step_note(self.recipe.train.init_from):
+        if note := check_pretrained(self.recipe):
             log(note)
 
     def train(self) -> bool:
@@ -230,15 +214,20 @@ class Trainer:
             self.data.close()
             self.checkpoints.close()
             return False
-        self.metrics_log = metrics.MetricsLog(self.folder, self.step)
+        self.metrics_log = metrics.MetricsLog(self.folder, self.step if self.saved else -1)
         with self._closing():
             if self.step >= steps:  # stopped at the last step, before its evaluation
                 self.preemption.phase("evaluating")
                 self._evaluate()
+                if self.benchmarks:
+                    self._run_benchmarks()
                 log(f"done: the last evaluation of {self.folder}")
                 return True
             train_step = self._compile()
             self._write_start()
+            if self._benchmarks_due() and not self._has_record("benchmark"):
+                self.preemption.phase("evaluating")
+                self._run_benchmarks()
             self.preemption.phase(f"training {self.folder}", saves=True)
             with tqdm(
                 total=steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True
@@ -269,12 +258,14 @@ class Trainer:
         to do."""
         if self._stops_early():
             return f"{self._early_stop()}; increase train.early_stopping to continue"
-        records = metrics.read_records(self.folder / "metrics.jsonl")
-        evaluated = any(r["kind"] == "eval" and r["step"] == self.step for r in records)
-        if self.step < self.steps or not evaluated:
+        if self.step < self.steps or not self._has_record("eval"):
             return ""
         setting = "train.epochs" if self.given.train.epochs else "train.steps"
         return f"{self.step} steps; increase {setting} to continue"
+
+    def _has_record(self, kind: str) -> bool:
+        records = metrics.read_records(self.folder / "metrics.jsonl")
+        return any(r["kind"] == kind and r["step"] == self.step for r in records)
 
     def _stops_early(self) -> bool:
         patience = self.recipe.train.early_stopping
@@ -326,20 +317,9 @@ class Trainer:
         else:
             for line in run_folder.lines(self.saved.changes):
                 log(f"from step {self.step} on, {line}")
-            self._log_schedule(self.saved)
+            if line := schedule_change(self.saved, self.recipe, self.step, self.data):
+                log(line)
         run_folder.record(self.folder, self.given, self.saved, self.step)
-
-    def _log_schedule(self, saved: run_folder.SavedRun) -> None:
-        """Log the learning rate of a continued run whose schedule changes."""
-        if not {"train.steps", "train.epochs", "optim.peak_lr"} & saved.changes.keys():
-            return
-        steps_before = self._resolve_epochs(saved.recipe)[1]
-        before = float(make_schedule(saved.recipe.optim, steps_before)(self.step))
-        now = float(make_schedule(self.recipe.optim, self.steps)(self.step))
-        log(
-            f"the learning rate follows the schedule of all {self.steps} steps: {now:.2e} after "
-            f"step {self.step}, {before:.2e} by the old settings"
-        )
 
     def _loop(self, train_step: Any, bar: tqdm) -> None:
         train, checkpoint = self.recipe.train, self.recipe.checkpoint
@@ -359,17 +339,20 @@ class Trainer:
             unchecked.append((self.step, batch_number, step_metrics))
             stop, last = bool(stop_requested), self.step == self.steps
             evaluate = last or (train.eval_every and self.step % train.eval_every == 0)
+            benchmarks = self._benchmarks_due()
             save = last or stop or self.step % checkpoint.save_every == 0
             save |= bool(evaluate and must_evaluate)
-            check = save or evaluate or self.step % train.log_every == 0
+            check = save or evaluate or benchmarks or self.step % train.log_every == 0
             # Otherwise check the previous step while this one runs, so that the devices never wait
             # for the host.
             while len(unchecked) > (0 if check else 1):
                 self._check(*unchecked.pop(0), timer)
             bar.update()
-            if evaluate and (must_evaluate or not stop):
-                with timer.paused():
+            with timer.paused():
+                if evaluate and (must_evaluate or not stop):
                     self._evaluate()
+                if benchmarks and not stop:
+                    self._run_benchmarks()
             if save:
                 # A copy of the losses: Orbax writes the record later, during the next steps.
                 record = {
@@ -447,3 +430,16 @@ class Trainer:
         self.metrics_log.write(record)
         self.evaluated_step = self.step
         self.best = update_best(self.best, self.step, record["loss"])
+
+    def _benchmarks_due(self) -> bool:
+        return self.benchmarks is not None and self.benchmarks.due(self.step, self.steps)
+
+    def _run_benchmarks(self) -> None:
+        assert self.benchmarks
+        try:
+            record = self.benchmarks(self.step, self.state.params, *self.frozen)
+        except ValueError as e:
+            raise TrainingError(f"step {self.step}: train.evaluate: {e}") from e
+        for line in benchmark_lines(record):
+            log(line)
+        self.metrics_log.write(record)

@@ -21,6 +21,7 @@ from llama_jax.data.sequences import Source
 from llama_jax.io import atomic_write, save_figure
 from llama_jax.model.compute import ComputeConfig
 from llama_jax.model.lora import num_adapter_params
+from llama_jax.train.benchmarks import plot_benchmarks
 from llama_jax.train.frozen import frozen_format
 from llama_jax.versions import source_version
 
@@ -29,7 +30,7 @@ LINE_WIDTH = 120
 """Largest width of a log line, in columns."""
 
 Record = dict[str, Any]
-"""One line of ``metrics.jsonl``: "kind" ("train" or "eval"), "step", and numbers."""
+"""One line of ``metrics.jsonl``: "kind" ("train", "eval" or "benchmark"), "step", and numbers."""
 
 
 class MetricsLog:
@@ -40,11 +41,11 @@ class MetricsLog:
 
     Args:
       folder: the run folder.
-      step: the step from which the run continues; 0 for a new run.
+      step: the step from which the run continues; -1 for a new run.
 
     Example::
 
-      log = MetricsLog(Path("checkpoints/tiny"), step=0)
+      log = MetricsLog(Path("checkpoints/tiny"), step=-1)
       log.write({"kind": "train", "step": 1, "tokens": 2048, "loss": 8.3})
       log.close("2.6M parameters")
     """
@@ -77,10 +78,11 @@ class MetricsLog:
             self._board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
 
     def close(self, title: str) -> None:
-        """Plot the losses and close the files."""
+        """Plot the losses and the benchmarks, and close the files."""
         if self.active:
             self._board.close()
             plot_losses(self.records, self._picture, title)
+            plot_benchmarks(self.records, self._picture.with_name("benchmarks.png"), title)
 
 
 def read_records(path: Path) -> list[Record]:

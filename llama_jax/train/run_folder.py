@@ -28,7 +28,7 @@ RESUMABLE_SETTINGS = (
     "data.skip_bad_lines", "data.sources.*.path", "train.gradient_accumulation", "train.remat",
     "train.unroll", "train.loss_chunk",
     "train.attention", "train.log_every", "train.eval_every", "train.eval_batches",
-    "train.early_stopping",
+    "train.early_stopping", "train.evaluate", "train.evaluate.*",
     "train.profile_steps", "train.sample_prompts", "train.restart_from",
     "train.allow_other_tokenizer",
 )  # fmt: skip

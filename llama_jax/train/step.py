@@ -68,7 +68,7 @@ def check_attention(recipe: Recipe, mesh: Mesh) -> None:
     keys = shape(S, cfg.num_kv_heads)
 
     def attend(q, k, v, positions, kv_positions):
-        segmented = recipe.data.has_segments
+        segmented = recipe.data.has_segments or recipe.train.evaluate is not None
         return rotary_attention(
             q, k, v, positions, rope_of(cfg, jnp.int32(S)), kv_positions_BS=kv_positions,
             segment_ids_BT=positions if segmented else None,
@@ -194,26 +194,34 @@ def make_train_step(
     return train_step
 
 
-def make_sums(recipe: Recipe, compute: ComputeConfig) -> Callable[..., tuple[jax.Array, dict]]:
-    """The function ``(params, microbatch, *frozen, key)`` -> sums of the loss and of other metrics
-    over the targets, or the pairs, that count."""
-    chunk = recipe.train.loss_chunk
+def _make_models(recipe: Recipe, compute: ComputeConfig) -> tuple[Callable, Callable]:
+    """The functions params -> model, and (params in training, frozen arguments, key of the
+    dropout) -> model in training."""
     graphdef = functools.cache(functools.partial(structure, recipe.model, compute))
-    beta = recipe.dpo.beta if recipe.dpo else 0.0
 
     def build(params: Params) -> Llama:
         return merge(graphdef(0 in params["blocks"]), params)
 
-    def model_of(params: Params, frozen: tuple, key: jax.Array | None) -> Llama:
+    def build_trained(params: Params, frozen: tuple, key: jax.Array | None) -> Llama:
         if recipe.lora:
             params = with_adapters(frozen[0], params, recipe.lora, key)
         return build(params)
 
+    return build, build_trained
+
+
+def make_sums(recipe: Recipe, compute: ComputeConfig) -> Callable[..., tuple[jax.Array, dict]]:
+    """The function ``(params, microbatch, *frozen, key)`` -> sums of the loss and of other metrics
+    over the targets, or the pairs, that count."""
+    chunk = recipe.train.loss_chunk
+    beta = recipe.dpo.beta if recipe.dpo else 0.0
+    build, build_trained = _make_models(recipe, compute)
+
     def language_model(params, microbatch, *frozen, key=None):
-        return nll_sum(model_of(params, frozen, key), microbatch, chunk), {}
+        return nll_sum(build_trained(params, frozen, key), microbatch, chunk), {}
 
     def preferences(params, microbatch, reference, key=None):
-        policy = model_of(params, (reference,), key)
+        policy = build_trained(params, (reference,), key)
         reference_BT = -masked_nll(build(reference), microbatch, chunk)
         policy_BT = -masked_nll(policy, microbatch, chunk)
         reference_BT = jax.lax.stop_gradient(reference_BT)
@@ -263,18 +271,30 @@ def masked_nll(llama: Llama, batch: Batch, chunk: int) -> jax.Array:
       batch: one microbatch, [B, T].
       chunk: as for :func:`nll_sum`.
     """
+    return _per_target(
+        llama, batch, chunk, lambda logits, targets, mask: token_nll(logits, targets) * mask
+    )
+
+
+def _per_target(llama: Llama, batch: Batch, chunk: int, compute: Callable[..., Any]) -> Any:
+    """Arrays [B, T] that ``compute`` makes of the logits, targets and mask of each chunk."""
     chunks, num_chunks = _loss_chunks(llama, batch, chunk)
-    chunk_nll = lambda x, targets, mask: token_nll(llama.logits(x), targets) * mask
+    on_chunk = lambda x, targets, mask: compute(llama.logits(x), targets, mask)
     if num_chunks == 1:
-        return chunk_nll(*chunks)
-    body = jax.checkpoint(lambda _, a: (None, chunk_nll(*a)))
-    _, nll_CBT = jax.lax.scan(body, None, chunks)
+        return on_chunk(*chunks)
+    body = jax.checkpoint(lambda _, a: (None, on_chunk(*a)))
+    _, out_CBT = jax.lax.scan(body, None, chunks)
+    return jax.tree.map(functools.partial(_join_positions, llama, batch), out_CBT)
+
+
+def _join_positions(llama: Llama, batch: Batch, a_CBT: jax.Array) -> jax.Array:
+    """Chunks, the inverse of :func:`_split_positions`, as [B, T]."""
     shape = batch.targets_BT.shape
-    nll_BTC = jnp.moveaxis(nll_CBT, 0, 2)
+    a_BTC = jnp.moveaxis(a_CBT, 0, 2)
     if no_mesh():
-        return nll_BTC.reshape(shape)
+        return a_BTC.reshape(shape)
     BT = llama.compute.rules.activation_without_tensor("BT")
-    return nll_BTC.reshape(shape, out_sharding=BT)
+    return a_BTC.reshape(shape, out_sharding=BT)
 
 
 def _loss_chunks(llama: Llama, batch: Batch, chunk: int) -> tuple[tuple, int]:
@@ -366,3 +386,22 @@ def make_eval_step(recipe: Recipe, compute: ComputeConfig) -> Callable[..., Any]
         return {"loss": loss, **others, "pairs": num_pairs(batch.microbatch(0), compute)}
 
     return eval_step
+
+
+def make_score_step(recipe: Recipe, compute: ComputeConfig) -> Callable[..., Any]:
+    """The function to compile: (params, batch, *frozen) -> two arrays [B, T], on every device:
+    log p of each target that counts (float32; 0 of the others), and whether no other token is more
+    likely."""
+    _, build_trained = _make_models(recipe, compute)
+
+    def score(logits_BTV, targets_BT, mask_BT):
+        chosen_BTV = jnp.where(_is_target(logits_BTV, targets_BT), logits_BTV, -jnp.inf)
+        greedy_BT = jnp.max(chosen_BTV, axis=-1) == jnp.max(logits_BTV, axis=-1)
+        return -token_nll(logits_BTV, targets_BT) * mask_BT, greedy_BT
+
+    def score_step(params: Params, batch: Batch, *frozen: Params) -> tuple[jax.Array, jax.Array]:
+        model = build_trained(params, frozen, None)
+        out = _per_target(model, batch.microbatch(0), recipe.train.loss_chunk, score)
+        return jax.tree.map(lambda a: reshard(a, P()), out)
+
+    return score_step

@@ -14,6 +14,7 @@ from llama_jax.evaluate.chart import Bar, save_chart
 from llama_jax.evaluate.paper_task import PaperTask
 from llama_jax.evaluate.published import published_tables
 from llama_jax.evaluate.report import RunInfo, Score, write_report
+from llama_jax.evaluate.task_sets import TASKS
 
 TABLES = {table.number: table for table in published_tables()}
 RUN = RunInfo(
@@ -87,7 +88,7 @@ def test_files(results, tmp_path):
     text = write_report(tmp_path, results, RUN)
     markdown = (tmp_path / "report.md").read_text()
     for part in (text, markdown):
-        assert "First 100 questions of each task: not comparable." in part
+        assert "First 100 questions of each task: not comparable with published results." in part
         assert "3 prompts were longer than the context" in part
         assert "sandbox: bubblewrap 0.8.0" in part
         assert "- paper_nq_0shot: NQ-open.dev.jsonl is missing" in part
@@ -175,6 +176,17 @@ def test_every_table_is_complete():
     }
     assert models >= {f"LLaMA {size}B" for size in (7, 13, 33, 65)}
     assert models >= {"GPT-3 175B", "Gopher 280B", "Chinchilla 70B", "PaLM 540B"}
+
+
+def test_every_task_of_ours_has_its_place():
+    """Each item of a table is a metric of a task of the same set, and each task is in a table."""
+    shown = set()
+    for table in TABLES.values():
+        for task, _, metric in (name.partition("/") for name in table.ours if name):
+            assert TASKS[task].table == table.set, task
+            assert not metric or metric in TASKS[task].metrics, (task, metric)
+            shown.add(task)
+    assert shown == set(TASKS)
 
 
 def test_crows_pairs_average():
