@@ -25,8 +25,9 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
         raise ValueError(
             "evaluation needs lm-evaluation-harness: pip install 'llama_jax[eval]'"
         ) from None
+    from llama_jax.evaluate.load import load_model
     from llama_jax.evaluate.paper_task import TaskOptions
-    from llama_jax.evaluate.run import evaluate, load_model, quiet
+    from llama_jax.evaluate.run import evaluate, quiet
     from llama_jax.evaluate.selection import select_tasks
 
     for name, value in (("limit", args.limit), ("samples", args.samples)):

@@ -139,7 +139,7 @@ class HarnessModel(TemplateLM):
         Raises:
           ValueError: an unknown argument, or no checkpoint.
         """
-        from llama_jax.evaluate.run import load_model
+        from llama_jax.evaluate.load import load_model
 
         known = ("checkpoint", "adapter", "dtype", "quantize", "cache", "tensor")
         if unknown := [name for name in arg_dict if name not in known]:

@@ -15,6 +15,7 @@ import pytest
 from harness_tools import CFG, CHATML, chatml_folder, llama_folder, tiny
 
 pytest.importorskip("lm_eval")
+import llama_jax.evaluate.load as load
 import llama_jax.evaluate.run as run
 from llama_jax.__main__ import main as command
 from llama_jax.evaluate.paper_task import TaskOptions
@@ -76,7 +77,7 @@ def files(tmp_path_factory):
 @pytest.fixture
 def ask(llm, monkeypatch, capsys, tmp_path):
     """The command on a small model: exit status, standard output, error output."""
-    monkeypatch.setattr(run, "load_model", lambda checkpoint, **_: llm)
+    monkeypatch.setattr(load, "load_model", lambda checkpoint, **_: llm)
     monkeypatch.chdir(tmp_path)
 
     def ask(*args):
