@@ -5,6 +5,7 @@ Releases of the harness after 0.4.13 find the model by its entry point, and plai
     python -m llama_jax.evaluate.lm_eval --model llama_jax --model_args checkpoint=PATH --tasks ...
 """
 
+import os
 import sys
 
 from llama_jax.generate.__main__ import command_errors
@@ -16,6 +17,8 @@ def main() -> int:
     """Command line of ``lm_eval``; returns the exit status."""
     with command_errors() as status:
         register()
+        # Its processes for bootstrap are forks, which may hang with the threads of jax.
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
         from lm_eval.__main__ import cli_evaluate
 
         cli_evaluate()

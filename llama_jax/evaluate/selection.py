@@ -93,6 +93,7 @@ class _Harness:
 
     def __init__(self, data: Path | None, names: list[str]):
         from lm_eval.tasks._factory import TaskFactory
+        from lm_eval.tasks._index import TaskIndex
 
         if data is not None and not data.is_dir():
             raise ValueError(f"the data folder {data} does not exist or is not a folder")
@@ -100,6 +101,10 @@ class _Harness:
         paths = [Path(n) for n in names if Path(n).suffix in (".yaml", ".yml")]
         if absent := [path for path in paths if not path.is_file()]:
             raise ValueError(f"the task file {absent[0]} does not exist")
+        for path in paths:
+            with _task_errors(str(path), {}, data):
+                if TaskIndex.entry_from_path(path) is None:
+                    raise ValueError("it has no name")
         # A group in a file may name tasks of files beside it, and tasks of the harness.
         folders = tuple(dict.fromkeys(path.resolve().parent for path in paths))
         groups = any("group:" in path.read_text(errors="replace") for path in paths)

@@ -67,6 +67,8 @@ def llm(tmp_path_factory):
 def files(tmp_path_factory):
     """Task files, and the data that they name."""
     folder = tmp_path_factory.mktemp("tasks")
+    (folder / "my_bad.yaml").write_text("task: [")
+    (folder / "my_nameless.yaml").write_text("output_type: multiple_choice")
     data = folder / "docs.jsonl"
     data.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
     for name, text in (("my_choice", CHOICE), ("my_text", GENERATE)):
@@ -113,6 +115,8 @@ def test_the_command_writes_a_report(ask, files, tmp_path):
         (["--tasks", "paper_piqa"], "paper_piqa: no data folder was given"),
         (["--tasks", "commonsense"], "no task of commonsense can run"),
         (["--tasks", "commonsense", "--data", "nowhere"], "nowhere"),
+        (["--tasks", "my_bad.yaml"], "my_bad.yaml cannot be loaded"),
+        (["--tasks", "my_nameless.yaml"], "my_nameless.yaml cannot be loaded"),
         (["--tasks", "my_choice.yaml", "--chat-template"], "no chat template"),
         (["--tasks", "my_choice.yaml", "--limit", "0"], "--limit 0 must be 1 or more"),
     ],
