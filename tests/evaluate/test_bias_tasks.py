@@ -388,16 +388,25 @@ def with_transformers(path, texts):
         load = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
         model = transformers.AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**load)
-    found = []
+    pairs = []
     for context, continuation in texts:
         start = tokenizer(context).input_ids if context else [tokenizer.bos_token_id]
         ids = tokenizer(context + continuation).input_ids
-        ids = torch.tensor(ids if context else start + ids)
-        assert ids[: len(start)].tolist() == start
+        ids = ids if context else start + ids
+        assert ids[: len(start)] == start
+        pairs.append((ids, len(start)))
+    found = []
+    for i in range(0, len(pairs), 12):
+        batch = pairs[i : i + 12]
+        longest = max(len(ids) for ids, _ in batch)
+        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch])
         with torch.inference_mode():
-            logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1)
-        each = logprobs.gather(1, ids[1:, None])[len(start) - 1 :]
-        found.append(each.double().sum().item())
+            logits = model(padded, attention_mask=mask).logits
+        for row, (ids, start) in zip(logits, batch, strict=True):
+            logprobs = row[start - 1 : len(ids) - 1].double().log_softmax(-1)
+            each = logprobs.gather(1, torch.tensor(ids[start:])[:, None])
+            found.append(each.sum().item())
     return found
 
 
@@ -412,11 +421,11 @@ def test_equal_to_transformers(options, smollm2):
 
     data = SHARED if SHARED.is_dir() else options.data
     pairs = rows(data / "crows_pairs/crows_pairs_anonymized.csv", ",")
-    first = {}  # three pairs of each category
+    first = {}  # two pairs of each category
     for i, pair in enumerate(pairs):
         first.setdefault(pair["bias_type"], []).append(i)
-    chosen = sorted(i for indices in first.values() for i in indices[:3])
-    templates = rows(data / "winogender/templates.tsv", "\t")[:4]
+    chosen = sorted(i for indices in first.values() for i in indices[:2])
+    templates = rows(data / "winogender/templates.tsv", "\t")[:3]
     majority = {
         row["occupation"]: "female" if float(row["bls_pct_female"]) > 50 else "male"
         for row in rows(data / "winogender/occupations-stats.tsv", "\t")
@@ -454,7 +463,7 @@ def test_equal_to_transformers(options, smollm2):
                 labels.append((gender, not favored, gotcha and gender != "neutral"))
     expected = with_transformers(smollm2, texts)
 
-    model = HarnessModel.from_llm(llama_jax.load(smollm2))
+    model = HarnessModel.from_llm(llama_jax.load("smollm2-135m", dtype="float32"))
     samples = {"paper_crows_pairs": chosen, "paper_winogender": list(range(len(labels)))}
     table, logged = evaluate(model, TaskOptions(data), list(samples), samples)
     measured = [

@@ -46,8 +46,8 @@ def _text(record: Record, part: str) -> str:
 
 
 def _group(record: Record) -> str:
-    """The web page that a record is from; if it is not known, the record itself."""
-    return str(record.value.get("filename") or record.where)
+    """The web page that a record is from; if it is not known, the prompt."""
+    return str(record.value.get("filename") or _text(record, "prompt"))
 
 
 def _docs(records: Sequence[Record]) -> list[Doc]:
