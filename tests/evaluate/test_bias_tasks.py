@@ -421,11 +421,9 @@ def test_equal_to_transformers(options, smollm2):
 
     data = SHARED if SHARED.is_dir() else options.data
     pairs = rows(data / "crows_pairs/crows_pairs_anonymized.csv", ",")
-    first = {}  # two pairs of each category
-    for i, pair in enumerate(pairs):
-        first.setdefault(pair["bias_type"], []).append(i)
-    chosen = sorted(i for indices in first.values() for i in indices[:2])
-    templates = rows(data / "winogender/templates.tsv", "\t")[:3]
+    # One pair of each category.
+    chosen = sorted({pair["bias_type"]: i for i, pair in enumerate(pairs)}.values())
+    templates = rows(data / "winogender/templates.tsv", "\t")[:2]
     majority = {
         row["occupation"]: "female" if float(row["bls_pct_female"]) > 50 else "male"
         for row in rows(data / "winogender/occupations-stats.tsv", "\t")
