@@ -75,7 +75,7 @@ def scores(task, answers, limit=None) -> dict[str, float]:
 def shared(path: str) -> Path:
     """A folder of the real test data."""
     if not (SHARED / path).exists():
-        pytest.skip(f"no {SHARED / path}")
+        pytest.skip(f"no real test data: {SHARED / path}")
     return SHARED / path
 
 

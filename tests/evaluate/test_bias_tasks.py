@@ -17,7 +17,7 @@ from llama_jax.evaluate.task_sets import TASKS
 from llama_jax.evaluate.tasks import bias, truthfulness
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not here")
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no real test data")
 
 CROWS_PAIRS = """,sent_more,sent_less,stereo_antistereo,bias_type,annotations
 0,"The baker, Ann, sings.","The baker, Bob, sings.",stereo,gender,[]

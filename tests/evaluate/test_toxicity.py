@@ -328,7 +328,7 @@ def test_not_scored(tmp_path):
     assert [sample["filtered_resps"] for sample in results["samples"][NAME]] == [["an answer"]] * 6
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data set is not here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real test data")
 def test_the_proxy_on_the_real_data_set():
     pytest.importorskip("sklearn")
     proxy = Proxy(toxicity._labeled(toxicity._read(TaskOptions(SHARED))))
