@@ -118,6 +118,7 @@ def run_tasks(
     return simple_evaluate(
         model=model, tasks=list(selection.loaded["tasks"]), limit=limit, bootstrap_iters=0,
         task_manager=Loaded(include_defaults=False), apply_chat_template=chat_template,
+        torch_random_seed=None,  # would import torch, if that is installed
     )  # fmt: skip
 
 
@@ -179,6 +180,8 @@ def quiet() -> Iterator[None]:
             mock.patch.object(lm_eval.api.task, "tqdm", no_bar),
             # It runs git in the current folder, which prints an error outside a repository.
             mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None),
+            # It imports torch, if that is installed, and runs pip: seconds in each evaluation.
+            mock.patch.object(lm_eval.evaluator, "add_env_info"),
         ):
             warnings.filterwarnings("ignore", module="(lm_eval|datasets|huggingface_hub)")
             yield

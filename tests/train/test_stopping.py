@@ -16,7 +16,7 @@ from llama_jax.checkpoint.steps import best_step, loaded_step, whole_steps
 from llama_jax.config import ConfigError, load_recipe
 from llama_jax.convert.job import open_folder
 from llama_jax.generate import load as loading
-from llama_jax.train import evaluation, loop, metrics
+from llama_jax.train import evaluation, initial_state, loop, metrics
 from llama_jax.train.__main__ import main
 from llama_jax.train.step import init_state
 from llama_jax.verify.__main__ import main as verify
@@ -53,7 +53,7 @@ def run(monkeypatch, tmp_path):
 
     monkeypatch.setattr(loop, "make_train_step", make)
     monkeypatch.setattr(loop, "make_eval_step", make_eval)
-    monkeypatch.setattr(loop, "init_state", make_zeros)
+    monkeypatch.setattr(initial_state, "init_state", make_zeros)
     monkeypatch.setattr(metrics, "plot_losses", lambda *_: None)
     monkeypatch.setattr(chips, "peak_flops", lambda device: (1e12, "of this test"))
 

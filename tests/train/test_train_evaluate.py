@@ -257,11 +257,10 @@ def test_lora_starts_with_the_scores_of_its_base(runs, capsys):
 @pytest.mark.parametrize(
     ("task", "data", "message"),
     [
-        ("paper_piqq", None, "paper_piqa"),
         ("paper_piqa", "empty", "valid-labels.lst from"),
         ("paper_nq_0shot", None, "generates text"),
     ],
-    ids=["unknown", "missing", "generation"],
+    ids=["missing", "generation"],
 )
 def test_errors_come_before_the_data_is_prepared(folder, tmp_path, capsys, task, data, message):
     pytest.importorskip("lm_eval")
