@@ -266,8 +266,7 @@ class _Caches:
 
 def _empty_caches(compute, cfg, rows: int, cache_len: int, pool: bool) -> KVCache:
     caches = KVCache.empty(cfg, rows, cache_len, compute.cache_dtype or compute.dtype)
-    arrays = _shard(compute, _arrays(caches), pool)
-    return KVCache(*arrays[:2], caches.lengths_B, arrays[2])
+    return caches.with_arrays(*_shard(compute, _arrays(caches), pool))
 
 
 def _shard(compute, arrays: tuple, pool: bool) -> tuple:
@@ -332,7 +331,7 @@ def _copy_prefixes(compute, pool: KVCache, caches: KVCache, batch: _Batch) -> KV
 
     blocks = (batch.copied + COPY_BLOCK - 1) // COPY_BLOCK
     k, v, scales = jax.lax.fori_loop(0, blocks, copy, _arrays(caches))
-    return KVCache(k, v, batch.lengths_B, scales)
+    return KVCache(k, v, jnp.asarray(batch.lengths_B), scales)
 
 
 def _keep(compute, pool: KVCache, caches: KVCache, batch: _Batch) -> KVCache:

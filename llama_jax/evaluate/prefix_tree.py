@@ -101,16 +101,17 @@ def _segments(
         differ = np.flatnonzero(arrays[i - 1][:n] != arrays[i][:n])
         common[i] = differ[0] if len(differ) else n
     out: list[Segment] = []
-    last: list[Segment] = [None] * len(sequences)  # type: ignore[list-item]
+    last: dict[int, Segment] = {}
 
-    def chain(i: int, start: int, end: int, parent: Segment | None) -> Segment | None:
+    def chain(i: int, start: int, end: int, parent: Segment | None) -> Segment:
         for first in range(start, end, max_length):
             stop = min(first + max_length, end)
             parent = Segment(sequences[i], first, stop, parent, rope_length)
             out.append(parent)
+        assert parent is not None
         return parent
 
-    groups = [(0, len(sequences), 0, None)] if sequences else []
+    groups: list[tuple[int, int, int, Segment | None]] = [(0, len(sequences), 0, None)]
     while groups:  # sequences [low, high) share `start` tokens, which `parent` and its parents read
         low, high, start, parent = groups.pop()
         shared = len(sequences[low]) if high - low == 1 else int(common[low + 1 : high].min())
@@ -118,13 +119,15 @@ def _segments(
         if high - low == 1 or shared - start >= MIN_SHARED:
             parent = chain(low, start, shared, parent)
             start = shared
-        if ends_here:
-            last[low] = parent if start == shared else chain(low, start, shared, parent)
+        if ends_here and start < shared:
+            last[low] = chain(low, start, shared, parent)
+        elif ends_here and parent is not None:
+            last[low] = parent
         cuts = [low + 1 + int(i) for i in np.flatnonzero(common[low + 1 : high] == shared)]
         bounds = [low, *cuts, high]
         for a, b in zip(bounds[ends_here:-1], bounds[ends_here + 1 :], strict=True):
             groups.append((a, b, start, parent))
-    return out, last
+    return out, [last[i] for i in range(len(sequences))]
 
 
 def _add_targets(segment: Segment, i: int, context: Sequence[int], continuation: Sequence[int]):
