@@ -13,7 +13,8 @@ processes of their own; a round is one step. PyTorch reads the packed batches wi
 mask, and in a second comparison examples sorted by length and padded to the longest of their batch,
 as a Trainer groups them.
 torch, ours: loss on answers of 16 validation sequences before and after training; ours is a run of
-`llama_jax.train`. stop: the tuned model answers 50 validation prompts, at most 256 tokens each.
+`llama_jax.train`. stop: the tuned model answers 50 validation prompts, greedy and sampled at
+temperature 1 (its own distribution), with at most 512 tokens, the length of a training sequence.
 
 Result after each part: benchmarks/results/finetune.json.
 """
@@ -354,30 +355,30 @@ def learn_ours(recipe_path: Path) -> dict[str, Any]:
     return losses
 
 
-def stop(recipe_path: Path, count: int = 50, max_new_tokens: int = 256) -> dict[str, Any]:
+def stop(recipe_path: Path, count: int = 50, max_new_tokens: int = T) -> dict[str, Any]:
     """How many answers of the tuned model to validation prompts end by themselves."""
     import llama_jax
     from llama_jax.config import load_recipe
 
     recipe = load_recipe(recipe_path, [])
-    held_out = [e for batch in val_batches(recipe, 10_000) for e in examples(batch)]
-    held_out = held_out[:count]
+    held_out = [e for batch in val_batches(recipe, 10_000) for e in examples(batch)][:count]
     # The prompt ends before the first target that counts.
     prompts = [inputs[: int(mask.argmax()) + 1].tolist() for inputs, _, mask in held_out]
     llm = llama_jax.load(recipe.checkpoint.dir)
-    answers = [
-        answer
-        for i in progress(range(0, count, 25), "answers")
-        for answer in llm.generate(
-            prompts[i : i + 25], max_new_tokens=max_new_tokens, logprobs=True
-        )
-    ]
-    stopped = sum(answer.finish == "end" for answer in answers)
-    print(f"answers that end by themselves: {stopped} of {len(answers)}", flush=True)
-    return {
-        "prompts": len(answers), "max_new_tokens": max_new_tokens, "stopped": stopped,
-        "first": [answer.text for answer in answers[:3]],
-    }  # fmt: skip
+    out: dict[str, Any] = {"prompts": count, "max_new_tokens": max_new_tokens}
+    samplings = {"greedy": llama_jax.Greedy(), "temperature 1": llama_jax.Sample(temperature=1.0)}
+    for name, sampling in samplings.items():
+        answers = [
+            answer
+            for i in progress(range(0, count, 25), f"answers, {name}")
+            for answer in llm.generate(
+                prompts[i : i + 25], max_new_tokens=max_new_tokens, sampling=sampling, logprobs=True
+            )
+        ]
+        stopped = sum(answer.finish == "end" for answer in answers)
+        print(f"answers that end by themselves, {name}: {stopped} of {count}", flush=True)
+        out[name] = {"stopped": stopped, "first": [answer.text for answer in answers[:3]]}
+    return out
 
 
 def progress(items: Any, title: str) -> Any:
