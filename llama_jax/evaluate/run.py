@@ -20,6 +20,7 @@ from llama_jax.checkpoint.steps import loaded_step
 from llama_jax.evaluate.journal import Journal
 from llama_jax.evaluate.local_data import hashes
 from llama_jax.evaluate.paper_task import TaskOptions
+from llama_jax.evaluate.special_tokens import special_tokens
 from llama_jax.io import folder_lock, sha256
 
 if TYPE_CHECKING:
@@ -123,11 +124,14 @@ def run_tasks(
 
 
 def identity(llm: "LLM") -> str:
-    """What the answers of a model depend on: weights, adapter, tokenizer, dtype, quantization."""
+    """What the answers of a model depend on: weights, sizes and settings such as rotary
+    frequencies, adapter, tokenizer, special tokens, dtype, quantization."""
     compute = llm._engine.compute
     settings = dict(
         weights=_weights_hashes(llm),
+        config=repr(llm.cfg),
         tokenizer=sha256(llm.tokenizer.path),
+        special_tokens=special_tokens(llm.tokenizer, llm),
         eos=llm.eos_ids,
         compute=repr((compute.dtype, compute.cache_dtype)),
         model=repr(llm),

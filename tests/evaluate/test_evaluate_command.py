@@ -1,5 +1,6 @@
 """The command: names of tasks, local data, answers kept after a kill, errors in one line."""
 
+import dataclasses
 import json
 import os
 import random
@@ -188,6 +189,12 @@ def test_answers_of_another_model_are_not_used(llm, files, tmp_path):
     assert identity(other) != identity(llm)
     eos = tiny(folder, eos_ids=[5])
     assert identity(eos) != identity(llm)
+    rotary = tiny(folder)
+    rotary.cfg = dataclasses.replace(CFG, rope=dataclasses.replace(CFG.rope, theta=5e5))
+    assert identity(rotary) != identity(llm)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": False}))
+    assert identity(tiny(folder)) != identity(llm)
 
 
 def test_two_processes_do_not_share_a_folder(llm, files, tmp_path):
