@@ -216,10 +216,11 @@ class Trainer:
             return False
         self.metrics_log = metrics.MetricsLog(self.folder, self.step if self.saved else -1)
         with self._closing():
-            if self.step >= steps:  # stopped at the last step, before its evaluation
+            if self.step >= steps:  # stopped at the last step, before its evaluations
                 self.preemption.phase("evaluating")
-                self._evaluate()
-                if self.benchmarks:
+                if not self._has_record("eval"):
+                    self._evaluate()
+                if self.benchmarks and not self._has_record("benchmark"):
                     self._run_benchmarks()
                 log(f"done: the last evaluation of {self.folder}")
                 return True
@@ -258,7 +259,8 @@ class Trainer:
         to do."""
         if self._stops_early():
             return f"{self._early_stop()}; increase train.early_stopping to continue"
-        if self.step < self.steps or not self._has_record("eval"):
+        kinds = ("eval", "benchmark") if self.benchmarks else ("eval",)
+        if self.step < self.steps or not all(map(self._has_record, kinds)):
             return ""
         setting = "train.epochs" if self.given.train.epochs else "train.steps"
         return f"{self.step} steps; increase {setting} to continue"

@@ -209,7 +209,8 @@ def test_accuracy_is_that_of_the_saved_checkpoint(runs, tmp_path):
 
 
 def test_a_continued_run_does_not_repeat_benchmarks(runs, capsys, monkeypatch):
-    """Killed after the checkpoint of step 4; or stopped at step 4, before its benchmarks."""
+    """Killed after the checkpoint of step 4; or stopped at step 4, or after the validation loss of
+    the last step, before the benchmarks of this step."""
     before = records(runs / "evaluated", "benchmark")
     calls = []
     run = Benchmarks.__call__
@@ -218,13 +219,14 @@ def test_a_continued_run_does_not_repeat_benchmarks(runs, capsys, monkeypatch):
         "__call__",
         lambda self, step, *args: calls.append(step) or run(self, step, *args),
     )
-    for name, expected in (("killed", [6]), ("stopped", [4, 6])):
+    for name, expected in (("killed", [6]), ("stopped", [4, 6]), ("stopped_at_the_end", [6])):
         folder = runs / name
         shutil.copytree(runs / "evaluated", folder)
-        shutil.rmtree(folder / "steps/6")
-        if name == "stopped":
+        if name != "stopped_at_the_end":
+            shutil.rmtree(folder / "steps/6")
+        if name != "killed":
             lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-            gone = lambda line: '"kind": "benchmark", "step": 4,' in line
+            gone = lambda line, step=expected[0]: f'"kind": "benchmark", "step": {step},' in line
             (folder / "metrics.jsonl").write_text("".join(x for x in lines if not gone(x)))
         extra = [*evaluate(runs, "paper_piqa"), f"checkpoint.dir={folder}"]
         assert main([str(runs / "recipe.toml"), *extra]) == 0
@@ -232,6 +234,7 @@ def test_a_continued_run_does_not_repeat_benchmarks(runs, capsys, monkeypatch):
         calls.clear()
         after = records(folder, "benchmark")
         assert [(r["step"], r["tasks"]) for r in after] == [(r["step"], r["tasks"]) for r in before]
+        assert [r["step"] for r in records(folder, "eval")] == [6]
         assert weights(folder) == weights(runs / "evaluated")
     assert "benchmarks took" in capsys.readouterr().out
 
