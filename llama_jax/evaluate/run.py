@@ -105,7 +105,8 @@ def run_tasks(
     Raises:
       ValueError: as for :func:`evaluate`.
     """
-    from lm_eval import simple_evaluate
+    import lm_eval.evaluator_utils
+    from lm_eval.api.metrics import mean, mean_stderr
     from lm_eval.tasks import TaskManager
 
     class Loaded(TaskManager):
@@ -114,13 +115,15 @@ def run_tasks(
 
     if chat_template:
         model.chat_template(True)  # raises
-    # Without bootstrap, which would fork this process with its threads, the harness gives no
-    # standard errors; the report computes those of means from the samples.
-    return simple_evaluate(
-        model=model, tasks=list(selection.loaded["tasks"]), limit=limit, bootstrap_iters=0,
-        task_manager=Loaded(include_defaults=False), apply_chat_template=chat_template,
-        torch_random_seed=None,  # would import torch, if that is installed
-    )  # fmt: skip
+    # The harness's bootstrap would fork this process with its threads: only means have standard
+    # errors, from which the harness computes those of groups.
+    only_of_means = lambda metric, bootstrap_iters: {mean: mean_stderr}.get(metric)
+    with mock.patch.object(lm_eval.evaluator_utils, "stderr_for_metric", only_of_means):
+        return lm_eval.simple_evaluate(
+            model=model, tasks=list(selection.loaded["tasks"]), limit=limit, bootstrap_iters=1,
+            task_manager=Loaded(include_defaults=False), apply_chat_template=chat_template,
+            torch_random_seed=None,  # would import torch, if that is installed
+        )  # fmt: skip
 
 
 def identity(llm: "LLM") -> str:

@@ -69,7 +69,7 @@ def select_tasks(names: Sequence[str], options: TaskOptions) -> Selection:
             f"{next(iter(missing.values()))}"
         )
     manager = harness.manager if harness else _task_manager((), False)
-    loaded = dict(manager.load([*built, *others]))
+    loaded = dict(manager.load([*built, *(harness.names if harness else [])]))
     if unsafe := [n for n, t in loaded["tasks"].items() if getattr(t, "UNSAFE_CODE", False)]:
         ours_too = [n for n, task in TASKS.items() if task.table == "code"]
         raise ValueError(
@@ -93,7 +93,7 @@ class _Harness:
 
     def __init__(self, data: Path | None, names: list[str]):
         from lm_eval.tasks._factory import TaskFactory
-        from lm_eval.tasks._index import TaskIndex
+        from lm_eval.tasks._index import Kind, TaskIndex
 
         if data is not None and not data.is_dir():
             raise ValueError(f"the data folder {data} does not exist or is not a folder")
@@ -119,6 +119,10 @@ class _Harness:
                     + "; `lm_eval ls tasks` lists those of the harness, and the sets are "
                     + ", ".join(task_sets())
                 )
+        # For the path of a group, the harness would take the list of its tasks for its name.
+        entries = self.manager.task_index.values()
+        group_names = {e.yaml_path: e.name for e in entries if e.kind == Kind.GROUP}
+        self.names = [group_names.get(Path(n).resolve(), n) for n in names]
         files = self.files
 
         class Factory(TaskFactory):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,19 @@ def test_answers_of_another_model_are_not_used(llm, files, tmp_path):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": False}))
     assert identity(tiny(folder)) != identity(llm)
+
+
+def test_groups_of_the_harness_have_standard_errors(llm, files, tmp_path):
+    group = dict(group="my_group", task=["my_choice"], aggregate_metric_list=[dict(metric="acc")])
+    (tmp_path / "my_group.yaml").write_text(json.dumps(group))
+    shutil.copy(files / "my_choice.yaml", tmp_path)
+    evaluate(llm, [str(tmp_path / "my_group.yaml")], TaskOptions(), tmp_path / "out")
+    tasks = json.loads((tmp_path / "out/report.json").read_text())["tasks"]
+    score = tasks["my_group"]["metrics"]["acc"]
+    assert score == pytest.approx(tasks["my_choice"]["metrics"]["acc"])
+    assert score["n"] == 6
+    assert 0 < score["value"] < 1
+    assert score["standard_error"] > 0
 
 
 def test_two_processes_do_not_share_a_folder(llm, files, tmp_path):
