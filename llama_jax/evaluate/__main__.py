@@ -27,7 +27,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
         ) from None
     from llama_jax.evaluate.load import load_model
     from llama_jax.evaluate.paper_task import TaskOptions
-    from llama_jax.evaluate.run import evaluate, quiet
+    from llama_jax.evaluate.run import check_output, evaluate, quiet
     from llama_jax.evaluate.selection import select_tasks
 
     for name, value in (("limit", args.limit), ("samples", args.samples)):
@@ -37,7 +37,8 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     name = model.resolve().name if model.exists() else model.name
     output = args.output or Path("evaluations") / name
     options = TaskOptions(args.data, args.samples, args.allow_code_execution, output)
-    # Names and data are checked before the weights are read, which may take minutes.
+    # Output, names and data are checked before the weights are read, which may take minutes.
+    check_output(output)
     with quiet():
         selection = select_tasks([n for n in args.tasks.split(",") if n], options)
     for task, reason in selection.missing.items():

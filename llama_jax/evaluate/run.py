@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -70,6 +71,7 @@ def evaluate(
     start = time.time()
     with quiet():
         selection = tasks if isinstance(tasks, Selection) else select_tasks(tasks, options)
+        check_output(output)
         output.mkdir(parents=True, exist_ok=True)
         with folder_lock(output, "evaluating"):
             model = HarnessModel.from_llm(llm, Journal(output / ANSWERS, identity(llm)))
@@ -86,6 +88,22 @@ def evaluate(
             )
             print(write_report(output, results, run))
     return results
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output folder that cannot be written to, before a model is loaded.
+
+    Raises:
+      ValueError: the path or a parent is a file, or may not be written to.
+    """
+    parent = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise ValueError(f"the output folder {output} cannot be made: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"the output folder {output} cannot be written: no permission to write in {parent}; "
+            "choose another folder"
+        )
 
 
 def run_tasks(

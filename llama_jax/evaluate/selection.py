@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_jax.evaluate.local_data import FILES_READ, MissingData
+from llama_jax.evaluate.local_data import FILES_READ, MissingData, read_records
 from llama_jax.evaluate.paper_task import TaskOptions
 from llama_jax.evaluate.task_sets import TASKS, task_sets
 
@@ -71,11 +71,7 @@ def select_tasks(names: Sequence[str], options: TaskOptions) -> Selection:
     manager = harness.manager if harness else _task_manager((), False)
     loaded = dict(manager.load([*built, *(harness.names if harness else [])]))
     if unsafe := [n for n, t in loaded["tasks"].items() if getattr(t, "UNSAFE_CODE", False)]:
-        ours_too = [n for n, task in TASKS.items() if task.table == "code"]
-        raise ValueError(
-            f"{unsafe[0]} of the harness runs generated code without a sandbox; use "
-            f"{' or '.join(ours_too) or 'another task'}"
-        )
+        raise _unsafe(unsafe[0])
     files = [*FILES_READ, *(harness.files if harness else [])]
     return Selection(loaded, missing, sorted(dict.fromkeys(files)))
 
@@ -143,6 +139,14 @@ class _Harness:
         self.manager._factory = Factory()
 
 
+def _unsafe(name: str) -> ValueError:
+    ours = " or ".join(n for n, task in TASKS.items() if task.table == "code")
+    return ValueError(
+        f"{name} of the harness runs generated code without a sandbox; use "
+        f"{ours} with --allow-code-execution"
+    )
+
+
 @contextlib.contextmanager
 def _task_errors(name: str, config: dict[str, Any], data: Path | None) -> Iterator[None]:
     """Turn errors of loading a task into one line that says what to do."""
@@ -153,6 +157,10 @@ def _task_errors(name: str, config: dict[str, Any], data: Path | None) -> Iterat
     except Exception as e:
         reason = (str(e).strip().splitlines() or [""])[0]
         path = config.get("dataset_path")
+        if "code_eval" in reason:  # the hub's metric that runs programs, loaded with the task
+            raise _unsafe(name) from None
+        if path in FORMATS.values():
+            _check_files(name, config)
         if isinstance(e, ImportError) and e.name:
             raise ValueError(f"{name} needs the package {e.name}: pip install {e.name}") from None
         if not isinstance(e, OSError) or not path or path in FORMATS.values():
@@ -165,6 +173,17 @@ def _task_errors(name: str, config: dict[str, Any], data: Path | None) -> Iterat
             f"https://huggingface.co/datasets/{path}, save it as {wanted} (or .json, .csv, "
             f".parquet){'' if data else ', and give --data DIR'}"
         ) from None
+
+
+def _check_files(name: str, config: dict[str, Any]) -> None:
+    """Raise an error with the place of what is wrong in the files of a task, if it is found."""
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    for path in files.values() if isinstance(files, dict) else ():
+        if isinstance(path, str) and Path(path).is_file():
+            try:
+                read_records(Path(path))
+            except ValueError as e:
+                raise ValueError(f"{name} cannot be loaded: {e}") from None
 
 
 def local_splits(data: Path | None, task: str) -> dict[str, Path]:

@@ -113,13 +113,15 @@ def test_the_command_writes_a_report(ask, files, tmp_path):
         (["--tasks", "nothing.yaml"], "nothing.yaml does not exist"),
         (["--tasks", ","], "no tasks were named"),
         (["--tasks", "hellaswag"], "datasets/Rowan/hellaswag, save it as DIR/hellaswag/"),
-        (["--tasks", "humaneval"], "humaneval"),
+        (["--tasks", "humaneval"], "without a sandbox; use paper_humaneval or paper_mbpp"),
         (["--tasks", "paper_piqa"], "paper_piqa: no data folder was given"),
         (["--tasks", "commonsense"], "no task of commonsense can run"),
         (["--tasks", "commonsense", "--data", "nowhere"], "nowhere"),
         (["--tasks", "my_bad.yaml"], "my_bad.yaml cannot be loaded"),
         (["--tasks", "my_nameless.yaml"], "my_nameless.yaml cannot be loaded"),
         (["--tasks", "my_choice.yaml", "--chat-template"], "no chat template"),
+        (["--output", "my_choice.yaml"], "my_choice.yaml is a file"),
+        (["--output", "my_choice.yaml/folder"], "my_choice.yaml is a file"),
         (["--tasks", "my_choice.yaml", "--limit", "0"], "--limit 0 must be 1 or more"),
     ],
 )
@@ -142,6 +144,11 @@ def test_tasks_of_the_harness_read_local_files(llm, tmp_path):
     samples = results["samples"]["piqa"]
     assert [s["doc"]["goal"] for s in samples] == ["the cat 0", "the cat 1", "the cat 2"]
     assert str(tmp_path / "piqa/validation.csv") in (tmp_path / "out/report.md").read_text()
+    damaged = tmp_path / "damaged/piqa/validation.jsonl"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text('{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n{"goal": "a')
+    with pytest.raises(ValueError, match=r"piqa cannot be loaded: .*validation\.jsonl line 2"):
+        select_tasks(["piqa"], TaskOptions(tmp_path / "damaged"))
     (tmp_path / "piqa/validation.csv").rename(tmp_path / "piqa/test.csv")
     with pytest.raises(ValueError, match="needs the split 'validation'"):
         select_tasks(["piqa"], options)
