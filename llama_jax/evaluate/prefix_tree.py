@@ -25,7 +25,7 @@ class Segment:
     """position -> next token to score there -> requests that contain it"""
     children: "list[Segment]" = dataclasses.field(default_factory=list)
     num_caches: int = 0
-    """caches that are needed at a time to read the segments below; 0 for a leaf"""
+    """number of caches that must exist at the same time to read the segments below; 0 for a leaf"""
     row: int = -1
     """of the pool of caches"""
     unread: int = 0

@@ -81,10 +81,11 @@ def with_adapters(
       dropout_key: key of this step; default: no dropout, as in evaluation.
     """
     stacked = {module: dict(matrices) for module, matrices in adapters["blocks"].items()}
-    for i, module, name in _targets(lora) if dropout_key is not None and lora.dropout else ():
-        pair = stacked[module][name]
-        keys_L = jax.random.split(jax.random.fold_in(dropout_key, i), len(pair["a"]))
-        stacked[module][name] = pair | {"key": keys_L}
+    if dropout_key is not None and lora.dropout:
+        for i, module, name in _targets(lora):
+            pair = stacked[module][name]
+            keys_L = jax.random.split(jax.random.fold_in(dropout_key, i), len(pair["a"]))
+            stacked[module][name] = pair | {"key": keys_L}
 
     def add(block: Params, of_block: Params) -> Params:
         weight = lambda w, x: LoraWeight(
