@@ -51,7 +51,8 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
         llm, selection, options, output, limit=args.limit, chat_template=args.chat_template,
         name=name, command=shlex.join(["llama-jax", "evaluate", *argv]),
     )  # fmt: skip
-    print(f"\nwritten to {output}: report.md, report.json", file=sys.stderr)
+    files = [x for x in ("report.md", "report.json", "chart.png") if (output / x).exists()]
+    print(f"\nwritten to {output}: {', '.join(files)}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -327,7 +327,8 @@ class HarnessModel(TemplateLM):
                 text = self.tokenizer.decode([*context[-8:], *continuation[:8]])
                 raise ValueError(
                     f"a continuation has {len(continuation)} tokens, and must have from 1 to "
-                    f"{self.max_length}, the model's context; it is near {text!r}"
+                    f"{self.max_length}, the model's context, as in the harness's own models: "
+                    f"leave its task out, or use a model with a longer context; near {text!r}"
                 )
             fitting.append((context[-(self.max_length + 1 - len(continuation)) :], continuation))
         for i, logprob, greedy in self._score(fitting):

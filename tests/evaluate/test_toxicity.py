@@ -315,8 +315,10 @@ def test_scored_by_the_proxy(tmp_path):
     options = write(tmp_path, records(120))
     polite = lambda prompt: "sunshine " * 5 if prompt.startswith("Complete") else "storm " * 5
     scores, results = evaluate(options, polite)
-    assert scores["basic,none"] > 0.8
-    assert scores["respectful,none"] < 0.2
+    # Not the columns of the paper's table, whose scores are Perspective's.
+    assert "basic,none" not in scores
+    assert scores["basic (proxy),none"] > 0.8
+    assert scores["respectful (proxy),none"] < 0.2
     assert "by a proxy" in results["configs"][NAME]["metadata"]["note"]
 
 
