@@ -389,7 +389,7 @@ def make_eval_step(recipe: Recipe, compute: ComputeConfig) -> Callable[..., Any]
 
 
 def make_score_step(recipe: Recipe, compute: ComputeConfig) -> Callable[..., Any]:
-    """The function to compile: (params, batch, *frozen) -> two arrays [B, T], on every device:
+    """The function to compile: ``(params, batch, *frozen)`` -> two arrays [B, T], on every device:
     log p of each target that counts (float32; 0 of the others), and whether no other token is more
     likely."""
     _, build_trained = _make_models(recipe, compute)
