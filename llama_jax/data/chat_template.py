@@ -4,22 +4,15 @@ Training, chat and serving use the same template, that of the checkpoint or a bu
 template writes control tokens: the name of a control token in a message is text.
 """
 
-import atexit
 import itertools
 import json
-import os
 import re
-import select
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_jax.config.loading import strings_of
+from llama_jax.data import template_process
 from llama_jax.data.tokenizer import BREAK, Tokenizer, check_text
 from llama_jax.io import read_json, read_limited
 
@@ -27,10 +20,6 @@ BUILT_IN = ("alpaca", "vicuna", "gpt4all", "chatml", "llama2", "llama3")
 """Names of the templates in the folder ``templates``."""
 MAX_TEMPLATE_BYTES = 1 << 20
 """The largest chat template read; published ones have up to 20 kB."""
-_WORKER = Path(__file__).with_name("template_worker.py")
-_TIMEOUT = 60
-"""Seconds after which a process that does not answer is killed; the CPU time of each rendering is
-limited to 2 s."""
 _CONTROL = re.compile(r"<[|｜][^\s|｜<>'\"]+[|｜]>|</?s>|<(?:start|end)_of_turn>")
 """Names in the text of a template that stand for control tokens."""
 _END_OF_MESSAGE = "END_OF_MESSAGE_TO_CONTINUE"
@@ -49,7 +38,9 @@ def load_template(name: str, folder: Path | None) -> "ChatTemplate":
     """
     known = f"{', '.join(BUILT_IN)} or the path of a .jinja file"
     if name in BUILT_IN:
-        source = _WORKER.parent.joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+        source = (
+            Path(__file__).parent.joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+        )
         return ChatTemplate(source, f"the template {name}")
     if name:
         path = Path(name)
@@ -199,7 +190,8 @@ class ChatTemplate:
         *,
         continues: bool = False,
     ) -> str:
-        """The text of a conversation, in which names in messages are not told apart from tokens.
+        """The text of a conversation. The name of a control token in a message remains as it is, so
+        the encoder of the text takes it for the token.
 
         Args:
           messages: as for :meth:`encode`.
@@ -365,7 +357,7 @@ class ChatTemplate:
             line = json.dumps(request)
         except (TypeError, RecursionError) as e:
             raise ValueError(f"messages must be JSON values: {e}") from None
-        answer = _process.ask(line.encode())
+        answer = template_process.process.ask(line.encode())
         if "refused" in answer:
             raise ValueError(f"{self.name} refuses these messages: {answer['refused']}")
         if "error" in answer:
@@ -399,79 +391,3 @@ def _end(turn: str, tokenizer: Tokenizer, has_prompt: bool) -> int:
     while has_prompt and (token := tokenizer.control_names.match(turn, end)) and token[0] != bos:
         end = token.end()
     return end
-
-
-class _Process:
-    """The process that renders; started on first use, and again after it has ended."""
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._popen: subprocess.Popen | None = None
-
-    def ask(self, line: bytes) -> dict[str, Any]:
-        """The answer to one request."""
-        with self._lock:
-            if self._popen is None or self._popen.poll() is not None:
-                self._start()
-            popen = self._popen
-            assert popen is not None
-            assert popen.stdin is not None
-            assert popen.stdout is not None
-            try:
-                popen.stdin.write(line + b"\n")
-                popen.stdin.flush()
-                out = _read_line(popen)
-            except BrokenPipeError:
-                out = b""
-            except BaseException:  # after Ctrl-C the next request must not read this answer
-                self.close()
-                raise
-            if out.endswith(b"\n"):
-                return json.loads(out)
-            return {"error": self._ended()}
-
-    def _start(self) -> None:
-        self.close()
-        # In a new session, so that Ctrl-C in the terminal does not end it.
-        self._popen = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    def _ended(self) -> str:
-        assert self._popen is not None
-        status = self._popen.wait()
-        if status in (-signal.SIGXCPU, -signal.SIGKILL):
-            return "it takes too long (more than 2 s of CPU time)"
-        return (
-            f"the process that renders it ended (status {status}): nested too deeply, or too large"
-        )
-
-    def close(self) -> None:
-        """End the process."""
-        if self._popen is not None:
-            self._popen.kill()
-            self._popen.communicate()
-            self._popen = None
-
-
-def _read_line(popen: subprocess.Popen) -> bytes:
-    """The next line that the process writes, without its end if the process ends before; the
-    process is killed after :data:`_TIMEOUT`."""
-    assert popen.stdout is not None
-    parts, poll, end = [b""], select.poll(), time.monotonic() + _TIMEOUT
-    poll.register(popen.stdout)
-    while not parts[-1].endswith(b"\n"):
-        if not poll.poll(max(0, 1000 * (end - time.monotonic()))):
-            popen.kill()
-        parts.append(os.read(popen.stdout.fileno(), 1 << 20))
-        if not parts[-1]:
-            break
-    return b"".join(parts)
-
-
-_process = _Process()
-atexit.register(_process.close)

@@ -1,6 +1,7 @@
 """Meta's tiktoken text (one token per line: base64 and rank) and the same as ``tokenizer.json``."""
 
 import base64
+import json
 from typing import Any
 
 from llama_jax.data import tokenizer_json
@@ -80,3 +81,15 @@ def _byte_characters() -> list[str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
+
+
+def whole_json(content: bytes) -> str:
+    """The text of ``tokenizer.json`` of a file.
+
+    Raises:
+      ValueError: the content is not tiktoken text, or lacks a byte.
+    """
+    ranks = ranks_of(content)
+    if not all(bytes([b]) in ranks for b in range(256)):
+        raise ValueError("not every byte is a token, so text would be lost")
+    return json.dumps(to_json(ranks, newer=True))

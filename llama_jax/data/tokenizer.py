@@ -17,7 +17,6 @@ from llama_jax.data import sentencepiece_json, tiktoken_text, tokenizer_json
 from llama_jax.data.tokenizer_files import (
     JSON_FILE,
     MODEL_FILE,
-    TokenizerFile,
     load_sentencepiece,
     recognize,
 )  # fmt: skip
@@ -422,18 +421,11 @@ def _open(path: Path) -> Tokenizer:
     try:
         if file.kind == "sentencepiece":
             return SentencePiece(file.content, path)
-        is_json = file.kind == JSON_FILE
-        text = file.content.decode(errors="replace") if is_json else _tiktoken_as_json(file)
-        return JsonTokenizer(text, path)
+        if file.kind == JSON_FILE:
+            return JsonTokenizer(file.content.decode(errors="replace"), path)
+        return JsonTokenizer(tiktoken_text.whole_json(file.content), path)
     except ValueError as e:
         raise file.damaged(e) from None
-
-
-def _tiktoken_as_json(file: TokenizerFile) -> str:
-    ranks = tiktoken_text.ranks_of(file.content)
-    if not all(bytes([b]) in ranks for b in range(256)):
-        raise ValueError("not every byte is a token, so text would be lost")
-    return json.dumps(tiktoken_text.to_json(ranks, newer=True))
 
 
 def _load_folder(folder: Path) -> Tokenizer:

@@ -4,9 +4,8 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
-from llama_jax.generate.__main__ import command_errors
+from llama_jax.generate.__main__ import Parser, command_errors, model_options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,14 +54,8 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     print(f"\nwritten to {output}: {', '.join(files)}", file=sys.stderr)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """One line, without the usage of all options."""
-        self.exit(2, f"error: {message} (--help lists all)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m llama_jax.evaluate",
         description="Evaluate a model on benchmarks with lm-evaluation-harness, and write a report "
         "with the results of the LLaMA paper beside its own. An interrupted run continues when it "
@@ -83,10 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "pass@k and maj1@k (default: 1)")  # fmt: skip
     arg("--allow-code-execution", action="store_true", help="run generated code in a sandbox")
     arg("--chat-template", action="store_true", help="put prompts in the model's chat template")
-    arg = parser.add_argument_group("model").add_argument
-    arg("--adapter", metavar="FOLDER", help="LoRA adapter: a run with a section [lora], or PEFT's")
-    arg("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
-    arg("--quantize", choices=["int8", "int4"], help="matrices of the layers in 8 or 4 bits")
+    arg = model_options(parser)
     arg("--tensor", type=int, default=1, metavar="N", help="devices that each weight is sharded "
         "over (default: 1)")  # fmt: skip
     return parser

@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -90,8 +89,8 @@ def task_notes(results: dict[str, Any]) -> list[str]:
 def all_scores(results: dict[str, Any]) -> dict[str, dict[str, Score]]:
     """Scores of every task and group.
 
-    The values are the harness's. Standard errors and numbers of documents are those of the logged
-    samples, because a metric may apply to some documents only.
+    Values and standard errors are the harness's. The number of documents is that of the logged
+    samples with the metric, because a metric may apply to some documents only.
     """
     return {
         task: {
@@ -105,18 +104,12 @@ def all_scores(results: dict[str, Any]) -> dict[str, dict[str, Score]]:
 
 def _score(metric: str, values: dict[str, Any], samples: list[dict] | None) -> Score:
     name, _, filter_name = metric.partition(",")
-    value, given = float(values[metric]), values.get(f"{name}_stderr,{filter_name}")
-    stderr = float(given) if _is_number(given) else None  # may be "N/A"
+    stderr = values.get(f"{name}_stderr,{filter_name}")  # "N/A" for one document
     if samples is None:  # a group of tasks
-        return Score(
-            value, stderr, values.get("sample_count", {}).get(metric, values["sample_len"])
-        )
-    logged = [s[name] for s in samples if s["filter"] == filter_name and name in s["metrics"]]
-    if len(logged) > 1 and all(map(_is_number, logged)):
-        numbers = [float(x) for x in logged]
-        if math.isclose(statistics.fmean(numbers), value, rel_tol=1e-6, abs_tol=1e-9):
-            stderr = statistics.stdev(numbers) / math.sqrt(len(numbers))
-    return Score(value, stderr, len(logged))
+        n = values.get("sample_count", {}).get(metric, values["sample_len"])
+    else:
+        n = sum(s["filter"] == filter_name and name in s["metrics"] for s in samples)
+    return Score(float(values[metric]), float(stderr) if _is_number(stderr) else None, n)
 
 
 def _is_number(x: Any) -> TypeGuard[float]:

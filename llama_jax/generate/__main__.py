@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _GRACE = 1.0
@@ -186,14 +186,24 @@ def _messages() -> Iterator[str]:
     print(end="\n" * terminal)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage of all options."""
+
     def error(self, message: str) -> Any:
-        """One line, without the usage of all options."""
         self.exit(2, f"error: {message} (--help lists all)\n")
 
 
+def model_options(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Add the options of how a model is loaded; returns the function that adds others to them."""
+    arg = parser.add_argument_group("model").add_argument
+    arg("--adapter", metavar="FOLDER", help="LoRA adapter: a run with a section [lora], or PEFT's")
+    arg("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
+    arg("--quantize", choices=["int8", "int4"], help="matrices of the layers in 8 or 4 bits")
+    return arg
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m llama_jax.generate",
         usage="%(prog)s CHECKPOINT PROMPT [options]\n       %(prog)s CHECKPOINT --chat [MESSAGE]",
         description="Continue a prompt, or chat, and print the text while it is generated. Greedy, "
@@ -225,10 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     arg(
         "--seed", type=int, default=0, metavar="N", help="equal seeds give equal texts (default: 0)"
     )
-    arg = parser.add_argument_group("model").add_argument
-    arg("--adapter", metavar="FOLDER", help="LoRA adapter: a run with a section [lora], or PEFT's")
-    arg("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
-    arg("--quantize", choices=["int8", "int4"], help="matrices of the layers in 8 or 4 bits")
+    arg = model_options(parser)
     arg("--cache", choices=["int8"], help="keys and values in 8 bits")
     return parser
 

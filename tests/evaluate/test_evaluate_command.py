@@ -214,8 +214,9 @@ def test_groups_of_the_harness_have_standard_errors(llm, files, tmp_path):
     score = tasks["my_group"]["metrics"]["acc"]
     assert score == pytest.approx(tasks["my_choice"]["metrics"]["acc"])
     assert score["n"] == 6
-    assert 0 < score["value"] < 1
-    assert score["standard_error"] > 0
+    mean = score["value"]
+    assert 0 < mean < 1
+    assert score["standard_error"] == pytest.approx((mean * (1 - mean) / 5) ** 0.5)
 
 
 def test_two_processes_do_not_share_a_folder(llm, files, tmp_path):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from train_tools import words, write_recipe
 
 import llama_jax
 from llama_jax import chips
@@ -35,41 +36,6 @@ from llama_jax.train.__main__ import main
 from llama_jax.train.frozen import abstract_frozen, load_frozen
 
 F32 = ComputeConfig(jnp.dtype("float32"))
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
-RECIPE = """
-[model]
-vocab_size = 288
-dim = 16
-num_layers = 2
-num_heads = 4
-num_kv_heads = 2
-head_dim = 8
-ffn_dim = 32
-norm_eps = 1e-5
-context = 64
-tie_embeddings = false
-rope = {{ theta = 10000.0 }}
-[data]
-seq_len = 32
-packing = "segments"
-val_fraction = 0.1
-sources = {{ words = {{ path = "{folder}/text" }} }}
-prepared = "{folder}/data"
-[mesh]
-data = -1
-fsdp = 1
-[optim]
-peak_lr = 1e-2
-warmup_steps = 2
-[train]
-steps = 2
-batch_size = 8
-log_every = 1
-eval_batches = 1
-[checkpoint]
-dir = "{folder}/base"
-save_every = 2
-"""
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +47,10 @@ def place(tmp_path_factory):
     for name, value in zip(names, (str(folder / "cache"), 0), strict=True):
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    rng = random.Random(0)
-    (folder / "text").mkdir()
-    for i in range(60):
-        (folder / f"text/{i}.txt").write_text(" ".join(rng.choice(WORDS) for _ in range(120)))
-    (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
+    write_recipe(
+        folder, data={"packing": "segments"}, mesh={"data": -1, "fsdp": 1},
+        train={"steps": 2, "eval_batches": 1}, checkpoint={"dir": str(folder / "base")},
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:  # a plot and a measurement, of a second each
         patch.setattr(metrics, "plot_losses", lambda *_: None)
         patch.setattr(chips, "peak_flops", lambda device: (1e12, "of this test"))
@@ -397,7 +362,7 @@ def records_of(folder, kind):
     rng = random.Random(1)
     with path.open("w") as f:
         for _ in range(300):
-            prompt = " ".join(rng.choice(WORDS) for _ in range(3))
+            prompt = words(rng, 3)
             if kind == "chats":
                 record = {"instruction": prompt, "input": "", "output": "the cat sat"}
             else:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from train_tools import write_recipe
 
 from llama_jax.checkpoint.arrays import open_array
 from llama_jax.checkpoint.file_hashes import read_list
@@ -22,49 +22,16 @@ ROOT = Path(__file__).parents[2]
 STEPS = 24
 SAVE_AT_THE_END = "checkpoint.save_every=1000"  # a save takes as long as 20 steps
 HOST = os.uname().nodename
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a recipe, its text, and its shards made once."""
     folder = tmp_path_factory.mktemp("runs")
-    rng = random.Random(0)
-    (folder / "text").mkdir()
-    for i in range(60):
-        text = " ".join(rng.choice(WORDS) for _ in range(120))
-        (folder / f"text/{i}.txt").write_text(text)
-    (folder / "recipe.toml").write_text(f"""
-[model]
-vocab_size = 288
-dim = 16
-num_layers = 2
-num_heads = 4
-num_kv_heads = 2
-head_dim = 8
-ffn_dim = 32
-norm_eps = 1e-5
-context = 64
-tie_embeddings = false
-rope = {{ theta = 10000.0 }}
-[data]
-seq_len = 32
-val_fraction = 0.1
-sources = {{ words = {{ path = "{folder}/text" }} }}
-prepared = "{folder}/data"
-packing = "segments"
-[optim]
-peak_lr = 1e-2
-warmup_steps = 4
-[train]
-steps = {STEPS}
-batch_size = 8
-log_every = 1
-eval_batches = 1
-[checkpoint]
-dir = "{folder}/base"
-save_every = 2
-""")
+    write_recipe(
+        folder, data={"packing": "segments"}, optim={"warmup_steps": 4},
+        train={"steps": STEPS, "eval_batches": 1}, checkpoint={"dir": str(folder / "base")},
+    )  # fmt: skip
     finish(start(folder, "base", SAVE_AT_THE_END))
     return folder
 

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import random
 import shutil
 import signal
 import threading
@@ -14,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from train_tools import write_recipe
 
 import llama_jax
 from llama_jax.checkpoint.arrays import open_array
@@ -30,40 +30,6 @@ from llama_jax.train.optim import decays, make_schedule
 from llama_jax.train.step import init_state, make_train_step, nll_sum, token_nll
 
 HOW = ComputeConfig(jnp.dtype(jnp.float32))
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
-RECIPE = """
-[model]
-vocab_size = 288
-dim = 16
-num_layers = 2
-num_heads = 4
-num_kv_heads = 2
-head_dim = 8
-ffn_dim = 32
-norm_eps = 1e-5
-context = 64
-tie_embeddings = false
-rope = {{ theta = 10000.0 }}
-[data]
-seq_len = 32
-val_fraction = 0.1
-sources = {{ words = {{ path = "{folder}/text" }} }}
-prepared = "{folder}/data"
-[mesh]
-data = -1
-fsdp = 1
-[optim]
-peak_lr = 1e-2
-warmup_steps = 2
-[train]
-steps = 6
-batch_size = 8
-log_every = 1
-eval_batches = 1
-[checkpoint]
-dir = "{folder}/run"
-save_every = 2
-"""
 FIRST = ("train.profile_steps=[2, 3]", 'train.sample_prompts=["the cat"]')
 """of the finished run"""
 
@@ -85,11 +51,7 @@ def place(tmp_path_factory):
 
 
 def make_place(folder):
-    rng = random.Random(0)
-    (folder / "text").mkdir()
-    for i in range(60):
-        (folder / f"text/{i}.txt").write_text(" ".join(rng.choice(WORDS) for _ in range(120)))
-    (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
+    write_recipe(folder, mesh={"data": -1, "fsdp": 1}, train={"eval_batches": 1})
     assert main([str(folder / "recipe.toml"), *FIRST]) == 0
     return folder
 

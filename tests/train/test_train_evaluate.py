@@ -1,5 +1,6 @@
 """Benchmarks during training: their scores on any mesh, and that they do not change the run."""
 
+import functools
 import importlib.util
 import json
 import random
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+from train_tools import words, write_recipe
 
 from llama_jax.checkpoint.arrays import open_array
 from llama_jax.config import load_recipe
@@ -22,54 +24,20 @@ from llama_jax.train.benchmarks import Benchmarks, PackedScorer, plot_benchmarks
 from llama_jax.train.metrics import read_records
 from llama_jax.train.step import abstract_state, compute_config, init_state
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
-RECIPE = """
-[model]
-vocab_size = 288
-dim = 16
-num_layers = 2
-num_heads = 4
-num_kv_heads = 2
-head_dim = 8
-ffn_dim = 32
-norm_eps = 1e-5
-context = 64
-tie_embeddings = false
-rope = {{ theta = 10000.0 }}
-[data]
-seq_len = 32
-val_fraction = 0.1
-sources = {{ words = {{ path = "{folder}/text" }} }}
-prepared = "{folder}/data"
-[optim]
-peak_lr = 1e-2
-warmup_steps = 2
-[train]
-steps = 6
-batch_size = 8
-log_every = 1
-[checkpoint]
-dir = "{folder}/run"
-save_every = 2
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A recipe, its text, and a small PIQA."""
     folder = tmp_path_factory.mktemp("evaluate")
+    write_recipe(folder)
     rng = random.Random(0)
-    text = lambda words: " ".join(rng.choice(WORDS) for _ in range(words))
-    (folder / "text").mkdir()
-    for i in range(60):
-        (folder / f"text/{i}.txt").write_text(text(120))
+    text = functools.partial(words, rng)
     (folder / "piqa").mkdir()
     questions = [dict(goal=text(3), sol1=text(2), sol2=text(3)) for _ in range(24)]
     lines = "".join(json.dumps(q) + "\n" for q in questions)
     (folder / "piqa/valid.jsonl").write_text(lines)
     labels = "".join(f"{rng.randrange(2)}\n" for _ in questions)
     (folder / "piqa/valid-labels.lst").write_text(labels)
-    (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
     return folder
 
 
