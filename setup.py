@@ -12,8 +12,9 @@ setup(
     package_dir={"llama_jax.configs": "configs"},  # the wheel carries the recipes
     package_data={
         "": ["py.typed"],
-        "llama_jax.configs": ["*.toml"],
+        "llama_jax.configs": ["*.toml", "corpus/*.toml"],
         "llama_jax.data": ["templates/*.jinja"],
         "llama_jax.evaluate": ["published.toml"],
+        "llama_jax.serve": ["page/*"],
     },
 )

@@ -32,6 +32,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # fields in "Attributes:" of a class are not documented twice
 
 # The API reference and the settings reference are generated from the code.
 HERE = pathlib.Path(__file__).parent

@@ -6,10 +6,13 @@ import sys
 from llama_jax.train import interrupt
 
 VERBS = {
+    "corpus": "make clean text of raw public dumps, such as those of Wikipedia and arXiv",
     "prepare": "tokenize text into token shards",
     "train": "pretrain or fine-tune a model",
     "generate": "sample text from a model, or chat with it",
+    "serve": "answer requests of OpenAI's API over HTTP, with a chat page",
     "evaluate": "evaluate a model on the benchmarks of the LLaMA paper, or others",
+    "report": "collect results of other commands on one HTML page",
     "convert": "convert weights between Meta, Hugging Face and Orbax",
     "verify": "check every file of a run, a checkpoint or prepared data",
     "plan": "predict memory, speed and cost of a run on any TPU or GPU",

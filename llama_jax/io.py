@@ -1,4 +1,4 @@
-"""Atomic writes of files, reads with size limits, and folder locks.
+"""Atomic writes of files, reads with size limits, and folder locks, also of objects in a bucket.
 
 Files that must never be partly written use :func:`atomic_write`; JSON files that another program
 may have made are read with :func:`read_json`.
@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llama_jax.storage.lock import is_locked, object_lock
+from llama_jax.storage.paths import ObjectPath
+
 MAX_JSON_BYTES = 64 << 20
 """The largest JSON file read; a tokenizer.json of 128k tokens has 17 MB."""
 _LFS_POINTER = b"version https://git-lfs"
@@ -28,6 +31,9 @@ def atomic_write(path: Path, content: bytes) -> None:
     Raises:
       OSError: the disk is full or not writable; ``path`` is unchanged and no other file is left.
     """
+    if isinstance(path, ObjectPath):  # an object is written whole or not at all
+        path.write_bytes(content)
+        return
     # A unique name, so that two processes never write to one temporary file.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -91,6 +97,10 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
       ValueError: as for :func:`open_regular`, or a larger file; says which.
       OSError: missing or not readable.
     """
+    if isinstance(path, ObjectPath):
+        if (size := path.stat().st_size) > max_bytes:
+            raise ValueError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read")
+        return path.read_bytes()
     with open_regular(path) as f:
         if (size := os.fstat(f.fileno()).st_size) > max_bytes:
             raise ValueError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read")
@@ -125,10 +135,10 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     return tree
 
 
-def read_json_or_empty(path: Path) -> dict[str, Any]:
+def read_json_or_empty(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON file that is written again if it is missing or damaged: then {}."""
     try:
-        return read_json(path)
+        return read_json(path, max_bytes)
     except (OSError, ValueError):
         return {}
 
@@ -138,7 +148,7 @@ def folder_lock(folder: Path, doing: str) -> Iterator[None]:
     """Hold ``folder`` for this process alone, through ``folder/.lock``.
 
     The operating system releases the lock when the process ends, however it ends, so a dead process
-    never holds it.
+    never holds it. For a bucket, see :mod:`llama_jax.storage.lock`.
 
     Args:
       folder: an existing folder.
@@ -147,6 +157,10 @@ def folder_lock(folder: Path, doing: str) -> Iterator[None]:
     Raises:
       ValueError: another process holds it; names its process id, host and what it does.
     """
+    if isinstance(folder, ObjectPath):
+        with object_lock(folder, doing):
+            yield
+        return
     path = folder / ".lock"
     with path.open("a+", encoding="utf-8") as f:
         try:
@@ -165,6 +179,8 @@ def folder_lock(folder: Path, doing: str) -> Iterator[None]:
 
 def in_use(folder: Path) -> bool:
     """Whether a process holds ``folder`` through :func:`folder_lock`; changes nothing."""
+    if isinstance(folder, ObjectPath):
+        return is_locked(folder)
     try:
         with (folder / ".lock").open("rb") as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)

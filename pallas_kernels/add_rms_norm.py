@@ -1,11 +1,15 @@
 """RMSNorm, alone and after adding partial sums to the residual stream."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import dispatch
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over D, arXiv 1910.07467.
 
@@ -14,11 +18,39 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
       scale_D: the learned scale.
       eps: added to the mean square.
     """
+    return _scaled(x_BTD, _reciprocal_rms(x_BTD, eps), scale_D)
+
+
+def _reciprocal_rms(x_BTD, eps):
     # float32: in bfloat16 the mean square loses too many bits.
     x = x_BTD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def _scaled(x_BTD, r_BT1, scale_D):
+    x = x_BTD.astype(jnp.float32) * r_BT1
     # Rounded before the product with the scale, as in Meta's code that trained the models.
     return (x.astype(x_BTD.dtype) * scale_D).astype(x_BTD.dtype)
+
+
+def _rms_norm_forward(x_BTD, scale_D, eps):
+    x_BTD = dispatch.separate(x_BTD)
+    r_BT1 = checkpoint_name(_reciprocal_rms(x_BTD, eps), "reciprocal_rms")
+    return _scaled(x_BTD, r_BT1, scale_D), (x_BTD, r_BT1, scale_D)
+
+
+def _rms_norm_backward(_, residuals, d_out_BTD):
+    x_BTD, r_BT1, scale_D = residuals
+    d_out = dispatch.separate(d_out_BTD).astype(jnp.float32)
+    normed = x_BTD.astype(jnp.float32) * r_BT1
+    d_normed = d_out * scale_D
+    mean_BT1 = jnp.mean(d_normed * normed, axis=-1, keepdims=True)
+    d_x = (r_BT1 * (d_normed - normed * mean_BT1)).astype(x_BTD.dtype)
+    d_scale = jnp.sum(d_out * normed.astype(x_BTD.dtype), axis=tuple(range(x_BTD.ndim - 1)))
+    return d_x, d_scale.astype(scale_D.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def add_rms_norm(

@@ -1,9 +1,11 @@
 """Chooses the implementation of an operation for the platform that is compiled for."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def platform() -> str:
@@ -28,6 +30,29 @@ def num_cores() -> int | None:
     if device is not None:
         return device.num_cores
     return getattr(jax.devices()[0], "core_count", None)
+
+
+def separate(x: Any) -> Any:
+    """Arrays that XLA for TPU stores before they are used.
+
+    It would fuse the operations after a matrix product with the product, or those before it, where
+    they run several times: reductions over rows and SwiGLU make a product up to twice as long.
+    """
+    return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def copies(x: jax.Array, n: int) -> tuple[jax.Array, ...]:
+    """``n`` times x, for products whose gradients are :func:`separate` and added in float32."""
+    return (x,) * n
+
+
+def _sum_separate(n, _, grads):
+    grads = separate(grads)
+    return (sum(x.astype(jnp.float32) for x in grads).astype(grads[0].dtype),)
+
+
+copies.defvjp(lambda x, n: ((x,) * n, None), _sum_separate)
 
 
 def call(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import dispatch
 
@@ -150,7 +151,8 @@ def _masked_attention_forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale):
     out, l = jnp.split(_dot("brs,bsh->brh", weights, v_and_one), [v.shape[-1]], axis=-1)
     l = jnp.where(l == 0, 1, l)
     out_BTNH = _unrows(out / l, q_BTNH.shape).astype(q_BTNH.dtype)
-    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, m + jnp.log(l))
+    out_BTNH, lse = checkpoint_name((out_BTNH, m + jnp.log(l)), "attention")
+    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask_BTS, out_BTNH, lse)
 
 
 def _masked_attention_backward(scale, residuals, d_out_BTNH):

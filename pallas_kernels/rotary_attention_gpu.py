@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from pallas_kernels import dispatch
@@ -141,6 +142,7 @@ def _forward(config, *args):
     out, lse = _call_forward(
         config, ranges, q, rotate(k, kv_positions, rope), v, cos_sin, segments, kv_segments, offset
     )
+    out, lse = checkpoint_name((out, lse), "attention")
     return out, (*args, out, lse)
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -98,6 +99,7 @@ def _forward(config, *args):
         config, q, rotate(k, kv_positions, rope), v, _cos_sin(positions, rope), segments,
         kv_segments, offset,
     )  # fmt: skip
+    out, lse = checkpoint_name((out, lse), "attention")
     return out, (*args, out, lse)
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -101,6 +102,7 @@ def _forward(config, q, k, v, positions, kv_positions, rope, ids, offset):
         k_used = k
     q_k_v = tuple(map(to_kernel_layout, (q, k_used, v)))
     out, lse = _call(config, q.shape[3], q_k_v, tables, ids, offset)
+    out, lse = checkpoint_name((out, lse), "attention")
     out = from_kernel_layout(out, q.shape)
     return out, (q, k, v, positions, kv_positions, rope, ids, offset, out, lse)
 

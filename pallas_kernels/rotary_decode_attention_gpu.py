@@ -31,20 +31,20 @@ RESIDENT = 2
 """programs that run at a time on one multiprocessor, estimated as above"""
 
 
-def gpu(q, k, v, cache_k, cache_v, scales, layer, lengths, rope, scale):
+def gpu(q, k, v, cache_k, cache_v, scales, layer, lengths, rope, scale, pages=None):
     """`rotary_decode_attention` in Pallas, with positional arguments."""
     sources = tuple((x[None], 0) for x in (q, k, v))
     caches = cache_k, cache_v, *(scales or ())
-    return _decode(sources, q.dtype, caches, layer, lengths, rope, scale)
+    return _decode(sources, q.dtype, caches, layer, lengths, rope, scale, pages)
 
 
-def gpu_fused(qkv_PBTMH, cache_k, cache_v, scales, layer, lengths, rope, scale, dtype):
+def gpu_fused(qkv_PBTMH, cache_k, cache_v, scales, layer, lengths, rope, scale, pages, dtype):
     """`fused_decode_attention` in Pallas, with positional arguments."""
     K = cache_k.shape[2]
     N = qkv_PBTMH.shape[3] - 2 * K
     sources = tuple((qkv_PBTMH, first_head) for first_head in (0, N, N + K))
     caches = cache_k, cache_v, *(scales or ())
-    return _decode(sources, dtype, caches, layer, lengths, rope, scale)
+    return _decode(sources, dtype, caches, layer, lengths, rope, scale, pages)
 
 
 def num_splits(programs: int, cache_len: int, multiprocessors: int) -> int:
@@ -64,33 +64,39 @@ def num_splits(programs: int, cache_len: int, multiprocessors: int) -> int:
     return next(n for n, time in zip(choices, times, strict=True) if time <= 1.1 * min(times))
 
 
-def _decode(sources, dtype, caches, layer, lengths, rope, scale):
+def _decode(sources, dtype, caches, layer, lengths, rope, scale, pages):
     """Attention of queries, keys and values, each given as (array, first head).
 
     The array, [P, B, T, heads, H], holds P partial sums, which are added and rounded to ``dtype``.
     """
     check_triton()
     (q, _), (_, first_key), _ = sources
-    (_, B, K, S, H), T = caches[0].shape, q.shape[2]
+    (_, _, K, S, H), T, B = caches[0].shape, q.shape[2], len(lengths)
     G = (first_key or q.shape[3]) // K  # in a fused array, the keys follow the queries
     if H not in (32, 64, 128):
         raise NotImplementedError(f"head_dim {H}: the GPU kernels support 32, 64 and 128")
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"{dtype}: the GPU kernels support float32 and bfloat16")
+    if pages is not None and S % BLOCK_K:
+        raise NotImplementedError(
+            f"pages of {S} positions: the GPU kernels need a multiple of {BLOCK_K}"
+        )
     rows = min(64, max(16, pl.next_power_of_2(T * G)))
     row_blocks = pl.cdiv(T * G, rows)
-    splits = num_splits(B * K * row_blocks, S, dispatch.num_cores() or 132)
+    splits = num_splits(
+        B * K * row_blocks, S if pages is None else S * pages.shape[1], dispatch.num_cores() or 132
+    )
     factor = scale * math.log2(math.e)
     partial, caches = _call(
-        sources, dtype, caches, layer, lengths, rope, G, rows, row_blocks, splits, factor
+        sources, dtype, caches, layer, lengths, rope, pages, G, rows, row_blocks, splits, factor
     )
     out = partial[0] if splits == 1 else _merge(*partial, dtype)  # type: ignore[call-arg]
     return out, *caches[:2], caches[2:] or None
 
 
-def _call(sources, dtype, caches, layer, lengths, rope, G, rows, row_blocks, splits, factor):
+def _call(sources, dtype, caches, layer, lengths, rope, pages, G, rows, row_blocks, splits, factor):
     """The result, or the sums, maxima and normalizers of each split; and the caches."""
-    (L, B, K, S, H), T = caches[0].shape, sources[0][0].shape[2]
+    (_, _, K, _, H), T, B = caches[0].shape, sources[0][0].shape[2], len(lengths)
     # Grid: (split, block of rows, batch row and key head).
     b, n = lambda z: lax.div(z, K), lambda z: lax.rem(z, K)
 
@@ -98,9 +104,16 @@ def _call(sources, dtype, caches, layer, lengths, rope, G, rows, row_blocks, spl
         index = lambda i, r, z: (0, b(z), 0, n(z) + first_head // heads, 0)
         return pl.BlockSpec((array.shape[0], None, T, heads, H), index)
 
-    cache_specs = [pl.BlockSpec((L, None, None, S, H), lambda i, r, z: (0, b(z), n(z), 0, 0))] * 2
-    if len(caches) == 4:  # scales
-        cache_specs += [pl.BlockSpec((L, None, None, S), lambda i, r, z: (0, b(z), n(z), 0))] * 2
+    def cached(x):
+        """Of one key head, the row, or all pages."""
+        L, P, _, *rest = x.shape
+        row, number = (None, b) if pages is None else (P, lambda z: 0)
+        index = lambda i, r, z: (0, number(z), n(z), *[0] * len(rest))
+        return pl.BlockSpec((L, row, None, *rest), index)
+
+    cache_specs = [cached(x) for x in caches]
+    tables = [] if pages is None else [pages]
+    table_specs = [pl.BlockSpec((None, x.shape[1]), lambda i, r, z: (b(z), 0)) for x in tables]
     index = lambda i, r, z: (i, b(z), 0, n(z))
     acc = pl.BlockSpec((None, None, T, G, H), lambda *at: (*index(*at), 0))
     number = pl.BlockSpec((None, None, T, G), index)
@@ -113,7 +126,8 @@ def _call(sources, dtype, caches, layer, lengths, rope, G, rows, row_blocks, spl
         out_shape += [of((splits, B, T, K * G), jnp.float32)] * 2
     results = pl.pallas_call(
         functools.partial(
-            _kernel, dtype=dtype, rows=rows, splits=splits, factor=factor, num_caches=len(caches)
+            _kernel, dtype=dtype, rows=rows, splits=splits, factor=factor, num_caches=len(caches),
+            is_paged=pages is not None,
         ),
         grid=(splits, row_blocks, B * K),
         in_specs=[
@@ -122,18 +136,21 @@ def _call(sources, dtype, caches, layer, lengths, rope, G, rows, row_blocks, spl
             pl.BlockSpec((H // 2,), lambda i, r, z: (0,)),
             pl.BlockSpec((1,), lambda i, r, z: (0,)),
             *(source(*x, heads) for x, heads in zip(sources, (G, 1, 1), strict=True)),  # type: ignore[call-arg]
+            *table_specs,
             *cache_specs,
         ],
         out_specs=[*out_specs, *cache_specs],
         out_shape=[*out_shape, *(of(x.shape, x.dtype) for x in caches)],
-        input_output_aliases={7 + i: len(out_specs) + i for i in range(len(caches))},
+        input_output_aliases={
+            7 + len(tables) + i: len(out_specs) + i for i in range(len(caches))
+        },
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         interpret=dispatch.platform() == "cpu",
         name="rotary_decode_attention",
     )(
         layer.reshape(1), lengths, rope.inv_freq_H2,
         jnp.asarray(rope.scale, jnp.float32).reshape(1), *(x for x, _ in sources),
-        *caches,
+        *tables, *caches,
     )  # fmt: skip
     partial, caches = results[: len(out_specs)], tuple(results[len(out_specs) :])
     return ([partial[0][0]] if splits == 1 else partial), caches
@@ -141,10 +158,12 @@ def _call(sources, dtype, caches, layer, lengths, rope, G, rows, row_blocks, spl
 
 def _kernel(
     layer_ref, length_ref, inv_freq_ref, scale_ref, q_ref, k_ref, v_ref, *refs,
-    dtype, rows, splits, factor, num_caches,
+    dtype, rows, splits, factor, num_caches, is_paged,
 ):  # fmt: skip
-    partial_refs, new_refs = refs[num_caches:-num_caches], refs[-num_caches:]
-    cache_k_ref, cache_v_ref, *scale_refs = refs[:num_caches]
+    *tables, cache_k_ref, cache_v_ref = refs[: is_paged + 2]
+    scale_refs, refs = refs[is_paged + 2 : is_paged + num_caches], refs[is_paged + num_caches :]
+    partial_refs, new_refs = refs[:-num_caches], refs[-num_caches:]
+    page = jnp.int32(cache_k_ref.shape[-2])
     split, block = pl.program_id(0), pl.program_id(1)
     _, T, G, H = q_ref.shape
     h = H // 2
@@ -189,13 +208,17 @@ def _kernel(
         return acc * alpha[:, None] + _dot(weights.astype(dtype), v.astype(dtype)), m_new, l
 
     def attend_cached(j, carry):
-        s = j * BLOCK_K + jnp.arange(BLOCK_K)
-        at, valid = pl.ds(j * BLOCK_K, BLOCK_K), s < length
+        first, place = j * BLOCK_K, [layer]
+        valid = first + jnp.arange(BLOCK_K) < length
+        if is_paged:
+            place.append(tables[0][lax.div(first, page)])
+            first = lax.rem(first, page)
+        place.append(pl.ds(first, BLOCK_K))
         k_a, k_b, v = (
-            load(ref, (layer, at, half), valid[:, None])
+            load(ref, (*place, half), valid[:, None])
             for ref, half in ((cache_k_ref, half_a), (cache_k_ref, half_b), (cache_v_ref, full))
         )
-        scales = [load(ref, (layer, at), valid) for ref in scale_refs]
+        scales = [load(ref, tuple(place), valid) for ref in scale_refs]
         return attend(carry, k_a, k_b, v, scales, valid[None, :])
 
     size, head = min(BLOCK_K, max(16, pl.next_power_of_2(T))), jnp.int32(0)
@@ -223,12 +246,19 @@ def _kernel(
 
     def write_new(j, _):
         s, k_a, k_b, v, scales = load_new(j)
-        at, mask = pl.ds(length + j * size, size), s < T
-        plt.store(new_refs[0].at[layer, at, half_a], k_a, mask=mask[:, None])
-        plt.store(new_refs[0].at[layer, at, half_b], k_b, mask=mask[:, None])
-        plt.store(new_refs[1].at[layer, at, full], v, mask=mask[:, None])
+        mask, place = s < T, [layer]
+        at = length + s
+        if is_paged:
+            m = lax.div(at, page)
+            place.append(load(tables[0], (m,), mask & (m < tables[0].shape[0])))  # else page 0
+            at = lax.rem(at, page)
+        place.append(at)
+        of_rows = tuple(x if x.ndim == 0 else x[:, None] for x in place)
+        plt.store(new_refs[0].at[(*of_rows, columns_a)], k_a, mask=mask[:, None])
+        plt.store(new_refs[0].at[(*of_rows, columns_a + h)], k_b, mask=mask[:, None])
+        plt.store(new_refs[1].at[(*of_rows, jnp.arange(H)[None, :])], v, mask=mask[:, None])
         for ref, scale in zip(new_refs[2:], scales, strict=True):
-            plt.store(ref.at[layer, at], scale, mask=mask)
+            plt.store(ref.at[tuple(place)], scale, mask=mask)
 
     # Each split has the same number of blocks; the first also has the new positions.
     blocks = lax.div(length + BLOCK_K - 1, BLOCK_K)

@@ -10,6 +10,10 @@ The queries of a key head are one operand, [G * T, H]. With head_dim 64 the kern
 cache is padded to 128 lanes, and XLA uses another layout for the arguments of a program, so the
 whole cache is copied on entry and exit: keep the decoding loop inside one program.
 
+The grid over a paged cache has one step per live block: it ends with the last block of the last
+row, and the rows and pages of its steps are operands that the scalar core reads in advance. So a
+long context costs nothing where rows are short.
+
 On a chip with two cores a single block of heads is divided, so that both cores work. One core stays
 idle with one row and one key head, and with a few new positions if no smaller block of key heads
 has a multiple of eight query heads.
@@ -17,7 +21,8 @@ has a multiple of eight query heads.
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,26 +51,51 @@ class KernelConfig(NamedTuple):
     window: int
     """positions around the new ones that are rewritten"""
     precision: lax.Precision | None
+    max_pages: int | None
+    """pages of a row; None for a contiguous cache"""
 
 
-def tpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
+def tpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale, pages=None):
     """`rotary_decode_attention` in Pallas for TPU, with positional arguments."""
     B, T, N, H = q.shape
-    K, S = cache_k.shape[2:4]
+    K, S = cache_k.shape[2:4]  # S: of a row, or of a page
     rows = N // K * T
-    window = min(TILE_ROWS * (pl.cdiv(T - 1, TILE_ROWS) + 1), S)
+    window = TILE_ROWS * (pl.cdiv(T - 1, TILE_ROWS) + 1)
+    if pages is None:
+        window = min(window, S)
     _check_supported(q.dtype, cache_k.dtype, H, S, rows)
-    few, heads = T <= MAX_UNROLLED, _heads(B, K, T, N // K)
+    # The rows of a paged cache are not divided among cores.
+    few, heads = T <= MAX_UNROLLED, _heads(B if pages is None else 1, K, T, N // K)
     block_k = min(
         512, S, max(1, BLOCK_BYTES // (TILE_ROWS * heads * H * q.dtype.itemsize)) * TILE_ROWS
     )
     interpret = dispatch.platform() == "cpu"
-    if interpret and jax.__version_info__ >= (0, 11):
+    if pages is not None or (interpret and jax.__version_info__ >= (0, 11)):
         # This interpreter pads an aliased input to whole blocks, but not its output.
         block_k = math.gcd(block_k, S)
     # Mosaic multiplies float32 in one bfloat16 pass by default.
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    config = KernelConfig(scale, T, block_k, window, precision)
+    config = KernelConfig(
+        scale, T, block_k, window, precision, None if pages is None else pages.shape[1]
+    )
+    scalars = [layer[None], lengths.astype(jnp.int32)]
+    grid: tuple[Any, ...]
+    place: Callable[..., tuple]
+    if pages is None:
+        grid = (B, K // heads, pl.cdiv(S, block_k))
+        place = lambda b, h, j, *_: (b, h, j)
+    else:
+        row_of_step, first_step_of_row = _live_blocks(lengths, block_k, S * pages.shape[1])
+        grid = (K // heads, first_step_of_row[B])
+        scalars += [pages.reshape(-1).astype(jnp.int32), row_of_step, first_step_of_row]
+
+        def place_of_step(h, i, layer, lengths, pages, rows, firsts):
+            return rows[i], h, i - firsts[rows[i]]
+
+        place = place_of_step
+
+    def by_place(shape, index):
+        return pl.BlockSpec(shape, lambda *args: index(*place(*args)))
 
     # A few positions keep their layout: changing it would be a copy in HBM.
     layout = lambda x: x if few else _by_head(x, K)
@@ -74,29 +104,34 @@ def tpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
         def by_head(n):
             height = heads * n // T
             if height % 8:  # Not whole tiles: every program gets all rows.
-                return pl.BlockSpec((None, T, K * n // T, H), lambda b, h, j, *_: (b, 0, 0, 0))
-            return pl.BlockSpec((None, T, height, H), lambda b, h, j, *_: (b, 0, h, 0))
+                return by_place((None, T, K * n // T, H), lambda b, h, j: (b, 0, 0, 0))
+            return by_place((None, T, height, H), lambda b, h, j: (b, 0, h, 0))
     else:
-        by_head = lambda n: pl.BlockSpec((None, heads, n, H), lambda b, h, j, *_: (b, h, 0, 0))
+        by_head = lambda n: by_place((None, heads, n, H), lambda b, h, j: (b, h, 0, 0))
     cos_sin_B2TH = _cos_sin(lengths, T, rope)
     # In the layout by head, row g * T + t is position t.
     q_cos_sin = cos_sin_B2TH if few else jnp.tile(cos_sin_B2TH, (1, 1, N // K, 1))
 
-    def block(
-        b, h, j, layer, lengths
-    ):  # beyond the length: the last block again, which is not fetched
+    def block(*args):
+        b, h, j = place(*args)
+        layer, lengths, *paged = args[len(grid) :]
+        if paged:
+            page = paged[0][b * config.max_pages + lax.div(j, jnp.int32(S // block_k))]
+            return layer[0], page, h, lax.rem(j, jnp.int32(S // block_k)), 0
+        # Beyond the length: the last block again, which is not fetched.
         last = lax.div(jnp.maximum(lengths[b] - 1, 0), jnp.int32(block_k))
         return layer[0], b, h, jnp.minimum(j, last), 0
 
-    per_row = lambda n: pl.BlockSpec((None, 2, n, H), lambda b, h, j, *_: (b, 0, 0, 0))
+    per_row = lambda n: by_place((None, 2, n, H), lambda b, h, j: (b, 0, 0, 0))
     cached = pl.BlockSpec((None, None, heads, block_k, H), block)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
+    semantics: Any = (*["parallel"] * (len(grid) - 1), "arbitrary")
     float32 = lambda *shape: pltpu.VMEM((heads, *shape), jnp.float32)
     out, cache_k, cache_v = pl.pallas_call(
         functools.partial(_kernel, config),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(B, K // heads, pl.cdiv(S, block_k)),
+            num_scalar_prefetch=len(scalars),
+            grid=grid,
             in_specs=[by_head(rows), by_head(T), by_head(T), per_row(q_cos_sin.shape[2]),
                       per_row(T), cached, cached],
             out_specs=[by_head(rows), hbm, hbm],
@@ -109,14 +144,12 @@ def tpu(q, k, v, cache_k, cache_v, layer, lengths, rope, scale):
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (layout(q), cache_k, cache_v)],
-        input_output_aliases={7: 1, 8: 2},
-        cost_estimate=_cost(q, k, cache_k),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
-        ),
+        input_output_aliases={len(scalars) + 5: 1, len(scalars) + 6: 2},
+        cost_estimate=_cost(q, k, cache_k, pages),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         interpret=interpret,
         name="rotary_decode_attention",
-    )(layer[None], lengths.astype(jnp.int32), *map(layout, (q, k, v)), q_cos_sin, cos_sin_B2TH,
+    )(*scalars, *map(layout, (q, k, v)), q_cos_sin, cos_sin_B2TH,
       cache_k, cache_v)  # fmt: skip
     if not few:
         out = out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4)
@@ -133,6 +166,16 @@ def _heads(B: int, K: int, T: int, G: int) -> int:
     if idle_core(B * (K // heads)):
         return max((n for n in divisors if n < K and (not few or n * G % 8 == 0)), default=heads)
     return heads
+
+
+def _live_blocks(lengths_B, block_k, cache_len):
+    """The row of each step of a grid over the live blocks of all rows, and each row's first step
+    (of B + 1 rows). A row without positions has one step, for its new ones."""
+    blocks_B = jnp.maximum((lengths_B + block_k - 1) // block_k, 1).astype(jnp.int32)
+    firsts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(blocks_B)])
+    steps = jnp.arange(len(lengths_B) * pl.cdiv(cache_len, block_k))
+    rows = jnp.sum(firsts[1:, None] <= steps, axis=0, dtype=jnp.int32)
+    return jnp.minimum(rows, len(lengths_B) - 1), firsts
 
 
 def _by_head(x_BTNH, K):
@@ -158,11 +201,13 @@ def _check_supported(dtype, cache_dtype, H, S, rows):
         )
 
 
-def _cost(q, k, cache):
+def _cost(q, k, cache, pages):
     """The cost of a full cache: lengths are unknown at compile time."""
-    (B, T, N, H), (K, S) = q.shape, cache.shape[2:4]
-    moved = 2 * B * K * S * H * cache.dtype.itemsize + 2 * q.nbytes + 2 * k.nbytes
-    scores = B * N * T * S
+    (B, T, N, H), (_, P, K, S, _) = q.shape, cache.shape
+    if pages is not None:
+        S *= min(P / B, pages.shape[1])  # of a row, with the whole pool in use
+    moved = int(2 * B * K * S * H) * cache.dtype.itemsize + 2 * q.nbytes + 2 * k.nbytes
+    scores = int(B * N * T * S)
     return pl.CostEstimate(flops=4 * scores * H, transcendentals=scores, bytes_accessed=moved)
 
 
@@ -180,25 +225,47 @@ def _rotate(x, cos_sin):
     return x * cos_sin[0] + jnp.concatenate([x[:, half:], x[:, :half]], axis=1) * cos_sin[1]
 
 
-def _kernel(
-    config, layer_ref, lengths_ref, q_ref, k_ref, v_ref, q_cos_sin, k_cos_sin, keys_ref, values_ref,
-    out_ref, cache_k, cache_v, q_s, m_ref, l_ref, acc_ref, new_k, new_v, window,
-    sems,
-):  # fmt: skip
-    b, h, j = (pl.program_id(i) for i in range(3))
+def _kernel(config, layer_ref, lengths_ref, *refs: Any):
+    if config.max_pages is None:
+        b, h, j = (pl.program_id(i) for i in range(3))
+        is_last = j == pl.num_programs(2) - 1
+    else:
+        (pages_ref, rows_ref, firsts_ref), refs = refs[:3], refs[3:]
+        h, i = pl.program_id(0), pl.program_id(1)
+        b = rows_ref[i]
+        j, is_last = i - firsts_ref[b], i + 1 == firsts_ref[b + 1]
+    (q_ref, k_ref, v_ref, q_cos_sin, k_cos_sin, keys_ref, values_ref, out_ref, cache_k, cache_v,
+     q_s, m_ref, l_ref, acc_ref, new_k, new_v, window, sems) = refs  # fmt: skip
     length, heads = lengths_ref[b], range(acc_ref.shape[0])
     new, R = config.new, acc_ref.shape[1]
     few, G = new <= MAX_UNROLLED, R // new
-    start = jnp.minimum(
-        lax.div(length, jnp.int32(TILE_ROWS)) * TILE_ROWS, cache_k.shape[3] - config.window
-    )  # fmt: skip
-    place = (layer_ref[0], b, pl.ds(h * len(heads), len(heads)),
-             pl.ds(pl.multiple_of(start, TILE_ROWS), config.window))  # fmt: skip
-    copies = lambda make: [
-        make(c.at[place], window.at[i], sems.at[i]) for i, c in enumerate((cache_k, cache_v))
-    ]
-    fetch = functools.partial(copies, pltpu.make_async_copy)
-    put = functools.partial(copies, lambda c, w, s: pltpu.make_async_copy(w, c, s))
+    start = lax.div(length, jnp.int32(TILE_ROWS)) * TILE_ROWS
+    page, of_heads = cache_k.shape[3], pl.ds(h * len(heads), len(heads))
+    if config.max_pages is None:
+        start = jnp.minimum(start, page - config.window)
+
+    def for_each_copy(do):
+        """Calls ``do(number of the cache, its part, part of the window)``: the whole window, or, as
+        it may lie in two pages, each of its tiles."""
+        part = config.window if config.max_pages is None else TILE_ROWS
+
+        def copy(t, _):
+            at = start + t * part
+            row = b
+            if config.max_pages is not None:
+                m = lax.div(at, jnp.int32(page))
+                number = pages_ref[b * config.max_pages + jnp.minimum(m, config.max_pages - 1)]
+                row = jnp.where(m < config.max_pages, number, 0)
+                at = lax.rem(at, jnp.int32(page))
+            place = layer_ref[0], row, of_heads, pl.ds(pl.multiple_of(at, TILE_ROWS), part)
+            tile = slice(None), pl.ds(pl.multiple_of(t * part, TILE_ROWS), part)
+            for i, cache in enumerate((cache_k, cache_v)):
+                do(i, cache.at[place], window.at[(i, *tile)])
+
+        lax.fori_loop(0, config.window // part, copy, None)
+
+    fetch = lambda i, cache, part: pltpu.make_async_copy(cache, part, sems.at[i])
+    put = lambda i, cache, part: pltpu.make_async_copy(part, cache, sems.at[i])
 
     def part(ref, t, n, each):
         """Position t of head n, whose place in a block of all heads depends on the program."""
@@ -224,8 +291,7 @@ def _kernel(
         l_ref[...], acc_ref[...] = jnp.zeros_like(l_ref), jnp.zeros_like(acc_ref)
         for n in heads:
             q_s[n] = rows_of(q_ref, n, G, q_cos_sin).astype(q_s.dtype)
-        for copy in fetch():
-            copy.start()
+        for_each_copy(lambda *x: fetch(*x).start())
 
     def attend(n, keys, values, visible):
         """Attends with the queries of head n to keys; ``visible`` [R, keys] is the mask or None."""
@@ -258,10 +324,9 @@ def _kernel(
             # Invalid values may be NaN, and 0 * NaN is NaN.
             attend(n, keys_ref[n], jnp.where(valid, values_ref[n], 0), visible)
 
-    @pl.when(j == pl.num_programs(2) - 1)
+    @pl.when(is_last)
     def _finish():
-        for copy in fetch():
-            copy.wait()
+        for_each_copy(lambda *x: fetch(*x).wait())
         rows = (R, config.window)
         row = lax.broadcasted_iota(jnp.int32, rows, 0)
         t_query = lax.div(row, jnp.int32(G)) if few else lax.rem(row, jnp.int32(new))
@@ -283,7 +348,5 @@ def _kernel(
                     out_ref[t, pl.ds(n * G, G), :] = out[t * G : (t + 1) * G]
             else:
                 out_ref[n] = out
-        for copy in put():
-            copy.start()
-        for copy in put():
-            copy.wait()
+        for_each_copy(lambda *x: put(*x).start())
+        for_each_copy(lambda *x: put(*x).wait())

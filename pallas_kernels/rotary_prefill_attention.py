@@ -18,13 +18,14 @@ MAX_DECODE_QUERIES = 512
 
 
 def prefill(
-    kernel: Callable[..., jax.Array], q, k, v, cache_k, cache_v, layer, lengths, rope, scale
-):
+    kernel: Callable[..., jax.Array],
+    q, k, v, cache_k, cache_v, layer, lengths, rope, scale, pages=None,
+):  # fmt: skip
     """`rotary_decode_attention` of one row and many queries, with positional arguments.
 
-    The keys and values of the layer, over the whole cache length, are copied once per chunk to the
-    layout of ``kernel``, an implementation of `rotary_attention`. The kernel visits no block of
-    keys beyond the new tokens.
+    The keys and values of the row in this layer, over the whole cache length, are copied once per
+    chunk to the layout of ``kernel``, an implementation of `rotary_attention`. The kernel visits no
+    block of keys beyond the new tokens.
     """
     B, T, N, H = q.shape
     queries = T * (N // k.shape[2])
@@ -36,15 +37,22 @@ def prefill(
     length = lengths[0]
     positions_BT = length + jnp.arange(T, dtype=jnp.int32)[None]
     caches = tuple(
-        _append(cache, new, layer, lengths)
+        _append(cache, new, layer, lengths, pages)
         for cache, new in ((cache_k, rotate(k, positions_BT, rope)), (cache_v, v))
     )
-    # Invalid positions may hold NaN, and the product of a weight of 0 and NaN is NaN.
-    valid_S1 = (jnp.arange(cache_k.shape[3]) < length + T)[:, None]
-    of_layer = (lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in caches)
-    keys, values = (
-        jnp.where(valid_S1, x_BKSH, 0).transpose(0, 2, 1, 3).astype(q.dtype) for x_BKSH in of_layer
-    )
+
+    def of_row(cache):
+        """[1, S, K, H]"""
+        if pages is None:
+            layer_MKSH = lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+        else:
+            layer_MKSH = cache[layer, pages[0]]
+        row_SKH = layer_MKSH.transpose(0, 2, 1, 3).reshape(-1, *k.shape[2:])
+        # Invalid positions may hold NaN, and the product of a weight of 0 and NaN is NaN.
+        valid_S11 = (jnp.arange(len(row_SKH)) < length + T)[:, None, None]
+        return jnp.where(valid_S11, row_SKH, 0).astype(q.dtype)[None]
+
+    keys, values = map(of_row, caches)
     # Queries and keys are rotated already; the kernel rotates both by angle 0, which is exact.
     zeros = jnp.zeros((1, T), jnp.int32), jnp.zeros((1, keys.shape[1]), jnp.int32)
     out = kernel(

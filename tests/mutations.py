@@ -39,7 +39,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "mutations"
-COPIED = ("llama_jax", "pallas_kernels", "tests", "configs", "notebooks", "benchmarks",
+COPIED = ("llama_jax", "pallas_kernels", "tests", "configs", "launch", "notebooks", "benchmarks",
           "pyproject.toml", "README.md", "requirements.txt", "constraints.txt",
           "setup.py")  # fmt: skip
 THRESHOLD = 0.97
@@ -68,7 +68,8 @@ class Mutation:
             return f"`old` occurs {count} times in {self.file}, not once"
         if self.old == self.new:
             return "`new` equals `old`"
-        parse = tomllib.loads if path.suffix == ".toml" else ast.parse
+        parsers = {".toml": tomllib.loads, ".py": ast.parse}
+        parse = parsers.get(path.suffix, str)
         try:
             parse(source.replace(self.old, self.new))
         except (SyntaxError, tomllib.TOMLDecodeError) as e:

@@ -5,6 +5,9 @@ with a small training run. A block after a comment ``<!-- not run: REASON -->`` 
 ``llama-jax`` commands must name existing commands and options.
 """
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import re
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from whole_way_tools import write_dumps
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -71,9 +75,10 @@ def place(tmp_path_factory) -> Path:
     (folder / "instructions.json").write_text(json.dumps([record(i) for i in range(300)]))
     piqa = folder / "benchmark_data" / "piqa"
     piqa.mkdir(parents=True)
-    question = '{"goal": "Cut bread.", "sol1": "Use a knife.", "sol2": "Use a spoon."}\n'
+    question = '{"goal": "Which way do you cut a big loaf?", "sol1": "So.", "sol2": "Not so."}\n'
     (piqa / "valid.jsonl").write_text(question)
     (piqa / "valid-labels.lst").write_text("0\n")
+    write_dumps(folder / "dumps")
     (folder / "books").mkdir()
     (folder / "books" / "a.txt").write_text("Call me Ishmael. Some years ago. " * 40)
     return folder
@@ -130,18 +135,20 @@ def commands(path: Path) -> list[list[str]]:
     return out
 
 
+# Commands with options of their own, and help that needs the extra corpus.
+WITH_EXTRA = [["corpus", "models"], ["corpus", "report"]]
+
+
 @pytest.fixture(scope="module")
 def helps() -> dict[str, str]:
-    from llama_jax.__main__ import VERBS
+    from llama_jax.__main__ import VERBS, main
     from llama_jax.config import help_text
 
-    texts = {}
-    for verb in VERBS:
-        done = subprocess.run(
-            [sys.executable, "-m", "llama_jax", verb, "--help"],
-            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        texts[verb] = done.stdout
+    texts = dict.fromkeys(VERBS, "")
+    for verb, *words in [*([verb] for verb in VERBS), *WITH_EXTRA]:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+            main([verb, *words, "--help"])
+        texts[verb] += out.getvalue()
     texts["train"] += help_text("all", 100)
     return texts
 
@@ -149,7 +156,11 @@ def helps() -> dict[str, str]:
 def test_commands_that_are_not_run_exist(helps):
     found = [(path, words) for path in PAGES for words in commands(path)]
     assert len(found) > 5
+    has_corpus = importlib.util.find_spec("datatrove") is not None
+    with_extra = [words for _, words in found if words[:2] in WITH_EXTRA]
     for path, (verb, *words) in found:
+        if [verb, *words[:1]] in WITH_EXTRA and not has_corpus:
+            continue
         assert verb in helps, f"{path.name}: no command {verb}"
         for word in words:
             option = word.partition("=")[0]
@@ -158,7 +169,10 @@ def test_commands_that_are_not_run_exist(helps):
                     f"{path.name}: {verb} has no {option}"
                 )
             elif "=" in word and verb == "train":
+                option = re.sub(r"^data\.sources\.\w+\.", "data.sources.NAME.", option)
                 assert option in helps[verb], f"{path.name}: no setting {option}"
+    if with_extra and not has_corpus:
+        pytest.skip("the options of corpus models and corpus report need the extra corpus")
 
 
 def test_links_point_to_existing_pages():

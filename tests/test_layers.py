@@ -17,16 +17,18 @@ HEAVY = {
 # Packages and single modules of llama_jax, lowest first. A module may import those below its own
 # layer, and modules of its own package as long as no circle results.
 LAYERS = [
+    {"storage"},
     {"io", "versions"},
     {"config", "chips"},
     {"model"},
     {"data"},
     {"checkpoint"},
-    {"prepare", "convert"},
+    {"prepare", "corpus", "convert"},
     {"generate"},
     {"evaluate"},
     {"train"},
-    {"plan", "verify"},
+    {"serve"},
+    {"plan", "verify", "report"},
     {"__main__", "__init__"},
 ]
 
@@ -113,6 +115,21 @@ def test_config_needs_the_standard_library_and_its_parsers():
     for path in FILES:
         if path.is_relative_to(ROOT / "llama_jax") and module_of(path).startswith(("io", "config")):
             assert {module.split(".")[0] for module in imports(path)} <= allowed
+
+
+def test_only_the_server_needs_its_extra():
+    extra = {"starlette", "uvicorn", "llguidance", "prometheus_client"}
+    for path in FILES:
+        if not path.is_relative_to(ROOT / "llama_jax/serve"):
+            assert not {name.split(".")[0] for name in imports(path)} & extra, path
+
+
+def test_only_corpus_needs_its_extra():
+    extra = {"datatrove", "py7zr", "kenlm", "fasttext", "warcio", "zstandard"}
+    for path in FILES:
+        if not path.is_relative_to(ROOT / "llama_jax/corpus"):
+            used = {name.split(".")[0] for name in imports(path)} & extra
+            assert used <= {"zstandard"}, path
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -2,7 +2,11 @@
 
 import random
 
+import jax
+import jax.numpy as jnp
 import tomli_w
+
+from llama_jax.train.step import init_state
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "animals", "in", "1984"]
 ROPE = {"theta": 10000.0}
@@ -12,10 +16,29 @@ MODEL = {
     "rope": ROPE,
 }  # fmt: skip
 
+# The command without the measurement of the processor and the plot, which take a second each.
+QUICK = """
+import sys
+from llama_jax.train import interrupt
+interrupt.start_command()
+from llama_jax import chips
+from llama_jax.train import metrics
+from llama_jax.train.__main__ import main
+chips.peak_flops = lambda device: (1e12, "of this test")
+metrics.plot_losses = lambda *_: None
+"""
+RUN = "sys.exit(main(sys.argv[1:]))\n"
+
 
 def words(rng, count):
     """Random words."""
     return " ".join(rng.choice(WORDS) for _ in range(count))
+
+
+def make_zeros(recipe, compute):
+    """An initial state of zeros, which compiles fast."""
+    state = jax.eval_shape(lambda: init_state(recipe, compute))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
 
 
 def write_recipe(folder, **sections):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.io import read_json
+from llama_jax.storage.paths import ObjectPath, filesystem, kvstore
 
 # One folder of uncompressed chunks per array, written and read in any order. Orbax saving 0.5 GB of
 # float32 on 2 cores, two rounds: 1.5-1.7 GB/s to write, 0.5-0.6 to read, against 0.2-0.4 and
@@ -25,10 +26,48 @@ class OtherModel(ValueError):
     """Stored arrays whose shapes differ from those of the model."""
 
 
-def quiet_orbax() -> None:
+def set_up_orbax(path: Path) -> None:
     """Silence the log of Orbax, which prints thirty lines per save and a traceback per thread for
-    each error. Its errors are also exceptions, which this package reports in one line."""
+    each error; its errors are also exceptions, which this package reports in one line. For a path
+    in a bucket, prepare its file system."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if isinstance(path, ObjectPath):
+        filesystem(path.scheme)
+        if path.scheme == "s3":
+            _teach_orbax_s3()
+
+
+def orbax_path(path: Path) -> Any:
+    """The path as Orbax takes it."""
+    return str(path) if isinstance(path, ObjectPath) else path
+
+
+def manager_options(path: Path) -> dict[str, Any]:
+    """Options of Orbax's manager for steps at ``path``. Orbax itself knows that a gs:// folder
+    cannot be renamed at once, but not an s3:// folder."""
+    if not isinstance(path, ObjectPath) or path.scheme != "s3":
+        return {}
+    from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath
+
+    return {"temporary_path_class": CommitFileTemporaryPath}
+
+
+def _teach_orbax_s3() -> None:
+    """Let Orbax's arrays use TensorStore's driver for S3: Orbax 0.12.8 chooses it for no path, and
+    would write to a local folder named "s3:"."""
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    original: Any = tensorstore_utils._build_non_ocdbt_kvstore_tspec
+    if original.__module__ == __name__:  # already done
+        return
+
+    def build(directory: str, name: str | None = None) -> Any:
+        if not directory.startswith("s3://"):
+            return original(directory, name)
+        parts = tuple(f"{directory.removeprefix('s3://')}/{name or ''}".rstrip("/").split("/"))
+        return kvstore(ObjectPath("s3", parts))  # type: ignore[arg-type]
+
+    tensorstore_utils._build_non_ocdbt_kvstore_tspec = build
 
 
 def named_arrays(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -58,12 +97,14 @@ def open_array(item: Path, path: str) -> Any:
 
     name = path.replace("/", ".")
     read_array_metadata(item / name)
-    base: dict[str, Any] = {"driver": "file", "path": str(item.resolve())}
+    base = kvstore(item)
     if (item / "manifest.ocdbt").exists():
-        spec = {"driver": "ocdbt", "base": base, "path": name + "/"}
+        spec: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": name + "/"}
         drivers = ["zarr3", "zarr"]
     else:
-        spec = base | {"path": f"{item.resolve()}/{name}/", "file_io_sync": False}
+        spec = base | {"path": f"{base['path']}/{name}/"}
+        if spec["driver"] == "file":
+            spec["file_io_sync"] = False
         drivers = ["zarr3"] if (item / name / "zarr.json").exists() else ["zarr"]
     error = None
     for driver in drivers:
@@ -114,6 +155,20 @@ def check_item(item: Path, shapes: dict[str, tuple[int, ...]]) -> None:
       OtherModel: an array has another shape.
       ValueError: a file is damaged; names it and the reason.
     """
+    if not isinstance(item, ObjectPath):
+        _check_regular_files(item)
+    if (item / "_METADATA").exists():
+        read_json(item / "_METADATA")
+    for name, shape in shapes.items():
+        stored = read_array_metadata(item / name)
+        if stored is not None and stored[0] != tuple(shape):
+            raise OtherModel(
+                f"{item} holds another model: {name} is {list(stored[0])}, not {list(shape)}"
+            )
+
+
+def _check_regular_files(item: Path) -> None:
+    """Raise a ValueError for a device, a pipe, or a link out of the folder."""
     root = os.path.realpath(item)
     for folder, folders, files in os.walk(item):
         for name in folders + files:
@@ -125,11 +180,3 @@ def check_item(item: Path, shapes: dict[str, tuple[int, ...]]) -> None:
                 mode = os.stat(path).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise ValueError(f"{path} is not a regular file")
-    if (item / "_METADATA").exists():
-        read_json(item / "_METADATA")
-    for name, shape in shapes.items():
-        stored = read_array_metadata(item / name)
-        if stored is not None and stored[0] != tuple(shape):
-            raise OtherModel(
-                f"{item} holds another model: {name} is {list(stored[0])}, not {list(shape)}"
-            )

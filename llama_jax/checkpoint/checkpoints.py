@@ -3,8 +3,9 @@
 A run folder (see checkpoints/README.md) holds ``model.json`` and the tokenizer beside
 ``steps/STEP/``: ``model`` (the weights), ``optimizer``, ``run`` (step and data position) and the
 SHA-256 of these files. Saving is asynchronous. A step is renamed to its number when all its arrays
-are written; partial steps of a process that died are removed at the next start. If the process died
-before it wrote the SHA-256 of a step, they are written at the next start.
+are written (in a bucket: gets an object ``commit_success.txt``); partial steps of a process that
+died are removed at the next start. If the process died before it wrote the SHA-256 of a step, they
+are written at the next start.
 """
 
 import functools
@@ -26,9 +27,11 @@ from llama_jax.checkpoint.arrays import (
     OtherModel,
     array_shapes,
     check_item,
+    manager_options,
     named_arrays,
-    quiet_orbax,
+    orbax_path,
     read_array_metadata,
+    set_up_orbax,
 )  # fmt: skip
 from llama_jax.checkpoint.file_hashes import (
     files_below,
@@ -40,6 +43,8 @@ from llama_jax.checkpoint.file_hashes import (
 )  # fmt: skip
 from llama_jax.checkpoint.steps import BEST_STEP, best_step, whole_steps
 from llama_jax.checkpoint.weights import VERIFY_HINT, first_line
+from llama_jax.storage.errors import reason
+from llama_jax.storage.paths import ObjectPath, as_path
 
 
 class CheckpointError(RuntimeError):
@@ -62,17 +67,17 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int):
-        quiet_orbax()
         # After a failed save, tensorstore reports to an event loop that Orbax has closed.
         self._hook_before, sys.unraisablehook = sys.unraisablehook, self._without_closed_loops
-        self._steps = Path(folder).resolve() / "steps"
+        self._steps = as_path(folder).resolve() / "steps"
+        set_up_orbax(self._steps)
         self._saving: int | None = None
         self._recorder = ThreadPoolExecutor(1)
         self._recording: Future[None] | None = None
         self._best = best_step(self._steps.parent)
         tree = lambda: ocp.PyTreeCheckpointHandler(**ORBAX)
         self._manager = ocp.CheckpointManager(
-            self._steps,
+            orbax_path(self._steps),
             item_handlers={
                 "model": tree(),
                 "optimizer": tree(),
@@ -81,6 +86,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_NewestAndBest(keep, lambda: self._best),
                 cleanup_tmp_directories=True,
+                **manager_options(self._steps),
             ),
         )
 
@@ -124,7 +130,7 @@ class Checkpoints:
         """
         while self.saving():
             time.sleep(0.02)
-        if (self._steps / str(step)).is_dir():  # otherwise `wait` reports that saving failed
+        if step in whole_steps(self._steps.parent):  # otherwise `wait` reports that saving failed
             _write_checksums(self._steps / str(step), owner)
 
     def saving(self) -> bool:
@@ -255,17 +261,28 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> CheckpointError:
         step, self._saving, self._recording = self._saving, None, None
+        advice = "free some disk space, then start again to continue from it"
+        if isinstance(self._steps, ObjectPath):  # the next start removes what was written
+            text = reason(error, self._steps.scheme)
+            advice = "start again to continue from it"
+        else:
+            text = first_line(error)
+            self._remove_partial(step)
+        try:
+            steps = whole_steps(self._steps.parent)
+        except OSError:
+            steps = []
+        good = f"the newest good step is {max(steps)}" if steps else "there is no earlier step"
+        return CheckpointError(
+            f"saving step {step} to {self._steps} failed: {text}\n{good}; {advice}"
+        )
+
+    def _remove_partial(self, step: int | None) -> None:
         end = time.monotonic() + 2  # other threads of the save may still create files
         while (left := list(self._steps.glob(f"{step}.*tmp*"))) and time.monotonic() < end:
             for folder in left:
                 shutil.rmtree(folder, ignore_errors=True)
             time.sleep(0.02)
-        steps = whole_steps(self._steps.parent)
-        good = f"the newest good step is {max(steps)}" if steps else "there is no earlier step"
-        return CheckpointError(
-            f"saving step {step} to {self._steps} failed: {first_line(error)}\n"
-            f"{good}; free some disk space, then start again to continue from it"
-        )
 
 
 class _NewestAndBest:

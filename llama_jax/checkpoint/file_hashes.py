@@ -11,12 +11,13 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llama_jax.io import atomic_write, parse_json, read_limited, sha256
+from llama_jax.io import atomic_write, parse_json, read_limited
+from llama_jax.storage.paths import ObjectPath, file_sizes
 
 MANIFEST = "manifest.json"
 MAX_LIST_BYTES = 1 << 30
@@ -27,6 +28,7 @@ Files = dict[str, list]
 
 _SEAL = re.compile(rb'"sha256_of_this_file": "([0-9a-f]{64})"')
 _BLOCK = 4 << 20
+_OBJECT_BLOCK = 32 << 20
 
 
 def write_list(path: Path, tree: dict[str, Any]) -> None:
@@ -77,14 +79,20 @@ def hash_files(folder: Path, names: Iterable[str]) -> Files:
       OSError: a file cannot be read.
     """
     names = sorted(names)
-    digest = lambda name: [(folder / name).stat().st_size, sha256(folder / name)]
+    sizes: dict[str, int] = file_sizes(folder) if isinstance(folder, ObjectPath) else {}
+
+    def digest(name: str) -> list:
+        path = folder / name
+        size = sizes[name] if name in sizes else path.stat().st_size
+        return [size, _sha256(path, size)]
+
     with _pool() as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
 def files_below(folder: Path) -> list[str]:
     """Names of all files below a folder, in order."""
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(file_sizes(folder))
 
 
 def record_files(folder: Path, *names: str) -> None:
@@ -121,8 +129,7 @@ def find_problems(
     Raises:
       OSError: a file cannot be read for another reason (permission, input/output error).
     """
-    root = Path(os.path.realpath(folder))
-    found = {name: _shape_problem(folder / name, root, entry[0]) for name, entry in files.items()}
+    found = _shape_problems(folder, files)
     left, compare = max_bytes, []
     for name in sorted(files, key=lambda name: files[name][0]):
         if left is not None:
@@ -133,7 +140,7 @@ def find_problems(
             compare.append(name)
 
     def changed(name: str) -> str | None:
-        if _sha256(folder / name, report) == files[name][1]:
+        if _sha256(folder / name, files[name][0], report) == files[name][1]:
             return None
         return f"{folder / name} has changed since it was written"
 
@@ -142,26 +149,53 @@ def find_problems(
     return [problem for _, problem in sorted(found.items()) if problem]
 
 
+def _shape_problems(folder: Path, files: Files) -> dict[str, str | None]:
+    """What is wrong with each file before its content is read."""
+    if isinstance(folder, ObjectPath):  # one listing, not a request for each file
+        sizes = file_sizes(folder)
+        return {
+            name: _size_problem(folder / name, sizes.get(name), files[name][0]) for name in files
+        }
+    root = Path(os.path.realpath(folder))
+    return {name: _shape_problem(folder / name, root, entry[0]) for name, entry in files.items()}
+
+
+def _size_problem(path: Path, found: int | None, size: int) -> str | None:
+    if found is None:
+        return f"{path} is missing"
+    return None if found == size else f"{path} has {found:,} bytes, not {size:,}"
+
+
 def _shape_problem(path: Path, root: Path, size: int) -> str | None:
     """What is wrong with a file before its content is read."""
     try:
         info = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        return f"{path} is missing"
+        return _size_problem(path, None, size)
     if not stat.S_ISREG(info.st_mode):
         return f"{path} is not a regular file"
     if not Path(os.path.realpath(path)).is_relative_to(root):
         return f"{path} is a link out of {root}"
-    return None if info.st_size == size else f"{path} has {info.st_size:,} bytes, not {size:,}"
+    return _size_problem(path, info.st_size, size)
 
 
-def _sha256(path: Path, report: Callable[[int], None]) -> str:
+def _sha256(path: Path, size: int, report: Callable[[int], None] = lambda count: None) -> str:
     digest = hashlib.sha256()
+    for block in _blocks(path, size):
+        digest.update(block)
+        report(len(block))
+    return digest.hexdigest()
+
+
+def _blocks(path: Path, size: int) -> Iterator[bytes]:
+    """The content of a file; that of an object of a bucket with one request for each block."""
+    if isinstance(path, ObjectPath):
+        for start in range(0, size, _OBJECT_BLOCK):
+            yield path.read_range(start, min(start + _OBJECT_BLOCK, size))
+        return
     with path.open("rb") as f:
         while block := f.read(_BLOCK):
-            digest.update(block)
-            report(len(block))
-    return digest.hexdigest()
+            yield block
 
 
 def _pool() -> ThreadPoolExecutor:

@@ -11,6 +11,7 @@ from llama_jax.checkpoint.file_hashes import record_files
 from llama_jax.config import ConfigError, LoraConfig, ModelConfig, check_model, to_dict
 from llama_jax.config.recipe import LORA_TARGETS
 from llama_jax.io import atomic_write, read_json
+from llama_jax.storage.paths import as_path
 
 FORMAT = {"format": 1, "rotary_layout": "half"}
 QUANTIZED = ("int8", "int4")
@@ -74,7 +75,7 @@ def read_metadata(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     Raises:
       ConfigError: the folder or file is missing, damaged, or of another format.
     """
-    path = Path(folder) / "model.json"
+    path = as_path(folder) / "model.json"
     try:
         tree = read_json(path, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):

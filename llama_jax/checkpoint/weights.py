@@ -13,11 +13,14 @@ from llama_jax.checkpoint.arrays import (
     array_shapes,
     check_item,
     open_array,
-    quiet_orbax,
+    orbax_path,
+    set_up_orbax,
 )  # fmt: skip
 from llama_jax.checkpoint.file_hashes import find_problems, listed_files
 from llama_jax.checkpoint.steps import loaded_step, step_folder, whole_steps
 from llama_jax.config import ConfigError
+from llama_jax.storage.errors import redacted
+from llama_jax.storage.paths import as_path
 
 CHECKED_BYTES = 1 << 30
 """Bytes whose SHA-256 is compared when weights are loaded, smallest files first; takes about a
@@ -37,7 +40,7 @@ def check_weights(folder: str | Path, max_bytes: int | None = CHECKED_BYTES) -> 
     Raises:
       ConfigError: names the files that are missing or have changed.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     item = _loaded(folder)
     try:
         files = listed_files(folder, int(item.parent.name), "model")
@@ -63,7 +66,7 @@ def load_weights(folder: str | Path, abstract_params: Any, partial: bool = False
       ConfigError: there is no saved step, or its arrays have other shapes.
     """
     item = _loaded(folder)
-    quiet_orbax()
+    set_up_orbax(item)
     try:
         check_item(item, array_shapes(abstract_params))
     except OtherModel as e:
@@ -77,7 +80,7 @@ def load_weights(folder: str | Path, abstract_params: Any, partial: bool = False
             partial_restore=partial,
         )
         try:
-            return reader.restore(item, args=args)
+            return reader.restore(orbax_path(item), args=args)
         except Exception as e:  # Orbax has no narrower type for a missing or truncated file
             raise _unreadable(item, e.__cause__ or e) from e
 
@@ -111,7 +114,7 @@ def load_layers(folder: str | Path, name: str, shape: tuple[int, ...]) -> Iterat
 
 def _loaded(folder: str | Path) -> Path:
     """The item of the weights that are loaded."""
-    return step_folder(Path(folder), loaded_step(folder)) / "model"
+    return step_folder(as_path(folder), loaded_step(folder)) / "model"
 
 
 def _unreadable(item: Path, error: BaseException) -> ConfigError:
@@ -119,5 +122,5 @@ def _unreadable(item: Path, error: BaseException) -> ConfigError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 300 characters."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]
+    """The first line of an error's message, at most 300 characters, without credentials."""
+    return redacted((str(error) or type(error).__name__).strip().splitlines()[0])[:300]

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import textwrap
+from types import UnionType
 from typing import Any, NamedTuple, get_args
 
 from llama_jax.config.model_config import MODELS, ModelConfig, RopeConfig
@@ -75,6 +76,8 @@ def _type_name(annotation: Any) -> str:
     args = [a for a in get_args(annotation) if a is not type(None)]
     if all(isinstance(a, str) for a in args):
         return "|".join(args)
+    if isinstance(annotation, UnionType) and len(args) > 1:
+        return "|".join(map(_type_name, args))
     if getattr(annotation, "__origin__", None) is tuple:
         return "[" + ", ".join("..." if a is ... else _type_name(a) for a in args) + "]"
     return _type_name(args[0])

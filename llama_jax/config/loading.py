@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from pydantic import TypeAdapter
 from llama_jax.config.help import SECTIONS, settings
 from llama_jax.config.model_config import MODELS, ModelConfig
 from llama_jax.config.recipe import Recipe
+from llama_jax.config.values import did_you_mean
 from llama_jax.io import read_limited
+from llama_jax.storage.errors import redacted
 
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -47,7 +50,8 @@ def recipes_folder() -> Path:
 
 def recipe_names() -> list[str]:
     """Names of the shipped recipes, each of which `load_recipe` accepts in place of a path."""
-    return sorted(path.stem for path in recipes_folder().glob("*.toml"))
+    of_training = (path.stem for path in recipes_folder().glob("*.toml"))
+    return sorted(name for name in of_training if not name.startswith("corpus-"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -68,13 +72,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = _find(str(path), Path())
     try:
         tree, origins = _read_extended(path)
-        for override in overrides:
-            key, equals, text = override.partition("=")
-            if not equals:
-                raise ConfigError(
-                    f"override {override!r} is not of the form section.key=value (see --help)"
-                )
-            _set(tree, origins, key.strip(), _value(text.strip()))
+        _override(tree, origins, overrides)
         return check_recipe(tree, str(path), origins)
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None
@@ -108,6 +106,53 @@ def check_recipe(tree: dict[str, Any], where: str, origins: Origins | None = Non
     if isinstance(tree.get("model"), dict):
         tree["model"] = _model_section(tree["model"], where, origins or {})
     return _validate(Recipe, tree, where, origins or {})
+
+
+def load_settings(
+    cls: type[pydantic.BaseModel],
+    shipped: Sequence[Path],
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    section: str = "",
+) -> Any:
+    """Settings of another class than :class:`Recipe`, such as those of a corpus.
+
+    Args:
+      cls: class of the settings.
+      shipped: files of this project that together have every setting.
+      path: a file of the user, which may extend another one; it replaces single settings.
+      overrides: ``section.key=value``, as for :func:`load_recipe`.
+      section: section of ``path`` that has the settings; it may be absent.
+
+    Raises:
+      ConfigError: as :func:`load_recipe`.
+    """
+    tree: dict[str, Any] = {}
+    origins: Origins = {}
+    try:
+        for file in shipped:
+            _merge(tree, _read_toml(file), origins, str(file), ())
+        if path:
+            own, files = _read_extended(path)
+            if section:
+                own = own.get(section, {})
+                if not isinstance(own, dict):
+                    raise ConfigError(f"{path}: {section} must be a section, [{section}]")
+                files = {key[1:]: file for key, file in files.items() if key[0] == section}
+            _merge(tree, own, origins, str(path), ())
+            origins |= files
+        _override(tree, origins, overrides)
+        return _validate(cls, tree, str(path or shipped[-1]), origins, [*_field_names(cls)])
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
+
+
+def _field_names(cls: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in cls.model_fields.items():
+        yield prefix + name
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel):
+            yield from _field_names(inner, f"{prefix}{name}.")
 
 
 def check_model(tree: dict[str, Any], where: str) -> ModelConfig:
@@ -209,6 +254,16 @@ def _drop_alternatives(train: dict[str, Any], given: dict[str, Any]) -> None:
 # Overrides ---------------------------------------------------------------------------------------
 
 
+def _override(tree: dict[str, Any], origins: Origins, overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"override {override!r} is not of the form section.key=value (see --help)"
+            )
+        _set(tree, origins, key.strip(), _value(text.strip()))
+
+
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -256,7 +311,13 @@ def _model_section(section: dict[str, Any], where: str, origins: Origins) -> dic
 # Checks and messages -----------------------------------------------------------------------------
 
 
-def _validate(cls: Any, tree: dict[str, Any], where: str, origins: Origins) -> Any:
+def _validate(
+    cls: Any,
+    tree: dict[str, Any],
+    where: str,
+    origins: Origins,
+    known: Sequence[str] = (),
+) -> Any:
     try:
         for text in strings_of(tree):
             text.encode()
@@ -270,8 +331,7 @@ def _validate(cls: Any, tree: dict[str, Any], where: str, origins: Origins) -> A
         ) from None
     except pydantic.ValidationError as e:
         errors = e.errors()
-    known = [s.name for s in settings()]
-    known += [*SECTIONS, "extends"]
+    known = list(known) or [*(s.name for s in settings()), *SECTIONS, "extends"]
     if cls is ModelConfig:
         known = [name.removeprefix("model.") for name in known if name.startswith("model.")]
     lines = [f"{_origin(e['loc'], where, origins)}: {_explain(e, known)}" for e in errors[:20]]
@@ -311,17 +371,23 @@ def _explain(error: Any, known: list[str]) -> str:
         hint = ' (or give model.name, for example "tiny")' if name.startswith("model") else ""
         return f"setting {name} is missing{hint}"
     given = error["input"] if not isinstance(error["input"], dict) else "a table"
+    if isinstance(given, str) and "://" in given:
+        given = redacted(given)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         if given != "a table":
             return f"{name}={given!r:.200}: {message}"
         return message if not name or message.startswith(f"{name}.") else f"{name}: {message}"
     hint = ', such as [1, 2] or ["a", "b"]' if error["type"] == "tuple_type" else ""
+    if error["type"] == "literal_error":
+        allowed = re.findall("'([^']*)'", error["ctx"]["expected"])
+        hint = did_you_mean(str(given), allowed)
     return f"{name}={given!r:.200}: {message[0].lower() + message[1:]}{hint}"
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not close:  # the right key in the wrong section
-        close = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known[:40])}"
+    if hint := did_you_mean(name, known):
+        return hint
+    # The right key in the wrong section.
+    same = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
+    return f"; did you mean {same[0]}?" if same else f"; known: {', '.join(known[:40])}"

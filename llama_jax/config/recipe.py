@@ -6,50 +6,25 @@ The string below a field is its help text; see ``python -m llama_jax.train --hel
 import os
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
+from llama_jax.config.activations import Remat, RematNames
 from llama_jax.config.model_config import ModelConfig, Positive, checked
-
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-# JAX truncates seeds to 32 bits, so a larger seed would silently become another one.
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+from llama_jax.config.values import (
+    Beta,
+    Fraction,
+    LocalPath,
+    NonNegative,
+    RequiredPath,
+    SaveEvery,
+    Seed,
+    StepRange,
+    StoredPath,
+)
+from llama_jax.storage.paths import is_remote
 
 MAX_STEP_TOKENS = 2**28
 """Maximum number of tokens per optimizer step; the largest published batches have 16 million."""
-
-
-def _local_path(path: str) -> str:
-    if "://" in path:
-        raise ValueError(
-            "URLs are not supported; give a path of this machine, or of a file system that is "
-            "mounted on every host"
-        )
-    if "\0" in path:
-        raise ValueError("a path cannot contain a NUL character")
-    return path
-
-
-def _required_path(path: str) -> str:
-    if not path.strip():
-        raise ValueError("it is empty; give a path")
-    return _local_path(path)
-
-
-LocalPath = Annotated[str, AfterValidator(_local_path)]
-RequiredPath = Annotated[str, AfterValidator(_required_path)]
-
-
-def _step_range(bounds: tuple[int, int]) -> tuple[int, int]:
-    first, last = bounds
-    if not 1 <= first <= last:
-        raise ValueError("give [first, last], counted from 1, with first <= last")
-    return bounds
-
-
-StepRange = Annotated[tuple[int, int], AfterValidator(_step_range)]
-
 
 SourceFormat = Literal[
     "auto", "text", "alpaca", "sharegpt", "prompt_response", "messages", "preference"
@@ -67,8 +42,8 @@ class SourceConfig:
 
     path: RequiredPath
     """text or conversations (folder, .txt, .json, .jsonl[.gz|.zst], .parquet), a folder written by
-    `python -m llama_jax.prepare`, or `python:code` / `python:prose` / `python:instructions`
-    (Python's own standard library)"""
+    `python -m llama_jax.prepare` (also gs://... or s3://...), or `python:code` / `python:prose` /
+    `python:instructions` (Python's own standard library)"""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """sampling weight: share of the training tokens, relative to the other sources"""
     format: SourceFormat = "auto"
@@ -87,7 +62,7 @@ class DataConfig:
 
     sources: dict[str, SourceConfig]
     """the mixture: one table [data.sources.NAME] with path and weight per source"""
-    tokenizer: LocalPath = ""
+    tokenizer: StoredPath = ""
     """SentencePiece, tokenizer.json or tiktoken file; empty: train.init_from's, or a new one"""
     seq_len: Positive
     """T, tokens per training sequence"""
@@ -107,7 +82,7 @@ class DataConfig:
     """seed of the order of the training sequences"""
     skip_batches: tuple[StepRange, ...] = ()
     """training batches to skip after a non-finite loss: [[first, last], ...], counted from 1"""
-    prepared: LocalPath = ""
+    prepared: StoredPath = ""
     """folder for the token shards of raw sources; empty: `data` inside the run folder"""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """tokenizer threads; 0: one per CPU core"""
@@ -128,7 +103,8 @@ class DataConfig:
         name_of: dict[str, str] = {}
         for name, source in self.sources.items():
             path = source.path
-            key = path if path.startswith("python:") else os.path.realpath(path)
+            named = path.startswith("python:") or is_remote(path)
+            key = path.rstrip("/") if named else os.path.realpath(path)
             if key in name_of:
                 raise ValueError(
                     f"data.sources.{name}.path={path!r} is the text of data.sources.{name_of[key]} "
@@ -160,7 +136,7 @@ class MeshConfig:
 
 @checked
 class OptimConfig:
-    """AdamW and its learning-rate schedule; the defaults are the paper's (section 2.2).
+    """The optimizer and its learning-rate schedule; the defaults are the paper's (section 2.2).
 
     Example::
 
@@ -171,8 +147,14 @@ class OptimConfig:
     """peak learning rate"""
     warmup_steps: NonNegative = 2000
     """steps of linear warm-up; the first update is at peak_lr / warmup_steps"""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """after the warm-up: cosine decay, or warm-up-stable-decay: constant, then linear decay"""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """wsd: fraction of the steps in the decay"""
     final_fraction: Fraction = 0.1
-    """the cosine decay ends at this fraction of peak_lr"""
+    """the decay ends at this fraction of peak_lr"""
+    algorithm: Literal["adamw", "muon"] = "adamw"
+    """muon: the layers' matrices by Muon, with updates as large as AdamW's; others by AdamW"""
     b1: Beta = 0.9
     """AdamW beta 1"""
     b2: Beta = 0.95
@@ -185,6 +167,13 @@ class OptimConfig:
     """weights that decay: matrices (all but the norms), or all"""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """gradients are clipped to this global norm; 0: no clipping"""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """storage of the moments of matrices; bfloat16: half the memory, rounded stochastically"""
+    skip_spikes: Annotated[float, Field(ge=0)] = 0.0
+    """skip updates whose gradient norm is over this multiple of the recent median; 0: never"""
+
+
+Tracker = Literal["wandb", "mlflow"]
 
 
 @checked
@@ -232,7 +221,7 @@ class TrainConfig:
     """seed of the initial weights"""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """standard deviation of the initial matrices (attention and MLP outputs: / sqrt(2 L))"""
-    init_from: LocalPath = ""
+    init_from: StoredPath = ""
     """checkpoint to fine-tune: its weights, tokenizer and chat template; empty: random weights"""
     allow_other_tokenizer: bool = False
     """allow a data.tokenizer that differs from train.init_from's: token ids change meaning"""
@@ -240,12 +229,19 @@ class TrainConfig:
     """restart once from the checkpoint of this step and move newer ones away; 0: the newest"""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of activations and matmuls; auto: bfloat16 on TPU and GPU, float32 on CPU"""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """storage of matrices and their gradients; bfloat16: half the memory, rounded stochastically"""
     reduce_dtype: Literal["compute", "float32"] = "compute"
     """dtype of gradient sums over devices: that of train.compute_dtype (compute), or float32"""
-    remat: Literal["none", "matmuls", "full"] = "none"
-    """recompute in the backward pass: nothing, all but matmul outputs (as the paper), everything"""
+    remat: Remat = "none"
+    """recompute in the backward pass nothing (none), all but matmul outputs (matmuls, as the paper)
+    or all (full); or keep a list of q, k, v, attention, o, gate, up, down; auto: those that fit"""
+    offload: RematNames = ()
+    """activations to keep in the host's memory instead, a list of the same names (TPU, GPU)"""
     unroll: bool = False
     """unroll the layers instead of a scan: faster steps on a CPU, slower compilation"""
+    z_loss: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """weight of the mean of log(sum of exp(logits))^2, added to the loss (PaLM: 1e-4)"""
     loss_chunk: NonNegative = 0
     """tokens per device whose logits are in memory at once; 0: all"""
     attention: str = ""
@@ -260,6 +256,10 @@ class TrainConfig:
     """end the run after this many evaluations without a better validation loss; 0: never"""
     evaluate: EvaluateConfig | None = None
     """benchmarks during training: {tasks, every, limit, data}"""
+    hang_factor: Annotated[float, Field(ge=0)] = 0.0
+    """end the run if a step takes this many times the usual time, and over a minute; 0: never"""
+    trackers: tuple[Tracker, ...] = ()
+    """trackers beside TensorBoard: wandb, mlflow; the run goes on without one that fails"""
     profile_steps: StepRange | None = None
     """[first, last] steps to profile (for TensorBoard or Perfetto)"""
     sample_prompts: tuple[str, ...] = ()
@@ -272,6 +272,13 @@ class TrainConfig:
             raise ValueError(
                 f"train.steps={self.steps} and train.epochs={self.epochs:g} both set the length of "
                 "the run; give one of them"
+            )
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"train.trackers={list(self.trackers)} must name each tracker once")
+        if self.offload and self.remat == "none":
+            raise ValueError(
+                f"train.offload={list(self.offload)} has no effect with train.remat=none; choose "
+                "full, auto or a list of names"
             )
         if self.early_stopping and not self.eval_every:
             raise ValueError(
@@ -290,9 +297,9 @@ class CheckpointConfig:
     """
 
     dir: RequiredPath
-    """run folder: checkpoints, recipe, metrics and loss plot"""
-    save_every: Positive = 1000
-    """steps between checkpoints"""
+    """run folder: checkpoints, recipe, metrics and loss plot; also gs://... or s3://..."""
+    save_every: SaveEvery = 1000
+    """steps between checkpoints, or time between them: 90s, 10min, 2h"""
     keep: Positive = 2
     """number of newest checkpoints to keep"""
     keep_best: bool = False

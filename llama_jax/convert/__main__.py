@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import sys
-from pathlib import Path
 
 from llama_jax.checkpoint.model_json import QUANTIZED
 from llama_jax.convert import copy
@@ -19,6 +18,7 @@ from llama_jax.convert.formats import FLOATS
 from llama_jax.convert.gguf import KINDS
 from llama_jax.convert.job import convert, inspect
 from llama_jax.convert.sources import NAMES
+from llama_jax.storage.paths import path_argument
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,9 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert LLaMA weights between Meta, Hugging Face, Orbax and GGUF.",
     )
     arg = parser.add_argument
-    arg("source", nargs="?", type=Path, metavar="SOURCE",
+    arg("source", nargs="?", type=path_argument, metavar="SOURCE",
         help="folder of weights, or GGUF file; its format is recognized")  # fmt: skip
-    arg("destination", nargs="?", type=Path, metavar="DESTINATION",
+    arg("destination", nargs="?", type=path_argument, metavar="DESTINATION",
         help="folder (for GGUF: file) to create")  # fmt: skip
     arg("--to", choices=[*NAMES, "peft"], help="format to write (default: orbax, or hf from orbax)")
     dtypes = ["keep", *(d.name for d in FLOATS)]
@@ -79,7 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         help="weights that an adapter was trained on (default: as it says)",
     )
     arg("--merge", action="store_true", help="write the base's weights with the adapter added")
-    arg("--inspect", type=Path, metavar="PATH", help="describe the content of a folder or file")
+    arg(
+        "--inspect",
+        type=path_argument,
+        metavar="PATH",
+        help="describe the content of a folder or file",
+    )
     return parser
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from llama_jax.checkpoint import file_hashes
 from llama_jax.checkpoint.model_json import QUANTIZED, make_metadata, write_metadata
 from llama_jax.convert import adapter_job, adapters, copy, gguf, huggingface, logits, meta, orbax
+from llama_jax.convert.bucket import local_source, uploaded
 from llama_jax.convert.copy import DamagedSourceError, Plan, format_bytes
 from llama_jax.convert.describe import describe, describe_dtypes
 from llama_jax.convert.detect import open_folder
@@ -31,6 +32,7 @@ from llama_jax.convert.sources import (
 )
 from llama_jax.convert.tensors import tensor_specs
 from llama_jax.io import atomic_write, sync_folder
+from llama_jax.storage.paths import ObjectPath, as_path, is_remote
 
 
 def convert(
@@ -52,8 +54,10 @@ def convert(
     between our format and PEFT's, or merged into its base.
 
     Args:
-      source: folder of weights in any of the formats, or of an adapter; or a GGUF file.
-      destination: folder to create; for GGUF, the file.
+      source: folder of weights in any of the formats, or of an adapter; or a GGUF file. From a
+        bucket, it is copied to the user's cache folder.
+      destination: folder to create; for GGUF, the file. In a bucket: it is written to the user's
+        cache folder and uploaded.
       to: "meta", "hf", "orbax" or "gguf"; default: "orbax", or "hf" from "orbax". For an adapter
         "orbax" or "peft", default: the one that the source is not; merged, default: "orbax".
       dtype: "keep", "float16", "bfloat16" or "float32"; for "keep", quantized tensors of a GGUF
@@ -75,8 +79,15 @@ def convert(
       ValueError: the source cannot be used, or the destination cannot be written as requested.
       OSError: a file cannot be read or written.
     """
-    _check_destination(Path(destination))
-    source, destination = Path(source), Path(destination)
+    source, destination = local_source(as_path(source)), as_path(destination)
+    if base is not None and is_remote(base):
+        base = local_source(as_path(base))
+    if isinstance(destination, ObjectPath):
+        with uploaded(destination, log) as local:
+            convert(source, local, to, dtype, shards, max_memory, verify, context, quantize, base,
+                merge, type, log)  # fmt: skip
+        return destination
+    _check_destination(destination)
     max_memory += copy.resident_bytes()
     if to != "peft" and not (merge or base is not None or adapter_job.is_adapter(source)):
         opened = open_folder(source, context)
@@ -107,6 +118,7 @@ def convert(
 
 def inspect(path: Path, context: int | None = None, base: str | Path | None = None) -> str:
     """The content of weights or of an adapter in lines of text; arguments as :func:`convert`."""
+    path = local_source(as_path(path))
     if not adapter_job.is_adapter(path):
         return describe(open_folder(path, context))
     place = adapter_job.base_folder(path, base, merge=False)

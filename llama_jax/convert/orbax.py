@@ -15,7 +15,7 @@ import numpy as np
 
 from llama_jax.checkpoint.arrays import EVERY_CHUNK, ORBAX, check_item, open_array
 from llama_jax.checkpoint.model_json import read_metadata
-from llama_jax.checkpoint.steps import best_step, loaded_step
+from llama_jax.checkpoint.steps import best_step, loaded_step, whole_steps
 from llama_jax.config import ModelConfig
 from llama_jax.convert import sources
 from llama_jax.convert.formats import FLOATS, ConvertError, raise_if_any
@@ -109,8 +109,7 @@ def other_steps(root: Path, step: int, steps: list[int]) -> list[str]:
 def find_step(root: Path, path: Path) -> tuple[int, list[int]]:
     """The step that ``path`` names, or the one that is loaded, and all steps."""
     folder = root / "steps"
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    steps = sorted(int(n) for n in names if n.isascii() and n.isdigit())
+    steps = whole_steps(root)
     given = next(iter(path.resolve().relative_to(root.resolve()).parts[1:]), None)
     if given is not None and given not in map(str, steps):
         raise ConvertError(f"{path} is not a finished step of {root}")

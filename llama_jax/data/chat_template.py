@@ -15,6 +15,8 @@ from llama_jax.config.loading import strings_of
 from llama_jax.data import template_process
 from llama_jax.data.tokenizer import BREAK, Tokenizer, check_text
 from llama_jax.io import read_json, read_limited
+from llama_jax.storage.copies import local_files
+from llama_jax.storage.paths import as_path
 
 BUILT_IN = ("alpaca", "vicuna", "gpt4all", "chatml", "llama2", "llama3")
 """Names of the templates in the folder ``templates``."""
@@ -43,7 +45,7 @@ def load_template(name: str, folder: Path | None) -> "ChatTemplate":
         )
         return ChatTemplate(source, f"the template {name}")
     if name:
-        path = Path(name)
+        path = local_files(as_path(name))
         if not path.is_file():
             raise ValueError(f"there is no chat template {name!r}; it must be {known}")
         return ChatTemplate(_read(path), f"the template {path}")
@@ -64,6 +66,7 @@ def folder_template(folder: Path) -> tuple[str | None, str | None]:
     Raises:
       ValueError: a file is damaged.
     """
+    folder = local_files(folder)
     own, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
     if own.is_file():

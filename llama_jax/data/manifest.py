@@ -19,7 +19,9 @@ import pydantic
 from pydantic import Field
 from tqdm import tqdm
 
+from llama_jax.data.shard_cache import local_shards
 from llama_jax.io import atomic_write, read_json, sha256
+from llama_jax.storage.paths import as_path, is_remote
 
 FORMAT = 1
 """version of the shards"""
@@ -232,6 +234,8 @@ def find_source(folder: Path, name: str, entry: dict[str, Any]) -> tuple[Path, d
       ValueError: the source is in none of these places, or damaged.
     """
     wanted = entry.get("content")
+    if is_remote(entry["folder"]):
+        entry = entry | {"folder": str(local_shards(as_path(entry["folder"])))}
     first = folder / entry["folder"]
     problem = ""
     for place in _places(folder, name, entry) if wanted else [first]:

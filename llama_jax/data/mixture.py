@@ -32,6 +32,7 @@ from llama_jax.data.manifest import (
 from llama_jax.data.sequences import SequenceDataset, Source
 from llama_jax.data.token_stream import TokenStream
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.storage.paths import is_remote
 
 Rows = Sequence[int] | np.ndarray
 
@@ -80,7 +81,8 @@ def open_mixture(folder: str | Path, moved: Mapping[str, Path] | None = None) ->
     sources = {}
     templates: dict[str, str] = {}
     for name, entry in top["sources"].items():
-        if moved and name in moved and Path(entry["folder"]).is_absolute():
+        outside = is_remote(entry["folder"]) or Path(entry["folder"]).is_absolute()
+        if moved and name in moved and outside:
             entry = entry | {"folder": str(moved[name])}
         path, manifest = find_source(folder, name, entry)
         if manifest["tokenizer_sha256"] != top["tokenizer"]["sha256"]:

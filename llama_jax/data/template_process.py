@@ -15,7 +15,7 @@ from typing import Any
 _WORKER = Path(__file__).with_name("template_worker.py")
 _TIMEOUT = 60
 """Seconds after which a process that does not answer is killed; the CPU time of each rendering is
-limited to 2 s."""
+limited to 2 s, that of all renderings for a prompt to 10 s."""
 
 
 class Process:
@@ -62,7 +62,7 @@ class Process:
         assert self._popen is not None
         status = self._popen.wait()
         if status in (-signal.SIGXCPU, -signal.SIGKILL):
-            return "it takes too long (more than 2 s of CPU time)"
+            return "it takes too long (2 s of CPU time, or 10 s for all answers of a prompt)"
         return (
             f"the process that renders it ended (status {status}): nested too deeply, or too large"
         )

@@ -14,6 +14,7 @@ or jax, so it starts in 0.1 s.
 import datetime
 import functools
 import json
+import math
 import re
 import resource
 import sys
@@ -28,6 +29,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 2
 """CPU time of a rendering; templates of published models need a few milliseconds."""
+PROMPT_SECONDS = 10
+"""CPU time of all renderings for a prompt, two for each answer in it."""
 BYTES = 1 << 30
 """Memory of the process."""
 CHARACTERS = 16 << 20
@@ -191,8 +194,8 @@ def _marker(names: tuple[str, ...], mark: str, words: frozenset[str]) -> Marker:
     return Marker(names, mark, words)
 
 
-def _render(template: jinja2.Template, variables: dict[str, Any]) -> str:
-    _limit_time()
+def _render(template: jinja2.Template, variables: dict[str, Any], end: float) -> str:
+    _limit_time(end)
     parts, length = [], 0
     for part in template.generate(variables):
         parts.append(part)
@@ -269,10 +272,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         for k in answers:
             messages[k] = marker.ended(messages[k])
 
+        end = _cpu_time() + PROMPT_SECONDS if variables["add_generation_prompt"] else math.inf
+
         @functools.cache
         def rendered(count: int, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
             some = {"messages": messages[:count], "add_generation_prompt": prompt}
-            return _without_blocks(_render(template, variables | some))
+            return _without_blocks(_render(template, variables | some, end))
 
         text, blocks = rendered(len(messages), variables["add_generation_prompt"])
         turns, has_prompt = _turns(rendered, text, answers), _has_prompt(rendered, answers)
@@ -297,9 +302,14 @@ def _one_line(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()  # lone surrogates cannot be printed
 
 
-def _limit_time() -> None:
+def _cpu_time() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
-    _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + SECONDS)
+    return used.ru_utime + used.ru_stime
+
+
+def _limit_time(end: float = math.inf) -> None:
+    """Limit the CPU time to that of one rendering, and at most to ``end``."""
+    _limit(resource.RLIMIT_CPU, int(min(_cpu_time() + SECONDS, end)))
 
 
 def _limit(resource_kind: int, value: int) -> None:

@@ -56,7 +56,7 @@ def to_json(ranks: dict[bytes, int], newer: bool) -> dict[str, Any]:
             (rank, a, b) for a, b in sorted(known, key=lambda ab: (ranks[ab[0]], ranks[ab[1]]))
         ]
     merges.sort(key=lambda merge: merge[0])
-    text = _byte_characters()
+    text = byte_characters()
     spell = lambda word: "".join(text[b] for b in word)
     special = special_tokens(newer)
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -76,7 +76,7 @@ def to_json(ranks: dict[bytes, int], newer: bool) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character that stands for each byte in GPT-2's vocabularies."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))

@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.data import sentencepiece_json, tiktoken_text, tokenizer_json
+from llama_jax.data import sentencepiece_json, tiktoken_text, token_bytes, tokenizer_json
 from llama_jax.data.tokenizer_files import (
     JSON_FILE,
     MODEL_FILE,
     load_sentencepiece,
     recognize,
 )  # fmt: skip
+from llama_jax.storage.copies import local_files
+from llama_jax.storage.paths import as_path
 
 MAX_IDS = 2**22
 """The largest vocabulary read; Gemma's has 262,144 ids."""
@@ -72,7 +74,7 @@ class Tokenizer:
           ValueError: missing or damaged, something else, or two files of a folder that contradict
             each other.
         """
-        path = Path(path)
+        path = local_files(as_path(path))
         tokenizer = _load_folder(path) if path.is_dir() else _open(path)
         if not 0 < tokenizer.vocab_size <= MAX_IDS:
             raise ValueError(
@@ -106,13 +108,18 @@ class Tokenizer:
         """Ids of control tokens by the names that chat templates write, such as ``<|eot_id|>``."""
         raise NotImplementedError
 
-    @property
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """What each id adds to a text, in UTF-8; empty for control tokens and unused ids."""
+        raise NotImplementedError
+
+    @functools.cached_property
     def bytes_of_id_V(self) -> np.ndarray:
-        """Length of each token in UTF-8 bytes, int32 (V,); 0 for control tokens.
+        """Lengths of :attr:`token_bytes`, int32 (V,).
 
         The lengths of a text's tokens sum to its bytes plus :attr:`prefix_bytes`.
         """
-        raise NotImplementedError
+        return np.array([len(b) for b in self.token_bytes], np.int32)
 
     def _encode(self, text: str, start: bool = True) -> np.ndarray:
         """Ids of a text; without ``start`` it continues a text, and gets no space before it."""
@@ -298,15 +305,8 @@ class SentencePiece(Tokenizer):
         return self._processor.decode(ids)
 
     @functools.cached_property
-    def bytes_of_id_V(self) -> np.ndarray:
-        sp = self._processor
-        lengths = np.zeros(self.vocab_size, np.int32)
-        for i in range(self.vocab_size):
-            if sp.is_byte(i):
-                lengths[i] = 1
-            elif not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)):
-                lengths[i] = len(sp.id_to_piece(i).replace("▁", " ").encode())
-        return lengths
+    def token_bytes(self) -> list[bytes]:
+        return token_bytes.of_sentencepiece(self._processor)
 
 
 class JsonTokenizer(Tokenizer):
@@ -364,7 +364,11 @@ class JsonTokenizer(Tokenizer):
 
     def _encode(self, text: str, start: bool = True) -> np.ndarray:
         tokenizer = self._tokenizer if start or not self.prefix_bytes else self._inside
-        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        if len(text) < 2**14:
+            return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        # Unlike encode, this lets other threads run, and a long text takes seconds.
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, np.int32)
 
     @functools.cached_property
     def _inside(self) -> Any:
@@ -402,18 +406,9 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     @functools.cached_property
-    def bytes_of_id_V(self) -> np.ndarray:
-        lengths = np.zeros(self.vocab_size, np.int32)
-        for piece, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if piece in self._controls:
-                continue
-            if self._is_byte_level:
-                lengths[i] = len(piece)
-            elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
-                lengths[i] = 1
-            else:
-                lengths[i] = len(piece.replace("▁", " ").encode())
-        return lengths
+    def token_bytes(self) -> list[bytes]:
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        return token_bytes.of_json(vocabulary, self._controls, self._is_byte_level)
 
 
 def _open(path: Path) -> Tokenizer:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from llama_jax.generate.__main__ import Parser, command_errors, model_options
+from llama_jax.storage.paths import as_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     for name, value in (("limit", args.limit), ("samples", args.samples)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be 1 or more")
-    model = Path(args.adapter or args.checkpoint)
+    model = as_path(args.adapter or args.checkpoint)
     name = model.resolve().name if model.exists() else model.name
     output = args.output or Path("evaluations") / name
     options = TaskOptions(args.data, args.samples, args.allow_code_execution, output)

@@ -1,10 +1,11 @@
 """Log-probabilities of continuations, with every shared prefix computed once.
 
 The inputs of all requests form a tree of segments (:mod:`prefix_tree`). A call of the model reads
-one segment in each row of a batch: it copies the keys and values of the tokens before it from a
-pool of caches, and keeps its own there if further segments follow.
+one segment in each row of a batch. The keys and values of the tokens before it are in pages of the
+cache that all segments share; only a page that a prefix does not fill is copied.
 """
 
+import bisect
 import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -15,21 +16,23 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.evaluate.prefix_tree import TARGETS_PER_POSITION, Segment, build_tree
-from llama_jax.generate.decode import MAX_BATCH, Engine
+from llama_jax.generate.decode import MAX_BATCH, Engine, next_power_of_two
 from llama_jax.model.cache import KVCache
+from llama_jax.model.llama import Rows
 from llama_jax.model.params import merge
-from llama_jax.model.sharding import no_mesh, reshard
+from llama_jax.model.sharding import reshard
 
-LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Lengths of the rows of a batch: a segment is padded to the next one."""
-TOKENS_PER_CALL = 512
-"""Largest number of tokens of a batch, with their padding."""
-CACHE_LENS = tuple(256 * 4**i for i in range(10))
-"""Positions of the caches; the memory of a cache is proportional to it."""
-CACHE_POSITIONS = 16384
-"""Positions of all rows of the pool, and of all rows of a batch."""
-COPY_BLOCK = 64
-"""Positions that are copied at a time."""
+PAGE = 128
+"""Positions of a page of the cache; longer sequences are read in several segments."""
+LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128)
+"""Lengths of the rows of a batch: in attention, a segment is padded to the next one. On a mesh, it
+is padded everywhere."""
+TOKENS_PER_CALL = (64, 128, 256, 512)
+"""Numbers of tokens of a batch: their sum is padded to the next one."""
+SHORT = 512
+"""Positions up to which attention takes little time, so that a batch may have empty rows."""
+POSITIONS = 32768
+"""Positions of the cache, if that is enough for every sequence."""
 LOGITS_PER_CHUNK = 64
 """Positions whose logits are in memory at once."""
 
@@ -54,8 +57,10 @@ def score_continuations(
     """
     for i, request in enumerate(requests):
         _check(engine, i, *request)
+    if not len(requests):
+        return
     rope_lengths = [_rope_length(engine, len(x) + len(y) - 1) for x, y in requests]
-    segments = build_tree(requests, rope_lengths, LENGTHS[-1], TOKENS_PER_CALL)
+    segments = build_tree(requests, rope_lengths, PAGE, TOKENS_PER_CALL[-1])
     missing = [len(continuation) for _, continuation in requests]
     sums, greedy = [0.0] * len(requests), [True] * len(requests)
     for segment, scored in _read(engine, segments):
@@ -102,47 +107,19 @@ def _rope_length(engine: Engine, length: int) -> int:
 
 def _read(engine: Engine, segments: list[Segment]) -> Iterator[tuple[Segment, list[tuple]]]:
     """Compute all segments; yields each with its (position, token, log p, most likely token)."""
-    cache_len = {}
-    # More than the context and a padded segment is never used.
-    largest = -(-(engine.cfg.context + TOKENS_PER_CALL) // COPY_BLOCK) * COPY_BLOCK
-    for root in (s for s in segments if s.parent is None):
-        below = [root]
-        for segment in below:
-            below += segment.children
-        positions = max(s.start + _row_length(s) for s in below)
-        cache_len[root] = min(next(n for n in CACHE_LENS if n >= positions), largest)
-    for n in sorted(set(cache_len.values()), reverse=True):
-        roots = [root for root in cache_len if cache_len[root] == n]
-        yield from _read_trees(engine, roots, n)
-
-
-def _read_trees(
-    engine: Engine, roots: list[Segment], cache_len: int
-) -> Iterator[tuple[Segment, list[tuple]]]:
-    caches = _Caches(engine, cache_len, max(2, *(root.num_caches for root in roots)))
-    leaves: list[Segment] = []
-    inner: dict[int, list[Segment]] = {}  # by depth
-    add = lambda s: (inner.setdefault(s.depth, []) if s.children else leaves).append(s)
-    for root in roots:
-        add(root)
-    order = lambda s: (s.rope_length, s.length)
-    while leaves or any(inner.values()):
-        # Inner segments first: a choice among many leaves finds some of similar length.
-        ready = [inner[depth] for depth in sorted(inner, reverse=True) if inner[depth]]
-        ready.append(leaves)
-        for group in ready:
-            group.sort(key=order)
-        batches = [caches.choose(group) for group in ready]
-        full = (i for i, (rows, T) in enumerate(batches) if rows and len(rows) == caches.batch(T))
-        some = (i for i, (rows, _) in enumerate(batches) if rows)
-        i = next(full, None)
-        i = next(some) if i is None else i
-        rows, T = batches[i]
-        ready[i][:] = (segment for segment in ready[i] if segment not in rows)
-        yield from zip(rows, caches.read(rows, T), strict=True)
-        for segment in rows:
-            for child in segment.children:
-                add(child)
+    # Segments with children first, the deepest first, so that many leaves are left to fill up the
+    # last batches.
+    order = lambda s: (-s.depth if s.children else 1, -_row_length(s), -s.start)
+    ready = sorted((segment for segment in segments if segment.parent is None), key=order)
+    table = next_power_of_two(max(-(-segment.end // PAGE) for segment in segments))
+    cache = _Cache(engine, max(segment.num_pages for segment in ready), table)
+    while ready:
+        rows, T = cache.choose(ready)
+        chosen = set(map(id, rows))
+        ready = [segment for segment in ready if id(segment) not in chosen]
+        yield from zip(rows, cache.read(rows, T), strict=True)
+        for child in (child for segment in rows for child in segment.children):
+            bisect.insort(ready, child, key=order)
 
 
 def _row_length(segment: Segment) -> int:
@@ -153,76 +130,88 @@ def _row_length(segment: Segment) -> int:
 class _Batch(NamedTuple):
     """The rows of a call of the model."""
 
-    tokens_BT: np.ndarray
+    tokens: np.ndarray
+    """[1, X], those of all rows one after the other; on a mesh [B, T]"""
+    rows: Rows | None
+    """where they stand in the rows; None on a mesh"""
     counts_B: np.ndarray
     """tokens that are not padding"""
-    parents_B: np.ndarray
-    """rows of the pool with the tokens before"""
     lengths_B: np.ndarray
     """number of tokens before"""
-    rows_B: np.ndarray
-    """rows of the pool that keep the result"""
+    pages_BM: np.ndarray
+    sources_B: np.ndarray
+    """pages of the cache to copy first"""
+    copies_B: np.ndarray
+    """pages that they are copied to"""
+    num_copied: np.int32
     positions_P: np.ndarray
-    """positions to score, indices of tokens_BT flattened"""
+    """positions to score, indices of ``tokens`` flattened"""
     targets_PN: np.ndarray
     """next tokens to score there"""
-    num_kept: np.int32
-    """number of rows to keep, all or none"""
-    copied: np.int32
-    """number of positions to copy from the pool"""
-    rope_length: np.int32
     num_positions: np.int32
+    rope_length: np.int32
 
 
-class _Caches:
-    """The pool, whose rows are caches of segments with children, and the caches of a batch."""
+class _Cache:
+    """Pages of keys and values.
 
-    def __init__(self, engine: Engine, cache_len: int, min_rows: int):
-        self.engine, self.cache_len = engine, cache_len
-        rows = max(CACHE_POSITIONS // cache_len, min_rows)
-        engine._check_memory(rows + self.batch(1), cache_len)
-        self.pool = self._empty(rows, pool=True)
-        self.free = list(range(rows))
-        self.of_batch: dict[int, KVCache] = {}
+    Args:
+      engine: the model.
+      min_pages: smallest number of pages.
+      table: largest number of pages of a sequence.
+    """
 
-    def _empty(self, rows: int, pool: bool = False) -> KVCache:
-        compute, cfg = self.engine.compute, self.engine.cfg
-        make = functools.partial(_empty_caches, compute, cfg, rows, self.cache_len, pool)
-        return self.engine.run(f"caches {rows} x {self.cache_len}, {pool}", make, ())
+    def __init__(self, engine: Engine, min_pages: int, table: int):
+        self.engine, self.table = engine, table
+        num_pages = 1 + max(POSITIONS // PAGE, min_pages)  # page 0 belongs to no row
+        engine._check_memory(f"{num_pages * PAGE} positions", num_pages * PAGE)
+        make = functools.partial(_empty_pages, engine.compute, engine.cfg, num_pages)
+        self.arrays = engine.run(f"{num_pages} pages", make, ())
+        self.free = list(range(1, num_pages))
+        self.uses = [0] * num_pages
 
-    def batch(self, T: int) -> int:
-        """Rows of a batch of this length, a power of two."""
-        most = max(1, min(MAX_BATCH, TOKENS_PER_CALL // T, CACHE_POSITIONS // self.cache_len))
-        return 1 << (most.bit_length() - 1)
+    def most_rows(self, T: int) -> int:
+        """Largest number of rows of a batch whose longest row has this length."""
+        tokens = TOKENS_PER_CALL[-1]
+        if self.engine.mesh is None:  # twice: most rows are shorter than the longest
+            return 2 * tokens // T
+        return min(MAX_BATCH, 1 << (tokens // T).bit_length() - 1)
+
+    def num_rows(self, rows: list[Segment], T: int) -> int:
+        """Rows of a batch with those that stay empty; few sizes, because each is compiled."""
+        most = self.most_rows(T)
+        if self.engine.mesh is not None or (self.table * PAGE <= SHORT and len(rows) > 1):
+            return most
+        return min(most, next_power_of_two(len(rows)))
 
     def choose(self, ready: list[Segment]) -> tuple[list[Segment], int]:
-        """Rows for a batch out of sorted segments, the longest first, and their length."""
-        T, free, positions = 0, len(self.free), TOKENS_PER_CALL
+        """Rows for a batch, in the order of ``ready``, and their length.
+
+        A segment is chosen only if the pages that are free then suffice for all below it. So the
+        last one that was chosen can always be finished, and then the one before.
+        """
+        T, free, positions, tokens = 0, len(self.free), TOKENS_PER_CALL[-1], TOKENS_PER_CALL[-1]
         rows: list[Segment] = []
-        for segment in reversed(ready):
-            replaces = segment.parent is not None and segment.parent.unread == 1
-            if segment.num_caches > free + replaces:  # its tree could not be read to the end
+        for segment in ready:
+            if segment.num_pages > free:
                 continue
             T = T or _row_length(segment)
-            if rows and (len(rows) == self.batch(T) or segment.rope_length != rows[0].rope_length):
+            if len(rows) == self.most_rows(T):
                 break
-            positions -= len(segment.positions())
-            if positions < 0:
-                break
-            if segment.start + T <= self.cache_len:
+            same = not rows or segment.rope_length == rows[0].rope_length
+            fits = segment.length <= min(T, tokens) and len(segment.positions()) <= positions
+            if same and fits:
                 rows.append(segment)
-                free -= bool(segment.children) and not replaces
+                free -= segment.own_pages(PAGE)
+                tokens -= segment.length
+                positions -= len(segment.positions())
         return rows, T
 
     def read(self, rows: list[Segment], T: int) -> list[list[tuple]]:
         """Compute a batch; returns (position, token, log p, most likely token) of each row."""
-        batch = self._batch(rows, T)
-        B = len(batch.counts_B)
-        caches = self.of_batch.pop(B, None)
-        caches = self._empty(B) if caches is None else caches
-        args = (self.engine.params, self.pool, caches, batch)
-        out = self.engine.run("score continuations", _score_program, args, donated=(1, 2))
-        self.pool, self.of_batch[B], *scored = out
+        args = (self.engine.params, self.arrays, self._batch(rows, T))
+        out = self.engine.run("score continuations", _score_program, args, donated=(1,))
+        self.arrays, *scored = out
         logprobs, best = (x.tolist() for x in map(np.asarray, scored))
         made: list[list[tuple]] = [[] for _ in rows]
         p = 0
@@ -231,62 +220,89 @@ class _Caches:
                 for token, logprob in zip(tokens, logprobs[p], strict=False):
                     made[b].append((position, token, logprob, best[p]))
                 p += 1
-        return made
-
-    def _batch(self, rows: list[Segment], T: int) -> _Batch:
-        B = self.batch(T)
-        tokens_BT = np.zeros((B, T), np.int32)
-        counts_B, parents_B, lengths_B, rows_B = np.zeros((4, B), np.int32)
-        positions_P = np.zeros(TOKENS_PER_CALL, np.int32)
-        targets_PN = np.zeros((TOKENS_PER_CALL, TARGETS_PER_POSITION), np.int32)
-        p = 0
-        for b, segment in enumerate(rows):
-            tokens_BT[b, : segment.length] = segment.ids[segment.start : segment.end]
-            counts_B[b], lengths_B[b] = segment.length, segment.start
+            if not segment.children:
+                self._release(segment)
             if (parent := segment.parent) is not None:
-                parents_B[b] = parent.row
                 parent.unread -= 1
                 if not parent.unread:
-                    self.free.append(parent.row)
-            if segment.children:
-                segment.row = rows_B[b] = self.free.pop()
-            for position, tokens in segment.positions():
-                positions_P[p] = b * T + position - segment.start
-                targets_PN[p, : len(tokens)] = tokens
+                    self._release(parent)
+        return made
+
+    def _allocate(self, segment: Segment) -> tuple[int, int]:
+        """Give a segment its pages; returns a page to copy and where to, or zeros."""
+        full, partial = divmod(segment.start, PAGE)
+        before = segment.parent.pages if segment.parent is not None else []
+        own = [self.free.pop() for _ in range(segment.own_pages(PAGE))]
+        segment.pages = [*before[:full], *own]
+        for page in segment.pages:
+            self.uses[page] += 1
+        return (before[full], own[0]) if partial else (0, 0)
+
+    def _release(self, segment: Segment) -> None:
+        for page in segment.pages:
+            self.uses[page] -= 1
+            if not self.uses[page]:
+                self.free.append(page)
+
+    def _batch(self, rows: list[Segment], T: int) -> _Batch:
+        B = self.num_rows(rows, T)
+        counts_B, lengths_B, sources_B, copies_B = np.zeros((4, B), np.int32)
+        pages_BM = np.zeros((B, self.table), np.int32)
+        positions_P = np.zeros(TOKENS_PER_CALL[-1], np.int32)
+        targets_PN = np.zeros((TOKENS_PER_CALL[-1], TARGETS_PER_POSITION), np.int32)
+        tokens, places, first_B = self._places(rows, T)
+        p = copied = 0
+        for b, segment in enumerate(rows):
+            X = first_B[b] + np.arange(segment.length)
+            tokens.reshape(-1)[X] = segment.ids[segment.start : segment.end]
+            counts_B[b], lengths_B[b] = segment.length, segment.start
+            source, copy = self._allocate(segment)
+            if copy:
+                sources_B[copied], copies_B[copied] = source, copy
+                copied += 1
+            pages_BM[b, : len(segment.pages)] = segment.pages
+            for position, targets in segment.positions():
+                positions_P[p] = first_B[b] + position - segment.start
+                targets_PN[p, : len(targets)] = targets
                 p += 1
-        kept = len(rows) if rows[0].children else 0
-        numbers = map(np.int32, (kept, lengths_B.max(), max(rows[0].rope_length, 1), p))
         return _Batch(
-            tokens_BT, counts_B, parents_B, lengths_B, rows_B, positions_P, targets_PN, *numbers
-        )
+            tokens, places, counts_B, lengths_B, pages_BM, sources_B, copies_B, np.int32(copied),
+            positions_P, targets_PN, np.int32(p), np.int32(max(rows[0].rope_length, 1)),
+        )  # fmt: skip
+
+    def _places(self, rows: list[Segment], T: int) -> tuple[np.ndarray, Rows | None, np.ndarray]:
+        """Zeros for the tokens of a batch, where they stand in its rows, and the index of the
+        first token of each row."""
+        B, lengths = self.num_rows(rows, T), [segment.length for segment in rows]
+        if self.engine.mesh is not None:
+            return np.zeros((B, T), np.int32), None, T * np.arange(B)
+        X = next(n for n in TOKENS_PER_CALL if n >= sum(lengths))
+        first_B = np.cumsum([0, *lengths])
+        token_BT, place_X = np.zeros((B, T), np.int32), np.zeros(X, np.int32)
+        for b, length in enumerate(lengths):
+            token_BT[b, :length] = first_B[b] + np.arange(length)
+            place_X[token_BT[b, :length]] = b * T + np.arange(length)
+        return np.zeros((1, X), np.int32), Rows(token_BT, place_X), first_B
 
 
 # The compiled program -----------------------------------------------------------------------------
 
 
-def _empty_caches(compute, cfg, rows: int, cache_len: int, pool: bool) -> KVCache:
-    caches = KVCache.empty(cfg, rows, cache_len, compute.cache_dtype or compute.dtype)
-    return caches.with_arrays(*_shard(compute, _arrays(caches), pool))
+def _empty_pages(compute, cfg, num_pages: int) -> tuple:
+    cache = KVCache.paged(cfg, num_pages, PAGE, 1, 1, compute.cache_dtype or compute.dtype)
+    return _arrays(cache.shard(compute.rules))
 
 
-def _shard(compute, arrays: tuple, pool: bool) -> tuple:
-    """Rows of a batch as the rules say; each device has all rows of the pool."""
-    return jax.tree.map(lambda x: reshard(x, _spec(compute, x, pool)), arrays)
-
-
-def _spec(compute, x: jax.Array, pool: bool) -> P:
-    rows, *rest = compute.rules.activation("BKSH")
-    return P(*(None, None if pool else rows, *rest)[: x.ndim])
-
-
-def _score_program(graphdef, params, pool: KVCache, caches: KVCache, batch: _Batch):
-    """The pool, the caches of the batch, log p [P, N] of targets, and the most likely ids [P]."""
+def _score_program(graphdef, params, arrays: tuple, batch: _Batch):
+    """The pages, log p [P, N] of targets, and the most likely ids [P]."""
     llama = merge(graphdef, params)
-    caches = _copy_prefixes(llama.compute, pool, caches, batch)
-    hidden_BTD, caches = llama.hidden(
-        batch.tokens_BT, cache=caches, counts_B=batch.counts_B, rope_length=batch.rope_length
-    )
-    hidden_XD = reshard(hidden_BTD, P()).reshape(-1, hidden_BTD.shape[-1])
+    k, v, scales = _copy_pages(arrays, batch)
+    cache = KVCache(k, v, jnp.asarray(batch.lengths_B), scales, jnp.asarray(batch.pages_BM))
+    hidden, cache = llama.hidden(
+        batch.tokens, cache=cache, counts_B=batch.counts_B, rope_length=batch.rope_length,
+        rows=batch.rows,
+    )  # fmt: skip
+    hidden_XD = reshard(hidden, P()).reshape(-1, hidden.shape[-1])
     C = min(LOGITS_PER_CHUNK, len(batch.positions_P))
     logprob_PN = jnp.zeros(batch.targets_PN.shape, jnp.float32)
     best_P = jnp.zeros(batch.positions_P.shape, jnp.int32)
@@ -306,44 +322,22 @@ def _score_program(graphdef, params, pool: KVCache, caches: KVCache, batch: _Bat
 
     chunks = (batch.num_positions + C - 1) // C
     scored = jax.lax.fori_loop(0, chunks, score_chunk, (logprob_PN, best_P))
-    return _keep(llama.compute, pool, caches, batch), caches, *scored
+    return _arrays(cache), *scored
 
 
 def _arrays(cache: KVCache) -> tuple:
-    """Those with positions as axis 3."""
+    """Those with pages as axis 1."""
     return cache.k_LBKSH, cache.v_LBKSH, cache.scales
 
 
-def _copy_prefixes(compute, pool: KVCache, caches: KVCache, batch: _Batch) -> KVCache:
-    """Copy the first positions of the parents' rows."""
+def _copy_pages(arrays: tuple, batch: _Batch) -> tuple:
+    """Copy pages one by one: XLA on CPU would copy all of them for a scatter."""
 
     def copy(i, arrays):
-        def block(new, old):
-            part = jax.lax.dynamic_slice_in_dim(old, i * COPY_BLOCK, COPY_BLOCK, axis=3)
-            if no_mesh():
-                part = part[:, batch.parents_B]
-            else:
-                spec = _spec(compute, part, False)
-                part = part.at[:, batch.parents_B].get(out_sharding=spec)
-            return jax.lax.dynamic_update_slice_in_dim(new, part, i * COPY_BLOCK, axis=3)
+        def page(x):
+            source = jax.lax.dynamic_slice_in_dim(x, batch.sources_B[i], 1, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(x, source, batch.copies_B[i], axis=1)
 
-        return jax.tree.map(block, arrays, _arrays(pool))
+        return jax.tree.map(page, arrays)
 
-    blocks = (batch.copied + COPY_BLOCK - 1) // COPY_BLOCK
-    k, v, scales = jax.lax.fori_loop(0, blocks, copy, _arrays(caches))
-    return KVCache(k, v, jnp.asarray(batch.lengths_B), scales)
-
-
-def _keep(compute, pool: KVCache, caches: KVCache, batch: _Batch) -> KVCache:
-    """Copy the rows of a batch to the pool, one by one: XLA on CPU would copy it for a scatter."""
-
-    def copy(b, arrays):
-        def row(old, new):
-            new = jax.lax.dynamic_slice_in_dim(new, b, 1, axis=1)
-            return jax.lax.dynamic_update_slice_in_dim(old, new, batch.rows_B[b], axis=1)
-
-        return jax.tree.map(row, arrays, new)
-
-    new = _shard(compute, _arrays(caches), True)
-    k, v, scales = jax.lax.fori_loop(0, batch.num_kept, copy, _arrays(pool))
-    return KVCache(k, v, pool.lengths_B, scales)
+    return jax.lax.fori_loop(0, batch.num_copied, copy, arrays)

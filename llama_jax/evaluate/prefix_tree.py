@@ -1,12 +1,14 @@
 """Token sequences as a tree of segments, in which a prefix that sequences share occurs once."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 MIN_SHARED = 8
-"""Shortest prefix, in tokens, that is read once and copied; shorter ones are read again."""
+"""Shortest prefix, in tokens, that is read once; shorter ones are read again, which takes less time
+than another segment and the copy of a page."""
 TARGETS_PER_POSITION = 8
 """Largest number of next tokens that are scored with one computation of the logits."""
 
@@ -24,10 +26,10 @@ class Segment:
     targets: dict[int, dict[int, list[int]]] = dataclasses.field(default_factory=dict)
     """position -> next token to score there -> requests that contain it"""
     children: "list[Segment]" = dataclasses.field(default_factory=list)
-    num_caches: int = 0
-    """number of caches that must exist at the same time to read the segments below; 0 for a leaf"""
-    row: int = -1
-    """of the pool of caches"""
+    num_pages: int = 0
+    """pages that suffice to read this segment and, one after the other, those below"""
+    pages: list[int] = dataclasses.field(default_factory=list)
+    """those with the positions before ``end``, in order, once it has been read"""
     unread: int = 0
     """children that have not been read"""
 
@@ -35,7 +37,11 @@ class Segment:
     def length(self) -> int:
         return self.end - self.start
 
-    @property
+    def own_pages(self, page: int) -> int:
+        """Number of pages to which it writes; the first one may begin with tokens of its parent."""
+        return -(-self.end // page) - self.start // page
+
+    @functools.cached_property
     def depth(self) -> int:
         """Number of parents."""
         return 0 if self.parent is None else 1 + self.parent.depth
@@ -54,7 +60,7 @@ class Segment:
 def build_tree(
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
     rope_lengths: Sequence[int],
-    max_length: int,
+    page: int,
     max_positions: int,
 ) -> list[Segment]:
     """The segments whose computation scores every continuation, parents before children.
@@ -62,8 +68,8 @@ def build_tree(
     Args:
       requests: (context, continuation), ids.
       rope_lengths: of each request; requests with different ones share no segment.
-      max_length: most tokens of a segment.
-      max_positions: most computations of logits in a segment, at least ``max_length``.
+      page: positions of a page of the cache, and most tokens of a segment.
+      max_positions: most computations of logits in a segment, at least ``page``.
     """
     by_inputs: dict[tuple, list[int]] = {}
     for i, (context, continuation) in enumerate(requests):
@@ -73,7 +79,7 @@ def build_tree(
     keys = sorted(by_inputs)
     for rope_length in sorted(set(rope_lengths)):
         sequences = [inputs for length, inputs in keys if length == rope_length]
-        segments, last = _segments(sequences, rope_length, max_length)
+        segments, last = _segments(sequences, rope_length, page)
         for inputs, segment in zip(sequences, last, strict=True):
             for i in by_inputs[rope_length, inputs]:
                 _add_targets(segment, i, *requests[i])
@@ -84,9 +90,8 @@ def build_tree(
             segment.parent.children.append(segment)
     for segment in sorted(out, key=lambda s: -s.end):
         segment.unread = len(segment.children)
-        needs = sorted(child.num_caches for child in segment.children)
-        # The child that is read last may replace its parent.
-        segment.num_caches = max([1, *needs[-1:], *(1 + n for n in needs[-2:-1])]) if needs else 0
+        below = max((child.num_pages for child in segment.children), default=0)
+        segment.num_pages = segment.own_pages(page) + below
     return out
 
 

@@ -20,6 +20,8 @@ from llama_jax.generate.user_cache import converted
 from llama_jax.io import read_json
 from llama_jax.model.lora import abstract_adapters, add_adapters
 from llama_jax.model.sharding import use_mesh
+from llama_jax.storage.copies import local_folder
+from llama_jax.storage.paths import as_path
 
 PEFT_CONFIG = "adapter_config.json"
 
@@ -60,8 +62,8 @@ def base_of(folder: Path) -> Path | None:
         named = str(read_json(folder / PEFT_CONFIG).get("base_model_name_or_path") or "")
     else:
         return None
-    if named is None or (named and Path(named).exists()):
-        return named and Path(named)
+    if named is None or (named and as_path(named).exists()):
+        return named and as_path(named)
     which = f"{named}, which does not exist here" if named else "weights that it does not name"
     raise ConfigError(
         f"{folder} is a LoRA adapter of {which}: give its base too, as in llama_jax.load(BASE, "
@@ -79,12 +81,13 @@ def open_adapter(folder: str | Path, base: Path | None) -> Adapter:
     Raises:
       ConfigError: the folder holds no adapter, or a damaged one.
     """
-    folder = checkpoint = Path(folder)
+    folder = checkpoint = as_path(folder)
     if not folder.is_dir():
         raise ConfigError(f"the adapter {folder} is not a folder")
     if not (folder / "model.json").is_file() and (folder / PEFT_CONFIG).is_file():
         if base is None:
             raise ConfigError(f"{folder} is in PEFT's format, which needs a base in a folder")
+        folder = local_folder(folder)
         try:
             checkpoint = converted(folder.resolve(), "PEFT", [], base=base)
         except ValueError as e:

@@ -25,7 +25,7 @@ from llama_jax.model.cache import KVCache, bytes_per_position
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import Params, merge, structure
 from llama_jax.model.quantize import bytes_of
-from llama_jax.model.sharding import no_mesh, reshard, use_mesh
+from llama_jax.model.sharding import reshard, use_mesh
 
 PREFILL_CHUNKS = (32, 256)
 """Prompt tokens per call of the model, padded: few for a chat message, many for a long prompt."""
@@ -154,7 +154,11 @@ class Engine:
         # The last chunk of a prompt is padded, and no sequence is longer than the context.
         positions = min(longest + max_new_tokens, self.cfg.context)
         positions = max(positions, longest + PREFILL_CHUNKS[-1])
-        self._check_memory(len(requests), self._cache_len(positions))
+        cache_len, rows = self._cache_len(positions), len(requests)
+        self._check_memory(
+            f"{rows} rows of {cache_len} positions",
+            cache_len * (next_power_of_two(rows) + 1),  # one is being prefilled
+        )
 
         def prefilled():
             before, result = None, None
@@ -234,17 +238,20 @@ class Engine:
         largest = -(-self.cfg.context // chunk) * chunk + chunk
         return min(max(next_power_of_two(positions), 2 * chunk), largest)
 
-    def _check_memory(self, rows: int, cache_len: int) -> None:
-        """Raise MemoryError before allocating caches that do not fit in memory with the weights."""
-        batch = next_power_of_two(rows)
-        caches = self._bytes_per_position * cache_len * (batch + 1)  # one is being prefilled
+    def _check_memory(self, size: str, positions: int) -> None:
+        """Raise MemoryError before allocating a cache that does not fit in memory with the weights.
+
+        Args:
+          size: of the cache, for the message.
+          positions: of all rows.
+        """
+        caches = self._bytes_per_position * positions
         devices = self.devices()
         available = device_memory(devices[0], len(devices))
         if available is not None and (self.weight_bytes + caches) / len(devices) > available:
             gb = lambda x: f"{x / 1e9:.1f} GB"
             raise MemoryError(
-                f"a cache of {rows} rows of {cache_len} positions takes "
-                f"{gb(caches / len(devices))} per device in addition to "
+                f"a cache of {size} takes {gb(caches / len(devices))} per device in addition to "
                 f"{gb(self.weight_bytes / len(devices))} of weights, and "
                 f"{devices[0].device_kind} has {gb(available)}: give fewer prompts at once, "
                 'fewer new tokens, load with cache="int8" or quantize="int8", or with a mesh over '
@@ -381,17 +388,8 @@ def top_logprobs(logits_BV: jax.Array, num_top: int) -> tuple[jax.Array, jax.Arr
 
 def _empty_cache(compute: ComputeConfig, cfg: ModelConfig, cache_len: int) -> KVCache:
     """A cache of one row."""
-    return _shard(compute, KVCache.empty(cfg, 1, cache_len, compute.cache_dtype or compute.dtype))
-
-
-def _shard(compute: ComputeConfig, cache: KVCache) -> KVCache:
-    if no_mesh():
-        return cache
-    spec = P(None, *compute.rules.activation("BKSH"))
-    scales = jax.tree.map(lambda x: reshard(x, P(*spec[:4])), cache.scales)
-    return cache._replace(
-        k_LBKSH=reshard(cache.k_LBKSH, spec), v_LBKSH=reshard(cache.v_LBKSH, spec), scales=scales
-    )
+    dtype = compute.cache_dtype or compute.dtype
+    return KVCache.empty(cfg, 1, cache_len, dtype).shard(compute.rules)
 
 
 def _empty_state(
@@ -403,7 +401,7 @@ def _empty_state(
     caches = KVCache(k, v, jnp.zeros(batch, jnp.int32), scales)
     V = logits_V.shape[0]
     return DecodeState(
-        _shard(compute, caches),
+        caches.shard(compute.rules),
         jnp.zeros((batch, V), jnp.float32),
         jnp.zeros((batch, V), bool),
         jax.random.split(jax.random.key(0), batch),

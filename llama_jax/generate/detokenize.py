@@ -90,6 +90,68 @@ class Detokenizer:
         return self._tokenizer.decode(ids)
 
 
+class ShowControls(Tokenizer):
+    """A decoder that writes the names of some control tokens as text.
+
+    Args:
+      tokenizer: of the model.
+      ids: control tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ids: Collection[int]):
+        self.path, self._tokenizer = tokenizer.path, tokenizer
+        self._names = {i: tokenizer.mark(i) for i in ids}
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.vocab_size
+
+    def _decode(self, ids: list[int]) -> str:
+        text = ""
+        part: list[int] = []
+        for i in ids:
+            if i in self._names:
+                text += self._tokenizer.decode(part) + self._names[i]
+                part = []
+            else:
+                part.append(i)
+        return text + self._tokenizer.decode(part)
+
+
+class _StopMatch:
+    """How much of a stop string stands at the end of a growing text, in time linear in the text
+    (the algorithm of Knuth, Morris and Pratt).
+
+    Args:
+      stop: the string.
+    """
+
+    def __init__(self, stop: str):
+        self._stop = stop
+        # Of each beginning of the string that occurred, from one character on: the length of the
+        # longest shorter beginning that is its end.
+        self._borders = [0]
+        self.length = 0
+        """characters; all of them once the text contained the string"""
+
+    def push(self, text: str) -> None:
+        """Add the next part of the text."""
+        if not self.length and self._stop[0] not in text:
+            return
+        for character in text:
+            if self.length == len(self._stop):
+                return
+            self.length = self._extended(self.length, character)
+            if self.length > len(self._borders):
+                self._borders.append(self._extended(self._borders[-1], character))
+
+    def _extended(self, length: int, character: str) -> int:
+        """The length after a character, if it was ``length`` before."""
+        while length and self._stop[length] != character:
+            length = self._borders[length - 1]
+        return length + (self._stop[length] == character)
+
+
 class OutputSequence:
     """A sequence being generated: its ids so far, and where it ends.
 
@@ -106,7 +168,7 @@ class OutputSequence:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]):
         self.finish: str | None = None
-        self._stops = stops
+        self._stops, self._matches = stops, [_StopMatch(stop) for stop in stops]
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._top_logprobs: list[dict[int, float]] = []
@@ -148,7 +210,10 @@ class OutputSequence:
     def _decode_new(self) -> None:
         """Append the text of new ids, except those inside a character."""
         for token in self._ids[self._num_decoded :]:
-            self._text += self._detokenizer.push(token)
+            new = self._detokenizer.push(token)
+            self._text += new
+            for match in self._matches:
+                match.push(new)
         self._num_decoded = len(self._ids)
 
     def _find_stop(self) -> None:
@@ -165,10 +230,7 @@ class OutputSequence:
             return self.result().text
         if not self._stops:
             self._decode_new()
-        unsure = max(
-            (k for s in self._stops for k in range(1, len(s)) if self._text.endswith(s[:k])),
-            default=0,
-        )
+        unsure = max((match.length for match in self._matches), default=0)
         return self._text[: len(self._text) - unsure]
 
     def result(self) -> Generation:

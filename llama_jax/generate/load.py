@@ -20,11 +20,13 @@ from llama_jax.generate.decode import device_memory
 from llama_jax.generate.llm import LLM
 from llama_jax.generate.model_files import read_eos_ids, read_tokenizer
 from llama_jax.generate.read_params import on_devices, read_params
-from llama_jax.generate.user_cache import cache_folder, converted
+from llama_jax.generate.user_cache import converted
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.params import abstract_params
 from llama_jax.model.quantize import KINDS, weight_bytes
 from llama_jax.model.sharding import PRESETS, use_mesh
+from llama_jax.storage.copies import cache_folder, local_folder
+from llama_jax.storage.paths import as_path, check_access, is_remote
 
 DTYPES = ("float32", "bfloat16")
 
@@ -47,6 +49,8 @@ def load(
     Args:
       folder: a run of `python -m llama_jax.train`, a result of `python -m llama_jax.convert`, or a
         folder with weights and tokenizer in the layout of Hugging Face or Meta; or a GGUF file.
+        It may be in a bucket (gs://, s3://): runs and our own weights are read from there, other
+        formats are copied to the user's cache first.
         The folder of a LoRA adapter stands for the base that it names, with the adapter.
       adapter: a LoRA adapter to use with these weights: a run with a section [lora], or a folder in
         PEFT's format. Its tokenizer, EOS ids and chat template are used, if it has them.
@@ -84,11 +88,11 @@ def load(
         unroll=platform != "tpu",
         cache_dtype=jnp.dtype(cache) if cache else None,
     )
-    if adapter is None and (base := base_of(Path(folder))) is not None:
+    if adapter is None and (base := base_of(as_path(folder))) is not None:
         folder, adapter = base, folder
-    shapes_of = functools.partial(_shapes_of, Path(folder), compute, mesh, devices)
+    shapes_of = functools.partial(_shapes_of, as_path(folder), compute, mesh, devices)
 
-    checkpoint = _checkpoint_of(Path(folder), lambda cfg: shapes_of(cfg, quantize))
+    checkpoint = _checkpoint_of(as_path(folder), lambda cfg: shapes_of(cfg, quantize))
     cfg, metadata = read_metadata(checkpoint)
     if "adapter" in metadata:
         base = metadata["adapter"]["base"]["path"]
@@ -96,7 +100,7 @@ def load(
             f"{folder} holds a LoRA adapter, not the weights of a whole model, so {adapter} cannot "
             f"be used with it; give the weights that it was trained on ({base})"
         )
-    _check_files(checkpoint, Path(folder))
+    _check_files(checkpoint, as_path(folder))
     if note := loaded_step_note(checkpoint):
         print(note, file=sys.stderr)
     stored = metadata.get("quantize")
@@ -146,8 +150,11 @@ def _checkpoint_of(folder: Path, check: Callable[[ModelConfig], Any]) -> Path:
     """The checkpoint to read: ``folder`` itself, or its conversion, made if ``check`` passes."""
     from llama_jax.convert.gguf import locate
 
+    check_access(folder)
+    if is_remote(folder) and (folder / "model.json").is_file():
+        return folder
     try:
-        folder = locate(folder)
+        folder = locate(local_folder(folder))
     except ValueError as e:
         raise ConfigError(str(e)) from None
     if not folder.exists():
@@ -217,6 +224,6 @@ def _keep_compiled() -> None:
     """Keep compiled programs in the user's cache folder."""
     if jax.config.values["jax_compilation_cache_dir"]:
         return
-    with contextlib.suppress(ConfigError):  # without a home folder, nothing is kept
+    with contextlib.suppress(ValueError):  # without a home folder, nothing is kept
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,7 +1,7 @@
 """Choice of the next token from the logits: pure functions that take settings as arrays.
 
 Settings are arguments of the compiled step, so changing a temperature does not trigger
-recompilation.
+recompilation. Generation and the server use the same functions.
 """
 
 import dataclasses
@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from llama_jax.generate.warp import Settings, column, warp_logits
 from pallas_kernels import dispatch
 
 MAX_TOP_LOGPROBS = 20
@@ -92,17 +94,6 @@ def check_integer(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number, {minimum} or more")
 
 
-class Settings(NamedTuple):
-    """A sampler as scalar arguments of the compiled step; a setting of None has a neutral value."""
-
-    temperature: jax.Array
-    top_k: jax.Array
-    tail: jax.Array
-    """1 - top_p: the least likely tokens with this total probability are dropped; -1: none"""
-    min_p: jax.Array
-    repetition_penalty: jax.Array
-
-
 def settings_of(sampling: Greedy | Sample) -> Settings:
     """The scalars of a sampler: float32, top_k int32.
 
@@ -115,14 +106,17 @@ def settings_of(sampling: Greedy | Sample) -> Settings:
         raise ValueError(
             f"sampling={sampling!r} must be Greedy() or Sample(temperature=..., top_p=...)"
         )
-    number = lambda x, neutral: jnp.float32(neutral if x is None else x)
+    penalty = sampling.repetition_penalty
+    smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    if sampling.temperature < smallest:  # the other settings keep the most likely token
+        sampling = Sample(temperature=0.0)
     top_p = 1 if sampling.top_p is None else sampling.top_p
     return Settings(
-        temperature=jnp.float32(sampling.temperature),
-        top_k=jnp.int32(min(sampling.top_k or 2**31 - 1, 2**31 - 1)),
-        tail=jnp.float32(1 - top_p if top_p < 1 else -1),
-        min_p=number(sampling.min_p, 0),
-        repetition_penalty=number(sampling.repetition_penalty, 1),
+        temperature=np.float32(min(sampling.temperature, largest)),
+        top_k=np.int32(min(sampling.top_k or 2**31 - 1, 2**31 - 1)),
+        tail=np.float32(1 - top_p if top_p < 1 else -1),
+        log_min_p=np.float32(math.log(sampling.min_p) if sampling.min_p else -math.inf),
+        repetition_penalty=np.float32(1 if penalty is None else min(penalty, largest)),
     )
 
 
@@ -166,29 +160,118 @@ def check_top_logprobs(top_logprobs: Any) -> int:
     return int(top_logprobs)
 
 
+class Adjustments(NamedTuple):
+    """Changes of the logits that only requests to a server ask for, one row per sequence."""
+
+    presence_penalty: Any
+    """float32 [B], subtracted from the logit of each token that the new text contains"""
+    frequency_penalty: Any
+    """float32 [B], subtracted from it once per occurrence"""
+    bias_ids: Any
+    """int32 [B, I]; unused places hold id 0 and a bias of 0"""
+    bias: Any
+    """float32 [B, I], added to the logits of these ids"""
+
+
 def choose(
-    logits_BV: jax.Array, in_context_BV: jax.Array, keys_B: jax.Array, s: Settings
+    logits_BV: jax.Array,
+    in_context_BV: jax.Array,
+    keys_B: jax.Array,
+    s: Settings,
+    adjustments: Adjustments | None = None,
+    counts_BV: jax.Array | None = None,
+    mask_BW: jax.Array | None = None,
 ) -> jax.Array:
     """Choose the next token of each sequence.
+
+    The order is that of vLLM and transformers: logit bias, repetition penalty, frequency and
+    presence penalty, grammar, temperature, then top_k, top_p and min_p. (vLLM applies min_p before
+    top_k, transformers after top_p, as here. vLLM applies the grammar first, which is the same: no
+    later step brings back a token.)
 
     Args:
       logits_BV: float32.
       in_context_BV: bool, tokens of the prompt and of the text so far.
       keys_B: one key per row; a row's token does not depend on other rows.
       s: the sampler.
+      adjustments: logit bias and OpenAI's penalties, if rows can have them; then the next two
+        arguments are needed too.
+      counts_BV: int32, occurrences of each token in the new text.
+      mask_BW: int32, one bit per token that a grammar allows, the lowest bit first; all bits are
+        set in rows without a grammar.
 
     Returns:
       int32 [B].
     """
-    logits_BV = repetition_penalty(logits_BV, in_context_BV, s.repetition_penalty)
+    args = logits_BV, in_context_BV, s, adjustments, counts_BV, mask_BW
+    V = logits_BV.shape[1]
+    if jnp.ndim(s.temperature) == 0 or dispatch.platform() != "cpu":
+        return _choose(lambda: _noise(keys_B, V), *args)
+    # One row after the other, so that only the rows that need it take the time of sampling.
+    noise_BV = jax.lax.map(
+        lambda row: jax.lax.cond(
+            row[1] > 0, lambda: _noise(row[0][None], V)[0], lambda: jnp.zeros(V)
+        ),
+        (keys_B, s.temperature),
+    )
+    rows = jax.tree.map(lambda x: jnp.asarray(x)[:, None], (args, noise_BV))
+    return jax.lax.map(lambda row: _choose(lambda: row[1], *row[0])[0], rows)
+
+
+def _noise(keys_B: jax.Array, V: int) -> jax.Array:
+    """Gumbel noise [B, V]: the largest of logits plus noise is a draw of their softmax."""
+    of_row = lambda key: jax.random.gumbel(key, (V,))
+    # Beside the search for the largest, XLA's CPU compiler computes the noise one number at a time.
+    # In a loop of its own it uses vector instructions and takes a third of the time.
+    return jax.lax.map(of_row, keys_B) if dispatch.platform() == "cpu" else jax.vmap(of_row)(keys_B)
+
+
+def _choose(noise, logits_BV, in_context_BV, s, adjustments, counts_BV, mask_BW):
+    if adjustments is None:
+        logits_BV = repetition_penalty(logits_BV, in_context_BV, s.repetition_penalty)
+    else:
+        logits_BV = _adjusted(logits_BV, in_context_BV, s, adjustments, counts_BV, mask_BW)
+    most_likely = lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def draw():
-        kept_BV = warp_logits(logits_BV, s)
-        return jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
+        drawn_B = jnp.argmax(warp_logits(logits_BV, s) + noise(), axis=-1).astype(jnp.int32)
+        if len(drawn_B) == 1 or jnp.ndim(s.temperature) == 0:
+            return drawn_B
+        return jnp.where(s.temperature > 0, drawn_B, most_likely())
 
-    return jax.lax.cond(
-        s.temperature > 0, draw, lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    )
+    return jax.lax.cond(jnp.any(s.temperature > 0), draw, most_likely)
+
+
+def _adjusted(logits_BV, in_context_BV, s, adjustments, counts_BV, mask_BW):
+    """Logits after bias, penalties and grammar. What no row asks for is skipped."""
+    presence_B, frequency_B, bias_ids_BI, bias_BI = adjustments
+
+    def biased(x):
+        return x.at[jnp.arange(len(x))[:, None], bias_ids_BI].add(bias_BI)
+
+    def without_repetitions(x):
+        return repetition_penalty(x, in_context_BV, s.repetition_penalty)
+
+    def penalized(x):
+        return x - column(frequency_B) * counts_BV - column(presence_B) * (counts_BV > 0)
+
+    def allowed(x):
+        return jnp.where(_bits(mask_BW, x.shape[1]), x, -jnp.inf)
+
+    for asked, step in (
+        (bias_BI != 0, biased),
+        (s.repetition_penalty != 1, without_repetitions),
+        ((presence_B != 0) | (frequency_B != 0), penalized),
+        (mask_BW != -1, allowed),
+    ):
+        logits_BV = jax.lax.cond(jnp.any(asked), step, lambda x: x, logits_BV)
+    return logits_BV
+
+
+def _bits(mask_BW: jax.Array, size: int) -> jax.Array:
+    """The first ``size`` bits of each row of words, bool; bits that do not exist are not set."""
+    bits_BV = ((mask_BW[:, :, None] >> jnp.arange(32)) & 1).reshape(len(mask_BW), -1) != 0
+    return jnp.pad(bits_BV[:, :size], ((0, 0), (0, max(0, size - bits_BV.shape[1]))))
 
 
 def repetition_penalty(
@@ -199,110 +282,8 @@ def repetition_penalty(
     Args:
       logits_BV: float32.
       in_context_BV: bool, tokens of the prompt and of the text so far.
-      penalty: positive logits are divided by it, negative ones multiplied.
+      penalty: scalar or [B]; positive logits are divided by it, negative ones multiplied.
     """
+    penalty = column(penalty)
     lowered_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(in_context_BV, lowered_BV, logits_BV)
-
-
-def warp_logits(logits_BV: jax.Array, s: Settings) -> jax.Array:
-    """Logits of the distribution to draw from: divided by the temperature, -inf if dropped."""
-    largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    logits_BV = jax.lax.cond(
-        (s.top_k < logits_BV.shape[-1]) | (s.tail >= 0), _top_k_top_p, lambda x, _: x, logits_BV, s
-    )
-    # The maximum is subtracted first, so that a small temperature does not overflow.
-    logits_BV = (logits_BV - largest_B1) / s.temperature
-    # A fraction of the largest probability is a distance from the largest logit, which is 0.
-    return jnp.where(logits_BV >= jnp.log(s.min_p), logits_BV, -jnp.inf)
-
-
-def _top_k_top_p(logits_BV: jax.Array, s: Settings) -> jax.Array:
-    """Set logits to -inf beyond the first top_k, then in the tail of probability 1 - top_p.
-
-    Tokens are compared by their original logits: after subtraction and division, logits that
-    differ only in their last bits can be equal.
-    """
-    B, V = logits_BV.shape
-    order_BV = _order(logits_BV)
-    kth_B = jax.lax.cond(
-        s.top_k < V,
-        lambda: _largest_bound(order_BV, jnp.ones_like(logits_BV), V - s.top_k),
-        lambda: jnp.full(B, _LOWEST),
-    )
-    first_k_BV = order_BV >= kth_B[:, None]
-    scaled_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / s.temperature
-
-    def top_p():
-        p_BV = jax.nn.softmax(jnp.where(first_k_BV, scaled_BV, -jnp.inf), axis=-1)
-        return _without_tail(order_BV, p_BV, s.tail)
-
-    keep_BV = jax.lax.cond(s.tail >= 0, top_p, lambda: first_k_BV)
-    return jnp.where(keep_BV, logits_BV, -jnp.inf)
-
-
-def _without_tail(order_BV: jax.Array, p_BV: jax.Array, tail: jax.Array) -> jax.Array:
-    """Which tokens to keep when the least likely ones, of total probability ``tail``, are dropped.
-
-    The tail is summed, as in transformers: the sum of a short tail is exact, 1 minus the sum of all
-    others is not. The number of tokens is that of transformers, up to rounding of the sum. Among
-    tokens as likely as the last one, those with the largest ids are kept (in transformers this
-    depends on torch's sort).
-
-    Args:
-      order_BV: int32 keys with the order of the logits.
-      p_BV: probabilities.
-      tail: scalar, the probability to drop.
-    """
-    largest_B1 = jnp.max(order_BV, axis=-1, keepdims=True)  # at least one token is kept
-    last_B1 = jnp.minimum(_largest_bound(order_BV, p_BV, tail)[:, None], largest_B1)
-    is_last_BV = order_BV == last_B1
-
-    def some_of_the_last():
-        p_B1 = jnp.max(jnp.where(is_last_BV, p_BV, 0), axis=-1, keepdims=True)
-        rank_BV = jax.lax.cumsum(is_last_BV.astype(jnp.int32), axis=1)
-        up_to_BV = _sums_below(order_BV, p_BV, last_B1) + rank_BV * p_B1
-        return is_last_BV & ((up_to_BV > tail) | (rank_BV == rank_BV[:, -1:]))
-
-    equal = jnp.any(jnp.sum(is_last_BV, axis=-1) > 1)
-    return (order_BV > last_B1) | jax.lax.cond(equal, some_of_the_last, lambda: is_last_BV)
-
-
-_LOWEST = jnp.iinfo(jnp.int32).min
-
-
-def _order(x: jax.Array) -> jax.Array:
-    """int32 numbers in the same order as the float32 ``x``."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # -0 equals 0
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-def _largest_bound(order_BV: jax.Array, weights_BV: jax.Array, limit: jax.Array) -> jax.Array:
-    """The largest bound below which the sum of weights is at most ``limit``, int32 [B].
-
-    This replaces sorting. The bound is found digit by digit, the highest first: one pass over the
-    vocabulary computes the sums for all values of a digit. A digit has one bit on a CPU, which
-    computes one sum after the other, and four bits elsewhere.
-
-    Args:
-      order_BV: int32 keys.
-      weights_BV: float32, not negative.
-      limit: scalar.
-    """
-    bits = 1 if dispatch.platform() == "cpu" else 4
-
-    def digit(i, bound_B):
-        shift = 32 - bits * (i + 1)
-        bounds_BR = bound_B[:, None] + (jnp.arange(1, 1 << bits, dtype=jnp.int32) << shift)
-        below_BR = _sums_below(order_BV, weights_BV, bounds_BR)
-        return bound_B + (jnp.sum(below_BR <= limit, axis=1, dtype=jnp.int32) << shift)
-
-    return jax.lax.fori_loop(0, 32 // bits, digit, jnp.full(len(order_BV), _LOWEST))
-
-
-def _sums_below(order_BV: jax.Array, weights_BV: jax.Array, bounds_BR: jax.Array) -> jax.Array:
-    """Sums of the weights whose key is below each of R bounds, float32 [B, R]."""
-    # XLA's CPU compiler vectorizes a sum over any axis but the last.
-    columns = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128))).reshape(len(x), 1, -1, 128)
-    below = columns(order_BV) < bounds_BR[:, :, None, None]
-    return jnp.sum(jnp.sum(jnp.where(below, columns(weights_BV), 0), axis=2), axis=2)

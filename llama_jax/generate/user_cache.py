@@ -3,12 +3,11 @@
 import fcntl
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import ConfigError
+from llama_jax.storage.copies import cache_folder
 
 
 def converted(folder: Path, layout: str, read: list[Path], **options: Any) -> Path:
@@ -46,17 +45,3 @@ def converted(folder: Path, layout: str, read: list[Path], **options: Any) -> Pa
             print(f"converting {folder} ({layout}) once, to {result}", file=sys.stderr)
             convert(folder, result, log=lambda line: None, **options)
     return result
-
-
-def cache_folder() -> Path:
-    """The folder itself.
-
-    Raises:
-      ConfigError: this user has none.
-    """
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "llama_jax"
-    try:
-        return Path.home() / ".cache/llama_jax"
-    except RuntimeError:
-        raise ConfigError("this user has no home folder: set XDG_CACHE_HOME to a folder") from None

@@ -1,10 +1,10 @@
 """How a model is computed; what it computes is :class:`llama_jax.config.ModelConfig`."""
 
 import dataclasses
-from typing import Literal
 
 import jax.numpy as jnp
 
+from llama_jax.config.activations import Remat
 from llama_jax.model.sharding import PRESETS, Rules
 
 
@@ -20,8 +20,10 @@ class ComputeConfig:
     """of activations and matrix products; weights are cast to it where they are used"""
     rules: Rules = PRESETS["fsdp"]
     """sharding rules, used when a mesh is set"""
-    remat: Literal["none", "matmuls", "full"] = "none"
+    remat: Remat = "none"
     """what the backward pass recomputes, see TrainConfig.remat"""
+    offload: tuple[str, ...] = ()
+    """activations kept in the host's memory, see TrainConfig.offload"""
     unroll: bool = False
     """a Python loop over the layers instead of a scan"""
     attention: str | None = None

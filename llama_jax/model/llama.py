@@ -6,7 +6,7 @@ RMSNorm before each sub-layer, SwiGLU, grouped-query attention with rotary embed
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from llama_jax.model.partial_sums import (
     partial_products,
     use_partial_sums,
 )
-from llama_jax.model.projection import project
+from llama_jax.model.projection import gather_once, project
+from llama_jax.model.remat import checkpointed
 from llama_jax.model.rope import rope_of
 from llama_jax.model.sharding import (
     Rules,
@@ -42,12 +43,25 @@ from pallas_kernels import (
 )
 
 
+class Rows(NamedTuple):
+    """Rows of different lengths whose tokens pass through the layers one after the other.
+
+    Only attention pads them to [B, T]; the matrix products compute no padding between rows.
+    """
+
+    token_BT: Any
+    """int32, index of each token among all; any index for padding"""
+    place_X: Any
+    """int32, index of each token in ``token_BT`` flattened"""
+
+
 class AttentionInputs(NamedTuple):
     """The inputs of attention that are the same for every layer."""
 
     rope: Rope
     positions_BT: jax.Array | None
     segment_ids_BT: jax.Array | None
+    rows: Rows | None = None
 
 
 class Attention(nnx.Module):
@@ -66,11 +80,17 @@ class Attention(nnx.Module):
         self.bounds = Q, Q + E
 
     def __call__(self, x_BTD, attn_inputs: AttentionInputs, cache=None, layer=None):
-        if cache is not None and hasattr(self, "qkv") and use_partial_sums(x_BTD.shape[1]):
+        rows = attn_inputs.rows
+        few = cache is not None and rows is None and use_partial_sums(x_BTD.shape[1])
+        if few and hasattr(self, "qkv"):
             return self._partial(x_BTD, self.qkv, attn_inputs, cache, layer)
         q_BTNH, k_BTKH, v_BTKH = map(self._heads, self._qkv(x_BTD))
+        if rows is not None:
+            q_BTNH, k_BTKH, v_BTKH = (x[0][rows.token_BT] for x in (q_BTNH, k_BTKH, v_BTKH))
         out_BTNH, cache = _attend(self.compute, q_BTNH, k_BTKH, v_BTKH, attn_inputs, cache, layer)
-        return project(self.compute, out_BTNH, self.o, "QD", "BTD"), cache
+        if rows is not None:
+            out_BTNH = out_BTNH.reshape(1, -1, *out_BTNH.shape[2:])[:, rows.place_X]
+        return project(self.compute, out_BTNH, self.o, "QD", "BTD", "o"), cache
 
     def _partial(self, x_BTD, qkv, attn_inputs: AttentionInputs, cache, layer):
         """The output as partial sums, [P, B, T, D]."""
@@ -78,7 +98,7 @@ class Attention(nnx.Module):
         out_BTNH, *arrays = fused_decode_attention(
             qkv_PBTQ.reshape(*qkv_PBTQ.shape[:3], -1, self.head_dim),
             cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, attn_inputs.rope, x_BTD.dtype,
-            scales=cache.scales,
+            scales=cache.scales, pages_BM=cache.pages_BM,
         )  # fmt: skip
         out_PBTD = partial_products(out_BTNH.reshape(*x_BTD.shape[:2], -1), self.o)
         return out_PBTD, cache.with_arrays(*arrays)
@@ -87,9 +107,10 @@ class Attention(nnx.Module):
         if hasattr(self, "qkv"):  # fused by params.unstack_layers
             qkv = project(self.compute, x_BTD, self.qkv, "DQ", "BTQ")
             return jnp.split(qkv, self.bounds, axis=-1)
-        q_BTQ = project(self.compute, x_BTD, self.q, "DQ", "BTQ")
-        k_BTE = project(self.compute, x_BTD, self.k, "DE", "BTE")
-        v_BTE = project(self.compute, x_BTD, self.v, "DE", "BTE")
+        for_q, for_k, for_v = dispatch.copies(x_BTD, 3)
+        q_BTQ = project(self.compute, for_q, self.q, "DQ", "BTQ", "q")
+        k_BTE = project(self.compute, for_k, self.k, "DE", "BTE", "k")
+        v_BTE = project(self.compute, for_v, self.v, "DE", "BTE", "v")
         return q_BTQ, k_BTE, v_BTE
 
     def _heads(self, x_BTQ):
@@ -115,12 +136,13 @@ class MLP(nnx.Module):
             gate_up = project(self.compute, x_BTD, self.gate_up, "DF", "BTF")
             gate_BTF, up_BTF = jnp.split(gate_up, 2, axis=-1)
         else:
-            gate_BTF = project(self.compute, x_BTD, self.gate, "DF", "BTF")
-            up_BTF = project(self.compute, x_BTD, self.up, "DF", "BTF")
-        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
+            for_gate, for_up = dispatch.copies(x_BTD, 2)
+            gate_BTF = project(self.compute, for_gate, self.gate, "DF", "BTF", "gate")
+            up_BTF = project(self.compute, for_up, self.up, "DF", "BTF", "up")
+        hidden_BTF = _swiglu(gate_BTF, up_BTF)
         if partial:
             return partial_products(hidden_BTF, self.down)
-        return project(self.compute, hidden_BTF, self.down, "FD", "BTD")
+        return project(self.compute, hidden_BTF, self.down, "FD", "BTD", "down")
 
 
 class Block(nnx.Module):
@@ -194,6 +216,7 @@ class Llama(nnx.Module):
         cache: KVCache | None = None,
         counts_B=None,
         rope_length=None,
+        rows: Rows | None = None,
     ):
         """The last layer's output after the final norm.
 
@@ -203,14 +226,16 @@ class Llama(nnx.Module):
           segment_ids_BT: int32; a token attends only to tokens with the same segment id.
           cache: keys and values of earlier positions; those of ``tokens_BT`` are appended. Excludes
             ``positions_BT`` and ``segment_ids_BT``. The caller ensures that ``lengths_B + T`` is at
-            most the cache length. A cache that is donated or carried through a loop is updated in
-            place.
+            most the cache length, and T at most the length of a page. A cache that is donated or
+            carried through a loop is updated in place.
           counts_B: int32, 0 to T, only with a cache: number of real tokens at the start of each
             row, which are added to its length. The rest is padding, whose outputs are
             undefined. Default: T.
           rope_length: int32 scalar, the sequence length for dynamic rotary frequencies; other types
             ignore it. Default: up to the last real token of ``tokens_BT``. Without a cache,
             padding at the end counts as real.
+          rows: ``tokens_BT`` is [1, X], the tokens of the rows of the cache one after the other.
+            Only with a cache, and on one device.
 
         Returns:
           [B, T, D] in the compute dtype; with a cache, that and the new cache.
@@ -225,7 +250,7 @@ class Llama(nnx.Module):
             )
         if cache is None and counts_B is not None:
             raise ValueError("counts_B requires a cache")
-        B, T = tokens_BT.shape
+        B, T = tokens_BT.shape if rows is None else rows.token_BT.shape
         if positions_BT is None:
             start = 0 if cache is None else cache.lengths_B[:, None]
             positions_BT = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -236,7 +261,7 @@ class Llama(nnx.Module):
             real_BT = jnp.arange(T) < (T if counts_B is None else counts_B[:, None])
             last = jnp.max(jnp.where(real_BT, positions_BT, 0))
         positions_BT = reshard(positions_BT, self.compute.rules.activation_without_tensor("BT"))
-        attn_inputs = AttentionInputs(rope_of(self.cfg, last), positions_BT, segment_ids_BT)
+        attn_inputs = AttentionInputs(rope_of(self.cfg, last), positions_BT, segment_ids_BT, rows)
         x_BTD = _embed(self.compute, self.embed[...], tokens_BT)
         x, cache = self._layers(x_BTD, attn_inputs, cache)
         if cache is not None:
@@ -246,11 +271,21 @@ class Llama(nnx.Module):
         x_BTD = reshard(x_BTD, self.compute.rules.activation_without_tensor("BTD"))
         return x_BTD if cache is None else (x_BTD, cache)
 
-    def logits(self, x_BTD):
-        """Product with the output matrix, [B, T, D] -> [B, T, V] in float32."""
-        w = jnp.swapaxes(self.embed[...], 0, 1) if self.cfg.tie_embeddings else self.unembed[...]
+    def logits(self, x_BTD, unembed=None):
+        """Product with the output matrix, [B, T, D] -> [B, T, V] in float32.
+
+        ``unembed`` is the output matrix, :meth:`gathered_unembed` for several calls.
+        """
+        w = self._unembed() if unembed is None else unembed
         # float32: in bfloat16 the softmax over V would lose small probabilities.
-        return project(self.compute, x_BTD, w, "DV", "BTV", jnp.float32)
+        return project(self.compute, x_BTD, w, "DV", "BTV", out_dtype=jnp.float32)
+
+    def gathered_unembed(self):
+        """The output matrix, gathered over ``fsdp`` once for several calls of :meth:`logits`."""
+        return gather_once(self.compute, self._unembed(), "DV")
+
+    def _unembed(self):
+        return jnp.swapaxes(self.embed[...], 0, 1) if self.cfg.tie_embeddings else self.unembed[...]
 
     def layers(self) -> list[Block]:
         """The L blocks, sliced from the stack where they are stacked."""
@@ -265,7 +300,7 @@ class Llama(nnx.Module):
             block, layer = block_and_index
             return block(x, attn_inputs, cache, layer), None
 
-        body = _remat(body, self.compute.remat)
+        body = checkpointed(body, self.compute.remat, self.compute.offload)
         L = self.cfg.num_layers
         unstacked = isinstance(self.blocks, nnx.List)
         one_device = unstacked and no_mesh() and not use_partial_sums(x_BTD.shape[1])
@@ -281,6 +316,23 @@ class Llama(nnx.Module):
         else:
             carry, _ = jax.lax.scan(body, (x_BTD, cache), (self.blocks, jnp.arange(L)))
         return carry
+
+
+@jax.custom_vjp
+def _swiglu(gate_BTF, up_BTF):
+    return jax.nn.silu(gate_BTF) * up_BTF
+
+
+def _swiglu_forward(gate_BTF, up_BTF):
+    return dispatch.separate(_swiglu(gate_BTF, up_BTF)), (gate_BTF, up_BTF)
+
+
+def _swiglu_backward(residuals, d_hidden_BTF):
+    _, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *residuals)
+    return dispatch.separate(pull(d_hidden_BTF))
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _weight(
@@ -337,24 +389,34 @@ def _attend(
         )  # fmt: skip
 
     spec = compute.rules.activation
-    rope, positions, segments = attn_inputs
+    rope, positions, segments, _ = attn_inputs
     if cache is not None:
-        heads, stack = spec("BTNH"), spec("LBKSH")
-        args = [q, k, v, cache.k_LBKSH, cache.v_LBKSH, layer, cache.lengths_B, rope]
-        specs = [heads, spec("BTKH"), spec("BTKH"), stack, stack, P(), spec("B"), P()]
-        out_specs = [heads, stack, stack]
-        if cache.scales is not None:
-            args.append(cache.scales)
-            specs.append(spec("LBKS"))
-            out_specs.append(spec("LBKS"))
-        out, *arrays = _on_each_device(
-            rotary_decode_attention, args, tuple(specs), tuple(out_specs)
-        )
-        return out, cache.with_arrays(*arrays)
+        return _attend_to_cache(compute, q, k, v, rope, cache, layer)
     inputs = (q, k, v, positions, positions, segments, segments, rope)
     BT, BS = compute.rules.activation_without_tensor("BT"), spec("BS")
     in_specs = (spec("BTNH"), spec("BSKH"), spec("BSKH"), BT, BS, BT, BS, P())
     return _on_each_device(train, inputs, in_specs, spec("BTNH")), None
+
+
+def _attend_to_cache(compute: ComputeConfig, q, k, v, rope, cache: KVCache, layer):
+    """The decode kernel, on each device for its own heads and rows.
+
+    With a paged cache, each device has all rows.
+    """
+
+    def decode(*args):
+        return rotary_decode_attention(*args[:-1], pages_BM=args[-1])
+
+    specs = cache.specs(compute.rules)
+    heads = compute.rules.activation("BTNH")
+    heads_of_all = heads if cache.pages_BM is None else P(None, *heads[1:])
+    out, *arrays = _on_each_device(
+        decode,
+        (q, k, v, *cache[:2], layer, cache.lengths_B, rope, cache.scales, cache.pages_BM),
+        (*[heads_of_all] * 3, *specs[:2], P(), specs.lengths_B, P(), specs.scales, P()),
+        (heads_of_all, *specs[:2], *([] if cache.scales is None else [specs.scales])),
+    )
+    return reshard(out, heads), cache.with_arrays(*arrays)
 
 
 def _on_each_device(function, args, in_specs, out_specs):
@@ -366,14 +428,3 @@ def _on_each_device(function, args, in_specs, out_specs):
     ]
     # Kernels do not declare over which mesh axes their outputs vary (check_vma); the out_specs do.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
-
-
-def _remat(body, policy: str):
-    if policy == "none":
-        return body
-    policies = {
-        "full": None,
-        # Keeps products with weights; those inside attention are recomputed (paper, section 2.4).
-        "matmuls": jax.checkpoint_policies.save_only_these_names("matmul"),
-    }
-    return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)

@@ -25,19 +25,22 @@ def use_partial_sums(tokens: int) -> bool:
     return tokens == 1 and no_mesh() and dispatch.platform() in ("gpu", "cuda")
 
 
-def num_parts(inputs: int, outputs: int, multiprocessors: int) -> int:
+def num_parts(inputs: int, outputs: int, multiprocessors: int, rows: int = 1) -> int:
     """Number of partial sums of a product with few rows.
 
     A power of two that gives about 1.5 tiles of 128 outputs per multiprocessor, as XLA chooses
-    where it splits a product, and that leaves at least 512 inputs to each part.
+    where it splits a product, and that leaves at least 512 inputs to each part, and 32 per row: the
+    sums are at most an eighth of the bytes of the matrix, in bfloat16, to write and to read.
 
     Args:
       inputs: of the product.
       outputs: of the product.
       multiprocessors: of the GPU.
+      rows: of the product.
     """
     wanted = 1.5 * multiprocessors * 128 / outputs
     max_parts = math.gcd(inputs, 1 << (inputs // 512).bit_length() - 1) if inputs >= 512 else 1
+    max_parts = min(max_parts, 1 << max(1, inputs // (32 * rows)).bit_length() - 1)
     return min(max_parts, 2 ** max(0, round(math.log2(wanted))))
 
 
@@ -60,7 +63,7 @@ def partial_products(x_BTI: jax.Array, w: jax.Array | QuantizedWeight | nnx.Vari
     B, _, inputs = x_BTI.shape
     quantized = is_quantized(w_IO)
     outputs = (w_IO.q if quantized else w_IO).shape[-1]
-    P = num_parts(inputs, outputs, dispatch.num_cores() or 132)
+    P = num_parts(inputs, outputs, dispatch.num_cores() or 132, B)
     if quantized and w_IO.needs_kernel:
         P = 1
     elif not quantized:

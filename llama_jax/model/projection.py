@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,12 @@ class LoraWeight:
         return jnp.where(kept, x / keep, 0)
 
 
+class GatheredWeight(NamedTuple):
+    """A matrix that is gathered over ``fsdp`` already; from :func:`gather_once`."""
+
+    w_IO: jax.Array
+
+
 def is_matrix(x: Any) -> bool:
     """Whether ``x`` is a matrix that is not a plain array, for ``is_leaf``."""
     return isinstance(x, LoraWeight | QuantizedWeight)
@@ -65,6 +71,7 @@ def project(
     w: Any,
     w_letters: str,
     out_letters: str,
+    name: str = "",
     out_dtype: jnp.dtype | None = None,
 ) -> jax.Array:
     """Matrix product of activations [B, T, ...] and a weight [in, out], giving [B, T, out].
@@ -72,9 +79,11 @@ def project(
     Args:
       compute: dtype and sharding.
       x: activations.
-      w: an array, a :class:`QuantizedWeight` or a :class:`LoraWeight`, in a variable or not.
+      w: an array, a :class:`QuantizedWeight` or a :class:`LoraWeight`, in a variable or not; or the
+        result of :func:`gather_once`.
       w_letters: axes of the weight, for the sharding rules.
       out_letters: axes of the result.
+      name: of the result, for train.remat.
       out_dtype: of the result; default: the compute dtype.
     """
     w = w.get_value() if isinstance(w, nnx.Variable) else w
@@ -89,7 +98,36 @@ def project(
         y = y + product(h_BTr, w.b, f"r{w_letters[1]}", out, out_dtype, tokens)
     else:
         y = product(x, w, w_letters, out, out_dtype)
-    return checkpoint_name(y, "matmul")
+    return checkpoint_name(y, name) if name else y
+
+
+def gather_once(compute: ComputeConfig, w: Any, w_letters: str) -> Any:
+    """A weight for several calls of :func:`project`, gathered over ``fsdp`` once.
+
+    The gradients of all products are added up in float32, and the sum is summed over devices once.
+
+    Args:
+      compute: dtype and sharding.
+      w: an array or a quantized matrix, in a variable or not; the latter is returned as it is.
+      w_letters: axes of the weight.
+    """
+    w = w.get_value() if isinstance(w, nnx.Variable) else w
+    if no_mesh() or is_quantized(w) or not is_sharded("fsdp"):
+        return w
+    tokens = compute.rules.activation_without_tensor("BT")
+    spec = _gathered_spec(compute, w_letters, tokens)
+    return GatheredWeight(_gather(compute, w, spec, jnp.dtype("float32")))
+
+
+def _gathered_spec(compute: ComputeConfig, w_letters: str, tokens) -> P:
+    flat = not is_sharded(tokens[1])
+    return compute.rules.weight_without_fsdp(w_letters, tokens[:1] if flat else tokens)
+
+
+def _gather(compute: ComputeConfig, w_IO, gathered: P, out_dtype: jnp.dtype):
+    if compute.reduce_float32:
+        return gather_float32_gradient(w_IO, gathered, compute.dtype, out_dtype)
+    return gather(w_IO.astype(compute.dtype), gathered).astype(out_dtype)
 
 
 def _product(compute: ComputeConfig, x, w, w_letters: str, out: P, out_dtype, tokens=None):
@@ -105,14 +143,14 @@ def _product(compute: ComputeConfig, x, w, w_letters: str, out: P, out_dtype, to
         return matmul(x.reshape(B * T, -1), w, out_dtype).reshape(B, T, -1)
     tokens = tokens or compute.rules.activation_without_tensor("BT")
     flat = not is_sharded(tokens[1])
-    gathered = compute.rules.weight_without_fsdp(w_letters, tokens[:1] if flat else tokens)
+    gathered = _gathered_spec(compute, w_letters, tokens)
     w_in, w_out = gathered.partitions
-    if is_quantized(w):
+    if isinstance(w, GatheredWeight):
+        w = w.w_IO.astype(compute.dtype)
+    elif is_quantized(w):
         w = w.reshard(w_in, w_out)
-    elif compute.reduce_float32:
-        w = gather_float32_gradient(w, gathered, compute.dtype)
     else:
-        w = gather(w.astype(compute.dtype), gathered)
+        w = _gather(compute, w, gathered, compute.dtype)
     # With the input axis sharded each device has a partial sum; reshard adds them up.
     partial = frozenset({w_in} if w_in else ())
     x = x.reshape(B, T, -1, out_sharding=P(*tokens, w_in))

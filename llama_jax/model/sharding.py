@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
@@ -115,23 +116,27 @@ def gather(w_IO: jax.Array, gathered: P) -> jax.Array:
     return jnp.swapaxes(w, 0, 1) if transposed else w
 
 
-def gather_float32_gradient(w_IO: jax.Array, gathered: P, dtype: jnp.dtype) -> jax.Array:
-    """``gather(w_IO.astype(dtype), gathered)``, whose gradient is summed over devices in float32.
+def gather_float32_gradient(
+    w_IO: jax.Array, gathered: P, dtype: jnp.dtype, out_dtype: jnp.dtype
+) -> jax.Array:
+    """A matrix in ``dtype``, gathered, whose gradient is summed over devices in float32.
 
     Args:
-      w_IO: float32.
+      w_IO: the stored weight.
       gathered: as for :func:`gather`.
-      dtype: of the result.
+      dtype: of what is gathered.
+      out_dtype: of the result and of its gradient before the sum.
     """
     kind = jax.typeof(w_IO)
 
     @jax.custom_vjp
     def cast_and_gather(w):
-        return gather(w.astype(dtype), gathered)
+        return gather(w.astype(dtype), gathered).astype(out_dtype)
 
     def backward(_, gradient):
         zeros = jnp.zeros(kind.shape, jnp.float32, out_sharding=kind.sharding)
-        return jax.vjp(lambda w: gather(w, gathered), zeros)[1](gradient.astype(jnp.float32))
+        (total,) = jax.vjp(lambda w: gather(w, gathered), zeros)[1](gradient.astype(jnp.float32))
+        return (total.astype(w_IO.dtype),)
 
     cast_and_gather.defvjp(lambda w: (cast_and_gather(w), None), backward)
     return cast_and_gather(w_IO)
@@ -141,7 +146,7 @@ def all_gather_columns(w_IO: jax.Array, axis: Any, dtype: jnp.dtype, float32: bo
     """All columns of a weight from each device's own, inside `shard_map`.
 
     Args:
-      w_IO: the device's columns, float32.
+      w_IO: the device's columns.
       axis: mesh axis that shards the columns.
       dtype: of the result.
       float32: sum the gradient over devices in float32 instead of ``dtype``.
@@ -161,7 +166,7 @@ def all_gather_columns(w_IO: jax.Array, axis: Any, dtype: jnp.dtype, float32: bo
     def backward(_, gradient):
         gradient_OI = jnp.swapaxes(gradient.astype(jnp.float32), 0, 1)
         shard = jax.lax.psum_scatter(gradient_OI, axis, scatter_dimension=0, tiled=True)
-        return (jnp.swapaxes(shard, 0, 1),)
+        return (jnp.swapaxes(shard, 0, 1).astype(w_IO.dtype),)
 
     cast_and_gather.defvjp(lambda w: (cast_and_gather(w), None), backward)
     return cast_and_gather(w_IO)
@@ -225,7 +230,8 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     sizes = _mesh_sizes(cfg, len(devices))
-    members = Counter(slice_ids(devices, host_is_slice))
+    ids = slice_ids(devices, host_is_slice)
+    members = Counter(ids)
     if len(set(members.values())) > 1:
         raise ConfigError(f"the slices have different numbers of devices: {dict(members)}")
     outer = _slices_along(sizes, len(members)) if len(members) > 1 else dict.fromkeys(AXES, 1)
@@ -237,10 +243,10 @@ def make_mesh(
             placed = mesh_utils.create_hybrid_device_mesh(
                 inner,
                 tuple(outer.values()),
-                devices,
-                process_is_granule=host_is_slice,
+                [_InSlice(d, i) for d, i in zip(devices, ids, strict=True)],
                 allow_split_physical_axes=True,
             )
+            placed = np.vectorize(lambda d: d.device, otypes=[object])(placed)
     except (AssertionError, NotImplementedError, TypeError, ValueError) as e:
         # jax 0.10 drops prime factors of some sizes (10, 14, 28) and then fails to place them.
         raise ConfigError(
@@ -254,7 +260,21 @@ def slice_ids(devices: Iterable[Any], host_is_slice: bool = False) -> list[int]:
     """The slice of each device, see :func:`make_mesh`."""
     if host_is_slice:
         return [d.process_index for d in devices]
-    return [getattr(d, "slice_index", 0) for d in devices]
+    return [slice_of_process.get(d.process_index, getattr(d, "slice_index", 0)) for d in devices]
+
+
+slice_of_process: dict[int, int] = {}
+"""The slice of each process of a job on CPUs, whose devices all have slice_index 0 in JAX."""
+
+
+class _InSlice:
+    """A device with the slice of its process, for JAX's placement of a mesh."""
+
+    def __init__(self, device: Any, slice_index: int):
+        self.device, self.slice_index = device, slice_index
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.device, name)
 
 
 def _mesh_sizes(cfg: MeshConfig, num_devices: int) -> dict[str, int]:

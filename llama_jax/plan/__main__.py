@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a recipe and overrides; with --inference, a model such as llama-7b",
     )
     arg("--on", metavar="MACHINE", help="chip and number or topology")
-    arg("--search", action="store_true", help="vary mesh, microbatches and remat; plan the fastest")
+    arg("--search", action="store_true", help="vary mesh, microbatches and what is kept")
     arg("--inference", action="store_true", help="plan generation with a model, not training")
     arg("--dtype", choices=inference.DTYPES, help="with --inference: of the weights (bfloat16)")
     arg(

@@ -1,6 +1,7 @@
 """The plans behind ``python -m llama_jax.plan``; each prints text and returns the values."""
 
 import contextlib
+import json
 import os
 import sys
 import tempfile
@@ -50,7 +51,7 @@ def plan_training(
       path: the recipe.
       overrides: settings as section.key=value.
       on: name of the machine.
-      search: compile several meshes, microbatches and remat; report the fastest that fits.
+      search: compile several meshes and numbers of microbatches; report the fastest that fits.
       watts: power of a chip; None: the table's.
       price: price per chip-hour.
 
@@ -76,7 +77,8 @@ def plan_training(
             compiled = compile_step(recipe, machine)
         changes = changed_settings(recipe, compiled.recipe)
     if compiled.recipe.train.remat != recipe.train.remat:
-        changes["train.remat"] = compiled.recipe.train.remat
+        remat = compiled.recipe.train.remat
+        changes["train.remat"] = remat if isinstance(remat, str) else _list(remat)
     recipe, train = compiled.recipe, compiled.recipe.train
     sizes = " x ".join(f"{a} {n}" for a, n in compiled.mesh.items() if n > 1) or "one device"
     count = recipe.model.num_params
@@ -97,6 +99,10 @@ def plan_training(
     f = metrics(compiled, watts, price)
     print(to_text(f, title, machine.rates()))
     return {"recipe": path, "overrides": overrides} | f, recipe
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return json.dumps(names, separators=(",", ":"))
 
 
 def _search(recipe: Recipe, machine: Machine, path: str) -> Any:

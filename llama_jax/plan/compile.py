@@ -1,13 +1,11 @@
 """Compile a recipe's train step for a machine that may be absent."""
 
 import dataclasses
-import math
-import re
+import functools
 import time
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,6 +17,7 @@ from llama_jax.model.sharding import mesh_for, slice_ids
 from llama_jax.plan import hlo
 from llama_jax.plan.machines import Machine, PlanError, devices
 from llama_jax.train.frozen import abstract_frozen, frozen_format, has_frozen
+from llama_jax.train.remat import attempt, check_offload, fitting, shard_bytes
 from llama_jax.train.step import (
     abstract_state,
     check_attention,
@@ -38,7 +37,7 @@ class Memory:
     """those that are trained, and the base of LoRA or the reference of DPO"""
     optimizer: float
     gradients: float
-    """float32; with several microbatches they exist during the whole step"""
+    """in the dtype of the weights; with several microbatches they exist during the whole step"""
     activations: float
     """kept by the forward pass for the backward pass"""
     code: float
@@ -84,29 +83,25 @@ def compile_step(recipe: Recipe, machine: Machine) -> Compiled:
     platform = machine.chip.platform
     recipe, mesh = mesh_for(recipe, devices(machine), machine.host_is_slice)
     check_attention(recipe, mesh)
-    compute = compute_config(recipe, platform)
+    check_offload(recipe, mesh)
     start = time.perf_counter()
-    program: Any = None
     with jax.set_mesh(mesh):
+        compute = compute_config(recipe, platform)
         state = abstract_state(recipe, compute, mesh)
         batch = abstract_batch(recipe, mesh, compute.rules.activation_without_tensor("BT"))
-        step = jax.jit(
-            make_train_step(recipe, compute),
-            donate_argnums=0,
-            compiler_options=compiler_options(platform),
-        )
         frozen = (abstract_frozen(recipe, compute, mesh),) if has_frozen(recipe) else ()
-        lowered = step.lower(state, batch, *frozen)
-        try:
-            program, peak = lowered.compile(), 0.0
-        except Exception as e:  # the compiler's own type
-            peak = _needed_bytes(e)
+        compile_ = functools.partial(_compile, platform, (state, batch, *frozen))
+        if recipe.train.remat == "auto":
+            limit = machine.chip.memory * GIB
+            recipe, program, peak = fitting(recipe, compute, mesh, (state, frozen), limit, compile_)
+            compute = compute_config(recipe, platform)
+        else:
+            program, peak = compile_(recipe)
         activations = activation_bytes(recipe, compute, state.params, batch, *frozen)
     seconds = time.perf_counter() - start
     code, cost = 0.0, None
     if program is not None:
-        stats = program.memory_analysis()
-        peak, code = peak_bytes(stats, platform), stats.generated_code_size_in_bytes
+        code = program.memory_analysis().generated_code_size_in_bytes
         cost = hlo.count(program.as_text(), *_rates_per_cycle(machine))
     gradients, optimizer = shard_bytes(state.params), shard_bytes(state.optimizer)
     weights = gradients + shard_bytes(frozen)
@@ -118,29 +113,28 @@ def compile_step(recipe: Recipe, machine: Machine) -> Compiled:
     return Compiled(machine, recipe, dict(mesh.shape), slices, memory, cost, seconds, program, kind)
 
 
-def peak_bytes(stats: Any, platform: str) -> float:
-    """Peak memory of a program, from its `memory_analysis()`."""
-    if platform != "cpu":
-        return float(stats.peak_memory_in_bytes)
-    # XLA's peak on CPU does not include temporaries.
-    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return float(stats.argument_size_in_bytes + stats.temp_size_in_bytes + outputs)
+def _compile(platform: str, arguments: tuple, recipe: Recipe) -> tuple[Any, float]:
+    """The program and its peak memory; where it does not fit, None and what it needs."""
+
+    def compile_(recipe: Recipe) -> Any:
+        step = jax.jit(
+            make_train_step(recipe, compute_config(recipe, platform)),
+            donate_argnums=0,
+            compiler_options=compiler_options(platform),
+        )
+        return step.lower(*arguments).compile()
+
+    try:
+        return attempt(compile_, platform, recipe)
+    except jax.errors.JaxRuntimeError as e:
+        reason = str(e).split("\n")[0]
+        raise PlanError(f"the compiler failed: {reason}") from e
 
 
 def _rates_per_cycle(machine: Machine) -> tuple[float, float]:
     """FLOPs and bytes per clock cycle; zeros if the clock is unknown."""
     chip = machine.chip
     return (chip.tflops * 1e3 / chip.clock, chip.bandwidth / chip.clock) if chip.clock else (0, 0)
-
-
-def shard_bytes(tree: Any) -> float:
-    """Bytes of one device's shards of a tree of shapes."""
-    return float(sum(map(_shard_bytes, jax.tree.leaves(tree))))
-
-
-def _shard_bytes(x: Any) -> int:
-    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-    return math.prod(shape) * np.dtype(x.dtype).itemsize
 
 
 def activation_bytes(
@@ -164,7 +158,7 @@ def activation_bytes(
     residuals = jax.tree.leaves(jax.eval_shape(backward, params, microbatch, *frozen))
     # A weight, or its cast copy, is not an activation.
     weights = {x.shape for x in jax.tree.leaves((params, frozen)) if len(x.shape) > 1}
-    return float(sum(_shard_bytes(x) for x in residuals if x.shape not in weights))
+    return shard_bytes([x for x in residuals if x.shape not in weights])
 
 
 def _without_first_axis(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -172,13 +166,3 @@ def _without_first_axis(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     assert isinstance(sharding, NamedSharding)
     inner = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=inner)
-
-
-def _needed_bytes(error: Exception) -> float:
-    """Memory that the TPU compiler says a program needs; any other error is raised."""
-    text = str(error)
-    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    for pattern in (r"Used ([\d.]+)([KMGT]) of", r"\(([\d.]+)([KMGT])\) exceeds available"):
-        if "RESOURCE_EXHAUSTED" in text and (found := re.search(pattern, text)):
-            return float(found[1]) * unit[found[2]]
-    raise PlanError(f"the compiler failed: {text.split(chr(10))[0]}") from error

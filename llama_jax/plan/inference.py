@@ -43,6 +43,31 @@ def cache_bytes(cfg: ModelConfig, context: int, dtype: str = "bfloat16") -> floa
     return context * bytes_per_position(cfg, np.dtype(np.int8 if dtype == "int8" else np.float16))
 
 
+CHAT = 161, 338
+"""mean tokens of a prompt and of an answer in ShareGPT's conversations (arXiv 2309.06180)"""
+PAGES = 256, 128
+_WORK_BYTES = 2e9
+
+
+def requests_at_once(positions: float, context: int, page: int | None) -> int:
+    """How many requests of a server have keys and values in memory at the same time.
+
+    A request has pages for its prompt and answer, whose lengths are log-normal with the means of
+    :data:`CHAT` and a standard deviation of the logarithm of 1.
+
+    Args:
+      positions: that fit in memory.
+      context: most positions of a request.
+      page: positions per page; None: every request has a slot of ``context`` positions.
+    """
+    if page is None:
+        return max(0, int(positions // context))
+    rng = np.random.default_rng(0)
+    prompt, answer = (rng.lognormal(math.log(mean) - 0.5, 1, 100_000) for mean in CHAT)
+    length = np.minimum(np.ceil(prompt) + np.ceil(answer), context)
+    return max(0, int(positions // np.mean(np.ceil(length / page) * page)))
+
+
 def model_config(name: str) -> ModelConfig:
     """The config of a known model.
 
@@ -104,6 +129,8 @@ def plan(
     compute = flops / (chip.tflops * 1e12)
     step = max(memory, compute)
     per_position = cache_bytes(cfg, 1, cache) * copies / n * batch
+    positions = (available - weights - _WORK_BYTES) / (per_position / batch)
+    of_pages = {f"pages_of_{p}": requests_at_once(positions, context, p) for p in PAGES}
     return {
         "machine": machine.name,
         "dtype": dtype,
@@ -117,6 +144,7 @@ def plan(
         "activations": activations,
         "largest_batch": max(0, int(for_cache // per_sequence)),
         "largest_context": max(0, min(int(for_cache // per_position), cfg.context)),
+        "requests_at_once": {"slots": requests_at_once(positions, context, None), **of_pages},
         "seconds_per_token": step,
         "bound_by": "memory" if memory >= compute else "compute",
         "tokens_per_second": batch / step,
@@ -138,6 +166,12 @@ def to_text(f: dict[str, Any], title: str) -> str:
         f"largest batch at {f['context']} positions: {f['largest_batch']:,}; longest context at "
         f"batch {f['batch']}: {f['largest_context']:,}",
     ]
+    counts = f["requests_at_once"]
+    pages = ", ".join(f"{counts[f'pages_of_{p}']:,} in pages of {p}" for p in PAGES)
+    lines.append(
+        f"server, requests at once of {CHAT[0]} + {CHAT[1]} tokens on average: {pages}, "
+        f"{counts['slots']:,} in slots of {f['context']}"
+    )
     if f["fits"]:
         lines.append(
             f"upper bound: {f['tokens_per_second']:,.0f} tokens/s, "

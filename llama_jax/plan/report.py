@@ -5,10 +5,11 @@ import math
 from typing import Any
 
 from llama_jax.chips import GIB
-from llama_jax.config import Recipe
+from llama_jax.config import Recipe, TrainConfig
 from llama_jax.model.lora import num_adapter_params
 from llama_jax.plan.compile import Compiled
 from llama_jax.plan.energy import PAPER_CARBON, PAPER_PUE, energy
+from llama_jax.train.remat import forward_flops, recomputed
 from llama_jax.train.step import flops_per_token
 
 
@@ -31,6 +32,9 @@ def metrics(c: Compiled, watts: float | None = None, price: float | None = None)
         "seq_len": recipe.data.seq_len,
         "gradient_accumulation": recipe.train.gradient_accumulation,
         "remat": recipe.train.remat,
+        "kept": kept_text(recipe.train),
+        "param_dtype": recipe.train.param_dtype,
+        "moment_dtype": recipe.optim.moment_dtype,
         "frozen": c.frozen,
         "fits": c.fits,
         "compile_seconds": c.seconds,
@@ -73,15 +77,13 @@ def recomputed_flops(recipe: Recipe) -> float:
     """FLOPs per token that the backward pass repeats.
 
     Attention's scores are always recomputed (kernels do not store them): half of attention's
-    forward pass. remat "matmuls" repeats all of attention's forward pass; "full" also each layer's
-    matmuls except the last, whose output nothing needs. train.loss_chunk repeats the logits.
+    forward pass. The rest are the activations that train.remat does not keep, and the logits with
+    train.loss_chunk.
     """
-    cfg, remat, attention = recipe.model, recipe.train.remat, _attention_flops(recipe)
-    total = attention / 2 + (attention if remat != "none" else 0.0)
-    if remat == "full":
-        matrices = ("DQ", "DE", "DE", "QD", "DF", "DF")
-        total += 2.0 * cfg.num_layers * sum(math.prod(cfg.shape(m)) for m in matrices)
-    return total + (2.0 * math.prod(cfg.shape("DV")) if recipe.train.loss_chunk else 0.0)
+    flops = forward_flops(recipe)
+    total = flops["attention"] / 2 + sum(flops[name] for name in recomputed(recipe))
+    logits = 2.0 * math.prod(recipe.model.shape("DV"))
+    return total + (logits if recipe.train.loss_chunk else 0.0)
 
 
 def step_flops(c: Compiled) -> float:
@@ -92,13 +94,8 @@ def step_flops(c: Compiled) -> float:
         return c.cost.flops
     tokens = c.recipe.tokens_per_step / c.machine.devices
     # Forward pass 1, backward pass 2, and what `recomputed_flops` counts.
-    passes = 3.5 + (c.recipe.train.remat != "none")
-    return c.cost.flops + passes * _attention_flops(c.recipe) * tokens
-
-
-def _attention_flops(recipe: Recipe) -> float:
-    """FLOPs per token of attention's two matmuls in a forward pass; causal: half."""
-    return 2.0 * math.prod(recipe.model.shape("LQ")) * recipe.data.seq_len
+    passes = 3.5 + ("attention" in recomputed(c.recipe))
+    return c.cost.flops + passes * forward_flops(c.recipe)["attention"] * tokens
 
 
 def collectives(c: Compiled) -> list[dict[str, Any]]:
@@ -200,20 +197,29 @@ def _memory_lines(f: dict[str, Any]) -> list[str]:
             f"than the {m['available']:.2f} available"
         )
     trained = "weights"
-    weights = "float32, this device's shard"
+    stored = f["param_dtype"]
+    weights = f"{stored}, this device's shard"
     if f["frozen"]:
         trained = "adapters" if f["adapter_parameters"] else "weights that are trained"
-        weights = f"those that are not trained in {f['frozen']}, the {trained} in float32"
+        weights = f"those that are not trained in {f['frozen']}, the {trained} in {stored}"
     meaning = {
         "weights": weights,
-        "optimizer": "Adam's two moments, float32",
-        "gradients": f"float32, same shapes as the {trained}",
-        "activations": f"kept by the forward pass for the backward pass (remat {f['remat']})",
+        "optimizer": f"Adam's two moments, {f['moment_dtype']}",
+        "gradients": f"{stored}, same shapes as the {trained}",
+        "activations": f"kept by the forward pass for the backward pass ({f['kept']})",
         "temporary": "rest of the peak: one layer's arrays, gathered weights, logits, buffers",
         "code": "the program, not included in the peak",
     }
     rows = [f"  {k:<12}{m[k] * scale:>9.2f} {unit}  {what}" for k, what in meaning.items()]
     return [f"{verdict} (compiled in {f['compile_seconds']:.0f} s)", *rows]
+
+
+def kept_text(train: TrainConfig) -> str:
+    """What the forward pass keeps for the backward pass."""
+    text = f"remat {train.remat}"
+    if not isinstance(train.remat, str):
+        text = "keeps " + (", ".join(train.remat) or "nothing")
+    return text + f" (on the host: {', '.join(train.offload)})" * bool(train.offload)
 
 
 def _step_lines(f: dict[str, Any]) -> list[str]:

@@ -1,23 +1,28 @@
-"""Search the fastest mesh, number of microbatches and remat for a recipe on a machine.
+"""Search the fastest mesh, number of microbatches and kept activations for a recipe on a machine.
 
-An estimate from shapes chooses what to compile; the compiled programs decide.
+An estimate from shapes chooses the meshes and microbatches to compile; with each of them, as many
+activations are kept as fit. The compiled programs decide.
 """
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from tqdm import tqdm
 
 from llama_jax.chips import GIB
 from llama_jax.config import MeshConfig, Recipe
 from llama_jax.model.lora import num_adapter_params
+from llama_jax.model.sharding import AXES
 from llama_jax.plan.compile import Compiled, compile_step
 from llama_jax.plan.machines import Machine
-from llama_jax.plan.report import metrics
-from llama_jax.train.step import flops_per_token
+from llama_jax.plan.report import kept_text, metrics, recomputed_flops
+from llama_jax.train.remat import choices, with_names
+from llama_jax.train.step import compute_config, flops_per_token
 
 MAX_COMPILED = 4
 
@@ -36,7 +41,12 @@ class Candidate(NamedTuple):
             + f"fsdp {mesh.fsdp}"
             + f" x tensor {mesh.tensor}" * (mesh.tensor > 1)
         )
-        return f"{sizes}, {train.gradient_accumulation} microbatch(es), remat {train.remat}"
+        return f"{sizes}, {train.gradient_accumulation} microbatch(es), {kept_text(train)}"
+
+    @property
+    def way(self) -> tuple[MeshConfig, int]:
+        """Everything but what is kept for the backward pass."""
+        return self.recipe.mesh, self.recipe.train.gradient_accumulation
 
 
 def candidates(recipe: Recipe, machine: Machine) -> list[Candidate]:
@@ -57,31 +67,45 @@ def candidates(recipe: Recipe, machine: Machine) -> list[Candidate]:
             mesh = MeshConfig(preset="tensor_sequence", data=data, fsdp=fsdp, tensor=tensor)
         per_shard = recipe.train.batch_size / (data * fsdp)
         for n in [2**i for i in range(12) if per_shard % 2**i == 0 and per_shard >= 2**i]:
-            for remat in ("none", "matmuls", "full"):
-                train = dataclasses.replace(recipe.train, gradient_accumulation=n, remat=remat)
-                each = dataclasses.replace(recipe, mesh=mesh, train=train)
-                found.append(Candidate(each, *_estimate(each, machine)))
+            train = dataclasses.replace(recipe.train, gradient_accumulation=n)
+            each = dataclasses.replace(recipe, mesh=mesh, train=train)
+            found += _with_names(each, machine)
     return sorted(found, key=lambda c: c.seconds)
 
 
+def _with_names(recipe: Recipe, machine: Machine) -> list[Candidate]:
+    """A recipe with each of the :func:`choices` of activations to keep."""
+    sizes = recipe.mesh
+    mesh = AbstractMesh((sizes.data, sizes.fsdp, sizes.tensor, 1), AXES)
+    compute = compute_config(recipe, machine.chip.platform)
+    base, _ = _estimate(recipe, machine)
+    possible = choices(recipe, compute, mesh, base)
+    recipes = [with_names(recipe, choice.names) for choice in possible]
+    return [
+        Candidate(r, choice.peak, _estimate(r, machine)[1])
+        for r, choice in zip(recipes, possible, strict=True)
+    ]
+
+
 def _estimate(recipe: Recipe, machine: Machine) -> tuple[float, float]:
-    """(bytes per device, seconds per step) from shapes: good enough to rank candidates."""
+    """(bytes per device if only the inputs of layers are kept, seconds per step) from shapes: good
+    enough to rank candidates."""
     model, mesh, train, chip = recipe.model, recipe.mesh, recipe.train, machine.chip
     tokens = recipe.tokens_per_step / machine.devices
     D, F, Q, E = model.dim, model.ffn_dim, *(model.size(x) * model.head_dim for x in "NK")
-    outputs = Q + 2 * E + 2 * D + 2 * F
-    # Every layer's input is kept, and by remat the outputs of its matmuls (sharded over `tensor`).
-    per_token = D + {"full": 0, "matmuls": outputs, "none": 2.5 * outputs}[train.remat]
-    activations = 2 * model.num_layers * per_token * tokens / train.gradient_accumulation
+    inputs = 2 * model.num_layers * D * tokens / train.gradient_accumulation
     layer = 4 * (D * (2 * Q + 2 * E) + 3 * D * F) / mesh.tensor
-    weights_and_state = 16.0 * model.num_params
+    # A weight, its gradient and its two moments.
+    sizes = [jnp.dtype(x).itemsize for x in (train.param_dtype, recipe.optim.moment_dtype)]
+    per_param = 2.0 * sum(sizes)
+    weights_and_state = per_param * model.num_params
     if recipe.lora:
         base = {"float32": 4, "int8": 1, "int4": 0.5}.get(recipe.lora.base, 2)
         adapters = num_adapter_params(model, recipe.lora)
-        weights_and_state = base * model.num_params + 16.0 * adapters
-    memory = weights_and_state / (mesh.fsdp * mesh.tensor) + activations + 2 * layer
-    model_flops = flops_per_token(recipe) * tokens
-    compute = model_flops * (4 / 3 if train.remat == "full" else 1.03) / (chip.tflops * 1e12)
+        weights_and_state = base * model.num_params + per_param * adapters
+    memory = weights_and_state / (mesh.fsdp * mesh.tensor) + inputs + 2 * layer
+    flops = (flops_per_token(recipe) + recomputed_flops(recipe)) * tokens
+    compute = flops / (chip.tflops * 1e12)
     # Weights are gathered twice and gradients reduced once per microbatch, 2 bytes each.
     weights = 6 * model.num_params / mesh.tensor * train.gradient_accumulation
     ici = weights / (chip.interconnect * 1e9)
@@ -123,7 +147,8 @@ def search(
 
     def compile_(candidate: Candidate) -> None:
         nonlocal nearest
-        compiled = compile_step(candidate.recipe, machine)
+        compiled = compile_step(with_names(candidate.recipe, "auto"), machine)
+        candidate = candidate._replace(recipe=compiled.recipe)
         peak = f"{compiled.memory.peak / GIB:.2f} GiB"
         if compiled.fits:
             fitting.append(compiled)
@@ -134,7 +159,11 @@ def search(
                 nearest = compiled
 
     by_memory = sorted(every, key=lambda c: c.memory)
-    likely = [c for c in every if c.memory < machine.chip.memory * GIB]
+    fastest: dict[Any, Candidate] = {}
+    for c in every:
+        if c.memory < machine.chip.memory * GIB:
+            fastest.setdefault(c.way, c)
+    likely = list(fastest.values())
     # If none should fit, compile the smallest: the estimate may be wrong.
     chosen = likely[:MAX_COMPILED] or by_memory[:2]
     for candidate in tqdm(chosen, unit="plan", disable=None):

@@ -20,6 +20,7 @@ from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.prepare.python_library import PATHS
 from llama_jax.prepare.show import show
 from llama_jax.prepare.text import KNOWN
+from llama_jax.storage.paths import as_path
 
 EPILOG = """\
 Example: two sources with LLaMA's tokenizer, for a recipe with the sources data/web and data/code.
@@ -73,7 +74,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("out", metavar="OUT", help="folder to write: one folder per source, and the tokenizer")
+    add(
+        "out",
+        metavar="OUT",
+        help="folder to write, also gs://... or s3://...: one folder per source, and the tokenizer",
+    )
     what = f"repeatable; PATH: a folder, {KNOWN}, {', '.join(PATHS)}"
     add("--source", action="append", required=True, metavar="NAME=PATH[:WEIGHT]", help=what)
     tokenizer = parser.add_mutually_exclusive_group(required=True)
@@ -117,11 +122,9 @@ def parse_source(argument: str) -> tuple[str, SourceConfig]:
 
 
 def _settings(options: argparse.Namespace) -> DataConfig:
-    if not options.out.strip() or "://" in options.out:
-        raise ValueError(
-            f"OUT is {options.out!r}; give a folder on this machine, or on a file system that all "
-            "hosts mount"
-        )
+    if not options.out.strip():
+        raise ValueError("OUT is empty; give a folder, or a URL of a bucket")
+    as_path(options.out)  # refuses URLs of other kinds
     sources: dict[str, SourceConfig] = {}
     try:
         for argument in options.source:

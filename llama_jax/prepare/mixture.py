@@ -16,6 +16,8 @@ The result is a folder that :mod:`llama_jax.data.mixture` opens::
 Sources that are up to date are not prepared again. Several hosts that share a disk (with working
 file locks) can run the same command: each takes groups of files until all are done. The result is
 the same bit for bit for any number of hosts, threads and interruptions.
+
+A folder in a bucket is prepared locally by one host and then uploaded.
 """
 
 import logging
@@ -36,8 +38,10 @@ from llama_jax.data.manifest import (
     write_manifest,
 )  # fmt: skip
 from llama_jax.data.sequences import check_packing
+from llama_jax.data.shard_cache import local_shards
 from llama_jax.data.tokenizer_files import MODEL_FILE
 from llama_jax.io import read_json_or_empty, sha256
+from llama_jax.prepare.bucket import prepared_in_bucket
 from llama_jax.prepare.shards import Encoding
 from llama_jax.prepare.source import prepare_source, wait_for_lock
 from llama_jax.prepare.split import SplitRule, check_val_fraction, split_rule
@@ -48,6 +52,8 @@ from llama_jax.prepare.tokenizer import (
     choose_tokenizer,
     install_tokenizer,
 )
+from llama_jax.storage.copies import local_files
+from llama_jax.storage.paths import ObjectPath, as_path, is_remote
 
 log = logging.getLogger(__name__)
 
@@ -71,18 +77,21 @@ def prepare_mixture(
       data: sources (text, or folders prepared before), tokenizer ("": train one of ``vocab_size``
         ids on the training documents), val_fraction, workers.
       vocab_size: V of the model; the tokenizer has at most as many ids.
-      out_dir: folder to write.
+      out_dir: folder to write; for one in a bucket, a local folder is written and uploaded.
       keep_sources: sources in ``out_dir`` that ``data`` does not name stay in the mixture, and the
         new ones get their tokenizer.
 
     Returns:
-      ``out_dir``, to open with :func:`llama_jax.data.mixture.open_mixture`.
+      The local folder, to open with :func:`llama_jax.data.mixture.open_mixture`.
 
     Raises:
       ValueError: input that cannot be used; names the file and line, and says what to do.
       OSError: reading or writing failed; incomplete files have been removed.
     """
-    out = Path(out_dir)
+    if isinstance(remote := as_path(out_dir), ObjectPath):
+        with prepared_in_bucket(remote, list(data.sources)) as local:
+            return prepare_mixture(data, vocab_size, local, keep_sources)
+    out = remote
     given = {n: s for n, source in data.sources.items() if (s := _prepared(n, source))}
     others = _other_sources(out, data) if keep_sources else {}
     prepared = {**given, **others}
@@ -138,13 +147,15 @@ def _template(data: DataConfig, conversations: list[str]) -> ChatTemplate | None
         check_packing(name, data.packing)
     if not conversations:
         return None
-    tokenizer = Path(data.tokenizer)
+    tokenizer = local_files(as_path(data.tokenizer))
     return load_template(data.template, tokenizer if tokenizer.is_dir() else None)
 
 
 def _prepared(name: str, source: SourceConfig) -> PreparedSource | None:
     """A source whose path is a prepared folder; None for raw text."""
-    folder = Path(source.path)
+    folder = as_path(source.path)
+    if isinstance(folder, ObjectPath):
+        folder = local_shards(folder)
     if not source.path or "format" not in (found := read_json_or_empty(folder / MANIFEST)):
         return None
     if isinstance(found.get("sources"), dict):
@@ -192,7 +203,9 @@ def _warn_of_leak(name: str, source: PreparedSource, rule: SplitRule) -> None:
 
 def _entry(name: str, source: SourceConfig, out: Path, is_given: bool) -> dict[str, Any]:
     """A source in the mixture's manifest; the hash finds it again after a move."""
-    folder = Path(source.path).resolve() if is_given else out / name
+    folder = as_path(source.path).resolve() if is_given else out / name
     entry = {"folder": str(folder) if is_given else name, "weight": source.weight}
     entry["content"] = digest(read_manifest(folder, SourceManifest))
-    return entry | ({"relative": os.path.relpath(folder, out.resolve())} if is_given else {})
+    if not is_given or is_remote(folder):
+        return entry
+    return entry | {"relative": os.path.relpath(folder, out.resolve())}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from llama_jax.data.manifest import digest
+from llama_jax.io import read_json_or_empty
 from llama_jax.prepare import python_library
 from llama_jax.prepare.conversations import format_of, instruction_document, read_conversations
 from llama_jax.prepare.records import (
@@ -144,6 +145,8 @@ def find_files(
             f"{where} does not exist (looked in {Path.cwd()}); give a file or folder of text, or a "
             "folder written by python -m llama_jax.prepare"
         )
+    if (of_corpus := _files_of_corpus(root, where)) is not None:
+        return RawSource(name, path, of_corpus, {}, skip_bad_lines)
     # is_file() leaves out pipes, devices and broken links.
     found = [f for f in _files_below(root, set()) if f.is_file() and f.stat().st_size]
     files = [f for f in found if _reader(f) and not _is_binary(f)]
@@ -159,6 +162,27 @@ def find_files(
     return RawSource(
         name, path, tuple(files), dict(sorted(skipped.items())), skip_bad_lines, format
     )
+
+
+def _files_of_corpus(root: Path, where: str) -> tuple[Path, ...] | None:
+    """The documents of a folder that ``llama-jax corpus`` wrote; None for another folder."""
+    manifest = read_json_or_empty(root / "manifest.json", max_bytes=1 << 30)
+    if "corpus" not in manifest:
+        if (root / "work/run.json").is_file():
+            raise ValueError(f"{where} is a corpus that is not complete; run its command again")
+        inside = [
+            f.parent for f in root.glob("*/manifest.json") if "corpus" in read_json_or_empty(f)
+        ]
+        if inside:
+            listed = ", ".join(map(str, sorted(inside)))
+            raise ValueError(f"{where} is the parent folder of corpora; give one of them: {listed}")
+        return None
+    files = [root / file for file, has in manifest["files"].items() if has["documents"]]
+    if not files:
+        raise ValueError(f"{where} is a corpus without documents")
+    if missing := [file for file in files if not file.is_file()]:
+        raise ValueError(f"{where} is a corpus, but {missing[0]} is missing")
+    return tuple(files)
 
 
 def _format(files: list[Path], skip_bad_lines: bool, format: str) -> str:

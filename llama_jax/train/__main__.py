@@ -25,14 +25,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-      The exit code: 0 finished, or stopped by SIGTERM after saving; 1 the run failed; 2 the recipe
-      is invalid; 130 stopped by Ctrl-C.
+      The exit code: 0 finished; 1 the run failed; 2 the recipe is invalid; 75 the same command may
+      succeed when it is started again; 130 stopped by Ctrl-C; 143 stopped by SIGTERM, here or in
+      another process of the job.
     """
     # The imports take seconds; `interrupt.start_command` has to run before them.
     from llama_jax.checkpoint.checkpoints import CheckpointError
     from llama_jax.config import ConfigError, load_recipe, recipes_folder
     from llama_jax.train import failure, loop
-    from llama_jax.train.distributed import start_distributed
+    from llama_jax.train.distributed import JoinError, start_distributed
+    from llama_jax.train.watchdog import EXIT_CODE
 
     arguments = list(_parser().parse_args(argv).arguments)
     has_recipe = bool(arguments) and ("=" not in arguments[0] or Path(arguments[0]).is_file())
@@ -48,11 +50,14 @@ def main(argv: list[str] | None = None) -> int:
             trainer = loop.run(recipe, preemption)
             if trainer is not None:
                 preemption.phase("sampling; the run is finished and saved")
-                _print_samples(trainer)
+                try:
+                    _print_samples(trainer)
+                finally:
+                    trainer.trackers.close()
         except KeyboardInterrupt:
             return 128 + (preemption.signal or signal.SIGINT)
         except ConfigError as e:
-            return _fail(str(e), 2)
+            return _fail(str(e), EXIT_CODE if isinstance(e, JoinError) else 2)
         except (loop.TrainingError, CheckpointError, OSError) as e:
             return _fail(str(e), 1)
         except Exception as e:
@@ -66,11 +71,14 @@ def main(argv: list[str] | None = None) -> int:
                 )
             if not failure.several():
                 raise
+            failure.wait_for_cause(str(e))
             traceback.print_exc()
             return _fail(f"{type(e).__name__}: {text}", 1)
         finally:
             failure.stop_watching()
-    return 128 + signal.SIGINT if preemption.signal == signal.SIGINT else 0
+    if preemption.signal == signal.SIGINT:
+        return 128 + signal.SIGINT
+    return 128 + signal.SIGTERM if preemption.stopped else 0
 
 
 @contextlib.contextmanager
@@ -89,6 +97,7 @@ def _fail(error: str, code: int) -> int:
     from llama_jax.train import failure
 
     if failure.several():
+        failure.wait_for_cause(error)
         failure.end_all(error, code)
     print(f"error: {error}", file=sys.stderr)
     return code
@@ -98,15 +107,19 @@ def _print_samples(trainer: "Trainer") -> None:
     """Print texts for ``train.sample_prompts``, if one process holds all weights."""
     import jax
 
+    from llama_jax.train.metrics import log
+
     if not trainer.recipe.train.sample_prompts or jax.process_count() > 1:
         return
-    if trainer.frozen or trainer.mixture.chat_template:
-        _print_answers(trainer)
-    else:
-        _print_continuations(trainer)
+    answers = trainer.frozen or trainer.mixture.chat_template
+    texts = []
+    for text in (_answers if answers else _continuations)(trainer):
+        log("sample:\n" + textwrap.indent(text, "  | ", lambda line: True))
+        texts.append(text)
+    trainer.trackers.samples(trainer.step, texts)
 
 
-def _print_continuations(trainer: "Trainer") -> None:
+def _continuations(trainer: "Trainer") -> Iterator[str]:
     """Continue ``train.sample_prompts`` with the weights in memory."""
     import jax
     import numpy as np
@@ -118,23 +131,23 @@ def _print_continuations(trainer: "Trainer") -> None:
     compute = ComputeConfig(np.dtype("float32"), unroll=trainer.compute.unroll)
     llm = LLM(recipe.model, jax.device_get(trainer.state.params), trainer.tokenizer, compute)
     for prompt, options in _sampling(trainer):
-        _log_sample(prompt + llm.generate(prompt, **options))
+        yield prompt + llm.generate(prompt, **options)
 
 
-def _print_answers(trainer: "Trainer") -> None:
+def _answers(trainer: "Trainer") -> Iterator[str]:
     """Answer ``train.sample_prompts`` with the saved model, which has the adapter, the chat
     template and the stop ids of the run; without a template, continue them."""
     from llama_jax.generate.load import load
-    from llama_jax.train.loop import log
+    from llama_jax.train.metrics import log
 
     trainer.release()
     try:
         llm = load(trainer.folder)
         for prompt, options in _sampling(trainer):
             if trainer.mixture.chat_template:
-                _log_sample(f"{prompt}\n{llm.chat().say(prompt, **options)}")
+                yield f"{prompt}\n{llm.chat().say(prompt, **options)}"
             else:
-                _log_sample(prompt + llm.generate(prompt, **options))
+                yield prompt + llm.generate(prompt, **options)
     except (ValueError, MemoryError) as e:  # such as a prompt too long for the chat template
         log(f"no samples: {e}")
 
@@ -148,12 +161,6 @@ def _sampling(trainer: "Trainer") -> Iterator[tuple[str, dict[str, Any]]]:
     for i, prompt in enumerate(train.sample_prompts):
         seed = (train.seed + i) % 2**32
         yield prompt, dict(max_new_tokens=100, sampling=Sample(temperature=0.7), seed=seed)
-
-
-def _log_sample(text: str) -> None:
-    from llama_jax.train.loop import log
-
-    log("sample:\n" + textwrap.indent(text, "  | ", lambda line: True))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,16 +29,22 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ConfigError
-from llama_jax.model.sharding import AXES
+from llama_jax.model.sharding import AXES, slice_of_process
+from llama_jax.train import failure
+from llama_jax.train.failure import EXIT_CODE
 
 RESOLVE_SECONDS = 60
 """How long to wait until the coordinator's name resolves (DNS learns of a new pod late)."""
 JOIN_SECONDS = 300
 """How long the processes wait for each other."""
-HEARTBEAT_SECONDS = 30
-"""After this time without a heartbeat a process counts as dead, and the others end."""
+HEARTBEAT_SECONDS = 50
+"""JAX ends the job this long after the last heartbeat of a process; `failure` is usually faster."""
 
 _JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+class JoinError(ConfigError):
+    """A process of the job is missing; the same job may succeed when it is started again."""
 
 
 class Job(NamedTuple):
@@ -57,12 +63,14 @@ def start_distributed() -> None:
     """Join the other processes, if this is one of several.
 
     Raises:
-      ConfigError: the environment is incomplete, or the other processes cannot be reached.
+      ConfigError: the environment is incomplete.
+      JoinError: the other processes cannot be reached.
     """
     job = find_job()
     if job is None:
         return
     _join(job)
+    _share_slices()
     alone = job.launcher == "Cloud TPU" and not jax.distributed.is_initialized()
     # JAX knows the number of hosts of a TPU slice even if they were not joined.
     if alone and jax.process_count() > 1:
@@ -240,6 +248,19 @@ def _join(job: Job) -> None:
         timer.cancel()
 
 
+def _share_slices() -> None:
+    """Record the slice of each process of a job on CPUs, where JAX ignores JAX_PARTITION_INDEX.
+
+    Such a job simulates one on several TPU slices.
+    """
+    if not failure.several() or jax.config.values["jax_platforms"] != "cpu":
+        return
+    slices = failure.values(_number("JAX_PARTITION_INDEX"), range(jax.process_count()))
+    if None in slices and len(set(slices)) > 1:
+        raise ConfigError(f"JAX_PARTITION_INDEX of the processes: {slices}; set it in all or none")
+    slice_of_process.update({p: i for p, i in enumerate(slices) if i is not None})
+
+
 def _tpu_hosts() -> int:
     """Hosts named by the environment; 0 if only a metadata server could name them."""
     names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
@@ -260,7 +281,7 @@ def _check_coordinator(address: str, first: bool) -> None:
             break
         except OSError as e:
             if time.monotonic() > end:
-                raise ConfigError(
+                raise JoinError(
                     f"coordinator {address}: the name {host} does not resolve after "
                     f"{RESOLVE_SECONDS} s ({e.strerror or e})"
                 ) from e
@@ -289,35 +310,43 @@ def _give_up(job: Job) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(1)
+    os._exit(EXIT_CODE)
 
 
 # Stopping together -------------------------------------------------------------------------------
 
 
-def any_process(flag: bool, mesh: Mesh) -> jax.Array | bool:
-    """Whether ``flag`` is true in any process of the job.
+SAVE, STOP = 1, 2
+"""Requests to :func:`exchange`; a run that stops saves too."""
+
+
+def exchange(request: int, seconds: float, mesh: Mesh) -> tuple[jax.Array | int, Any]:
+    """The highest request of any process of the job, and a number of every process.
 
     All processes must call this between the same two training steps, and get the same answer, so
-    that all of them stop after the same step. The answer of several processes is an array: it is
-    computed on the devices in order with the steps, and reading it waits for the step before.
+    that all of them save or stop after the same step. The answer of several processes are arrays:
+    they are computed on the devices in order with the steps, and reading them waits for the step
+    before.
 
     JAX's own ``multihost_utils.reached_preemption_sync_point`` cannot be used: it reacts to SIGTERM
     only, through a handler that replaces ours, and not to Ctrl-C.
 
     Args:
-      flag: the value of this process.
+      request: of this process: 0 none, :data:`SAVE`, :data:`STOP`.
+      seconds: of this process.
       mesh: the devices of all processes.
+
+    Returns:
+      The highest request, and the seconds of the process of each device; None for one process.
     """
     if jax.process_count() == 1:
-        return flag
-    flags = jax.make_array_from_callback(
-        (mesh.size,), NamedSharding(mesh, P(AXES)), lambda _: np.full(1, flag)
-    )
-    return any_device(flags)
+        return request, None
+    row = np.array([[request, seconds]], np.float32)
+    rows = jax.make_array_from_callback((mesh.size, 2), NamedSharding(mesh, P(AXES)), lambda _: row)
+    return combine(rows)
 
 
 @jax.jit
-def any_device(flags: jax.Array) -> jax.Array:
-    """Whether any of the devices' flags is true."""
-    return jnp.any(flags)
+def combine(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The highest request, and all seconds, on every device."""
+    return jnp.max(rows[:, 0]), jax.sharding.reshard(rows[:, 1], P())

@@ -99,3 +99,12 @@ class Evaluation:
             "loss": nll / targets.tokens, "bits_per_byte": nll / targets.text_bytes / np.log(2),
             "unigram_entropy": targets.unigram_entropy, "tokens": targets.tokens,
         }  # fmt: skip
+
+
+def early_stop(best: Best | None, step: int) -> str:
+    """Why the run stopped at ``step``."""
+    assert best
+    return (
+        f"stopped early after step {step}, because {best.since} evaluations in a row were not "
+        f"better than validation loss {best.loss:.3f} of step {best.step}"
+    )

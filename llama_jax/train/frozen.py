@@ -2,7 +2,6 @@
 model of DPO without LoRA. They are those of ``train.init_from``."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from llama_jax.generate.read_params import on_devices, read_params
 from llama_jax.model.compute import ComputeConfig
 from llama_jax.model.params import Params, abstract_params
 from llama_jax.model.quantize import KINDS, quantize
+from llama_jax.storage.paths import as_path
 
 
 def has_frozen(recipe: Recipe) -> bool:
@@ -69,7 +69,7 @@ def load_frozen(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> Params:
     Raises:
       ConfigError: the weights are missing, damaged, or of other shapes.
     """
-    folder, kind = Path(recipe.train.init_from), frozen_format(recipe, compute)
+    folder, kind = as_path(recipe.train.init_from), frozen_format(recipe, compute)
     stored = read_metadata(folder)[1].get("quantize")
     like = _unquantized(recipe, compute, mesh)
     quantized = kind if kind in KINDS else None

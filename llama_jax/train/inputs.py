@@ -15,11 +15,14 @@ from llama_jax.config import ConfigError, Recipe, to_dict
 from llama_jax.data.chat_template import load_template
 from llama_jax.data.manifest import SPLITS
 from llama_jax.data.mixture import Mixture, fingerprint, open_mixture
+from llama_jax.data.shard_cache import local_shards
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.tokenizer_files import EXTRAS, JSON_FILE, MODEL_FILE
 from llama_jax.io import atomic_write, sha256
 from llama_jax.model.quantize import KINDS
 from llama_jax.prepare.mixture import prepare_mixture
+from llama_jax.storage.copies import local_files
+from llama_jax.storage.paths import as_path
 from llama_jax.train import run_folder
 
 CHAT_FILES = (JSON_FILE, *EXTRAS, "generation_config.json")
@@ -73,7 +76,7 @@ def open_pretrained(recipe: Recipe) -> Pretrained | None:
             f"({own.path}), so token ids would change their meaning; remove data.tokenizer, or set "
             "train.allow_other_tokenizer=true if this is intended"
         )
-    return Pretrained(Path(folder), metadata, keeps_tokenizer)
+    return Pretrained(local_files(as_path(folder)), metadata, keeps_tokenizer)
 
 
 def model_tokenizer(recipe: Recipe, mixture: Mixture, pretrained: Pretrained | None) -> Tokenizer:
@@ -86,14 +89,14 @@ def model_tokenizer(recipe: Recipe, mixture: Mixture, pretrained: Pretrained | N
     """
     if pretrained and pretrained.keeps_tokenizer:
         return Tokenizer.load(pretrained.folder)
-    folder = Path(recipe.checkpoint.dir)
+    folder = as_path(recipe.checkpoint.dir)
     continued = (folder / "recipe.toml").exists()
     return Tokenizer.load(folder if continued else mixture.tokenizer)
 
 
 def prepared_folder(recipe: Recipe) -> Path:
     """The folder of the token shards."""
-    return Path(recipe.data.prepared or Path(recipe.checkpoint.dir) / "data")
+    return as_path(recipe.data.prepared or as_path(recipe.checkpoint.dir) / "data")
 
 
 def prepare_data(recipe: Recipe, pretrained: Pretrained | None) -> Mixture:
@@ -108,7 +111,7 @@ def prepare_data(recipe: Recipe, pretrained: Pretrained | None) -> Mixture:
     if jax.process_index() == 0:
         prepare_mixture(data, recipe.model.vocab_size, prepared_folder(recipe))
     sync_global_devices("prepared")
-    return open_mixture(prepared_folder(recipe))
+    return open_mixture(local_shards(prepared_folder(recipe)))
 
 
 def reopen_data(recipe: Recipe) -> Mixture:
@@ -120,16 +123,16 @@ def reopen_data(recipe: Recipe) -> Mixture:
     Raises:
       ValueError: the shards or the tokenizer are not those of the run.
     """
-    paths = {name: Path(source.path) for name, source in recipe.data.sources.items()}
+    paths = {name: as_path(source.path) for name, source in recipe.data.sources.items()}
     moved = {n: p.resolve() for n, p in paths.items() if (p / "manifest.json").is_file()}
-    mixture = open_mixture(prepared_folder(recipe), moved)
-    saved = Path(recipe.checkpoint.dir) / MODEL_FILE
+    mixture = open_mixture(local_shards(prepared_folder(recipe)), moved)
+    saved = as_path(recipe.checkpoint.dir) / MODEL_FILE
     if sha256(mixture.tokenizer) != sha256(saved):
         raise ConfigError(
             f"{mixture.tokenizer} is not the tokenizer with which this run was trained, {saved}; "
             "the shards were prepared again: restore the old ones, or use another checkpoint.dir"
         )
-    given = Path(recipe.data.tokenizer)
+    given = as_path(recipe.data.tokenizer)
     if given.is_file() and sha256(given) != sha256(saved):
         raise ConfigError(
             f"data.tokenizer={given} is not the tokenizer of this run, {saved}; use the old value, "
@@ -191,7 +194,7 @@ def write_start(
       pretrained: the checkpoint from which the run starts. If its tokenizer is kept, its chat files
         and special token ids are copied.
     """
-    folder = Path(recipe.checkpoint.dir)
+    folder = as_path(recipe.checkpoint.dir)
     ids: dict[str, Any] = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     ids = {k: v for k, v in ids.items() if v is not None}
     if pretrained and pretrained.keeps_tokenizer:
@@ -231,7 +234,7 @@ def _lineage(recipe: Recipe, mixture: Mixture) -> dict[str, Any]:
     }
     adapter = None
     if folder := recipe.train.init_from:
-        base = {"path": str(Path(folder).resolve()), "sha256": _base_sha256(folder)}
+        base = {"path": str(as_path(folder).resolve()), "sha256": _base_sha256(folder)}
         lineage = {"base": base} | lineage
         if lora := recipe.lora:
             kind = {"quantize": lora.base} if lora.base in KINDS else {}
@@ -240,7 +243,7 @@ def _lineage(recipe: Recipe, mixture: Mixture) -> dict[str, Any]:
 
 
 def _base_sha256(folder: str) -> str:
-    return weights_sha256(Path(folder), loaded_step(folder))
+    return weights_sha256(as_path(folder), loaded_step(folder))
 
 
 def check_base(recipe: Recipe) -> None:

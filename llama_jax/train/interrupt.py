@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -32,7 +33,10 @@ class PreemptionHandler:
     def __init__(self, ends_process: bool = False):
         self.signal: int | None = None
         """The first signal received."""
+        self.stopped = False
+        """Whether training saved and stopped early, after a signal here or in another process."""
         self.ends_process = ends_process
+        self.started = time.perf_counter()
         self.before_end: Callable[[str, int], None] | None = None
         """Called with the message and the exit code before the process ends."""
         self.phase("starting")

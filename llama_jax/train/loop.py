@@ -6,53 +6,42 @@ sharded over the devices. Starting the same recipe again continues the run.
 
 import contextlib
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from llama_jax import chips
-from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
-from llama_jax.checkpoint.steps import BEST_STEP, whole_steps
-from llama_jax.config import ConfigError, Recipe
-from llama_jax.data.batch import Batch, ShardBatch, abstract_batch
-from llama_jax.data.mixture import TrainData
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.checkpoint.checkpoints import CheckpointError
+from llama_jax.checkpoint.steps import BEST_STEP
+from llama_jax.config import Recipe
+from llama_jax.data.batch import Batch, abstract_batch
 from llama_jax.model.sharding import changed_settings, mesh_for
-from llama_jax.train import inputs, metrics, run_folder
-from llama_jax.train.benchmarks import Benchmarks, benchmark_lines, open_tasks
-from llama_jax.train.distributed import any_process
-from llama_jax.train.evaluation import Best, Evaluation, update_best
-from llama_jax.train.frozen import has_frozen, load_frozen
-from llama_jax.train.initial_state import check_pretrained, initial_state
+from llama_jax.storage.paths import as_path
+from llama_jax.train import agreement, metrics, run_folder, stragglers
+from llama_jax.train.benchmarks import benchmark_lines
+from llama_jax.train.clock import SaveTimer
+from llama_jax.train.distributed import SAVE, STOP, exchange
+from llama_jax.train.evaluation import Evaluation, early_stop, update_best
 from llama_jax.train.interrupt import PreemptionHandler
-from llama_jax.train.schedule import schedule_change, with_steps
+from llama_jax.train.metrics import log
+from llama_jax.train.opening import OpenRun
+from llama_jax.train.remat import check_offload, compile_fitting
 from llama_jax.train.step import (
-    TrainState,
-    abstract_state,
     check_attention,
     compute_config,
-    flops_per_token,
     make_eval_step,
     make_train_step,
 )  # fmt: skip
+from llama_jax.train.trackers import Trackers
+from llama_jax.train.watchdog import Watchdog, watch_steps
 
 
 class TrainingError(RuntimeError):
     """The run cannot continue; the message says at which step and why."""
-
-
-def log(text: str) -> None:
-    """Print a line from process 0, above the progress bar."""
-    if jax.process_index() == 0:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
 
 
 def run(recipe: Recipe, preemption: PreemptionHandler) -> "Trainer | None":
@@ -72,25 +61,21 @@ def run(recipe: Recipe, preemption: PreemptionHandler) -> "Trainer | None":
       CheckpointError: a checkpoint could not be written or read.
     """
     given = recipe
+    agreement.check_recipe(recipe)
     recipe, mesh = mesh_for(given)
     check_attention(recipe, mesh)
+    check_offload(recipe, mesh)
     if changed := changed_settings(given, recipe):
         text = ", ".join(f"{name}={value}" for name, value in changed.items())
         log(f"adapted to {mesh.size} devices, which the recipe's sizes do not divide: {text}")
     peak_flops = chips.peak_flops(jax.local_devices()[0])
-    with run_folder.locked(Path(recipe.checkpoint.dir)), jax.set_mesh(mesh):
+    with run_folder.locked(as_path(recipe.checkpoint.dir)), jax.set_mesh(mesh):
         trainer = Trainer(recipe, mesh, preemption, peak_flops)
         return trainer if trainer.train() else None
 
 
-class Trainer:
-    """A run in progress: its folder, its data and its state.
-
-    Args:
-      recipe: the run, adapted to the mesh.
-      mesh: the devices; it must be set (``jax.set_mesh``).
-      preemption: the request to stop.
-      peak_flops: peak FLOP/s per device, and where this number is from.
+class Trainer(OpenRun):
+    """A run in progress.
 
     Example::
 
@@ -98,108 +83,8 @@ class Trainer:
         finished = Trainer(recipe, mesh, preemption, chips.peak_flops(jax.devices()[0])).train()
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        mesh: Mesh,
-        preemption: PreemptionHandler,
-        peak_flops: tuple[float, str],
-    ):
-        self.given, self.recipe, self.mesh, self.preemption = recipe, recipe, mesh, preemption
-        self.peak_flops, self.peak_source = peak_flops
-        self.folder = Path(recipe.checkpoint.dir)
-        self.platform = mesh.devices.flat[0].platform
-        self.compute = compute_config(recipe, self.platform)
-        self.evaluated_step = -1
-        self.best: Best | None = None
-        self.losses: list[float] = []
-        """Losses of the steps since the last log line."""
-        log(metrics.environment())
-        preemption.phase("opening the run folder")
-        self.saved = run_folder.open_saved(self.folder, recipe)
-        if self.saved and (moved := self.saved.set_aside):
-            step = self.saved.restart_from
-            log(f"going back to step {step}: newer checkpoints are now in {moved}")
-        tasks = open_tasks(recipe)
-        try:
-            self._open_data()
-        except ValueError as e:
-            raise ConfigError(str(e)) from e
-        self.recipe, line = with_steps(recipe, self.data.sequences_per_epoch)
-        self.steps: int = self.recipe.train.steps or 0
-        if line:
-            log(line)
-        self.frozen = self._load_frozen()
-        self.checkpoints = Checkpoints(self.folder, recipe.checkpoint.keep)
-        self.benchmarks = self._open_benchmarks(tasks) if tasks else None
-        self.step, self.state = self._restore() if self.saved else (0, self._initial_state())
-
-    def _open_data(self) -> None:
-        recipe, preemption = self.recipe, self.preemption
-        if self.saved:
-            self.pretrained = None
-            preemption.phase("opening the data")
-            log(f"data: the shards in {inputs.prepared_folder(recipe)}; the text is not read again")
-            self.mixture = inputs.reopen_data(recipe)
-            preemption.phase("reading the checkpoint")
-        else:
-            self.pretrained = inputs.open_pretrained(recipe)
-            preemption.phase("preparing data")
-            self.mixture = inputs.prepare_data(recipe, self.pretrained)
-            preemption.phase("initializing the weights")
-        inputs.check_sources(recipe, self.mixture)
-        self.tokenizer = Tokenizer.load(self.mixture.tokenizer)
-        self.batch_spec = self.compute.rules.activation_without_tensor("BT")
-        self.shard_batch = ShardBatch(recipe, self.mesh, self.batch_spec)
-        self.data = TrainData(
-            self.mixture, recipe.data, recipe.train.batch_size, self.shard_batch.batch_rows
-        )
-        inputs.check_prompts(recipe, self.tokenizer)
-
-    def _restore(self) -> tuple[int, TrainState]:
-        """Step and state of the newest checkpoint."""
-        abstract = abstract_state(self.recipe, self.compute, self.mesh)
-        params, optimizer, record = self.checkpoints.restore(*abstract)
-        try:
-            self.data.restore(record["data"])
-        except ValueError as e:
-            raise ConfigError(str(e)) from e
-        self.losses = record.get("losses", [])  # absent in checkpoints of version 0.1
-        self.best = Best(*record["best"]) if record.get("best") else None
-        if self.recipe.checkpoint.keep_best and not self._has_best():
-            self.best = None
-        log(f"continuing {self.folder} from step {record['step']}")
-        return record["step"], TrainState(params, optimizer)
-
-    def _has_best(self) -> bool:
-        """Whether the checkpoint with the best loss exists: not if the setting is new."""
-        return self.best is not None and self.best.step in whole_steps(self.folder)
-
-    def _load_frozen(self) -> tuple:
-        """The base of LoRA or the reference of DPO, as the last argument of the compiled steps."""
-        if not has_frozen(self.recipe):
-            return ()
-        self.preemption.phase(f"reading {self.recipe.train.init_from}")
-        self._check_pretrained()
-        if self.saved:
-            inputs.check_base(self.recipe)
-        return (load_frozen(self.recipe, self.compute, self.mesh),)
-
-    def _open_benchmarks(self, tasks: Any) -> Benchmarks:
-        tokenizer = inputs.model_tokenizer(self.recipe, self.mixture, self.pretrained)
-        benchmarks = Benchmarks(self.recipe, self.compute, tasks, tokenizer, self.shard_batch)
-        log(benchmarks.line())
-        return benchmarks
-
-    def _initial_state(self) -> TrainState:
-        recipe = self.recipe
-        if recipe.train.init_from and not recipe.lora and not self.frozen:
-            self._check_pretrained()
-        return initial_state(recipe, self.compute, self.mesh)
-
-    def _check_pretrained(self) -> None:
-        if note := check_pretrained(self.recipe):
-            log(note)
+    evaluated_step = -1
+    """The step of the last evaluation of this start."""
 
     def train(self) -> bool:
         """Train to the last step; True if this call reached it and finished the evaluation."""
@@ -215,6 +100,8 @@ class Trainer:
             self.checkpoints.close()
             return False
         self.metrics_log = metrics.MetricsLog(self.folder, self.step if self.saved else -1)
+        self.clock.restore(*self.metrics_log.goodput)
+        self.trackers = Trackers(self.recipe, self.folder)
         with self._closing():
             if self.step >= steps:  # stopped at the last step, before its evaluations
                 self.preemption.phase("evaluating")
@@ -222,6 +109,7 @@ class Trainer:
                     self._evaluate()
                 if self.benchmarks and not self._has_record("benchmark"):
                     self._run_benchmarks()
+                self.trackers.finished()
                 log(f"done: the last evaluation of {self.folder}")
                 return True
             train_step = self._compile()
@@ -230,17 +118,23 @@ class Trainer:
                 self.preemption.phase("evaluating")
                 self._run_benchmarks()
             self.preemption.phase(f"training {self.folder}", saves=True)
-            with tqdm(
-                total=steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True
-            ) as bar:
-                self._loop(train_step, bar)
+            steps_bar = dict(total=steps, initial=self.step, unit="step", dynamic_ncols=True)
+            with tqdm(**steps_bar, disable=None) as bar, watch_steps(self.recipe) as watchdog:
+                self._loop(train_step, bar, watchdog)
+            with self.clock.measure("checkpoint"):
+                self.checkpoints.wait()
+            self._record({"kind": "goodput", "step": self.step, "goodput": self.clock.totals()})
+            log(self.clock.line())
         self.preemption.phase(f"finishing {self.folder}, which is saved")
         checkpoint = f"{self.folder}/steps/{self.step}"
         if self.evaluated_step == self.step and (self.step == steps or self._stops_early()):
             if self.recipe.checkpoint.keep_best and self.best:
                 log(f"best validation loss {self.best.loss:.3f} after step {self.best.step}")
+            self.trackers.finished()
             log(f"done: {checkpoint}; metrics.jsonl and loss.png are in {self.folder}")
             return True
+        self.trackers.close()
+        self.preemption.stopped = True
         number = self.preemption.signal
         name = signal.Signals(number).name if number else "another process"
         log(
@@ -258,7 +152,7 @@ class Trainer:
         """Why the run is finished, and how to continue; "" if a step or its last evaluation is left
         to do."""
         if self._stops_early():
-            return f"{self._early_stop()}; increase train.early_stopping to continue"
+            return f"{early_stop(self.best, self.step)}; increase train.early_stopping to continue"
         kinds = ("eval", "benchmark") if self.benchmarks else ("eval",)
         if self.step < self.steps or not all(map(self._has_record, kinds)):
             return ""
@@ -273,23 +167,21 @@ class Trainer:
         patience = self.recipe.train.early_stopping
         return bool(patience) and self.best is not None and self.best.since >= patience
 
-    def _early_stop(self) -> str:
-        assert self.best
-        return (
-            f"stopped early after step {self.step}, because {self.best.since} evaluations in a row "
-            f"were not better than validation loss {self.best.loss:.3f} of step {self.best.step}"
-        )
-
     @contextlib.contextmanager
     def _closing(self) -> Iterator[None]:
         """Close data, checkpoints and metrics at the end; an error of the block takes precedence
         over errors of closing."""
         title = f"{self.recipe.model.num_params / 1e6:,.1f}M parameters"
-        close = [self.data.close, self.checkpoints.close, lambda: self.metrics_log.close(title)]
+        close = [
+            self.data.close,
+            self.checkpoints.close,
+            lambda: self.metrics_log.close(title),
+            lambda: self.trackers.picture(self.folder / "loss.png"),
+        ]
         try:
             yield
         except BaseException:
-            for closes in close:
+            for closes in [*close, self.trackers.close]:
                 with contextlib.suppress(Exception):
                     closes()
             raise
@@ -300,57 +192,55 @@ class Trainer:
     def _compile(self) -> Any:
         self.preemption.phase("compiling")
         start = time.perf_counter()
-        step = jax.jit(
-            make_train_step(self.recipe, self.compute),
-            donate_argnums=0,
-            compiler_options=chips.compiler_options(self.platform),
-        )
         batch = abstract_batch(self.recipe, self.mesh, self.batch_spec)
-        compiled = step.lower(self.state, batch, *self.frozen).compile()
+        limit, options = self.spikes.arguments(1), chips.compiler_options(self.platform)
+
+        def compile_(recipe: Recipe) -> Any:
+            step = make_train_step(recipe, compute_config(recipe, self.platform))
+            step = jax.jit(step, donate_argnums=0, compiler_options=options)
+            return step.lower(self.state, batch, *self.frozen, **limit).compile()
+
+        with self.clock.measure("compile"):
+            compiled = compile_fitting(self.recipe, self.mesh, self.state, self.frozen, compile_)
         log(f"compiled the training step in {time.perf_counter() - start:.1f} s")
         return compiled
 
-    def _write_start(self) -> None:
-        """Describe the run in its folder, now that all checks have passed."""
-        if jax.process_index() != 0:
-            return
-        if self.saved is None:
-            inputs.write_start(self.recipe, self.tokenizer, self.mixture, self.pretrained)
-        else:
-            for line in run_folder.lines(self.saved.changes):
-                log(f"from step {self.step} on, {line}")
-            if line := schedule_change(self.saved, self.recipe, self.step, self.data):
-                log(line)
-        run_folder.record(self.folder, self.given, self.saved, self.step)
-
-    def _loop(self, train_step: Any, bar: tqdm) -> None:
+    def _loop(self, train_step: Any, bar: tqdm, watchdog: Watchdog) -> None:
         train, checkpoint = self.recipe.train, self.recipe.checkpoint
         # Both depend on every evaluation, which a continued run would not repeat.
         must_evaluate = checkpoint.keep_best or train.early_stopping
-        timer = metrics.StepTimer()
+        saves = SaveTimer(checkpoint.save_every)
+        self.clock.begin()
+        self.host = stragglers.HostTime(self.clock, self.step)
         profiler = metrics.Profiler(train.profile_steps, self.folder)
         unchecked: list[tuple[int, int, dict]] = []
         while self.step < self.steps and not self._stops_early():
-            with timer.waiting():
+            with self.clock.measure("data"):
                 batch, batch_number = self._next_batch()
             profiler.before(self.step + 1)
-            stop_requested = any_process(self.preemption.signal is not None, self.mesh)
-            self.state, step_metrics = train_step(self.state, self.shard_batch(batch), *self.frozen)
-            self.step += 1
-            profiler.after(self.step, step_metrics)
-            unchecked.append((self.step, batch_number, step_metrics))
-            stop, last = bool(stop_requested), self.step == self.steps
+            request = STOP if self.preemption.signal else SAVE if saves.time_is_up() else 0
+            host_seconds = self.host.per_step(self.step + 1, (self.step + 1) % train.log_every == 0)
+            with self.host.waiting():
+                agreed, self.host_seconds = exchange(request, host_seconds, self.mesh)
+                self.step += 1
+                arguments = self.state, self.shard_batch(batch), *self.frozen
+                limit = self.spikes.arguments(self.step)
+                self.state, step_metrics = train_step(*arguments, **limit)
+                profiler.after(self.step, step_metrics)
+                unchecked.append((self.step, batch_number, step_metrics))
+                agreed = int(agreed)
+            stop, last = agreed == STOP, self.step == self.steps
             evaluate = last or (train.eval_every and self.step % train.eval_every == 0)
             benchmarks = self._benchmarks_due()
-            save = last or stop or self.step % checkpoint.save_every == 0
-            save |= bool(evaluate and must_evaluate)
+            save = last or agreed > 0 or saves.at(self.step) or bool(evaluate and must_evaluate)
             check = save or evaluate or benchmarks or self.step % train.log_every == 0
             # Otherwise check the previous step while this one runs, so that the devices never wait
             # for the host.
             while len(unchecked) > (0 if check else 1):
-                self._check(*unchecked.pop(0), timer)
+                self._check(*unchecked.pop(0))
+                watchdog.step_finished(self.step)
             bar.update()
-            with timer.paused():
+            with self.clock.measure("evaluation"), watchdog.paused():
                 if evaluate and (must_evaluate or not stop):
                     self._evaluate()
                 if benchmarks and not stop:
@@ -359,16 +249,20 @@ class Trainer:
                 # A copy of the losses: Orbax writes the record later, during the next steps.
                 record = {
                     "step": self.step, "data": self.data.state(), "seed": train.seed,
-                    "losses": list(self.losses), "best": self.best,
+                    "losses": list(self.losses), "spikes": self.spikes.state(),
+                    "best": self.best,
                 }  # fmt: skip
                 if checkpoint.keep_best and self.best:
                     record[BEST_STEP] = self.best.step
-                self.checkpoints.save(self.step, *self.state, record)
+                with self.clock.measure("checkpoint"), watchdog.paused():
+                    self.metrics_log.upload()
+                    self.checkpoints.save(self.step, *self.state, record)
+                saves.saved()
             if stop:
                 break
         profiler.close()
         if self._stops_early():
-            log(self._early_stop())
+            log(early_stop(self.best, self.step))
 
     def _next_batch(self) -> tuple[Batch, int]:
         """The next batch outside ``data.skip_batches``, and its number in the data, from 1."""
@@ -378,15 +272,14 @@ class Trainer:
             if not any(a <= number <= b for a, b in self.recipe.data.skip_batches):
                 return batch, number
 
-    def _check(
-        self, step: int, batch_number: int, step_metrics: dict, timer: metrics.StepTimer
-    ) -> None:
+    def _check(self, step: int, batch_number: int, step_metrics: dict) -> None:
         """Check that a step's loss and gradient are finite, and log every ``log_every`` steps.
 
         Raises:
           TrainingError: they are not. Nothing is saved after that.
         """
-        values = {k: float(x) for k, x in jax.device_get(step_metrics).items()}
+        with self.host.waiting():
+            values = {k: float(x) for k, x in jax.device_get(step_metrics).items()}
         loss, grad_norm = values.pop("loss"), values["grad_norm"]
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
             with contextlib.suppress(CheckpointError):
@@ -395,31 +288,34 @@ class Trainer:
             raise TrainingError(
                 run_folder.not_finite(self.folder, self.recipe, found, batch_number)
             )
+        if skipped := bool(values.pop("skipped", 0)):
+            log(f"step {step}: skipped, the gradient norm {grad_norm:.3g} is over the limit")
+        self.spikes.add(step, grad_norm, skipped)
         self.losses.append(loss)
-        recipe = self.recipe
-        if step % recipe.train.log_every != 0 and step != self.steps:
+        if step % self.recipe.train.log_every != 0 and step != self.steps:
             return
         self.checkpoints.poll()
-        tokens = recipe.tokens_per_step
-        tokens_per_second, data_wait = timer.lap(step, tokens)
-        flops = tokens_per_second * flops_per_token(recipe)
-        flops_per_device = flops / self.mesh.size
-        record = {
-            "kind": "train",
-            "step": step,
-            "tokens": step * tokens,
-            "loss": sum(self.losses) / len(self.losses),
-            **values,
-            "tokens_per_second": tokens_per_second,
-            "tflops": flops_per_device / 1e12,
-            "mfu": flops_per_device / self.peak_flops,
-            "memory_gib": metrics.memory_gib(),
-            "data_wait": data_wait,
-            "sources": {k: p._asdict() for k, p in self.data.progress().items()},
-        }
+        values |= {"loss": sum(self.losses) / len(self.losses)}
+        if self.spikes.multiple:
+            values["skipped_steps"] = self.spikes.count
+        speed = self.clock.lap(step, self.recipe.tokens_per_step)
+        peak = self.peak_flops, self.mesh.size
+        record = metrics.train_record(self.recipe, step, values, speed, peak)
+        record["sources"] = {k: p._asdict() for k, p in self.data.progress().items()}
+        record["goodput"] = self.clock.totals()
         self.losses = []
         log(metrics.train_line(record, self.steps))
+        if self.host_seconds is not None:
+            record["slowest"] = stragglers.slowest(self.host_seconds, self.mesh)
+            step_seconds = self.recipe.tokens_per_step / speed[0]
+            if line := stragglers.line(record["slowest"], step, step_seconds):
+                log(line)
+        self._record(record)
+
+    def _record(self, record: metrics.Record) -> None:
         self.metrics_log.write(record)
+        values = {f"{record['kind']}/{key}": value for key, value in metrics.flatten(record)}
+        self.trackers.metrics(record["step"], values)
 
     def _evaluate(self) -> None:
         """Validation loss of each source, and of the mixture by the sources' weights."""
@@ -429,7 +325,7 @@ class Trainer:
         record = self._evaluation(self.step, self.state.params, *self.frozen)
         for line in metrics.eval_lines(record):
             log(line)
-        self.metrics_log.write(record)
+        self._record(record)
         self.evaluated_step = self.step
         self.best = update_best(self.best, self.step, record["loss"])
 
@@ -444,4 +340,4 @@ class Trainer:
             raise TrainingError(f"step {self.step}: train.evaluate: {e}") from e
         for line in benchmark_lines(record):
             log(line)
-        self.metrics_log.write(record)
+        self._record(record)

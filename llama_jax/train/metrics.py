@@ -1,19 +1,18 @@
-"""Metrics of a run: log lines, ``metrics.jsonl``, TensorBoard, ``loss.png``, timing, profiles."""
+"""Metrics of a run: log lines, ``metrics.jsonl``, TensorBoard, ``loss.png``, memory, profiles."""
 
-import contextlib
 import importlib.metadata
 import json
 import platform
 import resource
 import sys
 import textwrap
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from llama_jax.config import Recipe
 from llama_jax.data.manifest import SPLITS
@@ -21,8 +20,11 @@ from llama_jax.data.sequences import Source
 from llama_jax.io import atomic_write, save_figure
 from llama_jax.model.compute import ComputeConfig
 from llama_jax.model.lora import num_adapter_params
+from llama_jax.storage.copies import Mirror
 from llama_jax.train.benchmarks import plot_benchmarks
+from llama_jax.train.clock import Seconds
 from llama_jax.train.frozen import frozen_format
+from llama_jax.train.step import flops_per_token
 from llama_jax.versions import source_version
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -30,7 +32,8 @@ LINE_WIDTH = 120
 """Largest width of a log line, in columns."""
 
 Record = dict[str, Any]
-"""One line of ``metrics.jsonl``: "kind" ("train", "eval" or "benchmark"), "step", and numbers."""
+"""One line of ``metrics.jsonl``: "kind" ("train", "eval", "benchmark" or "goodput"), "step", and
+numbers."""
 
 
 class MetricsLog:
@@ -52,14 +55,23 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int):
         self.active = jax.process_index() == 0
+        self.goodput: tuple[Seconds | None, Seconds | None] = (None, None)
+        """Those that the last start recorded, and those recorded up to ``step``."""
         if not self.active:
             return
+        self._mirror = Mirror(folder)
+        self._mirror.fetch("metrics.jsonl")
+        folder = self._mirror.folder
         self._file = folder / "metrics.jsonl"
         self._picture = folder / "loss.png"
-        self.records = [r for r in read_records(self._file) if r["step"] <= step]
-        kept = "".join(json.dumps(r) + "\n" for r in self.records).encode()
-        if not self._file.exists() or self._file.read_bytes() != kept:
-            atomic_write(self._file, kept)
+        before = read_records(self._file)
+        self.records = [r for r in before if r["step"] <= step]
+        recorded = [r["goodput"] for r in before if "goodput" in r]
+        kept = [r["goodput"] for r in self.records if "goodput" in r]
+        self.goodput = (recorded or [None])[-1], (kept or [None])[-1]
+        text = "".join(json.dumps(r) + "\n" for r in self.records).encode()
+        if not self._file.exists() or self._file.read_bytes() != text:
+            atomic_write(self._file, text)
         from tensorboardX import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=20)
@@ -74,8 +86,15 @@ class MetricsLog:
                 f.write(json.dumps(record) + "\n")
         except OSError as e:
             raise OSError(e.errno, e.strerror, str(self._file)) from None
-        for key, value in _flatten(record):
+        for key, value in flatten(record):
             self._board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+        self._mirror.upload_soon()
+
+    def upload(self) -> None:
+        """For a run folder in a bucket, upload what was written; done before each checkpoint, so
+        that no record is lost when the run continues from it."""
+        if self.active:
+            self._mirror.upload()
 
     def close(self, title: str) -> None:
         """Plot the losses and the benchmarks, and close the files."""
@@ -83,6 +102,7 @@ class MetricsLog:
             self._board.close()
             plot_losses(self.records, self._picture, title)
             plot_benchmarks(self.records, self._picture.with_name("benchmarks.png"), title)
+            self._mirror.close()
 
 
 def read_records(path: Path) -> list[Record]:
@@ -96,18 +116,25 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def _flatten(record: Record, prefix: str = "") -> list[tuple[str, float]]:
+def flatten(record: Record, prefix: str = "") -> list[tuple[str, float]]:
     """Numbers of a nested record as ("a/b", value)."""
     out = []
     for key, value in record.items():
         if isinstance(value, dict):
-            out += _flatten(value, f"{prefix}{key}/")
+            out += flatten(value, f"{prefix}{key}/")
         elif isinstance(value, (int, float)) and key != "step":
             out.append((prefix + key, value))
     return out
 
 
 # Text --------------------------------------------------------------------------------------------
+
+
+def log(text: str) -> None:
+    """Print a line from process 0, above the progress bar."""
+    if jax.process_index() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def settings_lines(
@@ -149,6 +176,38 @@ def settings_lines(
             f"source {name}: weight {source.weight}, {tokens:,} tokens, {val:,} for validation"
         )
     return lines
+
+
+def train_record(
+    recipe: Recipe,
+    step: int,
+    values: dict[str, float],
+    speed: tuple[float, float],
+    peak: tuple[float, int],
+) -> Record:
+    """The record of a log line, without the progress in the sources and the clock.
+
+    Args:
+      recipe: the run.
+      step: the last step since the line before.
+      values: "loss", "grad_norm", "learning_rate" and further metrics.
+      speed: tokens per second and fraction of time waiting for data.
+      peak: peak FLOP/s of a device, and the number of devices.
+    """
+    tokens_per_second, data_wait = speed
+    peak_flops, devices = peak
+    flops = tokens_per_second * flops_per_token(recipe) / devices
+    return {
+        "kind": "train",
+        "step": step,
+        "tokens": step * recipe.tokens_per_step,
+        **values,
+        "tokens_per_second": tokens_per_second,
+        "tflops": flops / 1e12,
+        "mfu": flops / peak_flops,
+        "memory_gib": memory_gib(),
+        "data_wait": data_wait,
+    }
 
 
 def train_line(r: Record, steps: int) -> str:
@@ -225,7 +284,7 @@ def plot_losses(records: list[Record], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-# Time and memory ---------------------------------------------------------------------------------
+# Memory and profiles -----------------------------------------------------------------------------
 
 
 def memory_gib() -> float:
@@ -235,53 +294,6 @@ def memory_gib() -> float:
         return stats["peak_bytes_in_use"] / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-class StepTimer:
-    """Measures throughput between log lines, and the fraction of time spent waiting for data.
-
-    Example::
-
-      timer = StepTimer()
-      with timer.waiting():
-          batch = next(data)
-      tokens_per_second, wait = timer.lap(step=1, tokens=2048)
-    """
-
-    def __init__(self):
-        self._start = time.perf_counter()
-        self._wait = self._paused = 0.0
-        self._step: int | None = None
-        self._steps = 0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time of the block as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._wait += time.perf_counter() - start
-        self._steps += 1
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time of the block out (an evaluation)."""
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
-
-    def lap(self, step: int, tokens: int) -> tuple[float, float]:
-        """Tokens per second and fraction of time waiting, since the last call or the start.
-
-        Args:
-          step: the step that has finished.
-          tokens: tokens per step.
-        """
-        now = time.perf_counter()
-        seconds = now - self._start - self._paused
-        steps = self._steps if self._step is None else step - self._step
-        result = steps * tokens / seconds, self._wait / seconds
-        self._start, self._wait, self._paused, self._step = now, 0.0, 0.0, step
-        return result
 
 
 class Profiler:
@@ -298,12 +310,13 @@ class Profiler:
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         self._first, self._last = steps or (1, 0)
-        self._folder = str(folder / "profile")
+        self._run_folder = folder
         self._running = False
 
     def before(self, step: int) -> None:
         if not self._running and self._first <= step <= self._last:
-            jax.profiler.start_trace(self._folder)
+            self._mirror = Mirror(self._run_folder)
+            jax.profiler.start_trace(str(self._mirror.folder / "profile"))
             self._running = True
 
     def after(self, step: int, step_metrics: dict[str, Any]) -> None:
@@ -316,3 +329,4 @@ class Profiler:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            self._mirror.close()

@@ -21,22 +21,25 @@ from llama_jax.checkpoint.file_hashes import record_files
 from llama_jax.checkpoint.steps import whole_steps
 from llama_jax.config import ConfigError, Recipe, load_saved_recipe, to_dict, to_toml
 from llama_jax.io import atomic_write, folder_lock
+from llama_jax.storage.paths import check_access, is_remote
 from llama_jax.train.frozen import has_frozen
 
 RESUMABLE_SETTINGS = (
     "mesh.*", "checkpoint.*", "data.workers", "data.prepared", "data.tokenizer",
     "data.skip_bad_lines", "data.sources.*.path", "train.gradient_accumulation", "train.remat",
-    "train.unroll", "train.loss_chunk",
+    "train.offload", "train.unroll", "train.loss_chunk",
     "train.attention", "train.log_every", "train.eval_every", "train.eval_batches",
     "train.early_stopping", "train.evaluate", "train.evaluate.*",
-    "train.profile_steps", "train.sample_prompts", "train.restart_from",
-    "train.allow_other_tokenizer",
+    "train.profile_steps", "train.hang_factor", "train.trackers", "train.sample_prompts",
+    "train.restart_from", "train.allow_other_tokenizer",
 )  # fmt: skip
 """Settings that may change when a run continues: they do not change what is computed (beyond
 rounding), or a hash of their content is checked."""
 
 RECORDED_SETTINGS = ("optim.*", "train.steps", "train.epochs", "data.skip_batches")
 """Settings that may change from a checkpoint on; each change is recorded."""
+_STATE_SETTINGS = ("optim.algorithm", "optim.moment_dtype")
+"""Settings that may not: they decide what the state of the optimizer is."""
 
 Changes = dict[str, tuple[Any, Any]]
 """Name of a setting to its values (before, now)."""
@@ -65,6 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
       ConfigError: another job uses the folder.
     """
+    check_access(folder)
     if jax.process_index() != 0:
         sync_global_devices("locked")
         yield
@@ -80,7 +84,8 @@ def locked(folder: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                if [p.name for p in folder.iterdir()] == [".lock"]:
+                local = not is_remote(folder)
+                if local and [p.name for p in folder.iterdir()] == [".lock"]:
                     shutil.rmtree(folder, ignore_errors=True)
     except OSError as e:
         if e.errno is not None and e.filename is None:
@@ -120,7 +125,8 @@ def _read_saved(folder: Path, recipe: Recipe) -> SavedRun | None:
     changed = {k: v for k, v in changed.items() if not _matches(k, RESUMABLE_SETTINGS)}
     if has_frozen(recipe):  # the loop compares the hash of these weights
         changed.pop("train.init_from", None)
-    if refused := {k: v for k, v in changed.items() if not _matches(k, RECORDED_SETTINGS)}:
+    recorded = lambda name: _matches(name, RECORDED_SETTINGS) and name not in _STATE_SETTINGS
+    if refused := {k: v for k, v in changed.items() if not recorded(k)}:
         raise ConfigError(
             f"{folder} holds a run of another recipe:\n  " + "\n  ".join(lines(refused))
             + "\nuse the old settings to continue it, or another checkpoint.dir for a new run"
@@ -163,7 +169,7 @@ def _set_aside(folder: Path, step: int) -> Path | None:
         number += 1
     target.mkdir()
     if (folder / "metrics.jsonl").exists():
-        shutil.copyfile(folder / "metrics.jsonl", target / "metrics.jsonl")
+        (target / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes())
     # Newest first, so that an interruption leaves consecutive checkpoints; the next start moves the
     # rest.
     for s in reversed(newer):

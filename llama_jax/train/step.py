@@ -18,17 +18,23 @@ from llama_jax.model.llama import ComputeConfig, Llama
 from llama_jax.model.lora import init_adapters, num_adapter_params, with_adapters
 from llama_jax.model.params import Params, merge, params_of, structure
 from llama_jax.model.rope import rope_of
-from llama_jax.model.sharding import PRESETS, first_position, no_mesh, reshard
+from llama_jax.model.sharding import PRESETS, first_position, reshard
 from llama_jax.train.dpo import METRICS, dpo_sums, num_pairs
-from llama_jax.train.optim import make_optimizer, make_schedule
+from llama_jax.train.loss import is_target, masked_nll, nll_and_z_sums, per_target, token_nll
+from llama_jax.train.optim import cast_matrices, make_optimizer, make_schedule
+from llama_jax.train.rounding import round_like, to_float32
 from pallas_kernels import rotary_attention
+
+_ROUNDING = 2**32 - 1
+"""Separates the random keys of rounding from those of dropout, whose number is the step."""
 
 
 class TrainState(NamedTuple):
     """What a training step updates."""
 
     params: Params
-    """Float32 weights, as in the item `model` of a checkpoint; with LoRA, the adapters alone."""
+    """Weights in `train.param_dtype`, as in the item `model` of a checkpoint; with LoRA, the
+    adapters alone."""
     optimizer: Any
     """State of :func:`llama_jax.train.optim.make_optimizer`."""
 
@@ -43,6 +49,7 @@ def compute_config(recipe: Recipe, platform: str) -> ComputeConfig:
         jnp.dtype(dtype),
         PRESETS[recipe.mesh.preset],
         train.remat,
+        train.offload,
         train.unroll,
         train.attention or None,
         reduce_float32=train.reduce_dtype == "float32",
@@ -97,7 +104,11 @@ def init_state(recipe: Recipe, compute: ComputeConfig) -> TrainState:
     else:
         rngs = nnx.Rngs(recipe.train.seed)
         params = params_of(Llama(recipe.model, compute, rngs, recipe.train.init_std))
-    return TrainState(params, make_optimizer(recipe.optim, _num_steps(recipe)).init(params))
+    moments = make_optimizer(recipe.optim, _num_steps(recipe)).init(params)
+    return TrainState(
+        cast_matrices(params, recipe.train.param_dtype),
+        cast_matrices(moments, recipe.optim.moment_dtype),
+    )
 
 
 def _num_steps(recipe: Recipe) -> int:
@@ -143,25 +154,29 @@ def make_train_step(
     recipe: Recipe, compute: ComputeConfig
 ) -> Callable[..., tuple[TrainState, dict]]:
     """The function to compile: (state, batch) -> (state, metrics); with LoRA or DPO, (state, batch,
-    frozen), where ``frozen`` is of :mod:`llama_jax.train.frozen`.
+    frozen), where ``frozen`` is of :mod:`llama_jax.train.frozen`. With ``optim.skip_spikes``, the
+    argument ``limit`` is the gradient norm over which parameters and moments do not change.
 
     The batch has a leading axis of microbatches. The metrics are scalars: "loss" (mean over the
-    targets that count, nats/token; with DPO, over pairs), "grad_norm" (global, before clipping),
-    "learning_rate" (of this update), and those of DPO.
+    targets that count, nats/token, without the z-loss; with DPO, over pairs), "grad_norm" (global,
+    before clipping), "learning_rate" (of this update), "z_loss" and "skipped" (0 or 1) if the
+    recipe has these settings, and those of DPO.
     """
     optimizer = make_optimizer(recipe.optim, _num_steps(recipe))
     schedule = make_schedule(recipe.optim, _num_steps(recipe))
     sums = make_sums(recipe, compute)
 
-    def train_step(state: TrainState, batch: Batch, *frozen: Params) -> tuple[TrainState, dict]:
+    def train_step(
+        state: TrainState, batch: Batch, *frozen: Params, limit: jax.Array | None = None
+    ) -> tuple[TrainState, dict]:
         microbatches = batch.targets_BT.shape[0]
         counted = _num_counted(recipe, compute, batch)
+        seed, count = jax.random.key(recipe.train.seed), _count(state.optimizer)
         keys_M = None
         if recipe.lora and recipe.lora.dropout:
-            seed = jax.random.key(recipe.train.seed)
-            keys_M = jax.random.split(
-                jax.random.fold_in(seed, _count(state.optimizer)), microbatches
-            )
+            keys_M = jax.random.split(jax.random.fold_in(seed, count), microbatches)
+        # Other keys than those of the dropout.
+        rounding = jax.random.fold_in(jax.random.fold_in(seed, _ROUNDING), count)
 
         def loss_and_grads(microbatch: Batch, key: jax.Array | None) -> tuple[Any, Params]:
             def loss(params):
@@ -176,22 +191,56 @@ def make_train_step(
             )
         else:
 
-            def add(carry, microbatch_and_key):
-                return jax.tree.map(jnp.add, carry, loss_and_grads(*microbatch_and_key)), None
+            def add(carry, inputs):
+                microbatch, key, m = inputs
+                terms = to_float32((carry, loss_and_grads(microbatch, key)))
+                total = jax.tree.map(jnp.add, *terms)
+                return round_like(jax.random.fold_in(rounding, m), total, carry), None
 
-            others = dict.fromkeys(METRICS, jnp.float32(0)) if recipe.dpo else {}
+            others = dict.fromkeys(_other_metrics(recipe), jnp.float32(0))
             zeros = (jnp.float32(0), others), jax.tree.map(jnp.zeros_like, state.params)
-            (losses, grads), _ = jax.lax.scan(add, zeros, (batch, keys_M))
+            inputs = batch, keys_M, jnp.arange(microbatches)
+            (losses, grads), _ = jax.lax.scan(add, zeros, inputs)
+        grads = to_float32(grads)
         metrics = {
-            "loss": losses[0],
+            "loss": losses[0] - losses[1].get("z_loss", 0),
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": schedule(_count(state.optimizer)),
+            "learning_rate": schedule(count),
             **losses[1],
         }
-        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+        new = update_state(optimizer, state, grads, jax.random.fold_in(rounding, microbatches))
+        if limit is not None:
+            skip = metrics["grad_norm"] > limit
+            # The learning rate follows the number of steps, skipped ones included.
+            kept = TrainState(state.params, (*state.optimizer[:-1], new.optimizer[-1]))
+            new = jax.tree.map(lambda old, updated: jnp.where(skip, old, updated), kept, new)
+            metrics["skipped"] = skip.astype(jnp.float32)
+        return new, metrics
 
     return train_step
+
+
+def update_state(
+    optimizer: optax.GradientTransformation, state: TrainState, grads: Params, key: jax.Array
+) -> TrainState:
+    """The state after a step, computed in float32 and rounded to the dtypes of the state.
+
+    Args:
+      optimizer: of the state.
+      state: before the step.
+      grads: gradients, float32.
+      key: random key of the rounding.
+    """
+    params, moments = to_float32(state)
+    updates, moments = optimizer.update(grads, moments, params)
+    return round_like(key, TrainState(optax.apply_updates(params, updates), moments), state)
+
+
+def _other_metrics(recipe: Recipe) -> tuple[str, ...]:
+    """What is summed beside the loss."""
+    if recipe.dpo:
+        return METRICS
+    return ("z_loss",) if recipe.train.z_loss else ()
 
 
 def _make_models(recipe: Recipe, compute: ComputeConfig) -> tuple[Callable, Callable]:
@@ -213,12 +262,14 @@ def _make_models(recipe: Recipe, compute: ComputeConfig) -> tuple[Callable, Call
 def make_sums(recipe: Recipe, compute: ComputeConfig) -> Callable[..., tuple[jax.Array, dict]]:
     """The function ``(params, microbatch, *frozen, key)`` -> sums of the loss and of other metrics
     over the targets, or the pairs, that count."""
-    chunk = recipe.train.loss_chunk
+    chunk, z_loss = recipe.train.loss_chunk, recipe.train.z_loss
     beta = recipe.dpo.beta if recipe.dpo else 0.0
     build, build_trained = _make_models(recipe, compute)
 
     def language_model(params, microbatch, *frozen, key=None):
-        return nll_sum(build_trained(params, frozen, key), microbatch, chunk), {}
+        model = build_trained(params, frozen, key)
+        nll, z = nll_and_z_sums(model, microbatch, chunk, z_loss)
+        return nll + z, {"z_loss": z} if z_loss else {}
 
     def preferences(params, microbatch, reference, key=None):
         policy = build_trained(params, (reference,), key)
@@ -246,133 +297,9 @@ def _count(opt_state: Any) -> jax.Array:
     return opt_state[-1].count
 
 
-def nll_sum(llama: Llama, batch: Batch, chunk: int) -> jax.Array:
-    """Sum of -log p(target) over the targets that count, in nats, float32.
-
-    Args:
-      llama: the model.
-      batch: one microbatch, [B, T].
-      chunk: number of tokens per device whose logits exist at the same time; the backward pass
-        recomputes them. 0: all.
-    """
-    chunks, num_chunks = _loss_chunks(llama, batch, chunk)
-    chunk_nll = lambda x, targets, mask: jnp.sum(token_nll(llama.logits(x), targets) * mask)
-    if num_chunks == 1:
-        return chunk_nll(*chunks)
-    body = jax.checkpoint(lambda total, a: (total + chunk_nll(*a), None))
-    return jax.lax.scan(body, jnp.float32(0), chunks)[0]
-
-
-def masked_nll(llama: Llama, batch: Batch, chunk: int) -> jax.Array:
-    """-log p(target) of each target that counts, 0 of the others, [B, T] float32.
-
-    Args:
-      llama: the model.
-      batch: one microbatch, [B, T].
-      chunk: as for :func:`nll_sum`.
-    """
-    return _per_target(
-        llama, batch, chunk, lambda logits, targets, mask: token_nll(logits, targets) * mask
-    )
-
-
-def _per_target(llama: Llama, batch: Batch, chunk: int, compute: Callable[..., Any]) -> Any:
-    """Arrays [B, T] that ``compute`` makes of the logits, targets and mask of each chunk."""
-    chunks, num_chunks = _loss_chunks(llama, batch, chunk)
-    on_chunk = lambda x, targets, mask: compute(llama.logits(x), targets, mask)
-    if num_chunks == 1:
-        return on_chunk(*chunks)
-    body = jax.checkpoint(lambda _, a: (None, on_chunk(*a)))
-    _, out_CBT = jax.lax.scan(body, None, chunks)
-    return jax.tree.map(functools.partial(_join_positions, llama, batch), out_CBT)
-
-
-def _join_positions(llama: Llama, batch: Batch, a_CBT: jax.Array) -> jax.Array:
-    """Chunks, the inverse of :func:`_split_positions`, as [B, T]."""
-    shape = batch.targets_BT.shape
-    a_BTC = jnp.moveaxis(a_CBT, 0, 2)
-    if no_mesh():
-        return a_BTC.reshape(shape)
-    BT = llama.compute.rules.activation_without_tensor("BT")
-    return a_BTC.reshape(shape, out_sharding=BT)
-
-
-def _loss_chunks(llama: Llama, batch: Batch, chunk: int) -> tuple[tuple, int]:
-    """Hidden states, targets and mask, with a leading axis of chunks if there are several, and the
-    number of chunks."""
-    x_BTD = llama.hidden(
-        batch.inputs_BT, positions_BT=batch.positions_BT, segment_ids_BT=batch.segment_ids_BT
-    )
-    targets_BT, mask_BT = batch.targets_BT, batch.mask_BT
-    if mask_BT is None:
-        mask_BT = jnp.ones(targets_BT.shape, jnp.float32)
-    rules = llama.compute.rules
-    targets_BT, mask_BT = (
-        reshard(a, rules.activation_without_tensor("BT")) for a in (targets_BT, mask_BT)
-    )
-    num_chunks = _num_chunks(x_BTD, chunk)
-    if num_chunks == 1:
-        return (x_BTD, targets_BT, mask_BT), 1
-    # A chunk holds every num_chunks-th position, so that it is sharded as the whole along T.
-    split = lambda a, letters: jnp.moveaxis(
-        _split_positions(a, num_chunks, rules.activation_without_tensor(letters)), 2, 0
-    )
-    return (split(x_BTD, "BTD"), split(targets_BT, "BT"), split(mask_BT, "BT")), num_chunks
-
-
-def _num_chunks(x_BTD: jax.Array, chunk: int) -> int:
-    """The smallest divisor of T (of one device) with at most ``chunk`` tokens per chunk."""
-    if not chunk:
-        return 1
-    B, T = x_BTD.shape[:2] if no_mesh() else jax.typeof(x_BTD).sharding.shard_shape(x_BTD.shape)[:2]
-    wanted = math.ceil(B * T / chunk)
-    return next((n for n in range(wanted, T) if T % n == 0), T)
-
-
-def _split_positions(a: jax.Array, num_chunks: int, spec: P) -> jax.Array:
-    """[B, T, ...] as [B, T / num_chunks, num_chunks, ...]."""
-    B, T, *rest = a.shape
-    new = (B, T // num_chunks, num_chunks, *rest)
-    if no_mesh():
-        return a.reshape(new)
-    return a.reshape(new, out_sharding=P(*spec[:2], None, *spec[2:]))
-
-
-@jax.custom_vjp
-def token_nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target] of each token, [B, T] float32.
-
-    The explicit backward pass, softmax(logits) - onehot, reads the logits once without a scatter.
-    """
-    return _token_nll_forward(logits_BTV, targets_BT)[0]
-
-
-def _token_nll_forward(logits_BTV, targets_BT):
-    m = jnp.max(logits_BTV, axis=-1, keepdims=True)
-    lse = m + jnp.log(jnp.sum(jnp.exp(logits_BTV - m), axis=-1, keepdims=True))
-    # A masked sum instead of a gather also works if V is sharded.
-    target = jnp.sum(jnp.where(_is_target(logits_BTV, targets_BT), logits_BTV, 0), axis=-1)
-    return lse[..., 0] - target, (logits_BTV, targets_BT, lse)
-
-
-def _token_nll_backward(residuals, g_BT):
-    logits_BTV, targets_BT, lse = residuals
-    softmax = jnp.exp(logits_BTV - lse)
-    return (softmax - _is_target(logits_BTV, targets_BT)) * g_BT[..., None], None
-
-
-token_nll.defvjp(_token_nll_forward, _token_nll_backward)
-
-
-def _is_target(logits_BTV, targets_BT):
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
-    if not no_mesh():
-        ids = reshard(ids, jax.typeof(logits_BTV).sharding.spec)
-    return ids == targets_BT[..., None]
-
-
 def make_eval_step(recipe: Recipe, compute: ComputeConfig) -> Callable[..., Any]:
-    """The function to compile: (params, batch) -> :func:`nll_sum` of a batch of one microbatch.
+    """The function to compile: (params, batch) -> :func:`llama_jax.train.loss.nll_sum` of a batch
+    of one microbatch.
 
     With LoRA, (params, batch, frozen). With DPO, the result is a dict of sums over pairs: "loss",
     :data:`METRICS`, and the number of "pairs".
@@ -382,7 +309,7 @@ def make_eval_step(recipe: Recipe, compute: ComputeConfig) -> Callable[..., Any]
     def eval_step(params: Params, batch: Batch, *frozen: Params) -> Any:
         loss, others = sums(params, batch.microbatch(0), *frozen)
         if not recipe.dpo:
-            return loss
+            return loss - others.get("z_loss", 0)
         return {"loss": loss, **others, "pairs": num_pairs(batch.microbatch(0), compute)}
 
     return eval_step
@@ -395,13 +322,13 @@ def make_score_step(recipe: Recipe, compute: ComputeConfig) -> Callable[..., Any
     _, build_trained = _make_models(recipe, compute)
 
     def score(logits_BTV, targets_BT, mask_BT):
-        chosen_BTV = jnp.where(_is_target(logits_BTV, targets_BT), logits_BTV, -jnp.inf)
+        chosen_BTV = jnp.where(is_target(logits_BTV, targets_BT), logits_BTV, -jnp.inf)
         greedy_BT = jnp.max(chosen_BTV, axis=-1) == jnp.max(logits_BTV, axis=-1)
         return -token_nll(logits_BTV, targets_BT) * mask_BT, greedy_BT
 
     def score_step(params: Params, batch: Batch, *frozen: Params) -> tuple[jax.Array, jax.Array]:
         model = build_trained(params, frozen, None)
-        out = _per_target(model, batch.microbatch(0), recipe.train.loss_chunk, score)
+        out = per_target(model, batch.microbatch(0), recipe.train.loss_chunk, score)
         return jax.tree.map(lambda a: reshard(a, P()), out)
 
     return score_step

@@ -20,8 +20,12 @@ from llama_jax.checkpoint.file_hashes import (
     read_checksums,
     read_list,
 )
+from llama_jax.checkpoint.steps import whole_steps
 from llama_jax.data import manifest
+from llama_jax.data.shard_cache import local_shards
 from llama_jax.io import in_use, read_json
+from llama_jax.storage.errors import StorageError
+from llama_jax.storage.paths import as_path, check_access, path_argument
 
 
 class _Listed(NamedTuple):
@@ -48,7 +52,7 @@ def verify(folder: str | Path) -> list[str]:
       ValueError: the folder is none of these.
       OSError: a file cannot be read.
     """
-    return _check(_listed(Path(folder)))
+    return _check(_listed(as_path(folder)))
 
 
 def _check(listed: _Listed) -> list[str]:
@@ -81,6 +85,7 @@ def _removed(folder: Path) -> bool:
 
 
 def _listed(folder: Path) -> _Listed:
+    check_access(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     absolute = folder.resolve()
@@ -88,10 +93,10 @@ def _listed(folder: Path) -> _Listed:
         if step.parent.name == "steps" and step.name.isdigit():
             return _checkpoint(step.parents[1], [step], f"steps/{step.name}/")
     if (folder / "steps").is_dir() or (folder / "model.json").exists():
-        steps = [p for p in sorted(folder.glob("steps/*")) if p.name.isdigit()]
+        steps = [folder / "steps" / str(step) for step in whole_steps(folder)]
         listed = _checkpoint(folder, steps, "steps/")
         if (folder / "data").is_dir():
-            listed.data.append(folder / "data")
+            listed.data.append(local_shards(folder / "data"))
         return listed
     if not (folder / MANIFEST).exists():
         raise ValueError(
@@ -101,7 +106,7 @@ def _listed(folder: Path) -> _Listed:
     try:
         tree = read_json(folder / MANIFEST, 1 << 30)
         if "sources" in tree or "splits" in tree:
-            return _Listed([], [], [folder])
+            return _Listed([], [], [local_shards(folder)])
     except ValueError as e:
         return _Listed([], [str(e)], [])
     files, problems = _read_list(folder / MANIFEST)
@@ -160,7 +165,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m llama_jax.verify",
         description="Check every file against the hashes that were written with it.",
     )
-    parser.add_argument("folder", type=Path, help="run, checkpoint, converted weights or data")
+    parser.add_argument(
+        "folder", type=path_argument, help="run, checkpoint, converted weights or data"
+    )
     folder = parser.parse_args(argv).folder
     try:
         listed = _listed(folder)
@@ -168,6 +175,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except StorageError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
     except OSError as e:
         print(f"error: {e.filename or folder}: {e.strerror or e}", file=sys.stderr)
         return 1

@@ -39,7 +39,7 @@ def test_test_requirements_are_not_run_time_dependencies(setup_arguments):
 def test_the_wheel_carries_packages_and_recipes_but_no_tests(setup_arguments):
     assert setup_arguments["packages"] == ["llama_jax*", "pallas_kernels*", "llama_jax.configs"]
     assert setup_arguments["package_dir"] == {"llama_jax.configs": "configs"}
-    assert setup_arguments["package_data"]["llama_jax.configs"] == ["*.toml"]
+    assert setup_arguments["package_data"]["llama_jax.configs"] == ["*.toml", "corpus/*.toml"]
     assert setup_arguments["package_data"]["llama_jax.data"] == ["templates/*.jinja"]
     for package in ("llama_jax", "pallas_kernels"):
         assert (ROOT / package / "py.typed").is_file()
@@ -57,9 +57,15 @@ def test_every_direct_dependency_has_an_upper_bound():
     assert all(re.fullmatch(r"#.*|\S+<=[\w.]+", line) for line in constraints)
 
 
-def test_conftest_names_existing_files():
+def test_conftest_names_existing_files(pytestconfig):
     """A renamed file would lose its position in the order and its fast compilation."""
-    import conftest
-
+    # Not `import conftest`: tests/serve has a module of that name too.
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
     stems = {path.stem for path in ROOT.glob("tests/**/test_*.py")}
     assert {*conftest.FIRST, *conftest.RUN_ONCE} <= stems
+
+
+def test_files_of_tests_have_different_names():
+    """pytest imports them as modules without their folder."""
+    names = [path.name for path in ROOT.glob("tests/**/*.py") if path.name != "conftest.py"]
+    assert len(set(names)) == len(names)

@@ -42,13 +42,13 @@ MIXTURE = {
 }
 # What the recipes choose: microbatches and recomputation per device kind.
 MEMORY = {
-    ("7b", "tpu"): (1, "full"),
+    ("7b", "tpu"): (1, "auto"),
     ("7b", "gpu"): (8, "matmuls"),
-    ("13b", "tpu"): (1, "full"),
+    ("13b", "tpu"): (1, "auto"),
     ("13b", "gpu"): (4, "full"),
-    ("33b", "tpu"): (1, "full"),
+    ("33b", "tpu"): (1, "auto"),
     ("33b", "gpu"): (4, "full"),
-    ("65b", "tpu"): (1, "full"),
+    ("65b", "tpu"): (1, "auto"),
     ("65b", "gpu"): (4, "full"),
 }
 RECIPES = list(MEMORY)
@@ -130,7 +130,7 @@ def test_settings_that_are_not_the_papers(size, kind):
     assert (train.gradient_accumulation, train.remat) == MEMORY[size, kind]
     assert recipe.mesh == MeshConfig(preset="fsdp")
     assert recipe.checkpoint == CheckpointConfig(
-        dir=f"checkpoints/llama-{size}", save_every=1000, keep=3
+        dir=f"checkpoints/llama-{size}", save_every="30min", keep=3
     )
     assert recipe.data == DataConfig(
         tokenizer="tokenizer.model",
@@ -142,9 +142,9 @@ def test_settings_that_are_not_the_papers(size, kind):
     )
     assert list(recipe.data.sources) == list(MIXTURE)
     rest = dict(steps=train.steps, gradient_accumulation=train.gradient_accumulation)
-    assert train == TrainConfig(
-        batch_size=2048, loss_chunk=2048, eval_every=5000, remat=train.remat, **rest
-    )
+    chunk = 8192 if kind == "tpu" else 2048
+    rest |= dict(loss_chunk=chunk, hang_factor=20, remat=train.remat)
+    assert train == TrainConfig(batch_size=2048, eval_every=5000, **rest)
 
 
 def test_defaults_are_the_papers():

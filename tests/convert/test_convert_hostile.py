@@ -1,7 +1,7 @@
 """Hostile and malformed sources give one clear message each, quickly, in little memory.
 
 The table runs in one process of its own, whose memory is capped at 300 MB above what it has after a
-whole conversion: ``python tests/convert/test_convert_hostile.py FOLDER``.
+whole conversion.
 """
 
 import io
@@ -11,14 +11,15 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
 
 import convert_tools as tools
+import jax
 from convert_tools import DTYPES, small
+from forked import Forked
 
 from llama_jax.convert import formats, torch_files
 from llama_jax.convert.__main__ import main
@@ -273,13 +274,16 @@ def run(root: Path) -> dict[str, list]:
     return results
 
 
+def write_results(root: Path) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    (root / "results.json").write_text(json.dumps(run(root)))
+
+
 def test_hostile_sources_are_refused_quickly_in_little_memory(tmp_path):
-    command = [sys.executable, __file__, str(tmp_path)]
-    path = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
-    env = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
-    process = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-    assert process.returncode == 0, process.stderr[-3000:]
-    results = json.loads(process.stdout.splitlines()[-1])
+    process = Forked(write_results, tmp_path)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == set(CASES)
     wrong = [
         (name, *result)
@@ -322,9 +326,3 @@ def test_reading_stays_within_what_torch_writes(tmp_path):
     assert len(formats.read_safetensors(tmp_path / "a.safetensors")) == len(state)
     plan = torch_files.plan(tmp_path / "a.pth", {k: (w.shape, w.dtype) for k, w in state.items()})
     assert 8 * len(plan.small["a/data.pkl"]) < torch_files._MAX_PICKLE_BYTES
-
-
-if __name__ == "__main__":
-    output, sys.stdout = sys.stdout, io.StringIO()
-    found = run(Path(sys.argv[1]))
-    print(json.dumps(found), file=output)

@@ -10,7 +10,7 @@ import tiktoken_tools
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data import tiktoken_text
+from llama_jax.data import template_process, tiktoken_text
 from llama_jax.data.chat_template import BUILT_IN, ChatTemplate, load_template
 from llama_jax.data.conversations import detect_format, read_example
 from llama_jax.data.tokenizer import JsonTokenizer, Tokenizer
@@ -351,6 +351,27 @@ def test_failing_templates_are_named(tokenizers):
                 load_template(name, None).encode_example(
                     arguments[0], tokenizer, tools=arguments[1]
                 )
+
+
+def test_the_time_for_all_answers_of_a_prompt_is_limited(tokenizers, tmp_path, monkeypatch):
+    folder = Path(template_process.__file__).parent
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"import sys\nsys.path.insert(0, {str(folder)!r})\nimport template_worker as worker\n"
+        "worker.PROMPT_SECONDS = 1\nworker.main()\n"
+    )
+    monkeypatch.setattr(template_process, "_WORKER", worker)
+    process = template_process.Process()
+    monkeypatch.setattr(template_process, "process", process)
+    # A rendering takes about 0.02 s.
+    slow = "{% for i in range(99999) %}{% endfor %}{{ messages[-1].content }}"
+    template, talk = ChatTemplate(slow), TALK[:2] * 300
+    try:
+        with pytest.raises(ValueError, match="too long"):
+            template.encode(talk, tokenizers["bytes"])
+        assert template.encode(talk[:5], tokenizers["bytes"])
+    finally:
+        process.close()
 
 
 def test_load_template(tmp_path):

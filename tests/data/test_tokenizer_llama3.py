@@ -3,6 +3,8 @@ write."""
 
 import json
 import shutil
+import threading
+import time
 
 import convert_tools as tools
 import numpy as np
@@ -82,6 +84,18 @@ def test_ids_are_those_of_transformers(tokenizer, folder):
         assert tokenizer.encode(text, bos=True) == theirs(text)["input_ids"]
     marked = "<|start_header_id|>user<|end_header_id|>\n\nthe theatre<|eot_id|>"
     assert tokenizer.encode_marked(marked) == theirs(marked, add_special_tokens=False)["input_ids"]
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer):
+    encoded = threading.Event()
+    text = "a" * 300_000  # one word
+    thread = threading.Thread(target=lambda: (tokenizer.encode(text), encoded.set()))
+    thread.start()
+    longest, last = 0.0, (start := time.monotonic())
+    while not encoded.wait(0.001):
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    assert longest < max(0.1, (time.monotonic() - start) / 2)
+    thread.join()
 
 
 def test_pieces_of_a_long_text_have_the_ids_of_the_whole(tokenizer, monkeypatch):

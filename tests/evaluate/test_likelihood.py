@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from model_tools import F32, model_of, random_weights, small, tree_of
 
 from llama_jax.evaluate import likelihood
-from llama_jax.evaluate.likelihood import score_continuations
+from llama_jax.evaluate.likelihood import _Cache, score_continuations
 from llama_jax.evaluate.prefix_tree import build_tree
 from llama_jax.generate.decode import Engine
 from llama_jax.model.params import abstract_params
@@ -26,9 +26,9 @@ PARAMS = tree_of(random_weights(CFG))
 def few_shapes(monkeypatch):
     """Short rows and caches, so that random requests fill batches and split long prefixes."""
     monkeypatch.setattr(likelihood, "LENGTHS", (32,))
-    monkeypatch.setattr(likelihood, "TOKENS_PER_CALL", 64)
-    monkeypatch.setattr(likelihood, "CACHE_LENS", (256,))
-    monkeypatch.setattr(likelihood, "CACHE_POSITIONS", 1024)
+    monkeypatch.setattr(likelihood, "TOKENS_PER_CALL", (64,))
+    monkeypatch.setattr(likelihood, "PAGE", 32)
+    monkeypatch.setattr(likelihood, "POSITIONS", 1024)
     monkeypatch.setattr(likelihood, "LOGITS_PER_CHUNK", 8)
 
 
@@ -94,7 +94,6 @@ def greedy_requests(count=3):
 def test_random_trees_of_requests(engine, monkeypatch):
     """Also that other requests compile nothing."""
     monkeypatch.setattr(likelihood, "LENGTHS", (8, 32))
-    monkeypatch.setattr(likelihood, "CACHE_LENS", (64, 256))
     short = [(context[:30], continuation) for context, continuation in random_requests(0)]
     check(engine, short)
     for seed in range(8):
@@ -104,14 +103,6 @@ def test_random_trees_of_requests(engine, monkeypatch):
     assert len(engine._compiled) == compiled
 
 
-def test_a_row_near_the_end_of_the_cache(engine, monkeypatch):
-    """It is not read together with a longer row, whose padding the cache has no positions for."""
-    monkeypatch.setattr(likelihood, "LENGTHS", (8, 32))
-    monkeypatch.setattr(likelihood, "CACHE_LENS", (64, 256))
-    ids = np.random.default_rng(0).integers(0, 40, 80).tolist()
-    check(engine, [(ids[50:], [1]), (ids[:50], [1, 2]), (ids[:50], [3, 4])])
-
-
 def test_greedy(engine):
     requests = greedy_requests()
     check(engine, requests)
@@ -119,14 +110,18 @@ def test_greedy(engine):
     assert [scored[i] for i in range(6)] == [True, False] * 3
 
 
-def test_a_small_pool_of_caches(engine, monkeypatch):
-    """No more caches than one below the other; a prefix read in parts needs one at a time."""
-    monkeypatch.setattr(likelihood, "CACHE_POSITIONS", 64)
+def test_few_pages(engine, monkeypatch):
+    """No more than one sequence needs."""
+    monkeypatch.setattr(likelihood, "POSITIONS", 32)
     ids = np.random.default_rng(0).integers(0, 40, 150).tolist()
     chain = [(ids, [1, 2]), (ids, [3, 4])]
-    assert max(s.num_caches for s in build_tree(chain, [0, 0], 32, 32)) == 1
+    assert max(s.num_pages for s in build_tree(chain, [0, 0], 32, 32)) == 6
+    made = []
+    monkeypatch.setattr(likelihood, "_Cache", lambda *args: made.append(_Cache(*args)) or made[-1])
     for seed in range(10, 14):
         check(engine, [*random_requests(seed), *chain])
+        assert len(made[-1].uses) < 12
+        assert sorted(made[-1].free) == list(range(1, len(made[-1].uses)))
 
 
 def test_many_continuations_of_one_token(engine):
@@ -220,6 +215,17 @@ def test_logits_that_are_not_finite(engine):
 def test_bad_requests(engine, request_, message):
     with pytest.raises(ValueError, match=message):
         next(score_continuations(engine, [([1], [2]), request_]))
+
+
+def test_memory(engine, monkeypatch):
+    """The weights and the pages, and no more."""
+    needed = engine.weight_bytes + (1024 + 32) * engine._bytes_per_position
+    memory = lambda size: lambda *args: size
+    monkeypatch.setattr("llama_jax.generate.decode.device_memory", memory(needed))
+    check(engine, [([1, 2], [3])])
+    monkeypatch.setattr("llama_jax.generate.decode.device_memory", memory(needed - 1))
+    with pytest.raises(MemoryError, match="a cache of 1056 positions takes"):
+        list(score_continuations(engine, [([1, 2], [3])]))
 
 
 def test_no_requests(engine):

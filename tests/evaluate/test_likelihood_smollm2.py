@@ -30,10 +30,8 @@ OWN = [
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield llama_jax.load("smollm2-135m", dtype="float32")
+def llm():
+    return llama_jax.load("smollm2-135m", dtype="float32")
 
 
 def pairs(llm, questions):
@@ -49,8 +47,7 @@ def pairs(llm, questions):
 
 def test_equal_to_transformers(llm, monkeypatch):
     monkeypatch.setattr(likelihood, "LENGTHS", (32, 128))
-    monkeypatch.setattr(likelihood, "TOKENS_PER_CALL", 128)
-    monkeypatch.setattr(likelihood, "CACHE_LENS", (1024,))
+    monkeypatch.setattr(likelihood, "TOKENS_PER_CALL", (128,))
     requests = pairs(llm, OWN)
     scored = {i: (x, greedy) for i, x, greedy in score_continuations(llm._engine, requests)}
     path = open_folder(Path("smollm2-135m")).path

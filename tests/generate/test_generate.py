@@ -28,6 +28,7 @@ from model_tools import F32, hf_model, random_weights, small, tree_of
 import llama_jax
 from llama_jax import Greedy, Sample
 from llama_jax.config import ConfigError
+from llama_jax.convert.job import convert
 from llama_jax.generate.__main__ import main
 from llama_jax.generate.decode import DECODE_STEPS_PER_CALL, Engine, Request
 from llama_jax.generate.detokenize import Generation, OutputSequence
@@ -84,9 +85,7 @@ def stories(tmp_path_factory):
         # Only where the real model is present; the tests below do not need it.
         return None
     folder = tmp_path_factory.mktemp("stories") / "st"
-    command = [sys.executable, "-m", "llama_jax.convert", str(STORIES / "hf-mha"), str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    return llama_jax.load(folder)
+    return llama_jax.load(convert(STORIES / "hf-mha", folder))
 
 
 def test_a_real_model(stories):

@@ -4,21 +4,19 @@ import fcntl
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import pytest
 from convert_tools import DTYPES, make_hf, make_meta, meta_state, random_values, small
+from forked import Forked
 
 import llama_jax
 from llama_jax.config import ConfigError
 from llama_jax.convert import job
 from llama_jax.prepare.tokenizer import train_tokenizer
 
-ROOT = Path(__file__).parents[2]
 TEXT = ["the cat sat on a mat", "some animals saw 12 cats", "def main(argv):"]
 CFG = small(vocab_size=300)
 
@@ -117,7 +115,7 @@ def test_a_cache_that_cannot_be_written(source, tmp_path, monkeypatch):
     before = jax.config.values[compiled]
     jax.config.update(compiled, None)
     try:
-        with pytest.raises(ConfigError, match="no home folder: set XDG_CACHE_HOME"):
+        with pytest.raises(ValueError, match="no home folder: set XDG_CACHE_HOME"):
             llama_jax.load(source)
         llama_jax.load(converted)
     finally:
@@ -152,41 +150,34 @@ def test_a_source_that_does_not_fit_is_not_converted(source, tmp_path, monkeypat
     assert not (tmp_path / "cache").exists()
 
 
-KILLED = """
-import os, signal, sys, llama_jax
-from llama_jax.convert import job
-job._write_small_files = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-llama_jax.load(sys.argv[1])
-"""
-SLOW = """
-import pathlib, sys, time, llama_jax
-from llama_jax.convert import job
-write = job._write_small_files
-def slow(*args):
-    pathlib.Path(sys.argv[2]).touch()
-    while not pathlib.Path(sys.argv[3]).exists():
-        time.sleep(0.01)
-    time.sleep(1)
-    return write(*args)
-job._write_small_files = slow
-llama_jax.load(sys.argv[1])
-"""
+def load_killed(source):
+    job._write_small_files = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    llama_jax.load(source)
 
 
-def start(code, *args):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+def load_slowly(source, converting, waiting):
+    write = job._write_small_files
+
+    def slow(*args):
+        converting.touch()
+        while not waiting.exists():
+            time.sleep(0.01)
+        time.sleep(1)
+        return write(*args)
+
+    job._write_small_files = slow
+    jax.config.update("jax_platforms", "cpu")
+    llama_jax.load(source)
 
 
 def test_a_killed_conversion_and_two_processes_at_once(source, cache, tmp_path, capfd, monkeypatch):
     """An incomplete conversion is not read; of two processes one converts, the other waits."""
-    killed = start(KILLED, source)
-    _, err = killed.communicate()
+    killed = Forked(load_killed, source)
+    err, _ = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, err
     assert all(p.name.endswith(".partial") for p in cache())
     converting, waiting = tmp_path / "converting", tmp_path / "waiting"
-    other = start(SLOW, source, converting, waiting)
+    other = Forked(load_slowly, source, converting, waiting)
     while not converting.exists():
         assert other.poll() is None
         time.sleep(0.01)
@@ -194,7 +185,7 @@ def test_a_killed_conversion_and_two_processes_at_once(source, cache, tmp_path, 
     monkeypatch.setattr(fcntl, "flock", lambda *args: waiting.touch() or flock(*args))
     text = text_of(source)
     assert "converting" not in capfd.readouterr().err
-    _, err = other.communicate()
+    err, _ = other.communicate()
     assert other.returncode == 0, err
     assert err.startswith("converting ")
     (converted,) = cache()

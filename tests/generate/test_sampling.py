@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.generate.sampler import Greedy, Sample, choose, settings_of, warp_logits
+from llama_jax.generate.sampler import Greedy, Sample, choose, settings_of
+from llama_jax.generate.warp import warp_logits
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0], np.float32)

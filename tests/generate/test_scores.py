@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from flax import nnx
 from model_tools import F32, hf_model, random_weights, small, tree_of
 
 from llama_jax.data import tiktoken_text
-from llama_jax.data.tokenizer import JsonTokenizer
+from llama_jax.data.tokenizer import JsonTokenizer, Tokenizer
 from llama_jax.generate import scores
 from llama_jax.generate.detokenize import Detokenizer, OutputSequence
 from llama_jax.generate.llm import LLM
@@ -264,6 +265,36 @@ def test_pieces_join_to_the_text(any_tokenizer, monkeypatch):
         decoded.clear()
         assert "".join(pieces(any_tokenizer, ids.tolist())) == decode(any_tokenizer, ids)
         assert sum(decoded) < 12 * len(ids)
+
+
+class Letters(Tokenizer):
+    """The ids 0 and 1 are a and b."""
+
+    vocab_size = 2
+
+    def _decode(self, ids):
+        return "".join("ab"[i] for i in ids)
+
+
+def test_text_that_may_begin_a_stop_string_is_held_back():
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        stops = ["".join(rng.choice(list("ab"), rng.integers(1, 9))) for _ in range(2)]
+        row, text = OutputSequence(Letters(), [], stops), ""
+        while not row.finish:
+            token = int(rng.integers(2))
+            row.append([token], [0.0], (), 60)
+            text += "ab"[token]
+            begun = [s[:k] for s in stops for k in range(1, len(s)) if text.endswith(s[:k])]
+            if not row.finish:
+                assert not any(s in text for s in stops)
+                assert row.stable_text() == text[: len(text) - max(map(len, begun), default=0)]
+    row = OutputSequence(Letters(), [], ["a" * 10**6, "ab" * 10**6 + "c"])
+    start = time.monotonic()
+    for n in range(300):
+        row.append([n % 2], [0.0], (), 10**6)
+        assert row.stable_text() == ""
+    assert time.monotonic() - start < 2
 
 
 def test_text_continues_in_the_middle_of_a_run_of_bytes(tmp_path):

@@ -8,7 +8,6 @@ runs only on GPUs.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_kernels import TOLERANCE, normal, reference, relative_l2, rope_for
@@ -63,20 +62,27 @@ def _arguments(case, dtype):
     return (q, k, v, d_out), q_pos, rope, keywords, want
 
 
-def _both_ways(implementation, q_pos, rope, keywords):
-    """A jitted function of q, k, v, d_out: the output and the gradients. The offset is traced."""
-    keywords = dict(keywords)
-    offset = jnp.int32(keywords.pop("q_offset"))
+@functools.cache
+def _program(implementation, causal, scale):
+    """Jitted: the output and the gradients. Tests of the same shapes share what is compiled."""
 
     @jax.jit
-    def run(q, k, v, d_out, q_offset):
+    def run(q, k, v, d_out, q_pos, rope, keywords):
         attend = lambda q, k, v: rotary_attention(
-            q, k, v, q_pos, rope, **keywords, q_offset=q_offset, implementation=implementation
-        )
+            q, k, v, q_pos, rope, **keywords, causal=causal, scale=scale,
+            implementation=implementation,
+        )  # fmt: skip
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(d_out)
 
-    return lambda *arrays: run(*arrays, offset)
+    return run
+
+
+def _both_ways(implementation, q_pos, rope, keywords):
+    """A function of q, k, v, d_out: the output and the gradients. All arguments are traced."""
+    keywords = dict(keywords)
+    run = _program(implementation, keywords.pop("causal"), keywords.pop("scale"))
+    return lambda *arrays: run(*arrays, q_pos, rope, keywords)
 
 
 def _check(case, dtype, implementation):
@@ -144,7 +150,7 @@ def test_a_fully_masked_query_gives_zeros(implementation):
 
 @implementations
 def test_all_masked_gives_zeros_and_no_nan(implementation):
-    arrays, q_pos, rope, keywords, _ = _arguments("document_a_row", "float32")
+    arrays, q_pos, rope, keywords, _ = _arguments("documents", "float32")
     keywords |= dict(segment_ids_BT=np.ones_like(q_pos), kv_segment_ids_BS=np.zeros_like(q_pos))
     for x in _both_ways(implementation, q_pos, rope, keywords)(*arrays):
         assert (np.asarray(x) == 0).all()
@@ -168,7 +174,7 @@ def test_padding_never_leaks(implementation):
 
 
 @implementations
-def test_large_scores_do_not_overflow(implementation):
+def test_large_scores_do_not_overflow(implementation, users_compilation):
     (q, k, v, d_out), q_pos, rope, keywords, _ = _arguments("blocks", "float32")
     run = _both_ways(implementation, q_pos, rope, keywords)
     out, *grads = map(np.asarray, run(q * 1e4, k * 1e4, v, d_out))

@@ -221,8 +221,8 @@ def test_splits_fill_whole_waves(programs, cache_len, multiprocessors, splits):
 @dtypes
 def test_random_shapes(dtype, implementation):
     rng = np.random.default_rng(7)
-    # An interpreted kernel is compiled again for each shape, which takes seconds.
-    for _ in range(4 if implementation == "xla" else 2 if dtype == "float32" else 1):
+    # An implementation is compiled again for each shape, which takes seconds.
+    for _ in range(1 if dtype == "bfloat16" else 4 if implementation == "xla" else 2):
         B, K, G, T = rng.integers(1, 4), rng.integers(1, 4), rng.integers(1, 9), rng.integers(1, 17)
         S, H = 16 * rng.integers(1, 20), rng.choice([64, 128])
         T = min(T, S)
@@ -250,11 +250,12 @@ def test_without_jit():
 
 
 @cases
-@pytest.mark.parametrize("poison", [np.nan, -np.inf, 3e38])
-def test_invalid_positions_have_no_effect(case, poison, implementation):
-    clean, poisoned = (_arguments(case, "float32", dead) for dead in (0.0, poison))
-    rope, run = rope_for(clean[0].shape[3]), _decode(implementation)
-    assert (np.asarray(run(*clean, rope)[0]) == np.asarray(run(*poisoned, rope)[0])).all()
+def test_invalid_positions_have_no_effect(case, implementation):
+    rope, run = rope_for(CASES[case][0][5]), _decode(implementation)
+    of = lambda dead: np.asarray(run(*_arguments(case, "float32", dead), rope)[0])
+    clean = of(0.0)
+    for poison in (np.nan, -np.inf, 3e38):
+        assert (of(poison) == clean).all(), poison
 
 
 @pytest.mark.parametrize(
@@ -438,8 +439,7 @@ def test_prompts_by_the_training_kernels(implementation, dtype, length, monkeypa
     )
     results = {}
     for name in (implementation, "xla"):
-        call = functools.partial(rotary_decode_attention, implementation=name)
-        results[name] = jax.jit(call)(*args, rope_for(H, scale=1.2))
+        results[name] = _decode(name)(*args, rope_for(H, scale=1.2))
     for x, want in zip(results[implementation], results["xla"], strict=True):
         tolerance = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
         np.testing.assert_allclose(np.float32(x), np.float32(want), **tolerance)

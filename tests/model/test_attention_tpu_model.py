@@ -86,10 +86,12 @@ def test_fused_layer_moves_little(v5p):
     text = program.as_text()
     assert "rotary_attention_forward" in text
     assert "rotary_attention_backward" in text
-    assert bytes_around(text) < 3.3e9
+    # The sum of the gradients of q, k and v is separate from their products: 0.13e9 bytes and 50
+    # MiB more, and fewer cycles.
+    assert bytes_around(text) < 3.5e9
     memory = program.memory_analysis()
     # Before its version 0.0.50, libtpu stores temporary arrays also where the results will be; then
     # their bytes are not counted.
     libtpu = tuple(map(int, importlib.metadata.version("libtpu").split(".")[:3]))
     results = memory.output_size_in_bytes if libtpu >= (0, 0, 50) else 0
-    assert memory.temp_size_in_bytes < (400 << 20) + results
+    assert memory.temp_size_in_bytes < (460 << 20) + results

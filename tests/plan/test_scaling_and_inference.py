@@ -1,6 +1,7 @@
 """The arithmetic of plans: energy and carbon, scaling laws, memory and speed of inference."""
 
 import math
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -111,6 +112,39 @@ def test_an_int8_cache_takes_half_and_its_scales(capsys):
     with pytest.raises(SystemExit):
         plan.main(["tiny", "--on", "h100:1", "--cache", "int8"])
     assert "--cache requires --inference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "context", "slots", "pages"),
+    [
+        ("llama-7b", "bfloat16", 4096, 29, {256: 186, 128: 207, 16: 229}),
+        ("llama-13b", "bfloat16", 4096, 15, {256: 95, 128: 106, 16: 118}),
+        ("llama-13b", "int8", 4096, 18, {256: 119, 128: 133, 16: 147}),
+        ("llama3.1-8b", "bfloat16", 8192, 56, {256: 716, 128: 794, 16: 879}),
+    ],
+)
+def test_requests_at_once(name, dtype, context, slots, pages):
+    """92 % of a card of 85.5 GB, 2 GB of it for intermediate results; computed independently."""
+    cfg = MODELS[name]
+    room = 0.92 * 85.5e9 - 2e9 - inference.weight_bytes(cfg, dtype)
+    positions = room / inference.cache_bytes(cfg, 1)
+    assert inference.requests_at_once(positions, context, None) == slots
+    for page, count in pages.items():
+        got = inference.requests_at_once(positions, context, page)
+        assert got == pytest.approx(count, rel=0.045)
+        assert name != "llama-7b" or got >= 180
+
+
+def test_the_report_says_how_many_requests_fit(capsys):
+    assert plan.main(["llama-7b", "--inference", "--on", "h100:1", "--context", "2048"]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("server"))
+    counts = [int(x) for x in re.findall(r"(\d+) in (?:pages|slots)", line)]
+    assert counts[0] >= 180
+    assert counts[0] < counts[1]
+    assert 55 < counts[2] < 65
+    assert len(line) <= 120
+    small = inference.plan(MODELS["llama-65b"], parse_machine("h100:1"), "bfloat16", 2048, 1)
+    assert set(small["requests_at_once"].values()) == {0}
 
 
 def test_65b_inference_on_common_gpus(capsys):

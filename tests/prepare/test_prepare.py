@@ -849,7 +849,7 @@ def test_command(tmp_path, model, capsys):
         ([*good, "--workers", "1000000"], "--workers 1000000: Input should be less than"),
         ([*good, "--source", "a=x.txt"], "--source a is given twice"),
         ([*good, "--source", f"b={source}"], "--source: .* is the text of data.sources.a too"),
-        (["--source", "a=gs://b/x", "--tokenizer", model], "--source gs://b/x: URLs are not"),
+        (["--source", "a=ftp://b/x", "--tokenizer", model], "--source ftp://b/x: ftp:// is not"),
         ([*good, "--source", f"b={source.parent}/./a.jsonl"], "of data.sources.a too"),
         (["--source", f"a={fifo}", "--tokenizer", model], "a.jsonl.fifo' is not a regular file"),
         (["--source", f"a={source}", "--tokenizer", str(fifo)], "fifo is not a regular file"),
@@ -859,8 +859,8 @@ def test_command(tmp_path, model, capsys):
         assert e.value.code != 0
         assert "\n" not in str(e.value)
     assert not list(tmp_path.glob("out2/a*"))
-    for out in ("gs://b/x", " "):
-        with pytest.raises(SystemExit, match="give a folder on this machine"):
+    for out, message in (("ftp://b/x", "ftp:// is not supported; give a path"), (" ", "is empty")):
+        with pytest.raises(SystemExit, match=message):
             main([out, *good])
 
 

@@ -12,11 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from train_tools import words, write_recipe
 
 import llama_jax
-from llama_jax import chips
 from llama_jax.checkpoint.arrays import open_array
 from llama_jax.checkpoint.file_hashes import (
     files_below,
@@ -27,11 +25,12 @@ from llama_jax.checkpoint.file_hashes import (
 )
 from llama_jax.config import load_recipe
 from llama_jax.data.batch import Batch
+from llama_jax.data.mixture import TrainData
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.lora import num_adapter_params
 from llama_jax.model.sharding import mesh_for
-from llama_jax.train import loop, metrics, step
+from llama_jax.train import loop, step
 from llama_jax.train.__main__ import main
 from llama_jax.train.frozen import abstract_frozen, load_frozen
 
@@ -42,23 +41,12 @@ F32 = ComputeConfig(jnp.dtype("float32"))
 def place(tmp_path_factory):
     """A folder with a recipe, its text, and a finished run of two steps, the base."""
     folder = tmp_path_factory.mktemp("finetune")
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: jax.config.values[name] for name in names}
-    for name, value in zip(names, (str(folder / "cache"), 0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
     write_recipe(
         folder, data={"packing": "segments"}, mesh={"data": -1, "fsdp": 1},
         train={"steps": 2, "eval_batches": 1}, checkpoint={"dir": str(folder / "base")},
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:  # a plot and a measurement, of a second each
-        patch.setattr(metrics, "plot_losses", lambda *_: None)
-        patch.setattr(chips, "peak_flops", lambda device: (1e12, "of this test"))
-        assert main([str(folder / "recipe.toml")]) == 0
-        yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    assert main([str(folder / "recipe.toml")]) == 0
+    return folder
 
 
 @pytest.fixture
@@ -96,20 +84,21 @@ def other_weights(base, other):
 
 def stop_at(monkeypatch, batch):
     """Send SIGTERM when the batch of that number is drawn."""
-    draw = loop.TrainData.__next__
+    draw = TrainData.__next__
 
     def drawn(self):
         if self.state()["batches"] + 1 == batch:
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(self)
 
-    monkeypatch.setattr(loop.TrainData, "__next__", drawn)
+    monkeypatch.setattr(TrainData, "__next__", drawn)
 
 
 LORA = ("lora.rank=4", "lora.dropout=0.1", "train.steps=5", "lora.base=int8",
         "train.gradient_accumulation=2", "mesh.data=1", "mesh.fsdp=-1")  # fmt: skip
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_a_lora_run_saves_adapters_alone_and_continues_exactly(run, place, monkeypatch):
     """With dropout, a quantized base, two microbatches and weights sharded over eight devices."""
     code, out, err = run("lora", *LORA)
@@ -137,7 +126,7 @@ def test_a_lora_run_saves_adapters_alone_and_continues_exactly(run, place, monke
 
     stop_at(monkeypatch, 3)
     code, out, _ = run("stopped", *LORA)
-    assert code == 0
+    assert code == 143
     monkeypatch.undo()
     assert not (place / "stopped/steps/5").exists()
     shutil.copytree(place / "base", place / "moved")
@@ -456,7 +445,7 @@ def test_the_first_loss_is_that_of_the_answer_by_hand(run, place):
         answer = tokenizer.encode_array(answer, eos=True, start=False).tolist()
         losses.append(nll_by_hand(place / "base", prompt + answer)[len(prompt) - 1 :].mean())
     lines = map(json.loads, (place / "by_hand/metrics.jsonl").read_text().splitlines())
-    logged = {r["kind"]: r["loss"] for r in lines}
+    logged = {r["kind"]: r["loss"] for r in lines if "loss" in r}
     np.testing.assert_allclose(sorted(logged.values()), sorted(losses), rtol=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-3
 

@@ -18,7 +18,7 @@ from llama_jax import chips
 from llama_jax.checkpoint.arrays import open_array
 from llama_jax.data import mixture as data
 from llama_jax.data.batch import ShardBatch
-from llama_jax.train import metrics
+from llama_jax.train import clock
 from llama_jax.train.__main__ import main
 
 # float32 against float64 over 20 steps. Measured: 2e-7 for the loss, 5e-6 for the gradient norm.
@@ -53,8 +53,8 @@ def run(tmp_path_factory):
         for name in golden.settings()["data"]["sources"]
     ]
     with pytest.MonkeyPatch.context() as patch:
-        clock = types.SimpleNamespace(perf_counter=lambda: now[0])
-        patch.setattr(metrics, "time", clock)
+        times = types.SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
+        patch.setattr(clock, "time", times)
         patch.setattr(chips, "peak_flops", lambda device: (PEAK, "the test"))
         patch.setattr(data.TrainData, "__next__", taking(WAIT, data.TrainData.__next__))
         patch.setattr(ShardBatch, "__call__", taking(TRANSFER, ShardBatch.__call__))
@@ -65,7 +65,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def records(run):
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    found: dict[str, list] = {"train": [], "eval": []}
+    found: dict[str, list] = {"train": [], "eval": [], "goodput": []}
     for record in lines:
         found[record["kind"]].append(record)
     return found

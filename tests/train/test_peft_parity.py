@@ -20,8 +20,9 @@ from llama_jax.data.batch import Batch
 from llama_jax.model.compute import ComputeConfig
 from llama_jax.model.lora import with_adapters
 from llama_jax.model.params import abstract_params, merge, structure
+from llama_jax.train.loss import nll_sum
 from llama_jax.train.optim import make_optimizer, make_schedule
-from llama_jax.train.step import TrainState, make_train_step, nll_sum
+from llama_jax.train.step import TrainState, make_train_step
 
 CFG = small(vocab_size=64, dim=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=96)
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")

@@ -10,25 +10,19 @@ import jax.numpy as jnp
 import make_golden_run as golden
 import numpy as np
 import pytest
+from train_tools import make_zeros
 
-from llama_jax import chips
 from llama_jax.checkpoint.steps import best_step, loaded_step, whole_steps
 from llama_jax.config import ConfigError, load_recipe
 from llama_jax.convert.job import open_folder
+from llama_jax.data.mixture import TrainData
 from llama_jax.generate import load as loading
-from llama_jax.train import evaluation, initial_state, loop, metrics
+from llama_jax.train import evaluation, initial_state, loop
 from llama_jax.train.__main__ import main
-from llama_jax.train.step import init_state
 from llama_jax.verify.__main__ import main as verify
 
 VAL_LOSS = {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: 2.0, 12: 6.0}
 """validation loss after a step"""
-
-
-def make_zeros(recipe, compute):
-    """An initial state of zeros, which compiles fast."""
-    state = jax.eval_shape(lambda: init_state(recipe, compute))
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
 
 
 @pytest.fixture
@@ -54,8 +48,6 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "make_train_step", make)
     monkeypatch.setattr(loop, "make_eval_step", make_eval)
     monkeypatch.setattr(initial_state, "init_state", make_zeros)
-    monkeypatch.setattr(metrics, "plot_losses", lambda *_: None)
-    monkeypatch.setattr(chips, "peak_flops", lambda device: (1e12, "of this test"))
 
     def call(name: str, *overrides: str) -> int:
         paths = [f"data.sources.{n}.path={golden.FOLDER / n}" for n in ("letters", "numbers")]
@@ -91,17 +83,17 @@ def test_early_stopping_and_the_best_checkpoint(run, tmp_path, capsys, monkeypat
     assert run("a", *BEST) == 0
     assert "is finished: stopped early after step 8" in capsys.readouterr().out
 
-    draw = loop.TrainData.__next__
+    draw = TrainData.__next__
 
     def drawn(self):
         if self.state()["batches"] + 1 == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(self)
 
-    monkeypatch.setattr(loop.TrainData, "__next__", drawn)
-    assert run("b", *BEST) == 0
+    monkeypatch.setattr(TrainData, "__next__", drawn)
+    assert run("b", *BEST) == 143
     assert "stopped by SIGTERM after step 6" in capsys.readouterr().out
-    monkeypatch.setattr(loop.TrainData, "__next__", draw)
+    monkeypatch.setattr(TrainData, "__next__", draw)
     assert run("b", *BEST) == 0
     kind = lambda name: [
         (r["step"], r["loss"])

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from train_tools import make_zeros
 
 from llama_jax import io
 from llama_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
@@ -34,11 +35,12 @@ from llama_jax.data.sequences import Source, TokenStream
 from llama_jax.model.llama import ComputeConfig
 from llama_jax.model.sharding import AXES
 from llama_jax.prepare.mixture import prepare_mixture
-from llama_jax.train import loop, metrics
+from llama_jax.train import initial_state, loop, metrics
 from llama_jax.train.__main__ import main
-from llama_jax.train.distributed import any_device, any_process
+from llama_jax.train.distributed import SAVE, STOP, combine, exchange
+from llama_jax.train.loss import nll_sum
 from llama_jax.train.optim import make_optimizer
-from llama_jax.train.step import compute_config, nll_sum
+from llama_jax.train.step import compute_config
 from llama_jax.versions import source_version
 from pallas_kernels import rms_norm
 
@@ -144,15 +146,15 @@ def test_what_remat_recomputes():
 
 
 def test_a_request_to_stop_by_any_process_stops_all():
-    """With one process, the flag itself; with several, a flag per device (here eight devices)."""
+    """With one process, the request itself; with several, one per device (here eight)."""
     mesh = jax.make_mesh((8, 1, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 4)
-    assert any_process(True, mesh) is True
-    assert any_process(False, mesh) is False
+    assert [exchange(request, 1.0, mesh)[0] for request in (0, SAVE, STOP)] == [0, 1, 2]
     with jax.set_mesh(mesh):
-        for asks in ([], [2], [0, 7]):
-            flags = np.isin(np.arange(8), asks)
-            placed = jax.device_put(flags, NamedSharding(mesh, P(AXES)))
-            assert bool(any_device(placed)) == bool(asks)
+        for asks in ({}, {2: SAVE}, {0: SAVE, 7: STOP}, {3: STOP}):
+            rows = np.array([[asks.get(i, 0), i / 8] for i in range(8)], np.float32)
+            highest, seconds = combine(jax.device_put(rows, NamedSharding(mesh, P(AXES))))
+            assert int(highest) == max(asks.values(), default=0)
+            assert np.asarray(seconds).tolist() == [i / 8 for i in range(8)]
 
 
 def test_dtypes_follow_the_platform():
@@ -190,6 +192,7 @@ def a_run(monkeypatch, folder: Path, metrics_of, *overrides: str) -> int:
 
         return step
 
+    monkeypatch.setattr(initial_state, "init_state", make_zeros)
     monkeypatch.setattr(loop, "make_train_step", make)
     monkeypatch.setattr(loop, "make_eval_step", lambda *_: lambda params, batch: jnp.float32(1))
     paths = [f"data.sources.{n}.path={golden.FOLDER / n}" for n in ("letters", "numbers")]
@@ -209,17 +212,17 @@ def test_the_logged_loss_is_the_mean_since_the_last_line(monkeypatch, tmp_path):
     """Also in a run that is stopped between two log lines: it logs what an unstopped run logs."""
     loss = lambda step: {"loss": step.astype(jnp.float32)}
     assert a_run(monkeypatch, tmp_path / "a", loss, "train.log_every=8") == 0
-    draw = loop.TrainData.__next__
+    draw = TrainData.__next__
 
     def draw_and_stop(self):
         if self.state()["batches"] + 1 == 11:
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(self)
 
-    monkeypatch.setattr(loop.TrainData, "__next__", draw_and_stop)
-    assert a_run(monkeypatch, tmp_path / "b", loss, "train.log_every=8") == 0
+    monkeypatch.setattr(TrainData, "__next__", draw_and_stop)
+    assert a_run(monkeypatch, tmp_path / "b", loss, "train.log_every=8") == 143
     assert (tmp_path / "b/steps/11").is_dir()
-    monkeypatch.setattr(loop.TrainData, "__next__", draw)
+    monkeypatch.setattr(TrainData, "__next__", draw)
     assert a_run(monkeypatch, tmp_path / "b", loss, "train.log_every=8") == 0
     for run in ("a", "b"):
         records = metrics.read_records(tmp_path / run / "metrics.jsonl")

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server whose answers do not depend on other requests."""

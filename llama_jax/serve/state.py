@@ -1,0 +1,65 @@
+"""What the endpoints of a server share."""
+
+import dataclasses
+import time
+
+from llama_jax.serve.answers import Answers, Mailbox
+from llama_jax.serve.errors import APIError
+from llama_jax.serve.metrics import Metrics
+from llama_jax.serve.models import ServedModel
+from llama_jax.serve.request import Engine
+from llama_jax.serve.workers import Workers
+
+STALLED = 60.0
+"""Seconds without a step, while work waits, after which the server is not healthy."""
+
+
+@dataclasses.dataclass
+class State:
+    """The engine, the models, and the threads for slow work."""
+
+    engine: Engine
+    models: dict[str, ServedModel]
+    """by name; the first is the base"""
+    mailbox: Mailbox
+    metrics: Metrics
+    fingerprint: str = "fp_0"
+    """identifies the model and the configuration: equal ones give equal answers"""
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    is_draining: bool = False
+    workers: Workers = dataclasses.field(default_factory=lambda: Workers(2, 128))
+    """tokenize, read large bodies, compile grammars"""
+    renderers: Workers = dataclasses.field(default_factory=lambda: Workers(1, 64))
+    """render chat templates, which one process does"""
+
+    def model(self, name: str) -> ServedModel:
+        """The model of a request; "" is the base.
+
+        Raises:
+          APIError: there is none with this name.
+        """
+        if not name:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            raise APIError(
+                f"there is no model {name!r:.100}; there are: {', '.join(self.models)}",
+                status=404, param="model", code="model_not_found",
+            )  # fmt: skip
+        return self.models[name]
+
+    def answers(self) -> Answers:
+        """For the answers to one request."""
+        return Answers(self.engine, self.mailbox)
+
+    def problem(self) -> str | None:
+        """Why the server is not healthy."""
+        status = self.engine.status()
+        if self.is_draining:
+            return "the server is shutting down"
+        if not status.alive:
+            return "the engine's thread has ended"
+        if not status.ready:
+            return "the programs are being compiled"
+        if status.seconds_since_step > STALLED:
+            return f"the last step was {status.seconds_since_step:.0f} s ago, and requests wait"
+        return None

@@ -1,0 +1,153 @@
+"""Jobs of several processes: killed, hanging, slow, missing and different ones."""
+
+import re
+
+import numpy as np
+import pytest
+from job_tools import Job, Parent
+from train_tools import write_recipe
+
+from llama_jax.config import load_recipe
+from llama_jax.prepare.mixture import prepare_mixture
+from llama_jax.train.metrics import read_records
+
+STEPS = 8
+MESH = "mesh.data=2", "mesh.fsdp=2"
+EXIT_TEMPFAIL = 75
+# Sets what a process does when it draws its batch number 6.
+AT_BATCH_6 = """
+from llama_jax.data.mixture import TrainData
+draw = TrainData.__next__
+def drawn_here(self):
+    if index == {} and self.state()["batches"] == 5:
+        {}
+    return draw(self)
+TrainData.__next__ = drawn_here
+"""
+KILLED = AT_BATCH_6.format(2, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+STUCK = """
+from llama_jax.train import watchdog
+watchdog.MIN_SECONDS = 2.0
+""" + AT_BATCH_6.format(1, "import threading; threading.Event().wait()")
+SLOW = """
+import time
+from llama_jax.data.mixture import TrainData
+draw = TrainData.__next__
+def drawn(self):
+    if index == 3:
+        time.sleep(0.5)
+    return draw(self)
+TrainData.__next__ = drawn
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("jobs")
+    train = {"steps": STEPS, "eval_batches": 1, "hang_factor": 3.0}
+    write_recipe(folder, train=train, checkpoint={"save_every": 4})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parent(place):
+    parent = Parent(place)
+    yield parent
+    parent.close()
+
+
+def command(place, run, *overrides):
+    return [str(place / "recipe.toml"), f"checkpoint.dir={place / run}", *overrides]
+
+
+def errors(results, code):
+    """The error lines of the processes that ended with an exit status, without stack traces."""
+    for status, text in results:
+        if status == code:
+            assert "Traceback" not in text
+            assert "@  " not in text, text
+            (line,) = [x for x in text.splitlines() if x.startswith("error: ")]
+            yield line
+
+
+def losses(folder):
+    return {r["step"]: r["loss"] for r in read_records(folder / "metrics.jsonl") if "loss" in r}
+
+
+def test_a_killed_process_of_two_slices_and_a_restart(place, parent):
+    """The others name it and end; the same command ends as a run of one process. In the second
+    start a process is slow."""
+    ((code, text),) = Job(parent, [command(place, "one")]).finish()
+    assert code == 0, text
+    arguments = [command(place, "four", *MESH)] * 4
+    results = Job(parent, arguments, slices=2, code=KILLED).finish()
+    assert [code for code, _ in results] == [EXIT_TEMPFAIL, EXIT_TEMPFAIL, -9, EXIT_TEMPFAIL]
+    for line in errors(results, EXIT_TEMPFAIL):
+        assert re.match(r"error: process 2 on \S+ ended without an error message \(killed, ", line)
+        assert line.endswith("start the same command again: it continues from the last checkpoint")
+    results = Job(parent, arguments, slices=2, code=SLOW).finish()
+    assert [code for code, _ in results] == [0] * 4, results[0][1]
+    assert f"continuing {place / 'four'} from step 4" in results[0][1]
+    one, four = losses(place / "one"), losses(place / "four")
+    assert list(four) == list(one) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(four.values()), list(one.values()), rtol=1e-5)
+    found = re.findall(r"step \d+: process (\d) on \S+ is the slowest: (\S+) s per", results[0][1])
+    assert len(found) > 2
+    assert {process for process, _ in found} == {"3"}
+    records = read_records(place / "four/metrics.jsonl")
+    last = [r["slowest"] for r in records if r["kind"] == "train"][-1]
+    assert last["process"] == 3
+    assert last["seconds"] > 0.4 > 2 * last["median"]
+
+
+def test_one_process_that_hangs_ends_all_with_their_stacks(place, parent):
+    results = Job(parent, [command(place, "stuck")] * 2, code=STUCK).finish()
+    lines = list(errors(results, EXIT_TEMPFAIL))
+    assert len(lines) == 2, results
+    assert len(set(lines)) == 1
+    assert "has not finished after" in lines[0]
+    stacks = [(place / f"stuck/hang-process-{i}.txt").read_text() for i in range(2)]
+    assert ["drawn_here" in text for text in stacks] == [False, True]
+    assert all("in _loop" in text for text in stacks)
+
+
+def test_a_process_with_another_recipe_or_other_data(place, parent):
+    both = [command(place, "other"), command(place, "other", "train.seed=7", "data.workers=1")]
+    lines = list(errors(Job(parent, both).finish(), 2))
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("error: process 1 on ")
+        assert line.endswith(
+            ": not the recipe and software of process 0: train.seed=7 (process 0: 0); start the "
+            "same command with the same software on every host"
+        )
+    (place / "others").mkdir()
+    (place / "others/text.txt").write_text("another text\n" * 2000)
+    changed = f"data.sources.words.path={place}/others", f"data.prepared={place}/changed"
+    recipe = load_recipe(place / "recipe.toml", changed)
+    prepare_mixture(recipe.data, recipe.model.vocab_size, place / "changed")
+    both[1] = command(place, "other", f"data.prepared={place}/changed")
+    lines = list(errors(Job(parent, both).finish(), 2))
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("error: process 1 on ")
+        assert f"the shards of source words and the tokenizer in {place}/changed" in line
+
+
+def test_a_process_that_never_starts(place, parent):
+    code = "from llama_jax.train import distributed; distributed.JOIN_SECONDS = 3"
+    results = Job(parent, [command(place, "three")] * 4, started=3, code=code).finish()
+    lines = list(errors(results, EXIT_TEMPFAIL))
+    assert len(lines) == 3, results
+    for i, line in enumerate(lines):
+        assert f"error: process {i} of 4, coordinator 127.0.0.1:" in line
+        assert "start all of them together" in line
+
+
+def test_tensor_parallelism_across_slices(place, parent):
+    mesh = 'mesh.preset="fsdp_tensor"', "mesh.fsdp=1", "mesh.tensor=4"
+    results = Job(parent, [command(place, "across", *mesh)] * 4, slices=2).finish()
+    lines = list(errors(results, 2))
+    assert len(lines) == 4, results
+    for line in lines:
+        assert "mesh.tensor=4 x mesh.context=1 would cross slices: there are 2 slices of 2" in line
