@@ -128,17 +128,21 @@ def _tool() -> str:
     """The first tool that works here: a container may forbid namespaces."""
     reasons = []
     for tool in _COMMANDS:
-        if not shutil.which(tool):
-            reasons.append(f"{tool} is not installed")
-            continue
-        outcome = _run(tool, "pass", "pass", seconds=10, memory_bytes=1 << 30)
-        if outcome.passed:
+        if not (reason := _unusable(tool)):
             return tool
-        reasons.append(f"{tool}: {outcome.detail}")
+        reasons.append(f"{tool} {reason}")
     raise ValueError(
         "generated code runs only in a sandbox, and none works here: install bubblewrap (apt "
         f"install bubblewrap) and allow user namespaces; {'; '.join(reasons)}"
     )
+
+
+def _unusable(tool: str) -> str:
+    """Why a tool does not work here; "" if it does."""
+    if not shutil.which(tool):
+        return "is not installed"
+    outcome = _run(tool, "pass", "pass", seconds=10, memory_bytes=1 << 30)
+    return "" if outcome.passed else f"fails: {outcome.detail}"
 
 
 def _bubblewrap(folder: str) -> list[str]:

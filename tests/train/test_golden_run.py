@@ -21,10 +21,12 @@ from llama_jax.data.batch import ShardBatch
 from llama_jax.train import clock
 from llama_jax.train.__main__ import main
 
-# float32 against float64 over 20 steps. Measured: 2e-7 for the loss, 5e-6 for the gradient norm.
-# By then the weights differ: Adam divides by the size of the gradient, so that a rounding error
-# in a small one moves its weight by as much as one in a large one.
-LOSS, NORM = 2e-6, 2e-5
+# Bounds for steps 1 to 10 and 11 to 20, float32 against float64. The weights differ more and more:
+# Adam divides by the size of the gradient, so that a rounding error in a small one moves its weight
+# by as much as one in a large one. How errors round depends on the CPU's instructions.
+# Measured with SSE4.2, AVX and AVX-512 (--xla_cpu_max_isa): at most 1e-7 and 1.0e-6 for the loss,
+# 1.2e-6 and 3.3e-5 for the gradient norm.
+LOSS, NORM = (2e-6, 2e-6), (1e-5, 1e-4)
 PEAK = 1e9  # FLOP/s of a device, instead of what this CPU does
 WAIT, TRANSFER = 1.0, 3.0  # seconds that a batch and its transfer take on the clock of the test
 
@@ -72,11 +74,13 @@ def records(run):
 
 
 @pytest.mark.parametrize(
-    ("key", "tolerance"), [("loss", LOSS), ("grad_norm", NORM), ("learning_rate", 1e-6)]
+    ("key", "bounds"), [("loss", LOSS), ("grad_norm", NORM), ("learning_rate", (1e-6, 1e-6))]
 )
-def test_every_step_is_the_references(records, values, key, tolerance):
+def test_every_step_is_the_references(records, values, key, bounds):
     assert [r["step"] for r in records["train"]] == list(range(1, 21))
-    np.testing.assert_allclose([r[key] for r in records["train"]], values[key], rtol=tolerance)
+    found = np.array([r[key] for r in records["train"]])
+    for steps, bound in zip((slice(10), slice(10, 20)), bounds, strict=True):
+        np.testing.assert_allclose(found[steps], values[key][steps], rtol=bound)
 
 
 def test_validation_is_the_references(records, values):
@@ -87,7 +91,7 @@ def test_validation_is_the_references(records, values):
             continue
         *source, key = name.removeprefix("eval/").split("/")
         of = [r["sources"][source[0]] if source else r for r in records["eval"]]
-        np.testing.assert_allclose([r[key] for r in of], want, rtol=LOSS, err_msg=name)
+        np.testing.assert_allclose([r[key] for r in of], want, rtol=LOSS[1], err_msg=name)
 
 
 def test_the_weights_are_the_references(run, values):
