@@ -207,15 +207,20 @@ def choose(
     V = logits_BV.shape[1]
     if jnp.ndim(s.temperature) == 0 or dispatch.platform() != "cpu":
         return _choose(lambda: _noise(keys_B, V), *args)
-    # One row after the other, so that only the rows that need it take the time of sampling.
-    noise_BV = jax.lax.map(
-        lambda row: jax.lax.cond(
-            row[1] > 0, lambda: _noise(row[0][None], V)[0], lambda: jnp.zeros(V)
-        ),
-        (keys_B, s.temperature),
+    # One row after the other, so that only the rows that need it take the time of sampling. The
+    # loop reads the rows itself: XLA's CPU compiler copies arrays that are reshaped for a loop.
+    row_of = lambda tree, b: jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(jnp.asarray(x), b, 1), tree
     )
-    rows = jax.tree.map(lambda x: jnp.asarray(x)[:, None], (args, noise_BV))
-    return jax.lax.map(lambda row: _choose(lambda: row[1], *row[0])[0], rows)
+    rows_B = jnp.arange(len(logits_BV))
+
+    def noise_of(b):
+        key_1, temperature_1 = row_of((keys_B, s.temperature), b)
+        draws = temperature_1[0] > 0
+        return jax.lax.cond(draws, lambda: _noise(key_1, V)[0], lambda: jnp.zeros(V))
+
+    noise_BV = jax.lax.map(noise_of, rows_B)
+    return jax.lax.map(lambda b: _choose(lambda: row_of(noise_BV, b), *row_of(args, b))[0], rows_B)
 
 
 def _noise(keys_B: jax.Array, V: int) -> jax.Array:
@@ -231,15 +236,25 @@ def _choose(noise, logits_BV, in_context_BV, s, adjustments, counts_BV, mask_BW)
         logits_BV = repetition_penalty(logits_BV, in_context_BV, s.repetition_penalty)
     else:
         logits_BV = _adjusted(logits_BV, in_context_BV, s, adjustments, counts_BV, mask_BW)
-    most_likely = lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    most_likely = lambda: _argmax(logits_BV)
 
     def draw():
-        drawn_B = jnp.argmax(warp_logits(logits_BV, s) + noise(), axis=-1).astype(jnp.int32)
+        drawn_B = _argmax(warp_logits(logits_BV, s) + noise())
         if len(drawn_B) == 1 or jnp.ndim(s.temperature) == 0:
             return drawn_B
         return jnp.where(s.temperature > 0, drawn_B, most_likely())
 
     return jax.lax.cond(jnp.any(s.temperature > 0), draw, most_likely)
+
+
+def _argmax(x_BV: jax.Array) -> jax.Array:
+    """The index of the first largest number or NaN of each row, int32 [B]."""
+    if dispatch.platform() != "cpu":
+        return jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
+    # XLA's CPU compiler computes an argmax one number at a time, and these two passes with vectors.
+    is_first_BV = (x_BV == jnp.max(x_BV, axis=-1, keepdims=True)) | jnp.isnan(x_BV)
+    V = x_BV.shape[-1]
+    return jnp.min(jnp.where(is_first_BV, jnp.arange(V, dtype=jnp.int32), V), axis=-1)
 
 
 def _adjusted(logits_BV, in_context_BV, s, adjustments, counts_BV, mask_BW):

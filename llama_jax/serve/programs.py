@@ -271,7 +271,8 @@ def _drawn(
     sizes: Sizes, logits_BV: jax.Array, token_B: jax.Array, wanted_B: jax.Array
 ) -> jax.Array:
     """Drawn tokens and their log-probabilities as far as wanted, [B, X]."""
-    finite_B = jnp.isfinite(jnp.max(logits_BV, axis=-1))
+    # On a CPU, the maximum of many rows leaves NaN out.
+    finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
     args = logits_BV, jnp.where(finite_B, token_B, -1), wanted_B
     if dispatch.platform() != "cpu":
         return _with_logprobs(sizes, *args)

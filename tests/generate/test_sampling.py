@@ -10,6 +10,7 @@ import pytest
 
 from llama_jax.generate.sampler import Greedy, Sample, choose, settings_of
 from llama_jax.generate.warp import warp_logits
+from pallas_kernels import dispatch
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0], np.float32)
@@ -71,6 +72,22 @@ def test_distribution(case):
 def test_samplers_that_equal_greedy():
     for sampling in (Greedy(), Sample(temperature=0.0), Sample(top_k=1), Sample(top_p=1e-6)):
         assert draws(sampling)[0] == DRAWS
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_greedy_is_numpys_argmax(platform, monkeypatch):
+    """The first of equal logits; also with 0 and -0, and in rows of -inf and of NaN."""
+    monkeypatch.setattr(dispatch, "platform", lambda: platform)
+    logits_BV = np.random.default_rng(0).integers(-9, 9, (64, 300)).astype(np.float32)
+    logits_BV[1] = -np.inf
+    logits_BV[2] = np.minimum(logits_BV[2], -0.0)
+    logits_BV[3, ::2] = 0.0
+    logits_BV[4] = np.nan
+    greedy, keys_B = settings_of(Greedy()), jax.random.split(jax.random.key(0), 64)
+    seen_BV = np.zeros(logits_BV.shape, bool)
+    for settings in (greedy, jax.tree.map(lambda x: np.full(64, x), greedy)):
+        chosen_B = jax.jit(choose)(logits_BV, seen_BV, keys_B, settings)
+        np.testing.assert_array_equal(chosen_B, np.argmax(logits_BV, axis=1))
 
 
 def test_tiny_temperature_overflows_nothing():

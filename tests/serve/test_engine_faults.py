@@ -19,7 +19,7 @@ from llama_jax import Sample
 from llama_jax.serve import sizes
 from llama_jax.serve.engine import Engine
 from llama_jax.serve.pages import Pages
-from llama_jax.serve.programs import BoundPrograms
+from llama_jax.serve.programs import BoundPrograms, _drawn
 from llama_jax.serve.request import GenerationRequest, Metrics, QueueFull, Sampling, Stopping
 from llama_jax.serve.running import Running
 from llama_jax.serve.sizes import Sizes
@@ -228,6 +228,18 @@ def test_numbers_that_are_not_finite(llm, monkeypatch):
     assert ask(engine, **good).content == want  # pages and slots are used again
     check_nothing_is_held(engine)
     engine.drain(1)
+
+
+def test_one_logit_that_is_not_finite():
+    """The others have a largest one, but nothing follows from it. The token is -1."""
+    constants = Sizes(slots=64, page=32, row_pages=1, pages=1, vocab_size=300)
+    logits_BV = np.zeros((64, 300), np.float32)
+    logits_BV[[1, 2, 3], [0, 150, 299]] = np.nan, np.inf, -np.inf
+    token_B = np.full(64, 7, np.int32)
+    drawn = jax.jit(_drawn, static_argnums=0)(constants, logits_BV, token_B, np.zeros(64, np.int32))
+    found_B = np.asarray(drawn)[:, 0]
+    assert found_B[:5].tolist() == [7, -1, -1, -1, 7]
+    assert (found_B[5:] == 7).all()
 
 
 def test_an_error_of_the_tokenizer(engine, llm, monkeypatch):
