@@ -15,6 +15,8 @@ STEPS = "train.steps=100"
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     """Settings of a run of seconds."""
+    pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
+    pytest.importorskip("ipykernel", reason="needs nbclient and ipykernel")
     folder = tmp_path_factory.mktemp("text")
     for i in range(40):
         text = f"the cat sat on mat {i} and saw {i * i} animals\n" * 20
@@ -41,9 +43,9 @@ def test_the_notebook_is_stored_with_outputs():
 
 def execute(checkpoint, monkeypatch, settings=()):
     """The notebook, run with this checkpoint; ``settings`` replace those of its own training."""
-    nbformat = pytest.importorskip("nbformat", reason="needs nbclient and ipykernel")
-    nbclient = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
+    import nbclient
+    import nbformat
+
     monkeypatch.setenv("LLAMA_JAX_CHECKPOINT", str(checkpoint))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     root = str(NOTEBOOK.parents[1])

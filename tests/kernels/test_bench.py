@@ -61,7 +61,7 @@ def test_reference_is_float32_whatever_the_block(small):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
-def test_bytes_around():
+def test_bytes_around(users_compilation):
     x = jax.ShapeDtypeStruct((64, 32), jnp.bfloat16)
     program = jax.jit(lambda x: jnp.sin(x.T.astype(jnp.float32))).lower(x).compile()
     assert bench_compiled.bytes_around(program.as_text()) == 64 * 32 * (2 + 4)
