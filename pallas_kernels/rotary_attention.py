@@ -198,17 +198,34 @@ def _dot(equation, a, b):
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
+BLOCK, MAX_BLOCKS = 128, 8
+"""On a CPU: least number of queries that the reference reads at a time, and most such blocks"""
+
+
 def _xla(q, k, v, positions, kv_positions, rope, segments, kv_segments, q_offset, causal, scale):
-    """The reference: exact, with all scores [T, S] in memory."""
+    """The reference: exact, with all scores of a block of queries [T, S] in memory.
+
+    On a CPU, causal attention leaves out keys that are after the last query of a block.
+    """
     q, k = rotate(q, positions, rope), rotate(k, kv_positions, rope)
-    mask = None
-    if causal:
-        t, s = jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
-        mask = (s[None, :] <= t[:, None] + q_offset)[None]
-    if segments is not None:
-        same = segments[:, :, None] == kv_segments[:, None, :]
-        mask = same if mask is None else mask & same
-    return masked_attention(q, k, v, mask, scale)
+    T, S = q.shape[1], k.shape[1]
+    blocked = causal and isinstance(q_offset, int) and dispatch.platform() == "cpu"
+    size = BLOCK * max(1, -(-T // (BLOCK * MAX_BLOCKS))) if blocked else T
+
+    def block(start):
+        stop = min(start + size, T)
+        keys = max(1, min(stop + q_offset, S)) if blocked else S
+        mask = None
+        if causal:
+            t, s = jnp.arange(start, stop), jnp.arange(keys)
+            mask = (s[None, :] <= t[:, None] + q_offset)[None]
+        if segments is not None:
+            same = segments[:, start:stop, None] == kv_segments[:, None, :keys]
+            mask = same if mask is None else mask & same
+        return masked_attention(q[:, start:stop], k[:, :keys], v[:, :keys], mask, scale)
+
+    blocks = [block(start) for start in range(0, T, size)]
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
 def _check(q, k, v, positions, rope) -> None:

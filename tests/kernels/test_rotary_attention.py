@@ -10,7 +10,14 @@ import functools
 import jax
 import numpy as np
 import pytest
-from test_kernels import TOLERANCE, normal, reference, relative_l2, rope_for
+from test_kernels import (
+    TOLERANCE,
+    attention_module,
+    normal,
+    reference,
+    relative_l2,
+    rope_for,
+)
 
 from pallas_kernels import rotary_attention
 
@@ -63,13 +70,13 @@ def _arguments(case, dtype):
 
 
 @functools.cache
-def _program(implementation, causal, scale):
+def _program(implementation, causal, scale, fixed=()):
     """Jitted: the output and the gradients. Tests of the same shapes share what is compiled."""
 
     @jax.jit
     def run(q, k, v, d_out, q_pos, rope, keywords):
         attend = lambda q, k, v: rotary_attention(
-            q, k, v, q_pos, rope, **keywords, causal=causal, scale=scale,
+            q, k, v, q_pos, rope, **keywords, **dict(fixed), causal=causal, scale=scale,
             implementation=implementation,
         )  # fmt: skip
         out, pull = jax.vjp(attend, q, k, v)
@@ -78,16 +85,20 @@ def _program(implementation, causal, scale):
     return run
 
 
-def _both_ways(implementation, q_pos, rope, keywords):
-    """A function of q, k, v, d_out: the output and the gradients. All arguments are traced."""
+def _both_ways(implementation, q_pos, rope, keywords, fixed=()):
+    """A function of q, k, v, d_out: the output and the gradients.
+
+    All arguments are traced but those named by ``fixed``.
+    """
     keywords = dict(keywords)
-    run = _program(implementation, keywords.pop("causal"), keywords.pop("scale"))
+    fixed = tuple((name, keywords.pop(name)) for name in fixed)
+    run = _program(implementation, keywords.pop("causal"), keywords.pop("scale"), fixed)
     return lambda *arrays: run(*arrays, q_pos, rope, keywords)
 
 
-def _check(case, dtype, implementation):
+def _check(case, dtype, implementation, fixed=()):
     arrays, q_pos, rope, keywords, want = _arguments(case, dtype)
-    got = _both_ways(implementation, q_pos, rope, keywords)(*arrays)
+    got = _both_ways(implementation, q_pos, rope, keywords, fixed)(*arrays)
     for x, exact, like in zip(got, want(), (arrays[0], *arrays[:3]), strict=True):
         assert x.dtype == like.dtype
         assert x.shape == like.shape
@@ -112,6 +123,27 @@ LEFT_OUT = {
 )
 def test_attention_and_gradients(case, implementation):
     _check(case, "float32", implementation)
+
+
+@pytest.mark.parametrize("case", ["documents", "shard", "fully_masked_queries"])
+def test_the_reference_in_blocks(case, monkeypatch):
+    """With a known offset, it reads blocks of queries, with the keys up to the last of them."""
+    shapes, whole = [], attention_module.masked_attention
+
+    def part(q, k, *rest):
+        shapes.append((q.shape[1], k.shape[1]))
+        return whole(q, k, *rest)
+
+    monkeypatch.setattr(attention_module, "masked_attention", part)
+    _check(case, "float32", "xla", fixed=("q_offset",))
+    assert (
+        shapes
+        == {
+            "documents": [(128, 128), (128, 256), (44, 300)],
+            "shard": [(128, 278), (12, 290)],
+            "fully_masked_queries": [(128, 1), (128, 116), (44, 160)],
+        }[case]
+    )
 
 
 @implementations
