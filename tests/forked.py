@@ -4,10 +4,12 @@ They are forked from a server that has imported both and has started no thread.
 """
 
 import atexit
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -18,7 +20,10 @@ from typing import Any
 import quick_options
 
 FORK = multiprocessing.get_context("forkserver")
-IMPORTED = ["pytest", "llama_jax.train.__main__", "llama_jax.train.loop", "llama_jax.convert.job"]
+IMPORTED = [
+    "pytest", "tensorboardX", "llama_jax.train.__main__", "llama_jax.train.loop",
+    "llama_jax.convert.job",
+]  # fmt: skip
 
 
 class Forked:
@@ -76,6 +81,7 @@ def run(output: str, env: dict[str, str], target: Callable, arguments: tuple) ->
     os.dup2(file, 2)
     os.environ.clear()
     os.environ.update(env)
+    gc.freeze()  # what is imported needs no collection
     try:
         target(*arguments)
     finally:  # as a Python that ends; multiprocessing leaves this out
@@ -122,3 +128,23 @@ def train(arguments: list[str], cache: Path, patch: Callable[[], None] | None) -
     if patch:
         patch()
     sys.exit(main(arguments))
+
+
+def job_environments(processes: int, slices: int = 1) -> list[dict[str, str]]:
+    """Environment variables of each process of one job on this machine.
+
+    Args:
+      processes: of the job.
+      slices: number of slices, of equally many processes.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    environments = []
+    for i in range(processes if processes > 1 else 0):
+        env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+        env["JAX_PROCESS_ID"] = str(i)
+        if slices > 1:
+            env["JAX_PARTITION_INDEX"] = str(i * slices // processes)
+        environments.append(env)
+    return environments or [{}]

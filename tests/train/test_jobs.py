@@ -1,44 +1,66 @@
 """Jobs of several processes: killed, hanging, slow, missing and different ones."""
 
+import functools
+import os
 import re
+import signal
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from job_tools import Job, Parent
+from forked import job_environments, start_training
 from train_tools import write_recipe
 
+from llama_jax.checkpoint.steps import whole_steps
 from llama_jax.config import load_recipe
+from llama_jax.data.mixture import TrainData
 from llama_jax.prepare.mixture import prepare_mixture
+from llama_jax.train import distributed, watchdog
 from llama_jax.train.metrics import read_records
 
 STEPS = 8
 MESH = "mesh.data=2", "mesh.fsdp=2"
 EXIT_TEMPFAIL = 75
-# Sets what a process does when it draws its batch number 6.
-AT_BATCH_6 = """
-from llama_jax.data.mixture import TrainData
-draw = TrainData.__next__
-def drawn_here(self):
-    if index == {} and self.state()["batches"] == 5:
-        {}
-    return draw(self)
-TrainData.__next__ = drawn_here
-"""
-KILLED = AT_BATCH_6.format(2, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-STUCK = """
-from llama_jax.train import watchdog
-watchdog.MIN_SECONDS = 2.0
-""" + AT_BATCH_6.format(1, "import threading; threading.Event().wait()")
-SLOW = """
-import time
-from llama_jax.data.mixture import TrainData
-draw = TrainData.__next__
-def drawn(self):
+
+
+def at_batch_6(action) -> None:
+    """Let this process do something when it draws its batch number 6."""
+    draw = TrainData.__next__
+
+    def drawn_here(self):
+        if self.state()["batches"] == 5:
+            action()
+        return draw(self)
+
+    TrainData.__next__ = drawn_here
+
+
+def killed(run: Path, index: int) -> None:
+    def kill_after_the_save():
+        while 4 not in whole_steps(run):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if index == 2:
+        at_batch_6(kill_after_the_save)
+
+
+def stuck(index: int) -> None:
+    watchdog.MIN_SECONDS = 2.0
+    if index == 1:
+        at_batch_6(threading.Event().wait)
+
+
+def slow(index: int) -> None:
+    draw = TrainData.__next__
     if index == 3:
-        time.sleep(0.5)
-    return draw(self)
-TrainData.__next__ = drawn
-"""
+        TrainData.__next__ = lambda self: time.sleep(0.5) or draw(self)
+
+
+def impatient(index: int) -> None:
+    distributed.JOIN_SECONDS = 3
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +71,24 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def parent(place):
-    parent = Parent(place)
-    yield parent
-    parent.close()
+def run_job(place, commands, started=None, slices=1, patch=None) -> list[tuple[int, str]]:
+    """Exit status and output of each process of a job.
+
+    Args:
+      place: folder with the cache of compiled programs.
+      commands: arguments of each process.
+      started: number of processes that are started, if not all.
+      slices: number of slices, of equally many processes.
+      patch: called with its number in each process first.
+    """
+    env = job_environments(len(commands), slices)
+    patches = [patch and functools.partial(patch, i) for i in range(len(commands))]
+    job = [
+        start_training(commands[i], place / "cache", patch=patches[i], env=env[i])
+        for i in range(started or len(commands))
+    ]
+    texts = [process.communicate(timeout=400)[0] for process in job]
+    return [(process.returncode, text) for process, text in zip(job, texts, strict=True)]
 
 
 def command(place, run, *overrides):
@@ -74,18 +109,18 @@ def losses(folder):
     return {r["step"]: r["loss"] for r in read_records(folder / "metrics.jsonl") if "loss" in r}
 
 
-def test_a_killed_process_of_two_slices_and_a_restart(place, parent):
+def test_a_killed_process_of_two_slices_and_a_restart(place):
     """The others name it and end; the same command ends as a run of one process. In the second
     start a process is slow."""
-    ((code, text),) = Job(parent, [command(place, "one")]).finish()
+    ((code, text),) = run_job(place, [command(place, "one")])
     assert code == 0, text
     arguments = [command(place, "four", *MESH)] * 4
-    results = Job(parent, arguments, slices=2, code=KILLED).finish()
+    results = run_job(place, arguments, slices=2, patch=functools.partial(killed, place / "four"))
     assert [code for code, _ in results] == [EXIT_TEMPFAIL, EXIT_TEMPFAIL, -9, EXIT_TEMPFAIL]
     for line in errors(results, EXIT_TEMPFAIL):
         assert re.match(r"error: process 2 on \S+ ended without an error message \(killed, ", line)
         assert line.endswith("start the same command again: it continues from the last checkpoint")
-    results = Job(parent, arguments, slices=2, code=SLOW).finish()
+    results = run_job(place, arguments, slices=2, patch=slow)
     assert [code for code, _ in results] == [0] * 4, results[0][1]
     assert f"continuing {place / 'four'} from step 4" in results[0][1]
     one, four = losses(place / "one"), losses(place / "four")
@@ -100,8 +135,8 @@ def test_a_killed_process_of_two_slices_and_a_restart(place, parent):
     assert last["seconds"] > 0.4 > 2 * last["median"]
 
 
-def test_one_process_that_hangs_ends_all_with_their_stacks(place, parent):
-    results = Job(parent, [command(place, "stuck")] * 2, code=STUCK).finish()
+def test_one_process_that_hangs_ends_all_with_their_stacks(place):
+    results = run_job(place, [command(place, "stuck")] * 2, patch=stuck)
     lines = list(errors(results, EXIT_TEMPFAIL))
     assert len(lines) == 2, results
     assert len(set(lines)) == 1
@@ -111,9 +146,9 @@ def test_one_process_that_hangs_ends_all_with_their_stacks(place, parent):
     assert all("in _loop" in text for text in stacks)
 
 
-def test_a_process_with_another_recipe_or_other_data(place, parent):
+def test_a_process_with_another_recipe_or_other_data(place):
     both = [command(place, "other"), command(place, "other", "train.seed=7", "data.workers=1")]
-    lines = list(errors(Job(parent, both).finish(), 2))
+    lines = list(errors(run_job(place, both), 2))
     assert len(lines) == 2
     for line in lines:
         assert line.startswith("error: process 1 on ")
@@ -127,16 +162,15 @@ def test_a_process_with_another_recipe_or_other_data(place, parent):
     recipe = load_recipe(place / "recipe.toml", changed)
     prepare_mixture(recipe.data, recipe.model.vocab_size, place / "changed")
     both[1] = command(place, "other", f"data.prepared={place}/changed")
-    lines = list(errors(Job(parent, both).finish(), 2))
+    lines = list(errors(run_job(place, both), 2))
     assert len(lines) == 2
     for line in lines:
         assert line.startswith("error: process 1 on ")
         assert f"the shards of source words and the tokenizer in {place}/changed" in line
 
 
-def test_a_process_that_never_starts(place, parent):
-    code = "from llama_jax.train import distributed; distributed.JOIN_SECONDS = 3"
-    results = Job(parent, [command(place, "three")] * 4, started=3, code=code).finish()
+def test_a_process_that_never_starts(place):
+    results = run_job(place, [command(place, "three")] * 4, started=3, patch=impatient)
     lines = list(errors(results, EXIT_TEMPFAIL))
     assert len(lines) == 3, results
     for i, line in enumerate(lines):
@@ -144,9 +178,9 @@ def test_a_process_that_never_starts(place, parent):
         assert "start all of them together" in line
 
 
-def test_tensor_parallelism_across_slices(place, parent):
+def test_tensor_parallelism_across_slices(place):
     mesh = 'mesh.preset="fsdp_tensor"', "mesh.fsdp=1", "mesh.tensor=4"
-    results = Job(parent, [command(place, "across", *mesh)] * 4, slices=2).finish()
+    results = run_job(place, [command(place, "across", *mesh)] * 4, slices=2)
     lines = list(errors(results, 2))
     assert len(lines) == 4, results
     for line in lines:

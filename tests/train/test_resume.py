@@ -3,9 +3,9 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import jax
 import numpy as np
 import pytest
 import quick_options
-from forked import Forked, start_training
+from forked import Forked, job_environments, start_training
 from train_tools import write_recipe
 
 from llama_jax.checkpoint.arrays import open_array
+from llama_jax.checkpoint.checkpoints import Checkpoints
 from llama_jax.checkpoint.file_hashes import read_list
 from llama_jax.model import sharding
 from llama_jax.train.__main__ import main
@@ -75,6 +76,11 @@ def interleave() -> None:
         return mesh
 
     sharding.make_mesh = interleaved
+
+
+def hold_saves() -> None:
+    """A save never ends."""
+    Checkpoints.save = lambda *_: threading.Event().wait()
 
 
 def finish(process, code: int = 0, timeout: float = 180) -> str:
@@ -201,15 +207,10 @@ def test_another_mesh_continues_the_same_run(place):
 def start_two(
     folder: Path, run: str, *overrides: str, second: tuple[str, ...] = (), devices=2, **options: Any
 ):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2")
     return [
-        start(folder, run, *overrides, *second * i, devices=devices,
-              env=env | {"JAX_PROCESS_ID": str(i)}, **options)
-        for i in range(2)
-    ]  # fmt: skip
+        start(folder, run, *overrides, *second * i, devices=devices, env=env, **options)
+        for i, env in enumerate(job_environments(2))
+    ]
 
 
 def test_two_processes_train_save_stop_and_resume_together(place):
@@ -270,7 +271,7 @@ def test_ctrl_c_ends_every_phase_at_once(place):
             process = start_python(place, run.name, *text)
             time.sleep(1)  # importing
         else:
-            process = start(place, run.name, *text)
+            process = start(place, run.name, *text, patch=hold_saves)
             until(process, lambda reached=reached, run=run: reached(run))
         process.send_signal(signal.SIGINT)
         if phase == "training":
