@@ -33,6 +33,8 @@ FIRST = (
     "test_generate",
     "test_sharding",
     "test_rotary_attention_tpu",
+    "test_jobs",
+    "test_optimizers",
     "test_accelerator",
     "test_prepare",
     "test_training_promises",
