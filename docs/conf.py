@@ -72,6 +72,14 @@ def examples_as_code(app, what, name, obj, options, lines):
             lines[i : i + 1] = [lines[i] + ":", ""]
 
 
+def collapse_sidebar(app, page, template, context, doctree):
+    """The sidebar shows the modules of the current package alone: the whole tree of modules on
+    every page is most of the time of a build."""
+    toctree = context["toctree"]
+    context["toctree"] = lambda **options: toctree(**options | {"collapse": True})
+
+
 def setup(app):
     app.connect("builder-inited", write_settings)
     app.connect("autodoc-process-docstring", examples_as_code, priority=400)  # before napoleon
+    app.connect("html-page-context", collapse_sidebar, priority=400)  # before furo
