@@ -19,7 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import pytest
+import quick_options
 from whole_way_tools import write_dumps
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +61,8 @@ def place(tmp_path_factory) -> Path:
     command = folder / "bin" / "llama-jax"
     command.write_text(
         f'#!/bin/sh\nif [ "$1" = train ] && [ "$2" != --help ]; then set -- "$@" '
-        f'{shlex.join(SMALL)}; fi\nexec {shlex.quote(sys.executable)} -m llama_jax "$@"\n'
+        f"{shlex.join(SMALL)}; fi\nexec "
+        f'{shlex.join([sys.executable, str(ROOT / "tests/page_command.py")])} "$@"\n'
     )
     command.chmod(0o755)
     python = folder / "bin" / "python"  # no link: python would miss its environment
@@ -95,7 +98,11 @@ def run(folder: Path, text: str, *command: str) -> None:
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XDG_CACHE_HOME": str(folder / "cache"),
+        # Programs take longer to compile than to run.
+        "XLA_FLAGS": quick_options.FLAGS,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     done = subprocess.run(
         command or ("bash", "-euo", "pipefail", "-c", text),
