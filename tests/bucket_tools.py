@@ -2,15 +2,89 @@
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import socket
 import socketserver
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+# What the servers answer instead of the emulators, which check no permissions.
+_DENIED_S3 = (
+    "<?xml version='1.0' encoding='UTF-8'?><Error><Code>AccessDenied</Code><Message>User: "
+    "arn:aws:iam::123456789012:user/ann is not authorized</Message><RequestId>1</RequestId></Error>"
+)
+_DENIED_GCS = (
+    '{"error": {"code": 403, "message": "ann@example.com does not have storage.objects access to '
+    'the Google Cloud Storage bucket. Permission denied on resource (or it may not exist).", '
+    '"errors": [{"message": "denied", "domain": "global", "reason": "forbidden"}]}}'
+)
+_MISSING_S3 = (
+    "<Error><Code>NoSuchBucket</Code><Message>The specified bucket does not exist</Message></Error>"
+)
+_MISSING_GCS = (
+    '{"error": {"code": 404, "message": "The specified bucket does not exist.", "errors": '
+    '[{"message": "The specified bucket does not exist.", "reason": "notFound"}]}}'
+)
+_refusal: tuple[int, Callable[[str, str], bool]] | None = None
+
+
+@contextlib.contextmanager
+def refused(code: int, which: Callable[[str, str], bool] = lambda *_: True) -> Iterator[None]:
+    """Answer some requests of this process or its children with an error.
+
+    Args:
+      code: 403, no permission; 404, the bucket does not exist.
+      which: of the method and the path of a request, whether it is answered so.
+    """
+    global _refusal
+    _refusal = code, which
+    try:
+        yield
+    finally:
+        _refusal = None
+
+
+def writes(method: str, path: str) -> bool:
+    """Whether a request changes a bucket."""
+    return method not in ("GET", "HEAD")
+
+
+def _code(method: str, path: str) -> int | None:
+    return _refusal[0] if _refusal and _refusal[1](method, path) else None
+
+
+def _refuse_s3(app: Callable) -> Callable:
+    def answer(environ: dict[str, Any], start_response: Callable) -> Any:
+        code = _code(environ["REQUEST_METHOD"], environ["PATH_INFO"])
+        if not code:
+            return app(environ, start_response)
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        status = {403: "403 Forbidden", 404: "404 Not Found"}[code]
+        start_response(status, [("Content-Type", "application/xml")])
+        return [(_DENIED_S3 if code == 403 else _MISSING_S3).encode()]
+
+    return answer
+
+
+def _refuse_gcs(handle: Callable) -> Callable:
+    def answer(self: Any, method: str) -> None:
+        handler = self._request_handler
+        if not (code := _code(method, handler.path)):
+            return handle(self, method)
+        handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        content = (_DENIED_GCS if code == 403 else _MISSING_GCS).encode()
+        handler.send_response(code)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return answer
 
 
 @functools.cache
@@ -19,9 +93,13 @@ def _servers() -> tuple[Any, Any, int]:
     their addresses."""
     moto_server = pytest.importorskip("moto.server")
     gcs_server = pytest.importorskip("gcp_storage_emulator.server")
+    threaded = importlib.import_module("moto.moto_server.threaded_moto_server")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     # A client that has what it needs closes its connection.
     socketserver.BaseServer.handle_error = lambda *_: None  # type: ignore[method-assign]
+    application = threaded.DomainDispatcherApplication
+    threaded.DomainDispatcherApplication = lambda *args: _refuse_s3(application(*args))
+    gcs_server.Router.handle = _refuse_gcs(gcs_server.Router.handle)
     s3 = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=_free_port(), verbose=False)
     s3.start()
     gcs_port = _free_port()

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.io import read_json
-from llama_jax.storage.paths import ObjectPath, filesystem, kvstore
+from llama_jax.storage.kvstore import kvstore
+from llama_jax.storage.paths import ObjectPath, filesystem
 
 # One folder of uncompressed chunks per array, written and read in any order. Orbax saving 0.5 GB of
 # float32 on 2 cores, two rounds: 1.5-1.7 GB/s to write, 0.5-0.6 to read, against 0.2-0.4 and

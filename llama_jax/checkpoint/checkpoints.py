@@ -43,8 +43,8 @@ from llama_jax.checkpoint.file_hashes import (
 )  # fmt: skip
 from llama_jax.checkpoint.steps import BEST_STEP, best_step, whole_steps
 from llama_jax.checkpoint.weights import VERIFY_HINT, first_line
-from llama_jax.storage.errors import reason
-from llama_jax.storage.paths import ObjectPath, as_path
+from llama_jax.storage.errors import StorageError, reason
+from llama_jax.storage.paths import ObjectPath, as_path, check_access
 
 
 class CheckpointError(RuntimeError):
@@ -116,6 +116,8 @@ class Checkpoints:
         )
         owner = _owners(self._steps / str(step), {"model": params, "optimizer": optimizer})
         try:
+            # TensorStore 0.1.86 never gives up to write to an S3 bucket that has disappeared.
+            check_access(self._steps)
             self._manager.save(step, args=args)
         except Exception as e:
             raise self._failed(e) from e
@@ -261,20 +263,25 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> CheckpointError:
         step, self._saving, self._recording = self._saving, None, None
-        advice = "free some disk space, then start again to continue from it"
         if isinstance(self._steps, ObjectPath):  # the next start removes what was written
-            text = reason(error, self._steps.scheme)
-            advice = "start again to continue from it"
+            scheme, separator, action = self._steps.scheme, "; ", "start again"
+            text = reason(error, scheme)
+            if isinstance(error, StorageError):
+                text = str(error).removeprefix(f"{self._steps}: ")
         else:
+            separator, action = "\n", "free some disk space, then start again"
             text = first_line(error)
             self._remove_partial(step)
         try:
             steps = whole_steps(self._steps.parent)
-        except OSError:
-            steps = []
-        good = f"the newest good step is {max(steps)}" if steps else "there is no earlier step"
+        except OSError:  # what the bucket holds is not known
+            advice = f"{action} to continue from the newest complete step"
+        else:
+            advice = f"there is no earlier step; {action}"
+            if steps:
+                advice = f"the newest good step is {max(steps)}; {action} to continue from it"
         return CheckpointError(
-            f"saving step {step} to {self._steps} failed: {text}\n{good}; {advice}"
+            f"saving step {step} to {self._steps} failed: {text}{separator}{advice}"
         )
 
     def _remove_partial(self, step: int | None) -> None:

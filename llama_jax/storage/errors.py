@@ -73,8 +73,8 @@ def reason(error: BaseException, scheme: str) -> str:
     denied = ("AccessDenied", "Forbidden", "PERMISSION_DENIED", "Permission denied")
     if isinstance(error, PermissionError) or code == 403 or any(s in text for s in denied):
         return (
-            "permission denied; the account needs to list, read, write and delete objects of this "
-            "bucket"
+            "permission denied; the account needs to list and read objects of this bucket, and to "
+            "write and delete them where something is saved"
         )
     if any(sign in names for sign in _NO_CONNECTION):
         return "no connection to the object store; check network, proxy and endpoint"

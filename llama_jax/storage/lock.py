@@ -14,10 +14,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from llama_jax.storage.errors import StorageError
-from llama_jax.storage.paths import ObjectPath
+from llama_jax.storage.paths import ObjectPath, bucket_exists
 
 RENEW_SECONDS = 10.0
 STALE_SECONDS = 60.0
@@ -94,7 +94,7 @@ def _acquire(lock: ObjectPath, mine: dict[str, Any]) -> None:
 
 
 def _renew(lock: ObjectPath, mine: dict[str, Any], done: threading.Event) -> None:
-    count = 0
+    count, missing = 0, 0
     while not done.wait(RENEW_SECONDS):
         count += 1
         try:
@@ -102,12 +102,22 @@ def _renew(lock: ObjectPath, mine: dict[str, Any], done: threading.Event) -> Non
             if held and held.get("id") != mine["id"]:
                 break
             lock.write_bytes(_content(mine, count))
+            missing = 0
         except OSError:  # no connection: try again; if it lasts, another process takes the lock
-            continue
+            missing = missing + 1 if not bucket_exists(lock) else 0
+            if missing == 2 and not done.is_set():
+                # A save that has begun may never end: see `Checkpoints.save`.
+                _end(f"{lock.parent}: the bucket does not exist any more; ends without saving")
     else:
         return
-    text = f"error: {lock.parent} is now used by {held.get('holder')}: this process was silent for "
-    os.write(2, f"\n{text}more than {STALE_SECONDS:.0f} s, and ends without saving\n".encode())
+    _end(
+        f"{lock.parent} is now used by {held.get('holder')}: this process was silent for more than "
+        f"{STALE_SECONDS:.0f} s, and ends without saving"
+    )
+
+
+def _end(error: str) -> NoReturn:
+    os.write(2, f"\nerror: {error}\n".encode())
     os._exit(1)
 
 

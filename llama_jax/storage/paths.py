@@ -409,10 +409,8 @@ def check_access(folder: "Path | ObjectPath") -> None:
     try:
         folder._call("ls", detail=False)
     except FileNotFoundError:  # an empty folder of a bucket, or no bucket
-        bucket = ObjectPath(folder.scheme, folder.parts[:1])
-        try:
-            bucket._call("ls", detail=False)
-        except FileNotFoundError:
+        if not bucket_exists(folder):
+            bucket = ObjectPath(folder.scheme, folder.parts[:1])
             raise StorageError(
                 f"{folder}: the bucket {bucket} does not exist; create it, or correct the name"
             ) from None
@@ -420,31 +418,12 @@ def check_access(folder: "Path | ObjectPath") -> None:
         timer.cancel()
 
 
-def kvstore(path: Path) -> dict[str, Any]:
-    """TensorStore's key-value store for a folder; the file or folder itself for a local one."""
-    if not isinstance(path, ObjectPath):
-        return {"driver": "file", "path": str(path.resolve())}
-    bucket, key = path.parts[0], "/".join(path.parts[1:])
-    if path.scheme == "gs":
-        return {"driver": "gcs", "bucket": bucket, "path": key}
-    return {"driver": "s3", "bucket": bucket, "path": key} | _s3_settings()
-
-
-def _s3_settings() -> dict[str, Any]:
-    """What TensorStore does not read by itself: the endpoint and the region of other stores than
-    Amazon's."""
-    environment = os.environ.get
-    found: dict[str, Any] = {}
-    import botocore.session  # comes with s3fs
-
-    configured = botocore.session.Session().get_scoped_config()
-    endpoint = environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL")
-    if endpoint := endpoint or configured.get("endpoint_url"):
-        region = environment("AWS_REGION") or environment("AWS_DEFAULT_REGION")
-        found = {
-            "endpoint": endpoint,
-            "aws_region": region or configured.get("region", "us-east-1"),
-        }
-    if environment("AWS_ACCESS_KEY_ID") and environment("AWS_SECRET_ACCESS_KEY"):
-        found["aws_credentials"] = {"type": "environment"}
-    return found
+def bucket_exists(path: ObjectPath) -> bool:
+    """Whether the bucket of a path exists; True if it does not answer or cannot be listed."""
+    try:
+        ObjectPath(path.scheme, path.parts[:1])._call("ls", detail=False)
+    except FileNotFoundError:
+        return False
+    except StorageError as e:
+        return "the bucket does not exist" not in str(e)
+    return True
