@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import netrc
 import os
 import platform
 import queue
@@ -42,6 +43,7 @@ IDS = "trackers.json"
 """The file of the run folder with the id of the run in each tracker."""
 
 _SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
+_KEYS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 
 
 def check_installed(names: tuple[Name, ...]) -> None:
@@ -234,7 +236,8 @@ class Tracker:
 
 
 def redact(value: Any) -> Any:
-    """A nested value whose texts have no passwords of URLs and no secrets of the environment."""
+    """A nested value whose texts have no passwords of URLs and netrc, and no secrets of the
+    environment."""
     if isinstance(value, str):
         return _redact_text(value)
     if isinstance(value, dict):
@@ -242,10 +245,26 @@ def redact(value: Any) -> Any:
     return [redact(x) for x in value] if isinstance(value, list | tuple) else value
 
 
+def _secrets() -> list[str]:
+    """What must not be shown: the longest first, since one may be a part of another."""
+    known = [value for name, value in os.environ.items() if name in _KEYS and len(value) >= 4]
+    other = [x for name, x in os.environ.items() if len(x) >= 8 and _SECRET.search(name)]
+    return sorted({*known, *other, *_netrc_passwords()}, key=len, reverse=True)
+
+
+def _netrc_passwords() -> list[str]:
+    """The passwords of all hosts: W&B and MLflow's HTTP library read the file of their host."""
+    path = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
+    try:
+        hosts = netrc.netrc(path).hosts.values()
+    except (OSError, ValueError, netrc.NetrcParseError):
+        return []
+    return [password for *_, password in hosts if password and len(password) >= 4]
+
+
 def _redact_text(text: str) -> str:
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET.search(name) and value in text:
-            text = text.replace(value, "***")
+    for secret in _secrets():
+        text = text.replace(secret, "***")
     text = LOGIN.sub("***@", text)
     parameter = r"([?&][^=&\s]*(?:key|token|secret|passw|credential|sig)[^=&\s]*=)[^&\s]+"
     return re.sub(parameter, r"\1***", text, flags=re.IGNORECASE)

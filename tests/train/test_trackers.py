@@ -226,6 +226,28 @@ def test_only_process_0_has_trackers(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_keys_of_trackers_are_replaced_in_their_errors(worker, tmp_path, monkeypatch, capsys):
+    """Those of the environment, also short ones, and those of netrc; each in an error message."""
+    values = {"WANDB_API_KEY": "wb-k", "MLFLOW_TRACKING_TOKEN": "tok-7", "MLFLOW_TRACKING_PASSWORD":
+              "hunter2", "SOME_SECRET": "hunter2-and-more"}  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine api.wandb.ai\n  login user\n  password 0123456789abcdef\n")
+    netrc.chmod(0o600)
+    keys = [*values.values(), "0123456789abcdef"]
+    worker(f"answer(error='401: key {' '.join(keys)} of user')")
+    used = Trackers(load_recipe("tiny", ["train.trackers=['mlflow']"]), tmp_path)
+    used.close()
+    line = capsys.readouterr().out
+    assert "mlflow stopped (401: key *** *** *** *** *** of user); the run" in line
+    monkeypatch.setenv("NETRC", str(tmp_path / "broken"))
+    (tmp_path / "broken").write_text("machine\n nonsense {")
+    assert redact("0123456789abcdef") == "0123456789abcdef"
+
+
 def test_secrets_are_replaced(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "abcdefgh123")
     config = {"a": ["s3://id:pass@bucket/x", 3], "b": "x abcdefgh123 y", "c": "gs://bucket/run"}
