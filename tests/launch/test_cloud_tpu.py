@@ -14,7 +14,9 @@ STAND_INS = {
         echo "gcloud ${*%%$'\\n'*}" >> calls
         case "$*" in
         *queued-resources\\ describe*) next states ;;
-        *tpu-vm\\ ssh*) bash -c "${!#/#--command=}" ;;
+        *tpu-vm\\ ssh*)
+            if [ -e lost ] && [ "$(head -n 1 lost)" = yes ]; then next lost >&2; exit 255; fi
+            bash -c "${!#/#--command=}" ;;
         esac
     """,
     "sudo": """
@@ -63,7 +65,10 @@ def test_a_preempted_slice_is_requested_again(launch):
     states = "MISSING MISSING WAITING_FOR_RESOURCES ACTIVE SUSPENDED SUSPENDED SUSPENDED ACTIVE"
     codes = "0 1 0 0"
     code, output, calls = launch(states, codes)
-    assert (code, output) == (0, "")
+    assert code == 0
+    assert sorted(line[-11:] for line in output.splitlines()) == ["exit code 0"] * 3 + [
+        "exit code 1"
+    ]
     made = some(calls, "queued-resources create llama-7b", "--accelerator-type=v5p-64", "--spot")
     assert len(some(made, "--node-count=2 --node-prefix=llama-7b")) == 2
     assert len(some(calls, "queued-resources delete llama-7b", "--force --quiet")) == 1
@@ -86,7 +91,9 @@ def test_hosts_start_again_after_75_and_signals(launch):
 def test_errors_do_not_start_hosts_again(launch):
     code, output, calls = launch("ACTIVE ACTIVE", "1 1")
     assert code == 1
-    assert output == "llama-7b: training failed, see the error above\n"
+    *hosts, last = output.splitlines()
+    assert last == "llama-7b: training failed, see the error above"
+    assert [line.partition(": ")[2] for line in hosts] == ["ended with exit code 1"] * 2
     assert len(some(calls, "docker run")) == 2
     assert not some(calls, "queued-resources create")
 
@@ -107,3 +114,53 @@ def test_a_lost_network_does_not_request_slices(launch, tmp_path):
     assert output.count("no answer about its state, asking again: ERROR: no network") == 2
     assert not some(calls, "create")
     assert not some(calls, "delete")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "PERMISSION_DENIED: Permission 'tpu.nodes.get' denied on resource",
+        "INVALID_ARGUMENT: invalid zone",
+        "NOT_FOUND: Project 'projects/my-project' was not found",
+    ],
+)
+def test_permanent_errors_of_gcloud_end_it_with_one_line(launch, tmp_path, error):
+    gcloud = tmp_path / "bin/gcloud"
+    (tmp_path / "error").write_text(f"ERROR: (gcloud) {error}\nmore\n")
+    gcloud.write_text("#!/bin/bash\necho ask >> calls; cat error >&2; exit 1\n")
+    code, output, calls = launch("", "")
+    assert code == 1
+    assert output == f"llama-7b: gcloud refuses to say its state: ERROR: (gcloud) {error} more\n"
+    assert len(calls) == 2
+
+
+def test_a_missing_queued_resource_is_no_missing_project(launch, tmp_path):
+    gcloud = tmp_path / "bin/gcloud"
+    missing = "NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/llama-7b' was not found"
+    failing = f"""#!/bin/bash\n{NEXT}
+        if [[ $* == *describe* && ! -e made ]]; then echo "ERROR: {missing}" >&2; exit 1; fi
+        if [[ $* == *create* ]]; then touch made; fi
+    """
+    gcloud.write_text(failing + gcloud.read_text().partition(NEXT)[2])
+    code, _, calls = launch("ACTIVE", "0 0")
+    assert code == 0
+    assert len(some(calls, "queued-resources create")) == 1
+
+
+@pytest.mark.parametrize("attempts", [2, 10])
+def test_a_lost_connection_is_tried_again(launch, tmp_path, attempts):
+    """ssh ends with 255, and no host has reported that training failed."""
+    (tmp_path / "lost").write_text("yes\n" * 2 * attempts)
+    code, output, calls = launch("ACTIVE " * 2 * (attempts + 1), "0 0")
+    tried = len(some(calls, "tpu-vm ssh"))
+    last = output.splitlines()[-1]
+    assert "lost the connection to its hosts: attempt 2 of 10" in output
+    if attempts == 2:
+        assert (code, tried) == (0, 6)
+        assert len(some(calls, "docker run")) == 2
+    else:
+        assert (code, tried) == (1, 20)
+        assert last == (
+            "llama-7b: no ssh connection to its hosts in 10 attempts, see the errors above"
+        )
+    assert not some(calls, "create")
