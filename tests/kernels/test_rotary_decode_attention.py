@@ -157,16 +157,16 @@ def test_fused_queries_keys_and_values(case, dtype, implementation):
     """One array of partial sums, with a row more than the cache, gives what three arrays give."""
     q, k, v, *rest = _arguments(case, dtype)
     rope = rope_for(q.shape[3])
-    want = rotary_decode_attention(q, k, v, *rest, rope, implementation="xla")
+    want = _decode("xla")(q, k, v, *rest, rope)
     whole = np.concatenate([q, k, v], axis=2).astype(np.float32)
     part = np.asarray(jnp.asarray(whole * 0.25, dtype), np.float32)
     parts = np.stack([part, whole - part])
     parts = np.concatenate([parts, np.full_like(parts[:, :1], np.nan)], axis=1)
     cache_k, cache_v, layer, lengths = rest
-    got = fused_decode_attention(
-        parts, cache_k, cache_v, jnp.int32(layer), lengths, rope, jnp.dtype(dtype),
-        implementation=implementation,
-    )  # fmt: skip
+    run = functools.partial(
+        fused_decode_attention, dtype=jnp.dtype(dtype), implementation=implementation
+    )
+    got = jax.jit(run)(parts, cache_k, cache_v, jnp.int32(layer), lengths, rope)
     for x, exact in zip(got, want, strict=True):
         assert x.dtype == exact.dtype
         assert relative_l2(np.float64(x), np.float64(exact)) < TOLERANCE[dtype]

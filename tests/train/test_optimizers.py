@@ -98,14 +98,17 @@ def test_muon_is_the_formula_for_each_matrix_of_each_layer():
     )
     muon = make_optimizer(optim, 20)
     adam = make_optimizer(dataclasses.replace(optim, algorithm="adamw"), 20)
-    update = jax.jit(lambda g, s, p: muon.update(g, s, p))
-    state = muon.init(params)
-    updates, state = update(first, state, params)
-    updates, _ = update(second, state, params)
-    updates = named(updates)
-    state = adam.init(params)
-    _, state = adam.update(first, state, params)
-    by_adam = named(adam.update(second, state, params)[0])
+
+    @jax.jit
+    def second_updates(first, second, params):
+        """The second update of each, which has momentum of the first."""
+        out = []
+        for optimizer in (muon, adam):
+            _, state = optimizer.update(first, optimizer.init(params), params)
+            out.append(optimizer.update(second, state, params)[0])
+        return out
+
+    updates, by_adam = map(named, second_updates(first, second, params))
 
     rate = float(make_schedule(optim, 20)(1))
     params, g1, g2 = named(params), named(first), named(second)
