@@ -75,8 +75,8 @@ class Server(uvicorn.Server):
     def _signal(self, number: int) -> None:
         if self._drain is not None:
             os._exit(128 + number)
+        self.stop()  # first: nobody may read the message, so that printing it fails
         print("stopping: requests that run are finished; again: stop at once", file=sys.stderr)
-        self.stop()
 
 
 def serve(

@@ -146,3 +146,10 @@ def test_a_second_signal_ends_at_once(number, tmp_path):
         start = time.monotonic()
         assert server.wait() == 128 + number
         assert time.monotonic() - start < 2
+
+
+def test_it_stops_although_nobody_reads_its_messages(tmp_path):
+    server = Process([sys.executable, "-c", SLOW, str(tmp_path)], tmp_path)
+    server.popen.stderr.close()
+    server.popen.send_signal(signal.SIGTERM)
+    assert server.wait() >= 0  # 120 if Python could not write the message
