@@ -26,7 +26,6 @@ from llama_jax.model.quantize import quantize
 
 RESERVED = 512
 """positions for new tokens, of which the warm-up and the timed calls use a part"""
-CALLS = 8
 
 
 def rows(s: Sizes, earlier: dict[str, Row]) -> Rows:
@@ -97,12 +96,12 @@ def decode_rate(s: Sizes, engines: Any, model: str, kind: str, batch: int, copy:
     state = engine.start(requests, RESERVED, seed=0)
     stop_ids, settings = np.full(8, -1, np.int32), settings_of(Greedy())
     values, steps = [], DECODE_STEPS_PER_CALL
-    for _ in range(1 + CALLS):
+    for _ in range(1 + s.rounds):
         start = time.perf_counter()
         state, drawn = engine.decode(state, settings, stop_ids, steps, False, False)
         values.append((time.perf_counter() - start) / steps)
     each = spread(values[1:])  # the first one compiles
-    length = s.prompt + steps * CALLS // 2
+    length = s.prompt + steps * s.rounds // 2
     moved = read_bytes(engine) + batch * length * bytes_per_position(cfg, engine.compute.dtype)
     rate = moved / each["median"] / 1e9
     numbers = {"tokens/s": batch / each["median"], "GB/s": rate}

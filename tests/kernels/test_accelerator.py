@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import quick_options
 
 from benchmarks.accelerator import __main__ as accelerator
 from benchmarks.accelerator import ahead, table, torch_peers, train
@@ -27,7 +28,9 @@ def run(folder, *args, block=(), **env):
     path = os.pathsep.join([str(blocked), str(ROOT)])
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.accelerator", "--output", str(folder), *args],
-        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | env,
+        env=os.environ
+        | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_options.FLAGS}
+        | env,
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
