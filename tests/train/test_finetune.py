@@ -383,7 +383,8 @@ def test_a_model_learns_to_chat_and_stops(run, place):
     record_files(base, "model.json")
     name = "chat"
     more = ["train.steps=40", "optim.peak_lr=2e-2", "train.log_every=40", "train.eval_every=40",
-            f"train.init_from={base}", 'train.sample_prompts=["the mat"]']  # fmt: skip
+            "checkpoint.save_every=40", f"train.init_from={base}",
+            'train.sample_prompts=["the mat"]']  # fmt: skip
     code, out, err = run(name, *conversations(place, "chats"), *more)
     assert code == 0, err
     assert "sample:\n  | the mat\n" in out
@@ -469,6 +470,7 @@ def test_preferences_are_learned(run, place):
         "train.steps=12",
         "optim.peak_lr=2e-2",
         "train.log_every=12",
+        "checkpoint.save_every=12",
     ]
     code, out, err = run("dpo", *settings, *more)
     assert code == 0, err
