@@ -84,6 +84,7 @@ RUN_ONCE = (
     "test_likelihood",
     "test_chat",
     "test_chat_command",
+    "test_notebook",
     "test_api_engine",
     "test_api_harness",
     "test_plan",

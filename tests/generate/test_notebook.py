@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import quick_options
 
 from llama_jax.train.__main__ import main
 
@@ -48,6 +49,9 @@ def execute(checkpoint, monkeypatch, settings=()):
 
     monkeypatch.setenv("LLAMA_JAX_CHECKPOINT", str(checkpoint))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    # Programs of the kernel take longer to compile than to run.
+    monkeypatch.setenv("XLA_FLAGS", quick_options.FLAGS)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
     root = str(NOTEBOOK.parents[1])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(NOTEBOOK, 4)
