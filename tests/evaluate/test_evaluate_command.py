@@ -14,6 +14,7 @@ from pathlib import Path
 import convert_tools
 import numpy as np
 import pytest
+import quick_options
 from harness_tools import CFG, CHATML, chatml_folder, llama_folder, tiny
 
 pytest.importorskip("lm_eval")
@@ -241,7 +242,8 @@ def checkpoint(tmp_path_factory):
 def process(module, *args, **more):
     env = os.environ | {
         "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1", "XLA_FLAGS": quick_options.FLAGS,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }  # fmt: skip
     line = [sys.executable, "-m", module, *map(str, args)]
     return subprocess.Popen(
