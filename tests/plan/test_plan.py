@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.chips import CHIPS, can_compile, wraps
+from llama_jax.chips import CHIPS, GIB, can_compile, wraps
 from llama_jax.config import ConfigError, load_recipe
 from llama_jax.plan import __main__ as plan
 from llama_jax.plan import search
@@ -517,3 +517,16 @@ def test_no_copy_of_a_quantized_base(recipe):
     assert compiled.cost.kernels["quantized_matmul"] == 2 * 7 * 32 - 32
     counted = flops_per_token(compiled.recipe) + recomputed_flops(compiled.recipe)
     assert step_flops(compiled) == pytest.approx(128 * counted, rel=0.1)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax's CUDA plugin"
+)
+def test_all_weights_of_7b_are_tuned_on_one_gpu_of_80_gb():
+    """The recipe alpaca-7b-80gb as it is; the compilation takes 17 s."""
+    compiled = compile_step(load_recipe("alpaca-7b-80gb"), parse_machine("h100:1"))
+    matrices = 6.738e9 * 2  # bytes, in bfloat16
+    assert compiled.fits
+    assert compiled.memory.peak < 70 * GIB
+    assert compiled.memory.weights == pytest.approx(matrices, rel=0.01)
+    assert compiled.memory.optimizer == pytest.approx(2 * matrices, rel=0.01)
