@@ -24,6 +24,7 @@ from llama_jax.checkpoint.file_hashes import (
     write_list,
 )
 from llama_jax.config import load_recipe
+from llama_jax.convert.__main__ import main as convert
 from llama_jax.data.batch import Batch
 from llama_jax.data.mixture import TrainData
 from llama_jax.data.tokenizer import Tokenizer
@@ -148,6 +149,31 @@ def test_a_lora_run_saves_adapters_alone_and_continues_exactly(run, place, monke
     assert f"other does not hold the weights with which {folder} started" in err
 
 
+BFLOAT16 = 'train.param_dtype="bfloat16"', 'optim.moment_dtype="bfloat16"'
+
+
+def test_adapters_in_bfloat16(run, place, monkeypatch):
+    """Adapters and their moments are saved in two bytes, continue exactly, and can be converted."""
+    settings = *LORA[:-2], *BFLOAT16
+    code, _, err = run("narrow", *settings)
+    assert code == 0, err
+    folder = place / "narrow"
+    arrays = contents(folder, 5)
+    recipe = load_recipe(folder / "recipe.toml")
+    count = num_adapter_params(recipe.model, recipe.lora)
+    assert sum(len(x) for (item, _), x in arrays.items() if item == "model") == 2 * count
+    moments = sum(len(x) for (_, name), x in arrays.items() if "mu." in name or "nu." in name)
+    assert moments == 4 * count
+    stop_at(monkeypatch, 3)
+    assert run("narrow-stopped", *settings)[0] == 143
+    monkeypatch.undo()
+    code, out, err = run("narrow-stopped", *settings)
+    assert code == 0, err
+    assert "continuing" in out
+    assert contents(place / "narrow-stopped", 5) == arrays
+    assert convert([str(folder), str(place / "narrow-peft"), "--to", "peft"]) == 0
+
+
 # The step ----------------------------------------------------------------------------------------
 
 
@@ -217,6 +243,24 @@ def recipe_of(place, *overrides):
 
 MESH = ("mesh.preset=tensor_sequence", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2",
         "mesh.context=2")  # fmt: skip
+
+
+def test_adapters_in_bfloat16_learn_as_those_in_float32(place):
+    """A fixed batch: the losses of the two formats stay together."""
+    batch, final = split(pairs(), 1), []
+    for settings in ((), BFLOAT16):
+        recipe = recipe_of(place, "lora.rank=4", "train.steps=40", "optim.peak_lr=3e-2", *settings)
+        state, base = random_state(recipe)
+        state = jax.tree.map(lambda x, y: x.astype(y.dtype), state, step.init_state(recipe, F32))
+        train_step = jax.jit(step.make_train_step(recipe, F32))
+        losses = []
+        for _ in range(40):
+            state, metrics = train_step(state, batch, base)
+            losses.append(float(metrics["loss"]))
+        final.append(losses[-1])
+        assert losses[-1] < losses[0] - 0.3
+    assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"bfloat16"}
+    assert abs(final[1] - final[0]) < 0.2 * (losses[0] - final[0])
 
 
 def test_lora_on_eight_devices_equals_one(place):
@@ -481,3 +525,10 @@ def test_preferences_are_learned(run, place):
     assert record["rewards/margin"] > 0.5
     assert record["loss"] < 0.5
     assert record["sources"]["words"]["pairs"] > 5
+    # All weights, in bfloat16 with their moments.
+    narrow = [setting for setting in more if setting != "lora.rank=8"]
+    code, _, err = run("dpo-narrow", *settings, *narrow, *BFLOAT16)
+    assert code == 0, err
+    (record,) = evaluations(place / "dpo-narrow")
+    assert record["rewards/accuracy"] == 1
+    assert record["rewards/margin"] > 0.5
