@@ -184,9 +184,12 @@ def _temporary_bytes(recipe: Recipe, compute: ComputeConfig, mesh: Mesh) -> floa
 
 def memory_limit() -> float:
     """Bytes that a program can use on a device, the least of all processes; infinite on a CPU."""
+    return float(np.min(process_allgather(np.float32(_local_limit()))))
+
+
+def _local_limit() -> float:
     stats = jax.local_devices()[0].memory_stats() or {}
-    limit = float(stats.get("bytes_limit", math.inf))
-    return float(np.min(process_allgather(np.float32(limit))))
+    return float(stats.get("bytes_limit", math.inf))
 
 
 def check_offload(recipe: Recipe, mesh: Mesh) -> None:

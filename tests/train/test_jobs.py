@@ -17,12 +17,14 @@ from llama_jax.checkpoint.steps import whole_steps
 from llama_jax.config import load_recipe
 from llama_jax.data.mixture import TrainData
 from llama_jax.prepare.mixture import prepare_mixture
-from llama_jax.train import distributed, watchdog
+from llama_jax.train import distributed, remat, watchdog
 from llama_jax.train.metrics import read_records
 
 STEPS = 8
 MESH = "mesh.data=2", "mesh.fsdp=2"
 EXIT_TEMPFAIL = 75
+LIMIT = 0.65e6
+"""bytes, between the peaks of a step that keeps nothing and of one that keeps everything"""
 
 
 def at_batch_6(action) -> None:
@@ -61,6 +63,19 @@ def slow(index: int) -> None:
 
 def impatient(index: int) -> None:
     distributed.JOIN_SECONDS = 3
+
+
+def little_memory(index: int) -> None:
+    """The device of process 1 has less memory; every process says what it has chosen."""
+    fit = remat.fit
+
+    def fit_here(possible, *others):
+        choice, program = fit(possible, *others)
+        print("chosen:", *choice.names, "of", *possible[-1].names, choice.peak, flush=True)
+        return choice, program
+
+    remat.fit = fit_here
+    remat._local_limit = lambda: (1e12, LIMIT)[index]
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +200,13 @@ def test_tensor_parallelism_across_slices(place):
     assert len(lines) == 4, results
     for line in lines:
         assert "mesh.tensor=4 x mesh.context=1 would cross slices: there are 2 slices of 2" in line
+
+
+def test_all_processes_keep_the_same_activations(place):
+    """train.remat=auto: what fits the smallest device of the job."""
+    arguments = command(place, "auto", "train.remat=auto", "train.steps=1")
+    results = run_job(place, [arguments] * 2, patch=little_memory)
+    assert [code for code, _ in results] == [0, 0], results
+    first, second = [re.findall(r"chosen: (.*) of (.*) ", text) for _, text in results]
+    assert first == second
+    assert 0 < len(first[0][0].split()) < len(first[0][1].split()), first
