@@ -5,6 +5,7 @@
 import argparse
 import hashlib
 import importlib
+import math
 import re
 import socket
 import sys
@@ -88,7 +89,7 @@ def _run(
     kept = default_prefix_cache(llm) if args.prefix_cache is None else args.prefix_cache
     engine = Engine(
         llm, slots=slots, context=args.context, prefix_cache_bytes=kept, adapters=llms,
-        metrics=metrics,
+        timeout=args.timeout, metrics=metrics,
     )  # fmt: skip
     engine.start(
         lambda done, total: _say(f"compiling {done + 1} of {total}") if done < total else None
@@ -151,6 +152,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds, more than 0")
+    return seconds
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m llama_jax.serve",
@@ -168,6 +179,8 @@ def _parser() -> argparse.ArgumentParser:
     arg("--port", type=_port, default=8000, help="0: any free one (default: %(default)s)")
     arg("--api-key-file", type=Path, metavar="FILE", help="API keys, one per line; requests then "
         "need one")  # fmt: skip
+    arg("--timeout", type=_seconds, metavar="SECONDS", help="end a request that is not finished "
+        "after this time, waiting included (default: never)")  # fmt: skip
     arg = parser.add_argument_group("memory").add_argument
     arg("--slots", type=_positive, metavar="B", help="requests that are decoded together; more "
         "wait (default: 16, on a CPU 4)")  # fmt: skip

@@ -7,6 +7,7 @@ request do not depend on other requests.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -45,6 +46,7 @@ class Engine:
       adapters: models with the same base, by name.
       max_waiting: requests that may wait for a slot.
       max_waiting_tokens: tokens that their prompts may have together.
+      timeout: most seconds of a request without a deadline of its own, waiting included.
       page: positions per page of the cache, and prompt tokens per call; default: by platform.
       metrics: told about all requests.
 
@@ -63,6 +65,7 @@ class Engine:
         adapters: Mapping[str, LLM] | None = None,
         max_waiting: int = 256,
         max_waiting_tokens: int = 1 << 20,
+        timeout: float | None = None,
         page: int | None = None,
         metrics: Metrics | None = None,
     ):
@@ -82,6 +85,7 @@ class Engine:
         self._sizes = Sizes(slots, page, row_pages, count, llm.cfg.vocab_size)
         self._pages = Pages(count, kept)
         self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
+        self._timeout = timeout
 
         self._numbers = itertools.count(1)
         self._lock = threading.Condition()
@@ -129,6 +133,9 @@ class Engine:
           Stopping: the engine takes no more requests.
         """
         self._check(request)
+        if request.deadline is None and self._timeout is not None:
+            deadline = time.monotonic() + self._timeout
+            request = dataclasses.replace(request, deadline=deadline)
         running = Running(next(self._numbers), request, self._sizes, self._metrics)
         with self._lock:
             if self._stopping or self._thread is None or not self._thread.is_alive():

@@ -702,8 +702,11 @@ def test_queue_full_after_some_answers_cancels_them(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("finish", ["error", "cancelled"])
-def test_answers_that_the_engine_ends(server, stream, finish):
+@pytest.mark.parametrize(
+    ("finish", "status", "text"),
+    [("error", 500, "stuck"), ("cancelled", 503, "shutting down"), ("deadline", 408, "too long")],
+)
+def test_answers_that_the_engine_ends(server, stream, finish, status, text):
     def script(request):
         yield Update("fi")
         yield Update(finish=finish, error="the grammar is stuck" if finish == "error" else None)
@@ -713,10 +716,9 @@ def test_answers_that_the_engine_ends(server, stream, finish):
         events = server.events("/v1/chat/completions", {"messages": TALK, "stream": True})
         made = events[-1]
     else:
-        status, made = server.chat()
-        assert status == (500 if finish == "error" else 503)
-    word = "stuck" if finish == "error" else "shutting down"
-    assert word in made["error"]["message"]
+        found, made = server.chat()
+        assert found == status
+    assert text in made["error"]["message"]
 
 
 def test_a_disconnect_cancels_at_once(server):

@@ -15,6 +15,9 @@ pytest.importorskip("llguidance", reason="needs the extra serve")
 @pytest.mark.parametrize(("args", "status", "words"), [
     (["--port", "70000"], 2, "70000"),
     (["--slots", "0"], 2, "'0'"),
+    (["--timeout", "0"], 2, "more than 0"),
+    (["--timeout", "nan"], 2, "more than 0"),
+    (["--timeout", "ever"], 2, "more than 0"),
     (["--prefix-cache", "2 apples"], 2, "2 apples"),
     (["--adapter", "poet"], 2, "NAME=FOLDER"),
     (["--adapter", "a=x", "--adapter", "a=y"], 2, "two models named a"),

@@ -137,6 +137,20 @@ def test_cancel_frees_within_a_step(engine):
     check_nothing_is_held(engine)
 
 
+def test_the_timeout_of_the_server(llm, monkeypatch):
+    """It counts from the submission, and is that of requests without a deadline of their own."""
+    engine = start_engine(llm, monkeypatch, timeout=0.2)
+    assert ask(engine, prompt(5), 3).finish == "length"
+    start = time.monotonic()
+    assert submit(engine, prompt(5), 500, deadline=start).wait().finish == "deadline"
+    late, patient = submit(engine, prompt(6), 500), submit(engine, prompt(7), 500, deadline=1e12)
+    assert late.wait().finish == "deadline"
+    assert time.monotonic() - start < 5
+    assert patient.wait().finish == "length"
+    check_nothing_is_held(engine)
+    engine.drain(1)
+
+
 def test_a_full_queue(llm, monkeypatch):
     engine = start_engine(llm, monkeypatch, max_waiting=3, max_waiting_tokens=100)
     running = []
