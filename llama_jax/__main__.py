@@ -3,7 +3,9 @@
 import importlib
 import sys
 
+import llama_jax
 from llama_jax.train import interrupt
+from llama_jax.versions import source_version
 
 VERBS = {
     "corpus": "make clean text of raw public dumps, such as those of Wikipedia and arXiv",
@@ -13,7 +15,7 @@ VERBS = {
     "serve": "answer requests of OpenAI's API over HTTP, with a chat page",
     "evaluate": "evaluate a model on the benchmarks of the LLaMA paper, or others",
     "report": "collect results of other commands on one HTML page",
-    "convert": "convert weights between Meta, Hugging Face and Orbax",
+    "convert": "convert weights between Meta, Hugging Face, GGUF, PEFT and our checkpoints",
     "verify": "check every file of a run, a checkpoint or prepared data",
     "plan": "predict memory, speed and cost of a run on any TPU or GPU",
 }
@@ -27,7 +29,10 @@ def main(argv: list[str] | None = None) -> int | str | None:
         width = max(map(len, VERBS))
         print("usage: llama-jax VERB ...\n")
         print(*(f"  {verb:{width}}  {what}" for verb, what in VERBS.items()), sep="\n")
-        print("\nllama-jax VERB --help describes the arguments of a verb.")
+        print("\nllama-jax VERB --help describes the arguments of a verb; llama-jax --version.")
+        return 0
+    if argv[0] == "--version":
+        print(f"llama_jax {llama_jax.__version__}, {source_version()}")
         return 0
     if argv[0] not in VERBS:
         print(

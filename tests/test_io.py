@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import llama_jax
 from llama_jax import __main__ as command
 from llama_jax import io
 
@@ -84,6 +85,8 @@ def test_the_command_names_its_verbs_and_refuses_others(capsys):
     assert all(verb in shown for verb in command.VERBS)
     assert command.main(["trian"]) == 2
     assert "unknown command 'trian'" in capsys.readouterr().err
+    assert command.main(["--version"]) == 0
+    assert f"llama_jax {llama_jax.__version__}, " in capsys.readouterr().out
 
 
 def test_a_figure_is_written_whole_in_the_format_of_its_suffix(tmp_path):

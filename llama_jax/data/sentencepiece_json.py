@@ -63,9 +63,9 @@ def parse(content: bytes) -> Any:
     try:
         proto.ParseFromString(content)
     except DecodeError as e:
-        raise ValueError(f"it is damaged: {e}") from None
+        raise ValueError(str(e)) from None
     if not all(isinstance(p.piece, str) for p in proto.pieces):
-        raise ValueError("it is damaged: a piece is not UTF-8 text")
+        raise ValueError("a piece is not UTF-8 text")
     # A file truncated between two pieces can be parsed as a smaller vocabulary. These settings
     # follow the pieces.
     if not (proto.HasField("trainer_spec") and proto.HasField("normalizer_spec")):

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     arg = parser.add_argument
     arg("checkpoint", metavar="CHECKPOINT", help="folder of a run, or of converted, Hugging Face "
-        "or Meta weights")  # fmt: skip
+        "or Meta weights; or a GGUF file")  # fmt: skip
     arg("--tasks", default="paper", metavar="NAMES", help="tasks and sets of this package "
         "(default: the set paper), tasks, groups and tags of the harness, YAML files of tasks; "
         "separated by commas")  # fmt: skip

@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     arg = parser.add_argument
     arg("checkpoint", metavar="CHECKPOINT", help="folder of a run, or of converted, Hugging Face "
-        "or Meta weights")  # fmt: skip
+        "or Meta weights; or a GGUF file")  # fmt: skip
     arg("prompt", metavar="PROMPT", nargs="?", help='text to continue, or a message; "-" reads one '
         "per line from stdin")  # fmt: skip
     arg("--chat", action="store_true", help="answer the message, or those typed until Ctrl-D, with "

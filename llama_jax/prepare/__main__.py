@@ -124,7 +124,9 @@ def parse_source(argument: str) -> tuple[str, SourceConfig]:
 def _settings(options: argparse.Namespace) -> DataConfig:
     if not options.out.strip():
         raise ValueError("OUT is empty; give a folder, or a URL of a bucket")
-    as_path(options.out)  # refuses URLs of other kinds
+    out = as_path(options.out)  # refuses URLs of other kinds
+    if isinstance(out, Path) and out.exists() and not out.is_dir():
+        raise ValueError(f"OUT {options.out} is a file; give a folder")
     sources: dict[str, SourceConfig] = {}
     try:
         for argument in options.source:

@@ -106,8 +106,19 @@ def parse_line(line: bytes, where: str) -> Record | BadLine:
         return Record(where, json.loads(line))
     except RecursionError:
         return BadLine("not JSON", f"{where} is not JSON: nested too deeply")
+    except UnicodeDecodeError as e:
+        return not_utf8(where, e.start, e.reason)
     except ValueError as e:
         return BadLine("not JSON", f"{where} is not JSON: {e}")
+
+
+def not_utf8(where: str, byte: int, reason: str) -> BadLine:
+    """A line or block of text in another encoding."""
+    return BadLine(
+        "not UTF-8",
+        f"{where} is not UTF-8 text (byte {byte}: {reason}; if it is Windows-1252, convert it: "
+        "iconv -f WINDOWS-1252 -t UTF-8)",
+    )
 
 
 def read_json(file: Path) -> Iterator[Record | BadLine]:

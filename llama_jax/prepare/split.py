@@ -6,6 +6,7 @@ such a document (a small one) puts the document with its lowest key into validat
 is then a validation key in every source.
 """
 
+import collections
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -50,13 +51,15 @@ def split_rule(
     val_keys, train_keys = ({k for e in known for k in e.get(n, ())} for n in ("held_out", "kept"))
     for source in sources:
         lowest, highest = 2**64, -1
-        for document in read_documents(source, source.files):
+        bad_lines: collections.Counter[str] = collections.Counter()
+        for document in read_documents(source, source.files, bad_lines):
             lowest, highest = min(lowest, document.key), max(highest, document.key)
             if lowest < threshold <= highest:
                 break
         where = f"source {source.name}: {source.path!r}"
         if highest < 0:
-            raise ValueError(f"{where} has no text that is not blank")
+            skipped = "".join(f"; left out: {n:,} x {reason}" for reason, n in bad_lines.items())
+            raise ValueError(f"{where} has no text that is not blank{skipped}")
         if lowest == highest:
             raise ValueError(
                 f"{where} has one document (or copies of one), but training and validation need "

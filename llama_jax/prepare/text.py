@@ -26,6 +26,7 @@ from llama_jax.prepare.records import (
     BadLine,
     Document,
     key_of,
+    not_utf8,
     read_json,
     read_lines,
     read_parquet,
@@ -322,10 +323,7 @@ def _read_text(file: Path, block_bytes: int) -> Iterator[str | BadLine]:
             try:
                 yield content[:end].decode()
             except UnicodeDecodeError as e:
-                yield BadLine(
-                    "not UTF-8",
-                    f"{file} is not UTF-8 text (byte {start + e.start}: {e.reason})",
-                )
+                yield not_utf8(str(file), start + e.start, e.reason)
             start, content = start + end, content[end:]
 
 

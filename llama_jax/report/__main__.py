@@ -86,6 +86,8 @@ def page(title: str, results: Sequence[Path]) -> str:
 
 
 def _section(path: Path) -> str:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; see --help for what is shown")
     parts = [f"<h2>{html.escape(str(path))}</h2>"]
     if not path.is_dir():
         return "\n".join([*parts, _pre(_text(path), "text")])

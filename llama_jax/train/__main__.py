@@ -163,10 +163,30 @@ def _sampling(trainer: "Trainer") -> Iterator[tuple[str, dict[str, Any]]]:
         yield prompt, dict(max_new_tokens=100, sampling=Sample(temperature=0.7), seed=seed)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and say how a setting is written."""
+
+    def error(self, message: str) -> Any:
+        if message.startswith("unrecognized"):
+            message += "; a setting has no dashes: section.key=value, such as train.steps=1000"
+        self.exit(2, f"error: {message} (--help lists all)\n")
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Does not break the names of recipes at hyphens."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.fill(
+            " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent,
+            break_on_hyphens=False,
+        )  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
     from llama_jax.config import SettingsHelp, recipe_names
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
+        formatter_class=_Formatter,
         prog="python -m llama_jax.train",
         usage="%(prog)s [RECIPE] [section.key=value ...]",
         description="Pretrain or fine-tune a LLaMA. RECIPE is a TOML file or the name of a shipped "

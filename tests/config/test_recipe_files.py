@@ -20,6 +20,7 @@ from llama_jax.config import (
     to_toml,
 )
 from llama_jax.config.help import COMMON, SECTIONS
+from llama_jax.train.__main__ import main as train
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,6 +174,19 @@ def test_help_takes_a_section(capsys, monkeypatch):
         parser.parse_args(["--help", "trian"])
     assert stopped.value.code == 2
     assert "no such section; give one of model, model.rope, data" in capsys.readouterr().err
+
+
+def test_the_command_says_how_a_setting_is_written(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        train(["tiny", "--steps", "3"])
+    message = "error: unrecognized arguments: --steps 3; a setting has no dashes: section.key=value"
+    assert capsys.readouterr().err.startswith(message)
+    for columns in range(40, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit):
+            train(["--help"])
+        text = capsys.readouterr().out
+        assert all(name in text for name in recipe_names())
 
 
 def test_help_into_a_closed_pipe_is_no_error():

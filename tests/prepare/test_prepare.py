@@ -411,6 +411,10 @@ def test_skipped_bad_lines_are_counted(tmp_path, model, caplog, capsys):
         [str(tmp_path / "out2"), "--source", f"b={text}", "--tokenizer", model, "--skip-bad-lines"]
     )
     assert manifest(tmp_path / "out2" / "b")["bad_lines"] == {"not UTF-8": 1}
+    text.write_bytes(b"caf\xe9")
+    with pytest.raises(SystemExit, match=r"no text that is not blank; left out: 1 x not UTF-8$"):
+        main([str(tmp_path / "out3"), "--source", f"b={text}", "--vocab-size", "320",
+              "--skip-bad-lines"])  # fmt: skip
 
 
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
@@ -590,14 +594,14 @@ def test_a_folder_leaves_out_what_is_not_text(tmp_path, model, caplog):
         ("a.txt", b"", "{path} is empty"),
         ("a.txt", b" \n \n", "no text that is not blank"),
         ("a.txt", b"abc\0def", "{path} is binary"),
-        ("a.txt", b"good text, caf\xe9 bad", r"{path} is not UTF-8 text \(byte 14"),
+        ("a.txt", b"good text, caf\xe9 bad", r"{path} is not UTF-8 text \(byte 14.*iconv"),
         ("a.docx", b"PK", "unknown extension; known are .jsonl"),
         ("a.jsonl", b"", "{path} is empty"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "{path} line 2 is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n\n{"body": "x"}\n', '{path} line 3 has no "text" .* body'),
         ("a.jsonl", b'{"text": 5}\n', '{path} line 1 has no "text" field that is a string'),
         ("a.jsonl", b'["text"]\n', '{path} line 1 has no "text" field'),
-        ("a.jsonl", b'{"text": "\xe9"}\n', "{path} line 1 is not JSON.*utf-8"),
+        ("a.jsonl", b'{"text": "\xe9"}\n', r"{path} line 1 is not UTF-8 text \(byte 10:.*iconv"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "{path} line 1: the text is not valid Unicode"),
         ("a.jsonl.gz", b"not gzip", "{path} is damaged after line 0"),
         # The bytes are part of the test's name, so no time of day in the header.
@@ -859,7 +863,11 @@ def test_command(tmp_path, model, capsys):
         assert e.value.code != 0
         assert "\n" not in str(e.value)
     assert not list(tmp_path.glob("out2/a*"))
-    for out, message in (("ftp://b/x", "ftp:// is not supported; give a path"), (" ", "is empty")):
+    for out, message in (
+        ("ftp://b/x", "ftp:// is not supported; give a path"),
+        (" ", "is empty"),
+        (str(source), "a.jsonl is a file; give a folder$"),
+    ):
         with pytest.raises(SystemExit, match=message):
             main([out, *good])
 

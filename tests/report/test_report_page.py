@@ -68,4 +68,4 @@ def test_bad_names(results, tmp_path, capsys):
     assert main([str(tmp_path / "page.md"), str(results[0])]) == 1
     assert "ends in .html" in capsys.readouterr().err
     assert main([str(tmp_path / "page.html"), str(tmp_path / "absent.txt")]) == 1
-    assert "absent.txt" in capsys.readouterr().err
+    assert "absent.txt does not exist" in capsys.readouterr().err
