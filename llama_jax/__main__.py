@@ -1,7 +1,11 @@
 """``llama-jax VERB ...``, the same as ``python -m llama_jax.VERB ...``."""
 
+import contextlib
 import importlib
+import os
+import signal
 import sys
+from collections.abc import Iterator
 
 import llama_jax
 from llama_jax.train import interrupt
@@ -40,9 +44,30 @@ def main(argv: list[str] | None = None) -> int | str | None:
             file=sys.stderr,
         )
         return 2
+    name = f"llama_jax.{argv[0]}.__main__"
     if argv[0] == "train" and is_command:
         interrupt.start_command()  # before the imports, which take seconds
-    return importlib.import_module(f"llama_jax.{argv[0]}.__main__").main(argv[1:])
+        return importlib.import_module(name).main(argv[1:])
+    with _stopped_by_ctrl_c() if is_command else contextlib.nullcontext():
+        module = importlib.import_module(name)
+    return module.main(argv[1:])
+
+
+@contextlib.contextmanager
+def _stopped_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the process at once: raised within an import, it is a traceback of a library."""
+
+    def stop(*_: object) -> None:
+        os.write(2, b"\nstopped\n")
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # not ignored, as in the background of a script
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

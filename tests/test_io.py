@@ -89,6 +89,19 @@ def test_the_command_names_its_verbs_and_refuses_others(capsys):
     assert f"llama_jax {llama_jax.__version__}, " in capsys.readouterr().out
 
 
+def test_ctrl_c_while_a_command_is_imported_is_no_traceback():
+    program = (
+        "import importlib, os, signal, sys\n"
+        "from llama_jax.__main__ import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "importlib.import_module = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.argv = ['llama-jax', 'verify', 'x']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\nstopped\n")
+
+
 def test_a_figure_is_written_whole_in_the_format_of_its_suffix(tmp_path):
     class Figure:
         def savefig(self, file, format, dpi):

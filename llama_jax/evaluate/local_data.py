@@ -51,6 +51,15 @@ def find(
     return find_all(options, folders, patterns, download)[0]
 
 
+def check_data_folder(data: Path) -> None:
+    """Raise ValueError unless the folder of the benchmarks' files exists."""
+    if not data.is_dir():
+        raise ValueError(
+            f"the data folder {data} does not exist or is not a folder; make it, with a folder for "
+            f"each benchmark, such as {data / 'piqa'}"
+        )
+
+
 def find_all(
     options: TaskOptions, folders: tuple[str, ...], patterns: tuple[str, ...], download: str
 ) -> list[Path]:
@@ -74,8 +83,7 @@ def find_all(
     """
     if options.data is None:
         raise MissingData(f"no data folder was given (--data DIR): {download}")
-    if not options.data.is_dir():
-        raise ValueError(f"the data folder {options.data} does not exist or is not a folder")
+    check_data_folder(options.data)
     files = list(_files(options.data, [_plain(folder) for folder in folders]))
     for pattern in map(_plain, patterns):
         found = [

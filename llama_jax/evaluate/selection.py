@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_jax.evaluate.local_data import FILES_READ, MissingData, read_records
+from llama_jax.evaluate.local_data import FILES_READ, MissingData, check_data_folder, read_records
 from llama_jax.evaluate.paper_task import TaskOptions
 from llama_jax.evaluate.task_sets import TASKS, task_sets
 
@@ -91,8 +91,8 @@ class _Harness:
         from lm_eval.tasks._factory import TaskFactory
         from lm_eval.tasks._index import Kind, TaskIndex
 
-        if data is not None and not data.is_dir():
-            raise ValueError(f"the data folder {data} does not exist or is not a folder")
+        if data is not None:
+            check_data_folder(data)
         self.files: list[Path] = []
         paths = [Path(n) for n in names if Path(n).suffix in (".yaml", ".yml")]
         if absent := [path for path in paths if not path.is_file()]:

@@ -43,11 +43,13 @@ def command_errors() -> Iterator[Status]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status.code = 141
         except BaseException as e:
-            # A library interrupted during its import may raise another error.
-            if isinstance(e, KeyboardInterrupt) or interrupted.is_set():
+            expected = isinstance(e, ValueError | MemoryError | OSError)
+            # A library interrupted during its import may raise another error, before the thread
+            # that sets the event has run.
+            if isinstance(e, KeyboardInterrupt) or interrupted.wait(0 if expected else 0.2):
                 print("\nstopped", file=sys.stderr)
                 status.code = 130
-            elif isinstance(e, ValueError | MemoryError | OSError):
+            elif expected:
                 print(f"error: {e}", file=sys.stderr)
                 status.code = 2
             else:

@@ -3,6 +3,7 @@
 # jax takes seconds to import. Functions import what needs it, so that bad arguments get an
 # immediate answer.
 import argparse
+import errno
 import hashlib
 import importlib
 import math
@@ -116,7 +117,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as e:
-        raise PortInUse(f"cannot listen on {host}, port {port}: {e.strerror}") from None
+        hint = "; another --port may be free" if e.errno == errno.EADDRINUSE else ""
+        raise PortInUse(f"cannot listen on {host}, port {port}: {e.strerror}{hint}") from None
 
 
 def _adapters(given: list[str], base: str) -> dict[str, str]:

@@ -117,7 +117,7 @@ def test_the_command_writes_a_report(ask, files, tmp_path):
         (["--tasks", "humaneval"], "without a sandbox; use paper_humaneval or paper_mbpp"),
         (["--tasks", "paper_piqa"], "paper_piqa: no data folder was given"),
         (["--tasks", "commonsense"], "no task of commonsense can run"),
-        (["--tasks", "commonsense", "--data", "nowhere"], "nowhere"),
+        (["--tasks", "commonsense", "--data", "nowhere"], "such as nowhere/piqa"),
         (["--tasks", "my_bad.yaml"], "my_bad.yaml cannot be loaded"),
         (["--tasks", "my_nameless.yaml"], "my_nameless.yaml cannot be loaded"),
         (["--tasks", "my_choice.yaml", "--chat-template"], "no chat template"),

@@ -615,6 +615,22 @@ def test_ctrl_c(monkeypatch, capsys):
     assert ended == [130]
 
 
+def test_another_error_because_of_ctrl_c_before_the_thread_has_run(monkeypatch, capsys):
+    def failing(*_):  # the handler runs within `os.kill`, which holds the lock of Python's threads
+        raise ImportError("numpy could not be imported")
+
+    def importing(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("llama_jax.generate.__main__.load", importing)
+    before = signal.signal(signal.SIGINT, failing)
+    try:
+        assert main(["x", "a"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
 def test_ctrl_c_while_libraries_are_imported():
     command = [sys.executable, "-X", "importtime", "-m", "llama_jax.generate", "none", "x"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
