@@ -55,10 +55,15 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     for name in data.sources:
         for split, n in read_json_or_empty(out / name / MANIFEST).get("splits", {}).items():
+            # The tokens of conversations are also those of the template, which text_bytes lacks.
+            more = (
+                f"{n['counted']:,} count in the loss"
+                if "counted" in n
+                else f"{n['text_bytes'] / n['tokens']:.2f} bytes/token"
+            )
             print(
                 f"{name:16} {'train' if split == 'train' else 'val':5} "
-                f"{n['documents']:>12,} documents {n['tokens']:>16,} tokens "
-                f"{n['text_bytes'] / n['tokens']:.2f} bytes/token"
+                f"{n['documents']:>12,} documents {n['tokens']:>16,} tokens {more}"
             )
     if options.show > 0:
         for name, source in data.sources.items():

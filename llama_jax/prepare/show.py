@@ -87,8 +87,8 @@ def _counts(name: str, stream: TokenStream, lengths: np.ndarray) -> str:
     blocks = range(0, total, 2**24)
     counted = sum(int(stream.read_mask(i, min(2**24, total - i)).sum()) for i in blocks)
     # The last token of a document takes no position of a sequence.
-    longer = ", ".join(f"{int((lengths - 1 > T).sum()):,} than {T}" for T in LENGTHS)
+    longer = ", ".join(f"than {T}: {int((lengths - 1 > T).sum()):,}" for T in LENGTHS)
     return (
         f"{name}: {len(lengths):,} training documents, {total:,} tokens, {counted:,} count in the "
-        f"loss ({counted / total:.0%}); the longest has {int(lengths.max()):,}; longer are {longer}"
+        f"loss ({counted / total:.0%}); the longest has {int(lengths.max()):,}; longer {longer}"
     )

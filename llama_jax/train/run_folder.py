@@ -66,14 +66,18 @@ def locked(folder: Path) -> Iterator[None]:
     is removed.
 
     Raises:
-      ConfigError: another job uses the folder.
+      ConfigError: another job uses the folder, or it cannot be made.
     """
     check_access(folder)
     if jax.process_index() != 0:
         sync_global_devices("locked")
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as e:
+        problem = "it is a file" if isinstance(e, FileExistsError) else e.strerror
+        raise ConfigError(f"checkpoint.dir={folder}: {problem}; choose another folder") from None
     try:
         with contextlib.ExitStack() as stack:
             try:

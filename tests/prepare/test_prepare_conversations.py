@@ -433,7 +433,7 @@ def test_show(tmp_path, model, capsys, monkeypatch):
         f"a: {splits['documents']} training documents, {splits['tokens']:,} tokens, "
         f"{splits['counted']:,} count in the loss" in out
     )
-    assert f"the longest has {longest}; longer are 0 than 512" in out
+    assert f"the longest has {longest}; longer than 512: 0, than 1024: 0" in out
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     for no_color in ("", "1"):
         monkeypatch.setenv("NO_COLOR", no_color)

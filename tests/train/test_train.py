@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -17,7 +18,7 @@ from train_tools import write_recipe
 import llama_jax
 from llama_jax.checkpoint.arrays import open_array
 from llama_jax.checkpoint.file_hashes import record_files
-from llama_jax.config import load_recipe
+from llama_jax.config import ConfigError, load_recipe
 from llama_jax.data.batch import Batch
 from llama_jax.data.mixture import TrainData
 from llama_jax.io import folder_lock
@@ -29,6 +30,7 @@ from llama_jax.train.__main__ import _quiet_threads, main
 from llama_jax.train.loss import nll_sum, token_nll
 from llama_jax.train.metrics import plot_losses
 from llama_jax.train.optim import decays, make_schedule
+from llama_jax.train.run_folder import locked
 from llama_jax.train.step import init_state, make_train_step
 
 HOW = ComputeConfig(jnp.dtype(jnp.float32))
@@ -246,6 +248,14 @@ def test_a_start_never_rewrites_saved_files(run, place):
     code, _, err = run(*new, "train.steps=8")
     assert code == 2
     assert "tokenizer" in err
+
+
+def test_a_file_in_place_of_the_run_folder(tmp_path):
+    (tmp_path / "file").write_text("text")
+    for name, problem in (("file", "it is a file"), ("file/run", "Not a directory")):
+        message = f"checkpoint.dir={tmp_path / name}: {problem}; choose another folder"
+        with pytest.raises(ConfigError, match=re.escape(message)), locked(tmp_path / name):
+            pass
 
 
 def test_a_run_folder_has_one_owner(run, place):
