@@ -434,6 +434,7 @@ def test_show(tmp_path, model, capsys, monkeypatch):
         f"{splits['counted']:,} count in the loss" in out
     )
     assert f"the longest has {longest}; longer than 512: 0, than 1024: 0" in out
+    assert "bytes/token" not in out
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     for no_color in ("", "1"):
         monkeypatch.setenv("NO_COLOR", no_color)
