@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import llama_jax
 from llama_jax.train import interrupt
-from llama_jax.versions import source_version
 
 VERBS = {
     "corpus": "make clean text of raw public dumps, such as those of Wikipedia and arXiv",
@@ -36,6 +35,8 @@ def main(argv: list[str] | None = None) -> int | str | None:
         print("\nllama-jax VERB --help describes the arguments of a verb; llama-jax --version.")
         return 0
     if argv[0] == "--version":
+        from llama_jax.versions import source_version
+
         print(f"llama_jax {llama_jax.__version__}, {source_version()}")
         return 0
     if argv[0] not in VERBS:
