@@ -244,7 +244,7 @@ def test_sampling_and_conversion(runs, capsys):
     assert convert([hf, back, *ANY]) == 1
     assert "exists; remove it" in capsys.readouterr().err
     # An upload that was interrupted is no checkpoint, and is written again.
-    (as_path(back + ".uploading")).write_bytes(b"")
+    (as_path(back + ".uploading") / "started").write_bytes(b"")
     (as_path(back) / "model.json").unlink()
     assert convert([hf, back, *ANY]) == 0
     assert whole_steps(as_path(back)) == [0]
@@ -252,6 +252,31 @@ def test_sampling_and_conversion(runs, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: s3://nobucket/x: the bucket")
     assert error.count("\n") == 1
+
+
+def test_a_conversion_never_replaces_what_others_have_put_there(runs, capsys, monkeypatch):
+    """What others have put at the destination after a conversion failed, or during it, is kept; two
+    conversions to one destination are refused."""
+    from llama_jax.convert.__main__ import main as convert
+    from llama_jax.convert.bucket import uploaded
+    from llama_jax.convert.formats import ConvertError
+
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.2)
+    command = [str(runs / "run"), "s3://bucket/theirs", *ANY]
+    assert convert([*command, "--to", "meta", "--shards", "77"]) == 1
+    precious = as_path("s3://bucket/theirs/a.txt")
+    precious.write_bytes(b"mine")
+    assert convert(command) == 1
+    assert "s3://bucket/theirs exists; remove it" in capsys.readouterr().err
+    assert precious.read_bytes() == b"mine"
+    precious.unlink()
+    with pytest.raises(ConvertError, match="exists"), uploaded(precious.parent, None) as local:
+        (local / "b.txt").parent.mkdir()
+        assert convert(command) == 1
+        assert "in use: converting" in capsys.readouterr().err
+        precious.write_bytes(b"mine")
+    assert list(precious.parent.files()) == ["a.txt"]
+    assert not as_path("s3://bucket/theirs.uploading").exists()
 
 
 def test_the_cache_of_shards_is_repaired(runs, monkeypatch):

@@ -12,6 +12,7 @@ from llama_jax.config import ConfigError
 from llama_jax.convert import orbax
 from llama_jax.convert.formats import ConvertError
 from llama_jax.storage.copies import cache_folder, cached, local_folder, upload_folder
+from llama_jax.storage.lock import object_lock
 from llama_jax.storage.paths import COMMIT_FILE, ObjectPath, check_access, remove_tree
 
 _LAST = (
@@ -23,7 +24,9 @@ _LAST = (
 )
 """Uploaded last, so that half an upload is not recognized as weights."""
 _MARK = ".uploading"
-"""Object of an upload that has not ended."""
+"""Folder beside the destination: the lock of the conversion, and :data:`_STARTED`."""
+_STARTED = "started"
+"""Object of an upload that has started and not ended: it may be replaced."""
 
 
 def local_source(source: Path) -> Path:
@@ -66,15 +69,27 @@ def uploaded(destination: ObjectPath, log: Callable[[str], None] | None) -> Iter
 
     Raises:
       ConvertError: the destination exists.
+      ValueError: another process converts to this destination.
       StorageError: the bucket cannot be written.
     """
     check_access(destination)
     if not destination.name:
         raise ConvertError(f"destination {destination}: give the name of a folder in the bucket")
     mark = destination.with_name(destination.name + _MARK)
-    if destination.exists() and not mark.exists():
+    with object_lock(mark, "converting"):  # also shows a missing permission before the conversion
+        _check_free(destination, mark / _STARTED)
+        yield from _uploaded(destination, mark / _STARTED)
+    if log is not None:
+        log(f"uploaded: {destination}")
+
+
+def _check_free(destination: ObjectPath, started: ObjectPath) -> None:
+    """Raise an error if there is something else than a part of an upload."""
+    if destination.exists() and not started.exists():
         raise ConvertError(f"{destination} exists; remove it or choose another name")
-    mark.write_bytes(b"")  # also shows a missing permission before the conversion
+
+
+def _uploaded(destination: ObjectPath, started: ObjectPath) -> Iterator[Path]:
     key = hashlib.sha256(str(destination).encode()).hexdigest()[:16]
     folder = cache_folder() / "upload" / key
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +97,8 @@ def uploaded(destination: ObjectPath, log: Callable[[str], None] | None) -> Iter
     if local.exists():  # of a run whose upload failed
         shutil.rmtree(local) if local.is_dir() else local.unlink()
     yield local
+    _check_free(destination, started)  # something else may be there since the start
+    started.write_bytes(b"")
     remove_tree(destination)  # type: ignore[arg-type]
     if local.is_dir():
         for step in local.glob("steps/*"):  # Orbax looks for it in a bucket
@@ -90,7 +107,5 @@ def uploaded(destination: ObjectPath, log: Callable[[str], None] | None) -> Iter
         upload_folder(local, destination, last=_LAST)
     else:
         destination.upload(local)
-    mark.unlink()
+    started.unlink()
     shutil.rmtree(folder)
-    if log is not None:
-        log(f"uploaded: {destination}")
