@@ -27,6 +27,10 @@ max_ssh=10 # attempts in a row to reach the hosts
 if [ $# -gt 0 ]; then
     train=("$@")
 fi
+if ! [[ $slices =~ ^[1-9][0-9]*$ ]]; then
+    echo "$0: slices=$slices: give a whole number, at least 1" >&2
+    exit 2
+fi
 
 queued_resource() { # COMMAND [OPTION ...]
     gcloud compute tpus queued-resources "$1" "$name" --project="$project" --zone="$zone" "${@:2}"

@@ -1,10 +1,12 @@
 """Buckets: paths, locks, caches, and a run that is killed while it writes, against emulators."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -100,6 +102,9 @@ def test_errors_have_one_line_and_no_credentials():
     shown = redacted(text)
     for secret in ("pw", "q9x", "abc", "AKIA", "ya29", "s3cr3t"):
         assert secret not in shown
+    began = time.process_time()
+    redacted("a" * 10**6)  # an answer of a server that is one long word
+    assert time.process_time() - began < 5
     assert "\n" not in reason(ValueError(text), "s3")
     assert "permission denied" in reason(PermissionError("Access Denied"), "gs")
     assert "aws configure" in reason(type("NoCredentialsError", (Exception,), {})(), "s3")
@@ -118,7 +123,10 @@ def test_lock(place, monkeypatch):
         with pytest.raises(ValueError, match=message), folder_lock(folder, "training"):
             pass
     assert not in_use(folder)
-    # Of a process of this machine that has ended, and of another machine.
+    # Damaged, of a process of this machine that has ended, and of another machine.
+    (folder / ".lock").write_bytes(b"[" * 200_000)
+    with folder_lock(folder, "training"):
+        pass
     dead = subprocess.Popen(["true"])
     mine = lock._process(os.getpid()).split()
     dead.wait()
@@ -270,11 +278,13 @@ def test_a_conversion_never_replaces_what_others_have_put_there(runs, capsys, mo
     assert "s3://bucket/theirs exists; remove it" in capsys.readouterr().err
     assert precious.read_bytes() == b"mine"
     precious.unlink()
-    with pytest.raises(ConvertError, match="exists"), uploaded(precious.parent, None) as local:
-        (local / "b.txt").parent.mkdir()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(uploaded(precious.parent, None)).mkdir()
         assert convert(command) == 1
         assert "in use: converting" in capsys.readouterr().err
         precious.write_bytes(b"mine")
+        with pytest.raises(ConvertError, match="exists"):
+            stack.close()
     assert list(precious.parent.files()) == ["a.txt"]
     assert not as_path("s3://bucket/theirs.uploading").exists()
 
@@ -306,6 +316,8 @@ def test_the_cache_of_shards_is_repaired(runs, monkeypatch):
         local_shards(source)
     assert not shard.exists()
     (source / shard.name).write_bytes(content)
+    (source.parent / "deep/manifest.json").write_bytes(b"[" * 200_000)
+    assert local_shards(source.parent / "deep").is_dir()  # the next reader reports the damage
     with pytest.raises(ValueError, match=r"has no manifest.json; make it with"):
         local_shards(as_path("s3://bucket/nothing"))
 

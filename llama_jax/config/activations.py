@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from llama_jax.config.values import did_you_mean
 
@@ -10,6 +10,17 @@ REMAT_NAMES = ("q", "k", "v", "attention", "o", "gate", "up", "down")
 """Activations of a layer: outputs of its matrices, and of the attention kernel."""
 _LISTS = tuple(f'["{name}"]' for name in REMAT_NAMES)
 REMAT_WORDS = ("none", "matmuls", "full", "auto")
+
+
+def _list_or_word(value: object) -> object:
+    """The value with a list as a tuple; one error instead of one for each type of the union."""
+    names = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"give {', '.join(REMAT_WORDS)}, or a list of activations to keep, such as "
+            '["gate", "up"]'
+        )
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _remat(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -29,5 +40,5 @@ def _remat(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
-Remat = Annotated[str | tuple[str, ...], AfterValidator(_remat)]
+Remat = Annotated[str | tuple[str, ...], BeforeValidator(_list_or_word), AfterValidator(_remat)]
 RematNames = Annotated[tuple[str, ...], AfterValidator(_remat)]

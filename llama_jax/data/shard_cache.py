@@ -51,6 +51,6 @@ def _shard_hashes(manifest: bytes) -> dict[str, str]:
         for shard in (shard for split in splits.values() for shard in split["shards"]):
             kinds = (key.removesuffix("_sha256") for key in shard if key.endswith("_sha256"))
             found |= {f"{shard['name']}.{k}": h for k in kinds if (h := shard[f"{k}_sha256"])}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     return found

@@ -13,6 +13,7 @@ class StorageError(OSError):
 
 LOGIN = re.compile(r"(?<=://)(?:[^/\s@:]+:\S+|[^/\s@]+)@")
 """user:password@ of a URL; the password may contain / and @."""
+_MAX_MESSAGE = 10_000
 _SECRETS = (
     (re.compile(r"\?[^\s'\"<>]+"), "?..."),  # signed URLs have their signature in the query
     (LOGIN, ""),
@@ -21,7 +22,7 @@ _SECRETS = (
     (re.compile(r"\bya29\.[\w.-]+"), "..."),
     (
         re.compile(
-            r"(?i)([\w-]*(?:token|secret|signature|credential|password|authorization|"
+            r"(?i)((?:token|secret|signature|credential|password|authorization|"
             r"access_?key)[\w-]*['\"]?\s*[:=]\s*['\"]?)[^\s'\",;&]+"
         ),
         r"\1...",
@@ -30,7 +31,11 @@ _SECRETS = (
 
 
 def redacted(text: str) -> str:
-    """A message of a library without query strings, keys, tokens and signatures."""
+    """The beginning of a message of a library, without query strings, keys, tokens and signatures.
+
+    A server can answer with a page of megabytes, in which the search would take minutes.
+    """
+    text = text[:_MAX_MESSAGE]
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text

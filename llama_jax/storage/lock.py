@@ -135,7 +135,7 @@ def _read(lock: ObjectPath) -> dict[str, Any]:
         raise
     try:
         held = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         held = None
     if not isinstance(held, dict):
         return {"holder": "another process"}
@@ -158,7 +158,7 @@ def _process(pid: int) -> str:
 def _is_dead(held: dict[str, Any]) -> bool:
     """Whether the holder is a process of this machine that has ended."""
     parts, here = str(held.get("process", "")).split(), _process(os.getpid()).split()
-    if len(parts) != 4 or parts[:2] != here[:2] or not parts[2].isdigit():
+    if len(parts) != 4 or parts[:2] != here[:2] or not parts[2].isdecimal():
         return False
     pid = int(parts[2])
     if found := _process(pid):

@@ -24,6 +24,8 @@ POLL_SECONDS = 1.0
 WAIT_SECONDS = 10
 CONNECT_SECONDS = 60
 VALUE_SECONDS = 600
+MAX_BYTES = 4096
+"""What a process tells process 0 about itself is shorter."""
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the same command may succeed when it is started again."""
 
@@ -149,6 +151,8 @@ def _accept() -> None:
                 except OSError:
                     data = b""
                 received[connection] += data
+                if len(received[connection]) > MAX_BYTES:  # not a process of this job
+                    data = received[connection] = b""
                 said = received[connection].decode(errors="replace").split()
                 if said[:1] == [token] and len(said) >= 3:
                     _hosts[int(said[1])] = said[2]

@@ -22,7 +22,7 @@ from llama_jax.model.compute import ComputeConfig
 from llama_jax.model.lora import num_adapter_params
 from llama_jax.storage.copies import Mirror
 from llama_jax.train.benchmarks import plot_benchmarks
-from llama_jax.train.clock import Seconds
+from llama_jax.train.clock import PHASES, Seconds
 from llama_jax.train.frozen import frozen_format
 from llama_jax.train.step import flops_per_token
 from llama_jax.versions import source_version
@@ -108,12 +108,28 @@ class MetricsLog:
 def read_records(path: Path) -> list[Record]:
     """The records of a ``metrics.jsonl`` up to the first damaged line (cut off by a crash)."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not _is_record(record):
+            break
+        records.append(record)
     return records
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a value has what the log reads again: it may have been changed by something else."""
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return False
+    numbers = [record.get("step")]
+    if record["kind"] in ("train", "eval"):
+        numbers += [record.get("tokens"), record.get("loss")]
+    if "goodput" in record:
+        goodput = record["goodput"] if isinstance(record["goodput"], dict) else {}
+        numbers += [goodput.get(name) for name in (*PHASES, "starts")]
+    return all(isinstance(x, int | float) for x in numbers)
 
 
 def flatten(record: Record, prefix: str = "") -> list[tuple[str, float]]:

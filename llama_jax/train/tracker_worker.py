@@ -18,6 +18,8 @@ from typing import Any
 
 PROJECT = "llama_jax"
 """W&B project and MLflow experiment, unless an environment variable names another."""
+MAX_ERROR = 10_000
+"""Characters of an error: a server can answer with a page of megabytes."""
 BATCH = 100
 """MLflow's limit for parameters and tags of one request."""
 
@@ -177,7 +179,7 @@ def main(name: str) -> None:
         writer.close(finished)
         answer(closed=True)
     except Exception as e:
-        answer(error=f"{type(e).__name__}: {e}")
+        answer(error=f"{type(e).__name__}: {e}"[:MAX_ERROR])
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

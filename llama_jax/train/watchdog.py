@@ -18,6 +18,8 @@ from llama_jax.train.failure import EXIT_CODE, end_all
 
 MIN_SECONDS = 60.0
 """A step that takes less is never called a hang."""
+WRITE_SECONDS = 60.0
+"""How long the stacks may take to write."""
 WINDOW = 100
 """Number of last steps whose median is the usual step time."""
 
@@ -96,6 +98,19 @@ class Watchdog:
             f"take {duration(usual)} (limit: train.hang_factor={self.factor:g}, at least "
             f"{duration(MIN_SECONDS)})"
         )
+        # In a thread: the run folder may be what does not answer.
+        written = threading.Event()
+        writing = (error, written)
+        threading.Thread(
+            target=self._write_stacks, args=writing, name="stacks", daemon=True
+        ).start()
+        if written.wait(WRITE_SECONDS):
+            error += f"; the stacks of all threads are in {self._stacks.parent}/hang-process-*.txt"
+        # The other processes wait for the same step: they write their stacks before one ends all.
+        self._closed.wait(min(10.0, limit / 10))
+        self._end(f"{error}; start the same command again to continue", EXIT_CODE)
+
+    def _write_stacks(self, error: str, written: threading.Event) -> None:
         with contextlib.suppress(OSError):
             mirror = Mirror(self._stacks.parent)
             with (mirror.folder / self._stacks.name).open("w") as file:
@@ -103,7 +118,4 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             mirror.close()
-            error += f"; the stacks of all threads are in {self._stacks.parent}/hang-process-*.txt"
-        # The other processes wait for the same step: they write their stacks before one ends all.
-        self._closed.wait(min(10.0, limit / 10))
-        self._end(f"{error}; start the same command again to continue", EXIT_CODE)
+            written.set()

@@ -199,6 +199,8 @@ def test_another_rope_type_keeps_theta_only(load):
         (["train.sample_prompts=" + "[" * 50_000], "train.sample_prompts="),
         (["a." * 5000 + "b=1"], "nested too deeply"),
         (["train.remat=some"], "train.remat='some'"),
+        (["train.remat=3"], "train.remat=3: give none, matmuls, full, auto, or a list"),
+        (["train.remat=[1]"], "train.remat=[1]: give none, matmuls, full, auto, or a list"),
         (["mesh.preset=ddp"], "'fsdp', 'fsdp_tensor' or 'tensor_sequence'"),
         (["train.profile_steps=[1]"], "train.profile_steps"),
         (["data.val_fraction=0.5"], "data.val_fraction=0.5"),

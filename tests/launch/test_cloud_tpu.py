@@ -164,3 +164,13 @@ def test_a_lost_connection_is_tried_again(launch, tmp_path, attempts):
             "llama-7b: no ssh connection to its hosts in 10 attempts, see the errors above"
         )
     assert not some(calls, "create")
+
+
+@pytest.mark.parametrize("slices", ["0", "two", "''"])
+def test_a_wrong_number_of_slices_is_one_line(tmp_path, slices):
+    script = tmp_path / "cloud-tpu.sh"
+    script.write_text(SCRIPT.read_text().replace("slices=2", f"slices={slices}", 1))
+    done = subprocess.run(["bash", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.endswith(": give a whole number, at least 1\n")
+    assert done.stderr.count("\n") == 1

@@ -1,17 +1,20 @@
 """Joining the processes of a job: launcher variables, missing values, and no separate training."""
 
 import os
+import queue
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from llama_jax.config import ConfigError
-from llama_jax.train import distributed
+from llama_jax.train import distributed, failure
 from llama_jax.train.__main__ import main
 from llama_jax.train.distributed import Job, JoinError, find_job, start_distributed
 
@@ -242,3 +245,19 @@ def test_processes_that_never_join():
         assert said[i] in line
         assert "@  " not in error
     assert time.monotonic() - began < 45
+
+
+def test_a_connection_of_something_else_is_closed(monkeypatch):
+    """A stranger that sends without end does not fill the memory of process 0."""
+    peers = queue.SimpleQueue()
+    client = SimpleNamespace(key_value_set=lambda name, value, allow_overwrite: peers.put(value))
+    monkeypatch.setattr(failure, "_state", lambda: SimpleNamespace(client=client))
+    monkeypatch.setattr(failure, "_done", threading.Event())
+    thread = threading.Thread(target=failure._accept, daemon=True)
+    thread.start()
+    port, _ = peers.get(timeout=10).split()
+    address = ("localhost", int(port))
+    with socket.create_connection(address, 10) as stranger, pytest.raises(ConnectionError):
+        stranger.sendall(b"x" * 50_000_000)
+    failure._done.set()
+    thread.join(10)

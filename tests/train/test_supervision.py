@@ -1,5 +1,6 @@
 """Goodput, checkpoints by time, and the watchdog that ends a run that hangs."""
 
+import json
 import re
 import threading
 import time
@@ -159,6 +160,33 @@ def test_only_long_steps_are_hangs(monkeypatch, tmp_path):
     assert text.startswith("step 6 has not finished after")
     assert "test_only_long_steps_are_hangs" in stacks.read_text()
     assert watchdog.Watchdog(0, stacks, ended.append).limit() == float("inf")
+
+
+def test_a_hang_ends_the_job_if_the_run_folder_does_not_answer_either(monkeypatch, tmp_path):
+    ended = []
+    monkeypatch.setattr(watchdog, "MIN_SECONDS", 0.1)
+    monkeypatch.setattr(watchdog, "WRITE_SECONDS", 0.1)
+    monkeypatch.setattr(watchdog, "Mirror", lambda folder: threading.Event().wait())
+    with watchdog.Watchdog(1, tmp_path / "x", lambda *error: ended.append(error)) as dog:
+        dog.step_finished(1)
+        end = time.monotonic() + 10
+        while not ended and time.monotonic() < end:
+            time.sleep(0.05)
+    assert "the stacks" not in ended[0][0]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"\xff", b"[" * 100_000, b"[1]", b'{"kind": "train", "step": "x"}', b'{"step": 1}',
+     b'{"kind": "train", "step": 1, "tokens": 8, "loss": "a"}',
+     b'{"kind": "goodput", "step": 1, "goodput": 5}',
+     b'{"kind": "goodput", "step": 1, "goodput": {"steps": 1}}'],
+)  # fmt: skip
+def test_metrics_end_at_a_damaged_record(damage, tmp_path):
+    good = {"kind": "train", "step": 1, "tokens": 8, "loss": 2.0}
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(json.dumps(good).encode() + b"\n" + damage + b"\n")
+    assert read_records(path) == [good]
 
 
 def hang() -> None:

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -254,3 +256,17 @@ def test_secrets_are_replaced(monkeypatch):
     assert redact(config) == {
         "a": ["s3://***@bucket/x", 3], "b": "x *** y", "c": "gs://bucket/run",
     }  # fmt: skip
+
+
+def test_an_error_with_a_huge_answer_of_a_server_is_cut():
+    source = (
+        "from llama_jax.train import tracker_worker as w\n"
+        "def fail(start): raise ValueError('page ' * 10**6)\n"
+        "w.WRITERS['mlflow'] = fail\nw.main('mlflow')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source], input="{}\n", capture_output=True, text=True, timeout=60
+    )
+    error = json.loads(done.stdout)["error"]
+    assert error.startswith("ValueError: page page")
+    assert len(error) < 20_000
