@@ -238,11 +238,16 @@ class Tracker:
 def redact(value: Any) -> Any:
     """A nested value whose texts have no passwords of URLs and netrc, and no secrets of the
     environment."""
-    if isinstance(value, str):
-        return _redact_text(value)
-    if isinstance(value, dict):
-        return {key: redact(x) for key, x in value.items()}
-    return [redact(x) for x in value] if isinstance(value, list | tuple) else value
+    secrets = _secrets()
+
+    def redacted(x: Any) -> Any:
+        if isinstance(x, str):
+            return _redact_text(x, secrets)
+        if isinstance(x, dict):
+            return {key: redacted(y) for key, y in x.items()}
+        return [redacted(y) for y in x] if isinstance(x, list | tuple) else x
+
+    return redacted(value)
 
 
 def _secrets() -> list[str]:
@@ -262,8 +267,8 @@ def _netrc_passwords() -> list[str]:
     return [password for *_, password in hosts if password and len(password) >= 4]
 
 
-def _redact_text(text: str) -> str:
-    for secret in _secrets():
+def _redact_text(text: str, secrets: list[str]) -> str:
+    for secret in secrets:
         text = text.replace(secret, "***")
     text = LOGIN.sub("***@", text)
     parameter = r"([?&][^=&\s]*(?:key|token|secret|passw|credential|sig)[^=&\s]*=)[^&\s]+"
