@@ -210,11 +210,11 @@ class Tracker:
         with self._lock:
             if self._ended.is_set():
                 return
-            self._ended.set()
-        line = " ".join(redact(reason).split())
-        log(f"warning: {self.name} stopped ({line:.300}); the run continues without it")
-        with contextlib.suppress(OSError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            line = " ".join(redact(reason).split())
+            log(f"warning: {self.name} stopped ({line:.300}); the run continues without it")
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._ended.set()  # only now: whoever waits for it may end the program
 
     def close(self) -> None:
         """Let the process end when everything is sent."""

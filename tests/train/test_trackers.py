@@ -179,6 +179,16 @@ def test_a_tracker_that_never_finishes_ends_with_the_run(worker, tmp_path, monke
     assert "mlflow stopped (it had not sent everything 0 s after the end" in capsys.readouterr().out
 
 
+def test_the_end_of_a_run_waits_for_the_warning(worker, tmp_path, monkeypatch):
+    """The thread that warns would be lost when the program ends."""
+    lines = []
+    monkeypatch.setattr(trackers, "log", lambda line: (time.sleep(0.5), lines.append(line)))
+    worker("answer(error='401')")
+    used = Trackers(load_recipe("tiny", ["train.trackers=['mlflow']"]), tmp_path)
+    used.close()
+    assert lines == ["warning: mlflow stopped (401); the run continues without it"]
+
+
 def test_real_trackers_without_login_or_server(tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb")
     pytest.importorskip("mlflow")
