@@ -48,6 +48,13 @@ def atomic_write(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def file_error(e: BaseException) -> str:
+    """The message of an error, of the system's errors as "path: Permission denied"."""
+    if isinstance(e, OSError) and e.strerror:
+        return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+    return str(e)
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure with :func:`atomic_write`; the suffix of ``path`` is the format."""
     buffer = io.BytesIO()

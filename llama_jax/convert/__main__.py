@@ -18,6 +18,7 @@ from llama_jax.convert.formats import FLOATS
 from llama_jax.convert.gguf import KINDS
 from llama_jax.convert.job import convert, inspect
 from llama_jax.convert.sources import NAMES
+from llama_jax.io import file_error
 from llama_jax.storage.paths import path_argument
 
 
@@ -37,8 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             convert(**{k: v for k, v in vars(args).items() if k != "inspect"})
     except OSError as e:
         hint = "; the same command continues here" if e.errno == errno.ENOSPC else ""
-        place = f"{e.filename}: " if e.filename else ""
-        return _fail(f"error: {place}{e.strerror or e}{hint}")
+        return _fail(f"error: {file_error(e)}{hint}")
     except ValueError as e:
         return _fail(f"error: {e}")
     except MemoryError as e:

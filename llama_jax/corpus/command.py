@@ -20,6 +20,7 @@ from llama_jax.corpus.recipe import (
     load_corpus_recipe,
     models_folder,
 )
+from llama_jax.io import file_error
 
 OTHERS = {
     "all": "all sources from a folder with one folder of dumps per source",
@@ -54,7 +55,7 @@ def run_command(argv: list[str]) -> int:
         options = parse(argv)
         return run(options)
     except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {file_error(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
@@ -114,7 +115,7 @@ def _run_all(options: argparse.Namespace) -> int:
                 settings, languages, options.models,
             )  # fmt: skip
         except (ValueError, OSError) as e:
-            print(f"error: {source}: {e}", file=sys.stderr)
+            print(f"error: {source}: {file_error(e)}", file=sys.stderr)
             status = 1
             continue
         manifest = corpus.manifest

@@ -50,7 +50,9 @@ def command_errors() -> Iterator[Status]:
                 print("\nstopped", file=sys.stderr)
                 status.code = 130
             elif expected:
-                print(f"error: {e}", file=sys.stderr)
+                from llama_jax.io import file_error
+
+                print(f"error: {file_error(e)}", file=sys.stderr)
                 status.code = 2
             else:
                 raise

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from llama_jax.config import ConfigError, recipe_names, to_toml
+from llama_jax.io import file_error
 from llama_jax.plan import energy, inference, scaling_laws
 from llama_jax.plan.command import plan_inference, plan_training
 from llama_jax.plan.machines import EXAMPLES, PlanError
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except OSError as e:
-        print(f"error: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
+        print(f"error: {file_error(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -15,7 +15,7 @@ from llama_jax.config.recipe import SourceFormat
 from llama_jax.data.chat_template import BUILT_IN
 from llama_jax.data.manifest import MANIFEST
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.io import read_json_or_empty
+from llama_jax.io import file_error, read_json_or_empty
 from llama_jax.prepare.mixture import prepare_mixture
 from llama_jax.prepare.python_library import PATHS
 from llama_jax.prepare.show import show
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
             vocab_size = Tokenizer.load(options.tokenizer).vocab_size
         out = prepare_mixture(data, vocab_size, options.out, keep_sources=True)
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {file_error(e)}")
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
         sys.exit(130)

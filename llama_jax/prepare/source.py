@@ -32,7 +32,7 @@ from llama_jax.data.manifest import (
     write_manifest,
 )  # fmt: skip
 from llama_jax.data.tokenizer_files import MODEL_FILE
-from llama_jax.io import atomic_write, folder_lock, read_json_or_empty, sync_folder
+from llama_jax.io import atomic_write, file_error, folder_lock, read_json_or_empty, sync_folder
 from llama_jax.prepare import shards
 from llama_jax.prepare.shards import Encoding
 from llama_jax.prepare.text import TEXT, RawSource
@@ -316,7 +316,9 @@ def _naming_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise OSError(f"preparing {folder} failed, incomplete files were removed: {e}") from e
+        raise OSError(
+            f"preparing {folder} failed, incomplete files were removed: {file_error(e)}"
+        ) from e
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.io import atomic_write, read_limited
+from llama_jax.io import atomic_write, file_error, read_limited
 from llama_jax.storage.paths import path_argument
 
 MAX_BYTES = 16 << 20
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.page.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(options.page, content.encode())
     except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {file_error(e)}", file=sys.stderr)
         return 1
     print(f"{options.page}: {len(content):,} bytes")
     return 0

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     # The imports take seconds; `interrupt.start_command` has to run before them.
     from llama_jax.checkpoint.checkpoints import CheckpointError
     from llama_jax.config import ConfigError, load_recipe, recipes_folder
+    from llama_jax.io import file_error
     from llama_jax.train import failure, loop
     from llama_jax.train.distributed import JoinError, start_distributed
     from llama_jax.train.watchdog import EXIT_CODE
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         except ConfigError as e:
             return _fail(str(e), EXIT_CODE if isinstance(e, JoinError) else 2)
         except (loop.TrainingError, CheckpointError, OSError) as e:
-            return _fail(str(e), 1)
+            return _fail(file_error(e), 1)
         except Exception as e:
             text = (str(e).strip() or type(e).__name__).splitlines()[0]
             if "RESOURCE_EXHAUSTED" in text:

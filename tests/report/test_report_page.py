@@ -69,3 +69,6 @@ def test_bad_names(results, tmp_path, capsys):
     assert "ends in .html" in capsys.readouterr().err
     assert main([str(tmp_path / "page.html"), str(tmp_path / "absent.txt")]) == 1
     assert "absent.txt does not exist" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([str(tmp_path / "file/page.html"), str(results[0])]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/file: File exists\n"

@@ -254,7 +254,7 @@ def test_an_error_of_one_process_ends_both_with_it(place):
     for process in pair:
         last = finish(process, 1, timeout=60).splitlines()[-1]
         assert last.startswith("error: ")
-        assert f"Is a directory: '{metrics}'" in last
+        assert f"{metrics}: Is a directory" in last
 
 
 def test_ctrl_c_ends_every_phase_at_once(place):
