@@ -13,14 +13,16 @@ or jax, so it starts in 0.1 s.
 
 import datetime
 import functools
+import hashlib
 import json
 import math
 import re
 import resource
 import sys
 import traceback
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -35,6 +37,8 @@ BYTES = 1 << 30
 """Memory of the process."""
 CHARACTERS = 16 << 20
 """Longest output."""
+REMEMBERED = 16 << 20
+"""Characters of answers that are remembered, see :class:`Turns`."""
 OPEN, CLOSE = "\udffe", "\udffd"
 """Lone surrogates around the text of a ``{% generation %}`` block in the output."""
 
@@ -65,8 +69,13 @@ def _refuse(message: Any) -> None:
     raise Refused(str(message))
 
 
+_dates: list[str] = []
+"""What templates got from `strftime_now`."""
+
+
 def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+    _dates.append(datetime.datetime.now().strftime(form))
+    return _dates[-1]
 
 
 def _unescaped(text: str, mark: str) -> str:
@@ -216,32 +225,106 @@ def _without_blocks(text: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(parts), blocks
 
 
-def _turns(rendered: Rendered, text: str, answers: list[int]) -> list[Any]:
+class Turn(NamedTuple):
+    """An answer as the last message."""
+
+    start: int
+    """Characters of its prompt."""
+    prompt: bytes
+    """Digest of its prompt."""
+    text: str
+    """What the template writes after the prompt."""
+
+
+class Turns:
+    """Remembers turns, because each prompt of a chat has the answers of the prompt before.
+
+    Finding a turn takes two renderings of all messages up to it. Without a memory, the prompts of a
+    conversation with hundreds of answers, as agents have, would take seconds each.
+    """
+
+    def __init__(self) -> None:
+        self._turns: OrderedDict[bytes, Turn | str] = OrderedDict()  # the last used at the end
+        self._size = 0
+
+    def get(self, key: bytes, rendered: Rendered, k: int) -> Turn | str:
+        """The turn of answer ``k``, or a text that says why there is none.
+
+        Args:
+          key: of all that the renderings depend on.
+          rendered: renders.
+          k: index of the answer among the messages.
+        """
+        turn = self._turns.pop(key, None)
+        if turn is None:
+            turn = _turn(rendered, k)
+            self._size += _size(turn)
+        self._turns[key] = turn
+        while self._size > REMEMBERED:
+            self._size -= _size(self._turns.popitem(last=False)[1])
+        return turn
+
+
+_remembered = Turns()
+
+
+def _size(turn: Turn | str) -> int:
+    return 500 + len(turn if isinstance(turn, str) else turn.text)
+
+
+def _turn(rendered: Rendered, k: int) -> Turn | str:
+    """The turn of answer ``k``, or a text that says why there is none."""
+    try:
+        prompt, _ = rendered(k, True)
+        turn, _ = rendered(k + 1, False)
+    except MemoryError:
+        raise
+    except Exception as e:
+        return f"the template fails for the messages up to it ({_one_line(str(e))})"
+    if not turn.startswith(prompt):
+        return "its turn does not start with the prompt that the template writes for it"
+    size = len(prompt)
+    return Turn(size, _digests(prompt, [size])[size], turn[size:])
+
+
+def _digests(text: str, sizes: Iterable[int]) -> dict[int, bytes]:
+    """Digests of the first ``size`` characters of a text, for each size."""
+    digest, at, found = hashlib.blake2b(digest_size=16), 0, {}
+    for size in sorted({*sizes}):
+        digest.update(text[at:size].encode("utf-8", "surrogatepass"))
+        at, found[size] = size, digest.digest()
+    return found
+
+
+def _places(turns: list[Turn | str], text: str) -> list[Any]:
     """Of each answer: where its prompt ends in the text, and what the template writes after this
     prompt if the answer is the last message; or a text that says why there is no such place.
 
     Args:
-      rendered: the output for the first messages, with or without a prompt for an answer.
+      turns: of the answers.
       text: the output for all messages.
-      answers: indices of the answers among the messages.
     """
+    digests = _digests(text, [turn.start for turn in turns if isinstance(turn, Turn)])
     found: list[Any] = []
-    for k in answers:
-        try:
-            prompt, _ = rendered(k, True)
-            turn, _ = rendered(k + 1, False)
-        except MemoryError:
-            raise
-        except Exception as e:
-            found.append(f"the template fails for the messages up to it ({_one_line(str(e))})")
-            continue
-        if not turn.startswith(prompt):
-            found.append("its turn does not start with the prompt that the template writes for it")
-        elif not text.startswith(prompt):
+    for turn in turns:
+        if isinstance(turn, str):
+            found.append(turn)
+        elif digests[turn.start] != turn.prompt:
             found.append("the text before it changes when messages follow")
         else:
-            found.append([len(prompt), turn[len(prompt) :]])
+            found.append([turn.start, turn.text])
     return found
+
+
+def _keys(request: dict[str, Any]) -> Iterator[bytes]:
+    """For each message, a key of all that the output for the messages up to it depends on."""
+    others = {k: v for k, v in request["variables"].items() if k != "messages"}
+    value: Any = [request["template"], request["names"], request["mark"], others, sorted({*_dates})]
+    key = b""
+    for message in request["variables"]["messages"]:
+        content = json.dumps([value, message]).encode()
+        key, value = hashlib.blake2b(key + content, digest_size=32).digest(), None
+        yield key
 
 
 def _has_prompt(rendered: Rendered, answers: list[int]) -> bool:
@@ -279,9 +362,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             some = {"messages": messages[:count], "add_generation_prompt": prompt}
             return _without_blocks(_render(template, variables | some, end))
 
+        _dates.clear()
         text, blocks = rendered(len(messages), variables["add_generation_prompt"])
-        turns, has_prompt = _turns(rendered, text, answers), _has_prompt(rendered, answers)
-        return {"text": text, "blocks": blocks, "turns": turns, "has_prompt": has_prompt}
+        if variables["add_generation_prompt"]:
+            keys = list(_keys(request))
+            turns = [_remembered.get(keys[k], rendered, k) for k in answers]
+        else:  # the examples of training differ
+            turns = [_turn(rendered, k) for k in answers]
+        places, has_prompt = _places(turns, text), _has_prompt(rendered, answers)
+        return {"text": text, "blocks": blocks, "turns": places, "has_prompt": has_prompt}
     except Refused as e:
         return {"refused": _one_line(str(e))}
     except MemoryError:

@@ -4,13 +4,14 @@ import copy
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiktoken_tools
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data import template_process, tiktoken_text
+from llama_jax.data import template_process, template_worker, tiktoken_text
 from llama_jax.data.chat_template import BUILT_IN, ChatTemplate, load_template
 from llama_jax.data.conversations import detect_format, read_example
 from llama_jax.data.tokenizer import JsonTokenizer, Tokenizer
@@ -372,6 +373,65 @@ def test_the_time_for_all_answers_of_a_prompt_is_limited(tokenizers, tmp_path, m
         assert template.encode(talk[:5], tokenizers["bytes"])
     finally:
         process.close()
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """The worker's module in this process, without its limits and with an empty memory."""
+    monkeypatch.setattr(template_worker, "_limit_time", lambda end=0: None)
+    monkeypatch.setattr(template_worker, "_remembered", template_worker.Turns())
+    return template_worker
+
+
+def render_request(source, messages, **more):
+    variables = dict(messages=messages, tools=None, add_generation_prompt=True, bos_token="<s>")
+    names = ["<|im_start|>", "<|im_end|>"]
+    return {"template": source, "variables": variables | more, "names": names, "mark": "\udfff"}
+
+
+COUNTED = "{% if messages | length > 5 %}!{% endif %}" + SMOLLM2
+FAILS = "{% if messages | length == 2 %}{{ 1 // 0 }}{% endif %}" + SMOLLM2
+
+
+@pytest.mark.parametrize("source", [SMOLLM2, GENERATION, REASONS, COUNTED, FAILS])
+def test_remembered_turns_are_those_of_a_new_process(source, worker, monkeypatch):
+    """Conversations that grow, part, change in the middle, and have other variables."""
+    talk = [m | {"reasoning_content": "so"} for m in TALK * 3]
+    other = [*talk[:4], {"role": "user", "content": "no"}, *talk[5:]]
+    requests = [render_request(source, talk[:k]) for k in (3, 5, 12, 7, 3)]
+    requests += [render_request(source, other[:k]) for k in (5, 9)]
+    requests += [render_request(source, talk[:5], bos_token="<b>", tools=[{"name": "add"}])]
+    made = [worker.answer(copy.deepcopy(r)) for r in requests]
+    for request, found in zip(requests, made, strict=True):
+        monkeypatch.setattr(worker, "_remembered", worker.Turns())
+        assert worker.answer(copy.deepcopy(request)) == found
+    assert len({json.dumps(m) for m in made}) > 5
+
+
+def test_turns_of_a_long_conversation_are_rendered_once(worker, monkeypatch):
+    counted, render = [], worker._render
+    monkeypatch.setattr(worker, "_render", lambda *args: counted.append(1) or render(*args))
+    numbers = []
+    for k in range(1, 80, 2):
+        counted.clear()
+        talk = [m | {"content": f"{i}"} for i, m in enumerate((TALK * 20)[:k])]
+        assert len(worker.answer(render_request(SMOLLM2, talk))["turns"]) == k // 2
+        numbers.append(len(counted))
+    assert max(numbers) <= 5
+    # A turn of yesterday's text is not one of today's.
+    for day in ("Monday", "Tuesday"):
+        now = SimpleNamespace(strftime=lambda form, day=day: day)
+        clock = SimpleNamespace(datetime=SimpleNamespace(now=lambda now=now: now))
+        monkeypatch.setattr(worker, "datetime", clock)
+        made = worker.answer(render_request("{{ strftime_now('%A') }}" + SMOLLM2, TALK[:3]))
+        ((start, _),) = made["turns"]
+        assert made["text"].startswith(day)
+        assert made["text"][start:].startswith("a mat")
+    # The memory is bounded.
+    monkeypatch.setattr(worker, "REMEMBERED", 3000)
+    for k in range(30):
+        worker.answer(render_request(SMOLLM2, [TALK[0] | {"content": f"{k}"}, *TALK[1:3]]))
+    assert len(worker._remembered._turns) <= 6
 
 
 def test_load_template(tmp_path):
