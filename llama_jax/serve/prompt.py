@@ -1,5 +1,6 @@
 """Prompts and conversations to token ids, in threads."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from llama_jax.serve.errors import APIError
 from llama_jax.serve.models import ServedModel
 from llama_jax.serve.schemas import MAX_CHOICES, Message, Tool, field
 from llama_jax.serve.state import State
-from llama_jax.serve.tools import ToolFormat, template_messages
+from llama_jax.serve.tools import ToolFormat, template_messages, tool_format
 
 
 async def chat_ids(
@@ -16,7 +17,6 @@ async def chat_ids(
     model: ServedModel,
     messages: Sequence[Message],
     tools: Sequence[Tool],
-    fmt: ToolFormat | None = None,
 ) -> tuple[int, ...]:
     """Ids of a conversation up to the start of the answer; only the template writes BOS.
 
@@ -25,7 +25,6 @@ async def chat_ids(
       model: its template.
       messages: of the request.
       tools: of the request; empty for none.
-      fmt: how the model calls functions, if it does.
 
     Raises:
       APIError: the model has no template, or it refuses the messages.
@@ -34,6 +33,10 @@ async def chat_ids(
         raise APIError(
             f"{model.no_template}; use /v1/completions", param="messages", code="no_chat_template"
         )
+    # Also without functions in this request: earlier messages may have calls.
+    fmt: ToolFormat | None = None
+    with contextlib.suppress(ValueError):  # the model does not call functions
+        fmt = tool_format(model.template.source)
     encode = lambda: model.template.encode(  # type: ignore[union-attr]
         template_messages([m.model_dump(exclude_none=True) for m in messages], fmt),
         model.tokenizer,
@@ -111,12 +114,12 @@ def check_length(ids: Sequence[int], max_new_tokens: int | None, context: int, p
     if not ids:
         raise APIError(f"{param} is empty", param=param, code="invalid_value")
     space = context - len(ids)
-    wanted = space if max_new_tokens is None else max_new_tokens
-    if space < max(1, wanted) and not (space == wanted == 0):
+    least = 1 if max_new_tokens is None else max_new_tokens
+    if space < least:
         raise APIError(
-            f"{param} has {len(ids)} tokens and the answer may have {max(1, wanted)}; together at "
+            f"{param} has {len(ids)} tokens and the answer may have {max(1, least)}; together at "
             f"most {context} fit, the context of this server: shorten the prompt"
-            + ("" if wanted <= 1 else " or lower max_tokens"),
+            + ("" if least <= 1 else " or lower max_tokens"),
             param=param, code="context_length_exceeded",
         )  # fmt: skip
-    return wanted
+    return space if max_new_tokens is None else max_new_tokens

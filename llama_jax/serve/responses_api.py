@@ -9,7 +9,7 @@ from llama_jax.serve.answers import Answers
 from llama_jax.serve.chat_run import ChatRun, NumberedCall, prepare
 from llama_jax.serve.endpoint import Result
 from llama_jax.serve.logprobs import chat_logprobs
-from llama_jax.serve.responses_body import ResponsesBody, chat_body
+from llama_jax.serve.responses_body import ResponsesBody, chat_body, own_names
 from llama_jax.serve.state import State
 
 
@@ -21,7 +21,9 @@ async def create(state: State, answers: Answers, body: ResponsesBody) -> Result:
       answers: for the answer.
       body: of the request.
     """
-    run = await prepare(state, chat_body(body))
+    chat = chat_body(body)
+    with own_names():
+        run = await prepare(state, chat)
     answers.submit(run.requests)
     response = _Response(run, _head(body, run))
     if body.stream:

@@ -1,5 +1,8 @@
 """The body of ``/v1/responses``, and the conversation that it stands for."""
 
+import contextlib
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -92,12 +95,23 @@ def chat_body(body: ResponsesBody) -> ChatBody:
         data["response_format"] = {"type": wanted.type}
         if wanted.type == "json_schema":
             data["response_format"]["json_schema"] = {"name": wanted.name, "schema": wanted.schema_}
-    try:
+    with own_names():
         return validate(ChatBody, data)
+
+
+@contextlib.contextmanager
+def own_names() -> Iterator[None]:
+    """Errors about a field of the chat name the field of ``/v1/responses`` that it was made of."""
+    try:
+        yield
     except APIError as e:
-        # The messages are made of the items, in their order.
-        where = e.param or "input"
-        e.param = "input" if where.startswith("messages") else where
+        if (given := e.param) is not None:
+            # Messages are made of items, but not one of each.
+            param = re.sub(r"^messages\b.*", "input", given)
+            param = re.sub(r"^response_format\b.*", "text.format", param)
+            e.param = re.sub(r"^(tools\.\d+)\.function\b", r"\1", param)
+            if e.message.startswith(given):
+                e.message = e.param + e.message.removeprefix(given)
         raise
 
 

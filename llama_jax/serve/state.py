@@ -12,6 +12,9 @@ from llama_jax.serve.workers import Workers
 
 STALLED = 60.0
 """Seconds without a step, while work waits, after which the server is not healthy."""
+MAX_READ = 256
+"""Requests that may be read at the same time, as many as may wait for a slot: clients that start
+together are not refused while the queue has space."""
 
 
 @dataclasses.dataclass
@@ -27,9 +30,9 @@ class State:
     """identifies the model and the configuration: equal ones give equal answers"""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
-    workers: Workers = dataclasses.field(default_factory=lambda: Workers(2, 128))
+    workers: Workers = dataclasses.field(default_factory=lambda: Workers(2, MAX_READ))
     """tokenize, read large bodies, compile grammars"""
-    renderers: Workers = dataclasses.field(default_factory=lambda: Workers(1, 64))
+    renderers: Workers = dataclasses.field(default_factory=lambda: Workers(1, MAX_READ))
     """render chat templates, which one process does"""
 
     def model(self, name: str) -> ServedModel:

@@ -79,10 +79,12 @@ def template_messages(
     """OpenAI's messages as chat templates read them.
 
     Arguments of calls become objects; results get the name of their function; ids get the form that
-    Mistral's templates demand.
+    Mistral's templates demand; an empty list of calls is left out, because templates take it for
+    calls.
 
     Args:
-      messages: JSON values; ``arguments`` that are not JSON text of an object remain as they are.
+      messages: JSON values; ``arguments`` without text stand for no arguments, others that are not
+        JSON text of an object remain as they are.
       fmt: of the model, if it calls functions.
     """
     made, names = [], {}
@@ -94,6 +96,7 @@ def template_messages(
             names[call.get("id")] = function["name"]
             function["arguments"] = _object_or_text(function.get("arguments"))
             calls.append(call | {"function": function})
+        message.pop("tool_calls", None)
         if calls:
             message["tool_calls"] = calls
         if message.get("role") == "tool" and message.get("tool_call_id") in names:
@@ -106,7 +109,7 @@ def template_messages(
 
 def _object_or_text(arguments: Any) -> Any:
     try:
-        value = json.loads(arguments)
+        value = json.loads(arguments or "{}")
     except (TypeError, ValueError, RecursionError):
         return arguments
     return value if isinstance(value, dict) else arguments

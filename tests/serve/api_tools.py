@@ -43,6 +43,13 @@ HERMES = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """The template of a model that calls functions."""
+MISTRAL = (
+    "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}{% endif %}{% for m in messages %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}[TOOL_CALLS]{{ c.id }}"
+    "{% if c.id | length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+"""The template of a model that demands ids of 9 characters."""
 GO = {
     "type": "function",
     "function": {

@@ -5,7 +5,9 @@ import json
 import random
 import resource
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -17,6 +19,7 @@ pytest.importorskip("llguidance", reason="needs the extra serve")
 from api_tools import (
     GO,
     HERMES,
+    MISTRAL,
     TALK,
     FakeEngine,
     Running,
@@ -49,6 +52,7 @@ def shared(tokenizer):
         model(tokenizer, "base", template=None, no_template="this is a base model"),
         model(tokenizer, "loops", template=loops),
         model(tokenizer, "caller", template=ChatTemplate(HERMES)),
+        model(tokenizer, "mistral", template=ChatTemplate(MISTRAL)),
     ]
     with Running(engine, models) as running:
         yield running
@@ -290,7 +294,7 @@ def test_responses(server):
 
 def test_models(server):
     made = server.request("/v1/models")[1]
-    assert [m["id"] for m in made["data"]] == ["tiny", "poet", "base", "loops", "caller"]
+    assert [m["id"] for m in made["data"]] == ["tiny", "poet", "base", "loops", "caller", "mistral"]
     assert made["data"][1]["parent"] == "tiny"
     assert made["data"][0]["max_model_len"] == 512
 
@@ -428,6 +432,13 @@ BAD = [
     ("/v1/responses", {"input": "a", "background": True}, 400, "background", "keeps"),
     ("/v1/responses", {"input": [{"type": "item_reference"}]}, 400, "input.0.type", ""),
     ("/v1/responses", {"input": [{"role": "king", "content": "a"}]}, 400, "input", "king"),
+    ("/v1/responses", {"input": "a " * 600}, 400, "input", "input has"),
+    ("/v1/responses", {"input": "a", "model": "base"}, 400, "input", "base model"),
+    ("/v1/responses", {"input": "a", "text": {"format": {
+        "type": "json_schema", "name": "a", "schema": {"type": "nonsense"}}}}, 400, "text.format",
+     "text.format: "),
+    ("/v1/responses", {"input": "a", "tools": [{"type": "function", "name": "a b"}]}, 400,
+     "tools.0.name", "tools.0.name: "),
     ("/tokenize", {}, 400, "prompt", "prompt or messages"),
     ("/detokenize", {"tokens": [10**6]}, 400, "tokens", "1000000"),
     ("/detokenize", {"tokens": ["a"]}, 400, "tokens.0", ""),
@@ -454,6 +465,23 @@ def test_both_lengths_of_a_prompt_that_is_too_long(server, stream):
     for number in ("506", "7", "512"):
         assert number in made["error"]["message"]
     assert server.request("/v1/completions", body | {"max_tokens": 6})[0] == 200
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
+def test_a_conversation_that_leaves_no_space_for_an_answer(server, path):
+    """The answer of a request without a length has the rest of the context, which may be empty."""
+    name = "messages" if path == CHAT else "input"
+    body = lambda words: {name: [{"role": "user", "content": "the" * words}]}
+    status, made, _ = server.request("/tokenize", {"messages": body(1)[name]})
+    assert status == 200
+    words = 512 - made["count"] + 1
+    status, made, _ = server.request(path, body(words - 1))
+    assert (status, server.engine.requests[-1].max_new_tokens) == (200, 1), made
+    for more in (0, 1):
+        status, made, _ = server.request(path, body(words + more))
+        assert (status, made["error"]["code"]) == (400, "context_length_exceeded")
+        assert (made["error"]["param"], str(512 + more) in made["error"]["message"]) == (name, True)
+    assert len(server.engine.requests) == 1
 
 
 RAW = [
@@ -647,6 +675,21 @@ def test_a_conversation_with_calls(server):
     assert "tool\nthere" in prompt
 
 
+@pytest.mark.parametrize("fields", [{}, {"tools": [GO]}, {"tools": [GO], "tool_choice": "none"}])
+def test_ids_of_earlier_calls_have_the_form_that_the_template_demands(server, fields):
+    """Also if this request allows no calls, and where only the tokens are counted."""
+    call = {"id": "call_0123456789", "function": {"name": "go", "arguments": "{}"}}
+    messages = [
+        *TALK, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "there", "tool_call_id": "call_0123456789"},
+    ]  # fmt: skip
+    status, made = server.chat(model="mistral", messages=messages, **fields)
+    assert status == 200, made
+    fields.pop("tool_choice", None)
+    body = dict(model="mistral", messages=messages, **fields)
+    assert server.request("/tokenize", body)[0] == 200
+
+
 def test_a_choice_of_functions(server):
     chat = lambda **more: server.chat(model="caller", tools=[GO], **more)
     assert chat(tool_choice="none")[0] == chat(tool_choice="required")[0] == 200
@@ -828,6 +871,23 @@ def test_a_template_that_loops_does_not_stop_the_server(server):
     made = json.loads(answer.read())
     assert answer.status == 400
     assert "too long" in made["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETE])
+def test_many_requests_at_once_are_read(server, monkeypatch, path):
+    """The queue has space for them, so none is refused while the ones before it are read."""
+    body = {CHAT: {"messages": TALK}, COMPLETE: {"prompt": "a"}}[path]
+    held, encode = threading.Event(), server.engine.tokenizer.encode_array
+    wait = lambda *args, **more: held.wait(20) and encode(*args, **more)
+    monkeypatch.setattr(server.engine.tokenizer, "encode_array", wait)
+    workers = server.state.renderers if path == CHAT else server.state.workers
+    with ThreadPoolExecutor(200) as pool:
+        found = [pool.submit(server.request, path, body) for _ in range(200)]
+        try:
+            wait_until(lambda: workers._waiting == 200)
+        finally:
+            held.set()
+        assert {f.result()[0] for f in found} == {200}
 
 
 def test_a_defect_is_an_error_without_a_traceback(server, monkeypatch, caplog):

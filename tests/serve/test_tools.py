@@ -305,7 +305,19 @@ def test_conversion_of_messages():
     for arguments in ("", "{", "[1]", "3", "[" * 9999):
         call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
         made = template_messages([{"role": "assistant", "tool_calls": [call]}])
-        assert made[0]["tool_calls"][0]["function"]["arguments"] == arguments
+        # Some clients write no arguments as an empty text, which is not JSON.
+        assert made[0]["tool_calls"][0]["function"]["arguments"] == (arguments or {})
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_an_empty_list_of_calls_is_an_answer_without_calls(name, tokenizer):
+    """Templates ask whether the key is there: Llama's refuses such a message."""
+    source, fmt = FORMATS[name]
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    sent = [talk[0], talk[1] | {"tool_calls": []}, talk[0]]
+    text = ChatTemplate(source).text(template_messages(sent, fmt), tokenizer)
+    assert text == ChatTemplate(source).text([*talk, talk[0]], tokenizer)
+    assert "Hello" in text
 
 
 def test_control_tokens_of_a_format_are_shown(tokenizer):
