@@ -104,6 +104,7 @@ def _servers() -> tuple[Any, Any, int]:
     s3.start()
     gcs_port = _free_port()
     gcs = gcs_server.create_server("127.0.0.1", gcs_port, in_memory=True, default_bucket="bucket")
+    gcs._api.daemon = True  # or pytest would wait for it at its end
     gcs.start()
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
     return s3, gcs, gcs_port
