@@ -8,20 +8,17 @@ converted to LF have no valid lengths, so their records end at the next one.
 
 import base64
 import hashlib
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import cchardet
 from datatrove.data import Document
-from warcio.archiveiterator import ArchiveIterator
-from warcio.exceptions import ArchiveLoadFailed
 
 from llama_jax.corpus.files import Unreadable, open_stream
 from llama_jax.corpus.steps import Reader
+from llama_jax.corpus.warc_http import html_of_response
 
 MAX_RECORD_BYTES = 16 << 20
 """The largest record read. Common Crawl cuts pages at 1 MiB, later at 5 MiB."""
@@ -32,12 +29,6 @@ _LINE_START = re.compile(rb"\n" + _START.pattern)
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _MAX_START_BYTES = 128
 """More bytes than the first line of a record and the name of its first header have."""
-_RESPONSE = (
-    b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://page\r\n"
-    b"Content-Type: application/http; msgtype=response\r\nContent-Length: %d\r\n\r\n"
-)
-_HTML = ("text/html", "application/xhtml+xml")
-_CHARSET = re.compile(rb"charset\s*=\s*[\"']?\s*([A-Za-z0-9_:.-]+)", re.IGNORECASE)
 
 
 @dataclass
@@ -223,12 +214,14 @@ class _Source:
         Raises:
             Unreadable: The content is damaged.
         """
-        self.fill(size + _MAX_START_BYTES)
+        is_whole = self.fill(size + _MAX_START_BYTES)
         if len(self.data) - self.at < size:
             if self.damage is not None:
                 raise self.damage
             return False
         rest = self.data[self.at + size : self.at + size + _MAX_START_BYTES].lstrip(b"\r\n")
+        if not is_whole and rest[:5] == b"WARC/"[: len(rest)]:
+            return True  # the data ends, or is damaged, in the first lines of the next record
         return not rest or _START.match(rest) is not None
 
     def skip_to_start(self) -> bool:
@@ -291,7 +284,12 @@ class WarcReader(Reader):
                 if record.problem:
                     yield self.skipped(place, record.problem)
                     continue
-                document = self._document(record, place)
+                try:
+                    document = self._document(record, place)
+                except MemoryError:  # of the machine, not of the record
+                    raise
+                except Exception as e:  # one bad record never ends the file
+                    document = self.skipped(place, f"error: {type(e).__name__}")
                 if document is not None:
                     yield document
         if not found:
@@ -306,7 +304,7 @@ class WarcReader(Reader):
             text, problem = _html(record)
         else:
             return None
-        url = record.headers.get("warc-target-uri", "").strip("<>") or None
+        url = _url(record) or None
         id_ = record.headers.get("warc-record-id", place)
         if text is None:
             document = self.skipped(place, problem)
@@ -336,39 +334,12 @@ def _decode_utf8(data: bytes) -> str | None:
 
 def _html(record: Record) -> tuple[str | None, str]:
     """The HTML of a response, or None and why it is not a page."""
-    head = _RESPONSE % len(record.body)
-    try:
-        warc = next(iter(ArchiveIterator(io.BytesIO(head + record.body + b"\r\n\r\n"))))
-    except (ArchiveLoadFailed, EOFError):
-        return None, "not an HTTP response"
-    status = warc.http_headers.get_statuscode() if warc.http_headers else ""
-    if not re.fullmatch("[0-9]{3}", status):
-        return None, "not an HTTP response"
-    if status != "200":
-        return None, f"HTTP status {status}"
-    content_type = warc.http_headers.get_header("Content-Type") or ""
-    mime = record.headers.get("warc-identified-payload-type") or content_type
-    if mime.partition(";")[0].strip().lower() not in _HTML:
-        return None, "not text/html"
-    if record.headers.get("warc-target-uri", "").strip("<>").endswith("/robots.txt"):
+    identified = record.headers.get("warc-identified-payload-type")
+    text, problem = html_of_response(record.body, identified, MAX_RECORD_BYTES)
+    if text is not None and _url(record).endswith("/robots.txt"):
         return None, "robots.txt"
-    body = warc.content_stream().read(MAX_RECORD_BYTES + 1)
-    if len(body) > MAX_RECORD_BYTES:
-        return None, _too_large(MAX_RECORD_BYTES)
-    text = _decode_html(body, content_type.encode())
-    return text, "unknown character encoding"
+    return text, problem
 
 
-def _decode_html(body: bytes, content_type: bytes) -> str | None:
-    """Text in UTF-8, else in the encoding that the headers or the page declare, else a guess."""
-    text = _decode_utf8(body)
-    if text is not None:
-        return text
-    declared = _CHARSET.search(content_type) or _CHARSET.search(body[:4096])
-    names = [declared[1].decode("ascii")] if declared else []
-    for name in [*names, cchardet.detect(body)["encoding"]]:
-        try:
-            return body.decode(name or "ascii")
-        except (LookupError, UnicodeDecodeError):
-            continue
-    return None
+def _url(record: Record) -> str:
+    return record.headers.get("warc-target-uri", "").strip("<>")

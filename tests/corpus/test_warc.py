@@ -6,13 +6,17 @@ import hashlib
 import io
 import itertools
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("datatrove", reason="needs the extra corpus")
 pytest.importorskip("warcio", reason="needs the extra corpus")
-from llama_jax.corpus import warc
+import brotli
+import zstandard
+
+from llama_jax.corpus import warc, warc_http
 from llama_jax.corpus.steps import is_dropped
 
 SAMPLES = Path(__file__).parents[3] / "shared/data/raw/commoncrawl"
@@ -223,6 +227,101 @@ def test_only_successful_html_responses_are_pages(tmp_path):
         "robots.txt",
         "not an HTTP response",
     ]
+
+
+PAGE = "<p>naïve “quotes” café</p>" * 30
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("gzip", gzip.compress(PAGE.encode())),
+        ("br", brotli.compress(PAGE.encode())),
+        ("zstd", zstandard.compress(PAGE.encode())),
+        ("deflate", zlib.compress(PAGE.encode())),
+        ("deflate", zlib.compress(PAGE.encode())[2:-4]),
+        ("br", PAGE.encode()),  # headers that are wrong
+        ("unknown", PAGE.encode()),
+    ],
+)
+def test_compressed_pages(tmp_path, encoding, body):
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: {encoding}\r\n"
+    kept, lost = read(tmp_path, response("a", body, head.encode()) + response("b", b"<p>b"))
+    assert [d.text for d in kept] == [PAGE, "<p>b"]
+    assert lost == []
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, brotli.compress, zstandard.compress])
+def test_a_page_that_expands_without_end_is_not_held_in_memory(compress):
+    name = {"gzip": b"gzip", "brotli": b"br"}.get(compress.__module__, b"zstd")
+    bomb = compress(b"a" * (64 << 20))
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nTransfer-Encoding: chunked\r\n"
+    body = b"%sContent-Encoding: %s\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (
+        head, name, len(bomb), bomb
+    )  # fmt: skip
+    tracemalloc.start()
+    text, problem = warc_http.html_of_response(body, None, 1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (text, problem) == (None, "page larger than 1,048,576 bytes")
+    assert peak < 16 << 20
+
+
+@pytest.mark.parametrize(
+    ("charset", "encoding", "text"),
+    [
+        ("utf-8", "cp1251", "<p>привет, это страница на русском языке"),
+        ("iso-8859-1", "cp1252", "<p>“It’s” – €"),
+        ("us-ascii", "cp1252", "<p>It’s"),
+        ("gb2312", "gbk", "<p>朱镕基"),
+        ("Shift_JIS", "cp932", "<p>①日本語"),
+        ("x-sjis", "cp932", "<p>日本語"),
+        ("iso-2022-jp", "iso2022_jp", "<p>日本語"),
+        ("windows-1251", "cp1251", "<p>привет"),
+        ("", "utf-16", "<p>é"),
+        ("", "utf-8-sig", "<p>é"),
+    ],
+)
+def test_character_encodings(charset, encoding, text):
+    header = f"text/html; charset={charset}".encode()
+    assert warc_http.decode_html(text.encode(encoding), header) == text
+
+
+@pytest.mark.parametrize("header", [b"text/html; charset=utf-8", b"text/html"])
+def test_a_damaged_character_does_not_change_the_others(header):
+    damaged = PAGE.encode() + b"\xff<p>" + PAGE.encode()
+    assert warc_http.decode_html(damaged, header) == PAGE + "\ufffd<p>" + PAGE
+    cut = PAGE.encode()[:6]
+    assert cut.endswith(b"\xc3")
+    assert warc_http.decode_html(cut, header) == "<p>na"
+
+
+@pytest.mark.parametrize("charset", ["undefined", "idna", "punycode", "unicode_escape", "rot13"])
+def test_what_is_no_encoding_of_the_web_does_not_end_the_file(tmp_path, charset):
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset={charset}\r\n".encode()
+    page = "<p>привет, это страница на русском языке</p>" * 3
+    content = response("a", page.encode("cp1251"), head) + response("b", b"<p>b")
+    kept, lost = read(tmp_path, content)
+    assert [d.text for d in kept] == [page, "<p>b"]
+    assert lost == []
+
+
+def test_an_error_in_a_record_does_not_end_the_file(tmp_path, monkeypatch):
+    def fail_once(record):
+        monkeypatch.undo()
+        raise AttributeError
+
+    monkeypatch.setattr(warc, "_html", fail_once)
+    kept, lost = read(tmp_path, response("a", b"<p>a") + response("b", b"<p>b"))
+    assert [d.text for d in kept] == ["<p>b"]
+    assert lost == [("crawl: record 1", "error: AttributeError")]
+
+
+def test_a_file_that_ends_in_the_first_lines_of_a_record(tmp_path):
+    whole, next_one = record("a", "first"), record("b", "second")
+    for size in range(1, 40):
+        kept, _ = read(tmp_path, whole + next_one[:size])
+        assert [d.id for d in kept] == ["<a>"]
 
 
 @pytest.mark.skipif(not SAMPLES.exists(), reason="no samples")
