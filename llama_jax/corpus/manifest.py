@@ -159,7 +159,9 @@ def _describe(run: Run, stage: Stage) -> dict[str, Any]:
         for step, reasons in counts["dropped"].items():
             dropped.setdefault(step, Counter()).update(reasons)
     steps, now = [], total["read"]
-    for name in ["read", *(step.name for step in stage.steps if isinstance(step, Step))]:
+    names = [step.name for step in stage.steps if isinstance(step, Step)]
+    of_reader = sorted(dropped.keys() - {"read", *names})  # such as the joining of posts
+    for name in ["read", *of_reader, *names]:
         reasons = dropped.pop(name, Counter())
         steps.append({"step": name, "in": now, "out": now - reasons.total()})
         if reasons:

@@ -224,7 +224,7 @@ class _Counts:
             why = document.metadata["dropped"]
             self.dropped.setdefault(why["step"], Counter())[why["reason"]] += 1
             return 0
-        text_bytes = len(document.text.encode("utf-8", "surrogatepass"))
+        text_bytes = len(document.text.encode("utf-8", "replace"))  # as it is written
         self.written += 1
         self.characters += len(document.text)
         self.text_bytes += text_bytes

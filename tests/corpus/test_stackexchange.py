@@ -4,6 +4,7 @@ import bz2
 import gzip
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from xml.sax.saxutils import quoteattr
 
 import pytest
@@ -12,7 +13,9 @@ pytest.importorskip("datatrove", reason="needs the extra corpus")
 
 from corpus import inline
 
+from llama_jax.corpus import manifest, stackexchange
 from llama_jax.corpus.stackexchange_html import html_to_text
+from llama_jax.corpus.steps import Stage
 
 RAW = Path(__file__).parents[3] / "shared/data/raw/stackexchange"
 
@@ -147,6 +150,24 @@ def test_a_site(tmp_path):
         ]
     )  # fmt: skip
     assert counts["rows"][0]["read"] == len(ROWS)
+
+
+def test_the_manifest_counts_answers_without_their_question(tmp_path):
+    run(tmp_path, {"cs.stackexchange.com-Posts.xml": posts()})
+    steps = [stackexchange.Threads([], {}), stackexchange.PlainText(None, 1)]
+    output = SimpleNamespace(output=tmp_path / "out")
+    described = manifest._describe(output, Stage("threads", steps, 1))
+    assert described["steps"] == [
+        {"step": "read", "in": 4, "out": 4},
+        {
+            "step": "join",
+            "in": 4,
+            "out": 2,
+            "dropped": {"an Id that an earlier post has": 1, "answer without its question": 1},
+        },
+        {"step": "text", "in": 2, "out": 2},
+    ]
+    assert described["documents"] == 2
 
 
 def test_the_form_is_a_setting(tmp_path):

@@ -74,6 +74,15 @@ def test_every_record_is_written_or_logged(tmp_path):
     assert counts["dropped"]["short"]["error: KeyError"] == 1
 
 
+def test_sizes_are_those_of_the_written_text(tmp_path):
+    surrogate = Document(text="a\ud800é", id="a", metadata={})  # such as of JSON
+    list(steps.Writer(*(tmp_path / name for name in "dlc")).run([surrogate]))
+    counts = json.loads((tmp_path / "c/00000.json").read_text())
+    [written] = lines(tmp_path / "d/00000.jsonl.zst")
+    assert counts["text_bytes"] == len(written["text"].encode()) == 4
+    assert counts["characters"] == len(written["text"])
+
+
 def test_the_limit_of_processor_time_uses_no_signal_of_others(monkeypatch):
     """TPU's compiler sends SIGPROF 100 times a second."""
     used, set_handler = [], signal.signal
