@@ -237,7 +237,7 @@ def _problem(files: dict[str, bytes]) -> str | None:
             return "withdrawn"
         if head.startswith(b"%PDF"):
             return "PDF only"
-        if head.startswith(b"%!"):
+        if re.match(rb"(?i)%!(?!\s*TEX)", head):  # "%!TEX" is a comment for an editor
             return "PostScript only"
         if re.match(rb"(?i)<!doctype html|<html", head):
             return "HTML only"

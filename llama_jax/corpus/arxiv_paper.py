@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from llama_jax.corpus.files import try_decode
 from llama_jax.corpus.tex import remove_comments, split_verbatim
 
 MAX_DEPTH = 20
@@ -39,8 +40,10 @@ _ENCODINGS = {
 _SECTION = re.compile(r"\\(?:part|chapter|(?:sub){0,2}section|(?:sub)?paragraph)\s*\*?\s*[\[{]")
 _FRONT_MATTER = re.compile(r"\\end\s*\{abstract\}|\\maketitle(?![A-Za-z@])")
 _BIBLIOGRAPHY = re.compile(
-    r"\\begin\s*\{(thebibliography|references|chapthebibliography)\}.*?(?:\\end\s*\{\1\}|\Z)"
-    r"|\\(?:bibliography|bibliographystyle)\s*\{[^{}]*\}"
+    r"\\begin\s*\{(thebibliography|references|chapthebibliography|bibdiv|biblist\*?)\}"
+    r".*?(?:\\end\s*\{\1\}|\Z)"
+    r"|\\Refs(?![A-Za-z@]).*?(?:\\endRefs(?![A-Za-z@])|\Z)"  # of AMS-TeX
+    r"|\\(?:no)?(?:bibliography|bibliographystyle)\s*\{[^{}]*\}"
     r"|\\printbibliography(?![A-Za-z@])(?:\s*\[[^\[\]]*\])?"
     r"|\\(?:chapter|section|subsection)\s*\*?\s*\{(?:\\\w+\s*)?\s*(?i:references|bibliography)\s*\}"
     r"(?:(?!\\(?:appendix(?![A-Za-z])|part|chapter|(?:sub)*section|begin\s*\{(?:thebib|ref|fig|tab))).)*",
@@ -61,7 +64,8 @@ class PaperError(ValueError):
 
 
 def decode(data: bytes, declared: str | None = None) -> str:
-    """Text of a TeX file: UTF-8 if it is valid, else the declared encoding, else Windows-1252.
+    """Text of a TeX file: UTF-8 unless too much is invalid, else the declared encoding, else
+    Windows-1252.
 
     Args:
         data: Content of the file.
@@ -79,10 +83,8 @@ def decode(data: bytes, declared: str | None = None) -> str:
 
 def _decode_8_bit(data: bytes, declared: str | None) -> str:
     for encoding in ("utf-8", _ENCODINGS.get(declared or "", "cp1252")):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            pass
+        if (text := try_decode(data, encoding)) is not None:
+            return text
     return data.decode("latin-1")
 
 

@@ -23,7 +23,7 @@ from llama_jax.corpus.containment import (
     sample,
     sampling_rate,
 )
-from llama_jax.corpus.files import Unreadable, lines
+from llama_jax.corpus.files import Unreadable, lines, try_decode
 from llama_jax.corpus.run import Run
 from llama_jax.corpus.steps import Documents, Reader, Stage, Step, is_dropped
 from llama_jax.io import atomic_write
@@ -185,7 +185,8 @@ def _metadata(place: str, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decode(content: bytes) -> str:
-    """Text in UTF-8, UTF-16 with a byte order mark, or the encodings of old Gutenberg files.
+    """Text in UTF-8 (a little may be invalid), UTF-16 with a byte order mark, or the encodings of
+    old Gutenberg files.
 
     Raises:
         ValueError: Not a text.
@@ -199,10 +200,8 @@ def _decode(content: bytes) -> str:
     ):
         raise ValueError("not a text file")
     for encoding in ("utf-8-sig", "cp1252"):
-        try:
-            return content.decode(encoding)
-        except UnicodeDecodeError:
-            continue
+        if (text := try_decode(content, encoding)) is not None:
+            return text
     return content.decode("latin-1")
 
 

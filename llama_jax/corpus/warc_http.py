@@ -13,6 +13,8 @@ from warcio.archiveiterator import ArchiveIterator
 from warcio.bufferedreaders import ChunkedDataReader
 from warcio.exceptions import ArchiveLoadFailed
 
+from llama_jax.corpus.files import try_decode
+
 _RECORD = (
     b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://page\r\n"
     b"Content-Type: application/http; msgtype=response\r\nContent-Length: %d\r\n\r\n"
@@ -30,9 +32,8 @@ _EXTENDED = {
     "tis-620": "cp874", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932",
     "euc_kr": "cp949", "big5": "big5hkscs",
 }  # fmt: skip
-_MAX_DAMAGED = 0.1
-"""Of the characters outside ASCII, with which a page is still in the encoding that it declares; of
-all characters of a page whose encoding is guessed, a tenth of it."""
+_MAX_DAMAGED = 0.01
+"""Of the characters of a page whose encoding is guessed."""
 _PIECE = 4096  # bytes; zlib makes at most 4 MiB of them
 _OUTPUT = 1 << 20
 
@@ -138,12 +139,11 @@ def decode_html(body: bytes, content_type: bytes = b"") -> str | None:
     except UnicodeDecodeError:
         pass
     for declared_or_usual in filter(None, (name, "utf-8")):
-        text = body.decode(declared_or_usual, "replace")
-        if text.count("\ufffd") <= _MAX_DAMAGED * (len(text) - len(text.encode("ascii", "ignore"))):
+        if (text := try_decode(body, declared_or_usual)) is not None:
             return text
     guess = _encoding(cchardet.detect(body)["encoding"] or "utf-8")
-    text = body.decode(guess, "replace") if guess else ""
-    return text if text and text.count("\ufffd") <= _MAX_DAMAGED / 10 * len(text) else None
+    text = body.decode(guess, "replace") if guess else None
+    return text if text and text.count("\ufffd") <= _MAX_DAMAGED * len(text) else None
 
 
 def _encoding(label: str) -> str | None:

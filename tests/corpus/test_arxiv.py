@@ -97,6 +97,7 @@ MEMBERS = {
     "0711/0711.0009.gz": gzip.compress(b"<html><body>x"),
     "0711/0711.0010.gz": tar_bytes({"a.txt": b"no TeX", "x.png": b"\x89PNG"}, "w:gz"),
     "0711/0711.0011.gz": tar_bytes({"../up.tex": b"x", "a.tex": b"\\section{Up} x"}, "w:gz"),
+    "0711/0711.0012.gz": gzip.compress(b"%!TEX root = a.tex\n\\section{Twelve} x"),
     "9701/hep-th9701001.gz": gzip.compress(
         b"\\magnification=1200 \\def\\x{plain} \\x\\ TeX\n\\bye"
     ),
@@ -129,6 +130,7 @@ def test_which_papers_are_kept(result):
         "arxiv/0711.0006": "A letter.",
         "arxiv/0711.0007": documents["arxiv/0711.0007"]["text"],
         "arxiv/0711.0011": r"\section{Up} x",
+        "arxiv/0711.0012": r"\section{Twelve} x",
         "arxiv/hep-th/9701001": "\\magnification=1200  plain\\ TeX\n\\bye",
     }
     assert documents["arxiv/0711.0007"]["text"].startswith(r"\section{Seven} tex")
@@ -155,6 +157,16 @@ def test_which_papers_are_kept(result):
         (r"\section{A} a \section*{References} x y \section{B} b", r"\section{A} a \section{B} b"),
         (r"\section{A} \begin{thebibliography}{9} never closed", r"\section{A}"),
         (r"\section {A} \printbibliography[title=x] \partial", r"\section {A}  \partial"),
+        (
+            r"\section{A} \begin{bibdiv}\begin{biblist}\bib{A}{book}{}\end{biblist}\end{bibdiv} B",
+            r"\section{A}  B",
+        ),
+        (r"\section{A} \begin{biblist*} \bib{A}{book}{} \end{biblist*} B", r"\section{A}  B"),
+        (
+            r"\section{A} a \Refs\ref\key 1\by B\endref\endRefs \enddocument",
+            r"\section{A} a  \enddocument",
+        ),
+        (r"\section{A} \Refsection \nobibliography{x}", r"\section{A} \Refsection"),
         (r"\sectionmark{x} \partial{x} no section", None),
     ],
 )
@@ -169,6 +181,10 @@ def test_encodings():
     assert decode(b"\xd0\xc1", "koi8-r") == "па"
     assert decode(b"\x81\xe9", "latin1") == "\x81é"
     assert decode("é".encode("utf-16")) == "é"
+    accents = "naïve “café” " * 9  # one damaged character does not change the others
+    assert decode(accents.encode() + b"\xff x") == accents + "\ufffd x"
+    assert decode((accents + "é").encode()[:-1], "utf8") == accents + "\ufffd"
+    assert decode("é è à".encode("latin-1"), "utf8") == "é è à"
 
 
 def test_limits_of_included_files(monkeypatch):

@@ -169,6 +169,7 @@ def test_kinds_of_files(tmp_path):
     record = {"text": "json " + " ".join(words(2, 50)), "short_book_title": "T", "language": "de"}
     contents = {
         "a.txt": b"\xef\xbb\xbfutf \xc5\xbd  \r\nline\r\n\r\n\r\n\r\n\r\nend",
+        "a2.txt": "damaged “é” “è” ".encode() + b"\xff end",
         "b.txt": "latin caf\xe9 \x93quoted\x94".encode("latin-1"),
         "c.zip": archive.getvalue(),
         "d.jsonl": json.dumps(record) + '\nnot json\n{"text": 1}\n',
@@ -182,6 +183,7 @@ def test_kinds_of_files(tmp_path):
     by_id = {d["id"].removeprefix("books/in/"): d for d in documents}
     assert sorted(by_id) == [
         "a.txt",
+        "a2.txt",
         "b.txt",
         "c.zip/story.txt",
         "d.jsonl/1",
@@ -189,6 +191,7 @@ def test_kinds_of_files(tmp_path):
         "train/10.txt",
     ]
     assert by_id["a.txt"]["text"] == "utf Ž\nline\n\n\nend"
+    assert by_id["a2.txt"]["text"] == "damaged “é” “è” \ufffd end"
     assert by_id["b.txt"]["text"] == "latin café “quoted”"
     assert by_id["g.txt"]["text"] == "utf 16"
     assert by_id["train/10.txt"]["url"] == "https://www.gutenberg.org/ebooks/10"
