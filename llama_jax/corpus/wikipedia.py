@@ -4,6 +4,8 @@ A dump is first split into parts, which are then converted independently. Disamb
 kept, as in the paper and in Hugging Face's dataset.
 """
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -68,10 +70,11 @@ def _head(path: Path, run: Run) -> DumpHead:
         ValueError: Another file, another wiki, or no language.
     """
     try:
-        member = next(members(path))
-        if isinstance(member, Unreadable):
-            raise member
-        head = read_head(member.stream)
+        with contextlib.closing(members(path)) as found:  # open until its first file is read
+            member = next(found, Unreadable(path.name, "an archive without files"))
+            if isinstance(member, Unreadable):
+                raise member
+            head = read_head(member.stream)
     except ValueError as e:
         raise ValueError(f"{path} is not a dump of Wikipedia: {e}") from None
     if head.host and head.language is None:
@@ -109,11 +112,12 @@ class Pages(Reader):
         if language not in self.wanted:
             yield self.skipped(path.name, f"dump in the language {language}")
             return
+        numbers = itertools.count()  # of all members of an archive
         for member in members(path):
             if isinstance(member, Unreadable):
                 yield self.skipped(member.place, member.reason)
                 continue
-            for number, (place, page) in enumerate(read_pages(member.stream)):
+            for number, (place, page) in zip(numbers, read_pages(member.stream), strict=False):
                 if isinstance(page, str):
                     yield self.skipped(place, page)
                     continue

@@ -43,7 +43,7 @@ _LARGE_LANGUAGES = frozenset(_LARGE_WIKIS.split())
 _SINGLE_BRACKETS = r"[^\[\]]*+(?:\[(?!\[)[^\[\]\n]*+\][^\[\]]*+)*+"
 _LINK = re.compile(rf"\[\[([^\[\]|\n]*+)(?:\|({_SINGLE_BRACKETS}))?\]\]")
 _EXTERNAL_LINK = re.compile(
-    r"\[(?:(?:[a-z][a-z0-9+.-]*:)?//|mailto:|news:)[^\s\[\]<>\"]+(?:[ \t]+([^\[\]\n]*))?\]",
+    r"\[(?:(?:[a-z][a-z0-9+.-]*:)?//|mailto:|news:)[^\s\[\]<>\"]+(?:[ \t]++([^\[\]\n]*+))?\]",
     re.IGNORECASE,
 )
 _MAX_NESTING = 20
@@ -131,8 +131,8 @@ def _remove_language_conversion(text: str) -> str:
 
     def shown(match: re.Match[str]) -> str:
         content = match[1].rpartition("|")[2]
-        variants = re.findall(r"[\w-]+\s*:\s*([^;]*)", content) if ";" in content else []
-        return variants[0].strip() if variants else content
+        variant = re.search(r"(?<![\w-])[\w-]++\s*+:\s*([^;]*)", content)
+        return variant[1].strip() if variant and ";" in content else content
 
     return re.sub(r"-\{(?!\{)([^{}]*)\}-", shown, text)
 
@@ -205,4 +205,4 @@ def _shown(target: str, text: str | None, site: Site) -> str:
     if text.strip():
         return text
     # "[[Paris (Texas)|]]" shows "Paris".
-    return re.sub(r"\s*\([^()]*\)$|,.*$", "", target.rpartition(":")[2])
+    return re.sub(r"(?<!\s)\s*\([^()]*\)$|,.*$", "", target.rpartition(":")[2])

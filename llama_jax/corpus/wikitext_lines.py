@@ -20,14 +20,16 @@ def sections(text: str, removed: frozenset[str]) -> Iterator[str]:
     yield from _without_empty_sections(_kept_sections(_split_sections(text), removed))
 
 
-_AROUND_HOLES = [  # applied if the line has the first string
-    ("(", re.compile(rf"[ \t]*\([\s,;:]*{HOLE}[\s,;:{HOLE}]*\)"), ""),
-    ("[", re.compile(rf"[ \t]*\[[\s,;:]*{HOLE}[\s,;:{HOLE}]*\]"), ""),
+# Applied if the line has the first string. A match starts where a run of blanks does: from each of
+# its characters, the search would take quadratic time.
+_AROUND_HOLES = [
+    ("(", re.compile(rf"(?<![ \t])[ \t]*\([\s,;:]*{HOLE}[\s,;:{HOLE}]*\)"), ""),
+    ("[", re.compile(rf"(?<![ \t])[ \t]*\[[\s,;:]*{HOLE}[\s,;:{HOLE}]*\]"), ""),
     ("(", re.compile(rf"\([ \t]*{HOLE}[ \t,;:{HOLE}]*"), "("),
-    (")", re.compile(rf"[ \t,;{HOLE}]*{HOLE}[ \t]*\)"), ")"),
+    (")", re.compile(rf"(?<![ \t,;{HOLE}])[ \t,;{HOLE}]*{HOLE}[ \t]*\)"), ")"),
     (HOLE, re.compile(rf"^([*#:; \t]*){HOLE}[ \t,.;:{HOLE}]*"), r"\1"),
-    (HOLE, re.compile(rf"[ \t]*{HOLE}[ \t{HOLE}]*(?=[,.]|$)"), ""),
-    (HOLE, re.compile(rf"[ \t]+{HOLE}[ \t{HOLE}]*"), " "),
+    (HOLE, re.compile(rf"(?<![ \t{HOLE}])[ \t]*{HOLE}[ \t{HOLE}]*+(?=[,.]|$)"), ""),
+    (HOLE, re.compile(rf"(?<![ \t])[ \t]+{HOLE}[ \t{HOLE}]*"), " "),
     (HOLE, re.compile(HOLE), ""),
 ]
 
@@ -60,6 +62,9 @@ def _split_sections(text: str) -> list[_Section]:
         elif markers := _ITEM.match(cleaned):
             if item := items.format(markers[0], cleaned[markers.end() :].strip()):
                 sections[-1].lines.append(item)
+        elif cleaned.startswith("----"):  # a horizontal rule
+            items.reset()
+            sections[-1].lines += ["", cleaned.lstrip("-").strip(), ""]
         elif cleaned or not line.strip():  # a line that had only templates leaves no blank line
             items.reset()
             # One space at the start marks preformatted text; further ones are indentation.

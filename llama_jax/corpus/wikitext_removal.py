@@ -4,6 +4,7 @@ tables. Text that MediaWiki shows as it is (``<nowiki>``, code, formulas) is set
 
 import html
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 HOLE = "\x06"
@@ -147,9 +148,11 @@ class _Constructs:
 
     stack: list[tuple[str, int, int]] = field(default_factory=list)  # kind, start, open braces
     removed: list[tuple[int, int]] = field(default_factory=list)
+    is_open: Counter[str] = field(default_factory=Counter)  # how many of each kind
 
     def open(self, kind: str, start: int, braces: int = 2) -> None:
         self.stack.append((kind, start, braces))
+        self.is_open[kind] += 1
 
     def innermost(self) -> str | None:
         return self.stack[-1][0] if self.stack else None
@@ -160,18 +163,17 @@ class _Constructs:
         What was opened inside it and is still open ends with it. Without an open construct, only
         the closing token itself is removed.
         """
-        index = len(self.stack) - 1
-        while index >= 0 and self.stack[index][0] != kind:
-            index -= 1
-        if index < 0:
+        if not self.is_open[kind]:
             self.removed.append((start, end))
             return 2
-        _, first, braces = self.stack[index]
+        innermost = ""
+        while innermost != kind:
+            innermost, first, braces = self.stack.pop()
+            self.is_open[innermost] -= 1
         closed = 3 if braces >= 3 and may_close_three else 2
         while self.removed and self.removed[-1][0] >= first:
             self.removed.pop()
         self.removed.append((first, end + closed - 2))
-        del self.stack[index:]
         if braces - closed >= 2:
             self.open(kind, first, braces - closed)
         return closed

@@ -2,6 +2,8 @@
 
 import bz2
 import re
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,7 @@ def test_a_prefix_of_elements_and_dumps_without_namespace_numbers(tmp_path):
         (dump("").replace("https://.wikipedia.org/wiki/X", ""), [], "does not say its language"),
         ("<posts>\n</posts>", [], "is not a dump of Wikipedia: it has no <mediawiki>"),
         (b"\x1f\x8b\x08\x00abc", [], "is not a dump of Wikipedia"),
+        (b"PK\x05\x06" + bytes(18), [], "is not a dump of Wikipedia: .* an archive without files"),
     ],
 )
 def test_other_languages_and_other_files_are_refused(tmp_path, content, languages, message):
@@ -187,6 +190,33 @@ def test_of_several_revisions_of_an_article_the_newest_is_kept(tmp_path):
         ("wikipedia/sl/3", "a.xml"),
     ]
     assert set(documents[0]["metadata"]) == {"title", "place"}
+
+
+@pytest.mark.parametrize("kind", ["7z", "zip", "tar"])
+def test_dumps_in_archives(tmp_path, kind):
+    py7zr = pytest.importorskip("py7zr")
+    path = tmp_path / f"slwiki.{kind}"
+    file = write(tmp_path, dump(pages=[page(1, "a"), page(2, "b")]))
+    if kind == "7z":
+        with py7zr.SevenZipFile(path, "w") as archive:
+            archive.write(file, file.name)
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(file, file.name)
+    else:
+        with tarfile.open(path, "w") as archive:
+            archive.add(file, file.name)
+    documents, _, _ = inline.run("wikipedia", [path], tmp_path / "out")
+    assert [d["text"] for d in documents] == ["a", "b"]
+
+
+def test_revisions_in_an_archive_of_several_files(tmp_path):
+    with zipfile.ZipFile(tmp_path / "dumps.zip", "w") as archive:
+        archive.writestr("a.xml", dump(pages=[page(1, "old"), page(2, "a"), page(3, "b")]))
+        new = page(1, "new").replace("<id>91</id>", "<id>99</id>")
+        archive.writestr("b.xml", dump(pages=[new, page(4, "c")]))
+    documents, _, _ = inline.run("wikipedia", [tmp_path / "dumps.zip"], tmp_path / "out")
+    assert [d["text"] for d in documents] == ["new", "a", "b", "c"]
 
 
 def test_language_of_a_dump():

@@ -159,6 +159,7 @@ def test_a_page():
             "A\n\nb\n\nC e\n\nf\n\ng\n\nh",
         ),
         ("{{only|a template}}\n[[Category:X]]", ""),
+        ("a\n----\nb\n-----c\n--d\n# e\n----\n# f", "a\n\nb\n\nc\n\n--d\n1. e\n\n1. f"),
     ],
 )
 def test_cases(wikitext, text):
@@ -170,4 +171,11 @@ def test_damaged_pages_take_linear_time():
     for unit in ["{{a|", "[[a|", "''b", "<ref>", "{|\n", "<b>", "}}", "<!--", "* ", "=", "x ("]:
         to_text(unit * (40_000 // len(unit)), SITE)
         to_text((unit * 20 + "\n") * (8_000 // 20 // len(unit)), SITE)
+    n = 10_000
+    for text in (
+        "{{a}} " * n + "x )", "a" + " " * n + "b ({{a}})", "[http://a" + " " * n,
+        "[[a" + " " * n + "b|]]", "-{" + "a" * n + ";}-", "{|\n" * n + "}} " * n,
+        "{{a " * n + "\n|}\n" * n, "<table>" * n + "}} " * n,
+    ):  # fmt: skip
+        to_text(text, SITE)
     assert time.process_time() - start < 4
