@@ -222,7 +222,7 @@ class Gutenberg(Step):
         metadata = document.metadata
         text = document.text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
         book = remove_gutenberg(text.replace("\f", "\n"))
-        text = re.sub(r"[ \t]+$", "", book.text, flags=re.MULTILINE)
+        text = re.sub(r"(?<![ \t])[ \t]+$", "", book.text, flags=re.MULTILINE)
         document.text = re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
         for key in ("title", "author", "language"):
             metadata[key] = metadata[key] or getattr(book, key)

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 # The last line of a header. Files before 2003 have a licence, "the small print", at the start.
 _HEADER_END = re.compile(
-    r"\W*START OF (?:THE |THIS )?PROJECT GUTENBERG|\W*END\W*THE SMALL PRINT", re.IGNORECASE
+    r"\W*START OF (?:THE |THIS )?(?:COPYRIGHTED )?PROJECT GUTENBERG|\W*END\W*THE SMALL PRINT",
+    re.IGNORECASE,
 )
 # The first line of a footer.
 _FOOTER_START = re.compile(
-    r"\W*(?:THE |THIS IS THE )?END OF (?:THE |THIS )?PROJECT GUTENBERG|\*+ ?START: FULL LICENSE"
+    r"\W*(?:THE |THIS IS THE )?END OF (?:THE |THIS )?(?:COPYRIGHTED )?PROJECT GUTENBERG"
+    r"|\W*(?:ENDE DIESES|FIN D[EU]) PROJE[KC]?T GUTENBERG|\*+ ?START: FULL LICENSE"
     r"|\W*THE FULL PROJECT GUTENBERG LICENSE",
     re.IGNORECASE,
 )

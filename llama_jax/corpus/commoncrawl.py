@@ -30,7 +30,10 @@ from llama_jax.corpus.run import Run
 from llama_jax.corpus.steps import Documents, Stage, Step
 from llama_jax.corpus.warc import WarcReader, is_warc
 
-_TITLE = re.compile(r"<title[^>]*>(.*?)</title\s*>", re.IGNORECASE | re.DOTALL)
+# With possessive quantifiers: a title without an end takes linear time.
+_TITLE = re.compile(
+    r"<title\b[^<>]*+>((?:(?!</?title\b).)*+)</title\s*>", re.IGNORECASE | re.DOTALL
+)
 
 
 class _Section(pydantic.BaseModel, extra="forbid", frozen=True):

@@ -4,6 +4,7 @@ import io
 import json
 import random
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 pytest.importorskip("datatrove", reason="needs the extra corpus")
 
 from corpus import inline
+from datatrove.data import Document
 
 from llama_jax.corpus import books, containment
 from llama_jax.corpus.books_gutenberg import remove_gutenberg
@@ -110,6 +112,18 @@ End of The Project Gutenberg Etext of A Story
         (OF_1995.replace("*END*THE", "*END THE"), ("A Story", "Ann Author", None, None)),
         (OF_1995.replace("\nEnd of", "\nThis is the end of"), None),
         (MODERN.replace("*** ", "***").replace(" ***", "***"), None),
+        (
+            MODERN.replace("THE PROJECT", "THE COPYRIGHTED PROJECT"),
+            ("A Story of Two Lines", "Ann Author", "fr", "123"),
+        ),
+        (
+            OF_1995.replace("End of The Project", "Ende dieses Projekt"),
+            ("A Story", "Ann Author", None, None),
+        ),
+        (
+            OF_1995.replace("End of The Project", "Fin du Projet"),
+            ("A Story", "Ann Author", None, None),
+        ),
         (BODY, (None, None, None, None)),
         (BODY + "\n\n*** END OF THE PROJECT GUTENBERG EBOOK A ***\nmore", None),
         ("*** START OF THE PROJECT GUTENBERG EBOOK A ***\n" + BODY, None),
@@ -120,6 +134,17 @@ def test_headers_and_footers(text, about):
     assert book.text == BODY
     if about:
         assert (book.title, book.author, book.language, book.number) == about
+
+
+def test_blanks_in_a_line_take_linear_time():
+    text = "a" + " " * 50_000 + "b  \nc"
+    document = Document(
+        text=text, id="a", metadata=dict.fromkeys(["title", "author", "language", "url"])
+    )
+    start = time.process_time()
+    assert books.Gutenberg([]).process(document) is None
+    assert time.process_time() - start < 0.5
+    assert document.text == text.replace("  \n", "\n")
 
 
 def test_archives_look_like_books():

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,13 @@ def test_the_text_of_html_keeps_its_title():
     assert page.text == "\n".join(f"{p} {p.lower()}" for p in paragraphs)
     assert page.metadata == {"title": "A & B"}
     assert empty.metadata["dropped"]["reason"] == "no text in the page"
+
+
+def test_titles_without_an_end_take_linear_time():
+    start = time.process_time()
+    for html in ("<title>" * 40_000, "<title " * 40_000):
+        assert commoncrawl._TITLE.search(html) is None
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.skipif(not SAMPLES.exists(), reason="no samples")
