@@ -24,6 +24,7 @@ from llama_jax.corpus.github_duplicates import (
 )
 from llama_jax.corpus.github_header import extension, remove_header
 from llama_jax.corpus.github_license import is_license_file, is_wanted, licenses_by_folder
+from llama_jax.corpus.inputs import FIRST_BYTES
 from llama_jax.corpus.run import Run, group_files
 from llama_jax.corpus.steps import Documents, Reader, Stage, Step, drop
 
@@ -87,7 +88,7 @@ def stages(run: Run) -> Iterator[Stage]:
 
 def _has_rows(path: Path) -> bool:
     try:
-        return _is_rows(open_stream(path).peek(1 << 16))
+        return _is_rows(open_stream(path).peek(FIRST_BYTES))
     except Unreadable:
         return False
 
@@ -97,7 +98,9 @@ def _is_rows(first_bytes: bytes) -> bool:
     if first_bytes.startswith(b"PAR1"):
         return True
     start = first_bytes.lstrip(b"\xef\xbb\xbf \t\r\n")
-    keys = (rb'"(?:sample_)?path"\s*:', rb'"(?:content|license|repo_name|sample_repo_name)"\s*:')
+    keys = [rb'"(?:sample_)?path"\s*:', rb'"(?:content|license|repo_name|sample_repo_name)"\s*:']
+    if len(first_bytes) >= FIRST_BYTES and b"\n" not in start:  # the path is after a long content
+        keys = [rb'"content"\s*:']
     return start.startswith(b"{") and all(re.search(key, start) for key in keys)
 
 

@@ -19,6 +19,7 @@ from corpus import inline
 from llama_jax.corpus import github, github_duplicates
 from llama_jax.corpus.github_header import remove_header
 from llama_jax.corpus.github_license import is_wanted, license_of_text, licenses_by_folder
+from llama_jax.corpus.inputs import FIRST_BYTES
 
 MIT = "Copyright (c) 2020 A\n\nPermission is hereby granted, free of charge, to any person\n"
 BSD = "Redistribution and use in source and binary forms, with or without\n"
@@ -170,6 +171,16 @@ def test_rows_of_bigquery(tmp_path):
         "b.jsonl: line 5": ("read", "not JSON in UTF-8"),
         "github/o/r/?.py": ("license", "another license"),
     }
+
+
+def test_a_table_that_starts_with_a_long_file(tmp_path):
+    long = {"content": CODE * 3000, "license": "mit", "path": "a.py", "repo_name": "o/r"}
+    content = "\n".join(json.dumps(row) for row in (long, rows()[1]))
+    (tmp_path / "a.json").write_text(content)
+    assert github.looks_like(content.encode()[:FIRST_BYTES], "a.json")
+    assert not github.looks_like(json.dumps(long).encode()[:1000], "a.json")
+    documents, _, _ = inline.run("github", [tmp_path / "a.json"], tmp_path / "out")
+    assert [d["id"] for d in documents] == ["github/o/r/a.py", "github/o/r/b.py"]
 
 
 def test_parquet(tmp_path):
