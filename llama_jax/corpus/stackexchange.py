@@ -22,7 +22,10 @@ from llama_jax.corpus.steps import Documents, Reader, Stage, Step, drop
 from llama_jax.corpus.xml_stream import parse_record, split_records
 
 _SUFFIXES = re.compile(r"(?i)(?:\.xml)?(?:\.(?:gz|bz2|xz|zst|7z|zip|tar))*$")
-_OTHER_TABLE = re.compile(r"(?i)(?:^|-)(?:badges|comments|posthistory|postlinks|tags|users|votes)$")
+# Files of a dump without posts: other tables, and the texts beside them, such as readme.txt.
+_OTHER_TABLE = re.compile(
+    r"(?i)(?:^|-)(?:badges|comments|posthistory|postlinks|tags|users|votes)$|\.(?:txt|md|html?)$"
+)
 _LANGUAGES = {
     "es.stackoverflow.com": "es",
     "ja.stackoverflow.com": "ja",

@@ -215,6 +215,14 @@ def test_files_that_are_compressed_or_cut_off(tmp_path):
     assert "a truncated gzip member" in reasons
 
 
+def test_texts_beside_the_posts_are_no_sites(tmp_path):
+    names = ("a.com/Posts.xml", "b.com/Posts.xml")
+    contents = dict.fromkeys(names, posts()) | {"a.com/readme.txt": b"x", "b.com/readme.txt": b"x"}
+    documents, _, counts = run(tmp_path, contents)
+    assert [d["metadata"]["site"] for d in documents] == ["a.com", "a.com", "b.com", "b.com"]
+    assert len(counts["rows"]) == 2
+
+
 def test_the_largest_sites_are_kept_and_the_others_counted(tmp_path):
     small, large = posts(ROWS[1:2]), posts()
     contents = {"a.com-Posts.xml": small, "b.com-Posts.xml": large, "c.com-Posts.xml": small}
