@@ -216,9 +216,11 @@ def test_files_that_are_compressed_or_cut_off(tmp_path):
 
 
 def test_texts_beside_the_posts_are_no_sites(tmp_path):
-    names = ("a.com/Posts.xml", "b.com/Posts.xml")
-    contents = dict.fromkeys(names, posts()) | {"a.com/readme.txt": b"x", "b.com/readme.txt": b"x"}
-    documents, _, counts = run(tmp_path, contents)
+    for site in ("a.com", "b.com"):
+        (tmp_path / "in" / site).mkdir(parents=True)
+        (tmp_path / "in" / site / "Posts.xml").write_bytes(posts())
+        (tmp_path / "in" / site / "readme.txt").write_text("x")
+    documents, _, counts = inline.run("stackexchange", [tmp_path / "in"], tmp_path / "out")
     assert [d["metadata"]["site"] for d in documents] == ["a.com", "a.com", "b.com", "b.com"]
     assert len(counts["rows"]) == 2
 
