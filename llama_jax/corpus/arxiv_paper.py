@@ -26,7 +26,7 @@ _INPUT = re.compile(
     r"|\\(?:sub)?(?:import|inputfrom|includefrom)\*?"
     r"\s*\{(?P<folder>[^{}#\\]*)\}\s*\{(?P<file>[^{}#\\]+)\}"
     r"|\\input\s+(?P<plain>[\w./+-]+)"
-    r"|\\usepackage\s*(?:\[[^\[\]]*\])?\s*\{(?P<packages>[\w\s,./+-]+)\}"
+    r"|\\usepackage\s*+(?:\[[^\[\]]*\]\s*+)?\{(?P<packages>[\w\s,./+-]+)\}"
 )
 _ENCODING = re.compile(r"\\usepackage\s*\[([\w-]+)\]\s*\{inputenc\}")
 _ENCODINGS = {
@@ -37,7 +37,9 @@ _ENCODINGS = {
     "koi8-u": "koi8-u", "applemac": "mac-roman",
 }  # fmt: skip
 
-_SECTION = re.compile(r"\\(?:part|chapter|(?:sub){0,2}section|(?:sub)?paragraph)\s*\*?\s*[\[{]")
+_SECTION = re.compile(
+    r"\\(?:part|chapter|(?:sub){0,2}section|(?:sub)?paragraph)\s*+(?:\*\s*+)?[\[{]"
+)
 _FRONT_MATTER = re.compile(r"\\end\s*\{abstract\}|\\maketitle(?![A-Za-z@])")
 _BIBLIOGRAPHY = re.compile(
     r"\\begin\s*\{(thebibliography|references|chapthebibliography|bibdiv|biblist\*?)\}"
@@ -45,7 +47,8 @@ _BIBLIOGRAPHY = re.compile(
     r"|\\Refs(?![A-Za-z@]).*?(?:\\endRefs(?![A-Za-z@])|\Z)"  # of AMS-TeX
     r"|\\(?:no)?(?:bibliography|bibliographystyle)\s*\{[^{}]*\}"
     r"|\\printbibliography(?![A-Za-z@])(?:\s*\[[^\[\]]*\])?"
-    r"|\\(?:chapter|section|subsection)\s*\*?\s*\{(?:\\\w+\s*)?\s*(?i:references|bibliography)\s*\}"
+    r"|\\(?:chapter|section|subsection)\s*+(?:\*\s*+)?"
+    r"\{(?:\\\w++)?\s*+(?i:references|bibliography)\s*\}"
     r"(?:(?!\\(?:appendix(?![A-Za-z])|part|chapter|(?:sub)*section|begin\s*\{(?:thebib|ref|fig|tab))).)*",
     re.DOTALL,
 )

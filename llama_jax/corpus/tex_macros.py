@@ -19,6 +19,8 @@ MAX_GROWTH = 20
 """Characters that expansion inserts, as a multiple of those of the document (plus a million)."""
 MAX_INSERTED = 50_000_000
 """Characters that expansion inserts into a document of any length."""
+MAX_DELIMITER = 100
+"""Tokens before or after an argument; each one is compared at each place of a call."""
 MAX_ARGUMENT = 50_000
 """Tokens of an argument or definition; a longer one begins with a brace that is never closed."""
 
@@ -179,6 +181,8 @@ class _Expander:
                 raise _NoMatch
             else:
                 delimiter += [token] if token[0] == "\\" else re.sub(r"\s", " ", token)
+            if len(delimiter) > MAX_DELIMITER:
+                raise _NoMatch
         parameters.append(tuple(delimiter))
         body = tuple(self._group())
         while self.out and (self.out[-1] in _PREFIXES or self._is_blank_after_prefix()):

@@ -53,6 +53,14 @@ def test_what_is_never_closed_takes_linear_time():
         text = join_files({"a.tex": text.encode()}).text
         tokens(text)
         keep_body(text, without_section=True)
+    for text in (
+        r"\section",
+        r"\section{\x",
+        r"\usepackage",
+        r"\def\a#1" + "a" * 10_000 + r"b{x}\a",
+    ):
+        text = rf"\documentclass{{a}}\begin{{document}}{text}" + " " * 10_000 + "a" * 20_000
+        keep_body(expand_macros(join_files({"a.tex": text.encode()}).text), without_section=True)
     assert time.process_time() - start < 2.5
 
 
