@@ -32,9 +32,9 @@ def is_wanted(name: str | None, wanted: Iterable[str]) -> bool:
         wanted: Beginnings of names, in lower case.
     """
     prefixes = tuple(wanted)
-    alternatives = re.split(r"\s+or\s+|[/|]", (name or "").lower())
+    alternatives = re.split(" or |[/|]", " ".join((name or "").lower().split()))
     return any(
-        all(_plain(part).startswith(prefixes) for part in re.split(r"\s+and\s+", alternative))
+        all(_plain(part).startswith(prefixes) for part in alternative.split(" and "))
         for alternative in alternatives
     )
 

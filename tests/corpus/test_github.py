@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -81,6 +82,10 @@ def test_licenses():
         assert is_wanted(name, wanted), name
     for name in (None, "", "gpl-3.0", "lgpl-2.1", "MIT AND GPL-2.0", "isc", "unknown", "permit"):
         assert not is_wanted(name, wanted), name
+    start = time.process_time()
+    assert not is_wanted("GPL" + " " * 50_000 + "x\nor\tmine", wanted)
+    assert is_wanted("GPL\n  OR\tMIT", wanted)
+    assert time.process_time() - start < 0.5
     texts = {MIT: "mit", BSD: "bsd", LGPL: "copyleft", "Apache License\nVersion 2.0": "apache"}
     texts |= {"GNU LESSER GENERAL PUBLIC LICENSE": "copyleft", "Do what you want.": "unknown"}
     assert {text: license_of_text(text) for text in texts} == texts
