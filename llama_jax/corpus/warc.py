@@ -25,7 +25,10 @@ MAX_RECORD_BYTES = 16 << 20
 _MAX_HEADER_BYTES = 64 << 10
 _CHUNK_BYTES = 1 << 18
 _START = re.compile(rb"WARC/\d\.\d+[ \t]*\r?\n(?=[A-Za-z-]+[ \t]*:)")
-_LINE_START = re.compile(rb"\n" + _START.pattern)
+# Where a record may start after damage; the record before it may end without a line end.
+_NEXT_START = re.compile(
+    rb"(?<=\n)" + _START.pattern + rb"|WARC/\d\.\d+\r\n(?=WARC-[A-Za-z-]{1,40}[ \t]*:)"
+)
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _MAX_START_BYTES = 128
 """More bytes than the first line of a record and the name of its first header have."""
@@ -63,7 +66,12 @@ def records(stream: _Stream, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Reco
     while True:
         record = Record(number + 1, {}, b"")
         try:
-            if not source.skip_to_start():
+            is_start, skipped = source.skip_to_start()
+            if skipped and (is_start or number):
+                number += 1
+                yield Record(number, {}, b"", "data that is no record")
+                record.number += 1
+            if not is_start:
                 return
             number = record.number
             _read_record(source, record, max_bytes)
@@ -79,6 +87,10 @@ def _read_record(source: "_Source", record: Record, max_bytes: int) -> None:
         record.problem = "headers without an end"
         source.take(1)  # not the start of this record again
         source.up_to_next(0)
+        return
+    if (following := head.rfind(b"WARC/")) and _NEXT_START.match(head, following):
+        record.problem = "headers without an end"
+        source.at -= len(head) - following
         return
     record.headers = _headers(head)
     length = record.headers.get("content-length", "")
@@ -222,24 +234,29 @@ class _Source:
         rest = self.data[self.at + size : self.at + size + _MAX_START_BYTES].lstrip(b"\r\n")
         if not is_whole and rest[:5] == b"WARC/"[: len(rest)]:
             return True  # the data ends, or is damaged, in the first lines of the next record
+        end = self.at + size
+        if rest and not _START.match(rest) and self.data.startswith(b"\r\n\r\n", end):
+            return _NEXT_START.search(self.data, self.at, end) is None  # the next one is damaged
         return not rest or _START.match(rest) is not None
 
-    def skip_to_start(self) -> bool:
-        """Moves to the start of a record; False if there is none."""
+    def skip_to_start(self) -> tuple[bool, bool]:
+        """Moves to the start of a record; whether there is one, and whether data precedes it."""
+        skipped = False
         while True:
             start = _START.search(self.data, self.at)
-            self.at = start.start() if start else max(self.at, len(self.data) - _MAX_START_BYTES)
+            end = start.start() if start else max(self.at, len(self.data) - _MAX_START_BYTES)
+            skipped = skipped or bool(self.take(end - self.at).strip(b"\r\n\0"))
             if start:
-                return True
+                return True, skipped
             if not self.more():
-                return False
+                return False, skipped or bool(self.data[self.at :].strip(b"\r\n\0"))
 
     def _next_start(self, may_be_here: bool) -> int | None:
         """Where the next line starts that starts a record."""
         if may_be_here and _START.match(self.data, self.at):
             return self.at
-        found = _LINE_START.search(self.data, max(self.at - 1, 0))
-        return found.start() + 1 if found else None
+        found = _NEXT_START.search(self.data, self.at)
+        return found.start() if found else None
 
     def up_to_next(self, max_bytes: int) -> bytes | None:
         """Takes what precedes the next record; None if that is more than ``max_bytes``."""

@@ -128,6 +128,21 @@ def test_a_length_that_includes_the_next_records_is_wrong():
             assert ids[-1] == "<e>"
 
 
+@pytest.mark.parametrize(
+    ("damaged", "problem"),
+    [
+        (RECORDS[3].replace(b"WARC/1.0", b"WAR\xff/1.0"), "data that is no record"),
+        (RECORDS[3][:-6], "wrong Content-Length"),  # the next record does not start a line
+        (RECORDS[3][:20], "headers without an end"),
+        (b"zeros or anything else", "data that is no record"),
+    ],
+)
+def test_damage_costs_neither_the_record_before_nor_the_one_after(tmp_path, damaged, problem):
+    kept, lost = read(tmp_path, RECORDS[1] + damaged + RECORDS[9])
+    assert [d.id for d in kept] == ["<a>", "<e>"]
+    assert lost == [("crawl: record 2", problem)]
+
+
 def test_a_page_that_shows_a_record_is_one_record(tmp_path):
     shown = b"A record:\r\n\r\n" + RECORDS[3].rstrip()
     digest = base64.b32encode(hashlib.sha1(shown).digest())
