@@ -37,6 +37,7 @@ def find_inputs(given: Iterable[Path]) -> tuple[list[Path], list[str]]:
             name = path.resolve().name
             if file != path:
                 name += f"/{file.relative_to(path).as_posix()}"
+            name = os.fsencode(name).decode("utf-8", "backslashreplace")  # old names are Latin-1
             if found.setdefault(name, file).resolve() != file.resolve():
                 raise ValueError(f"{found[name]} and {file} have the same name; rename one")
     names = sorted(found)

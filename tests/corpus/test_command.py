@@ -1,6 +1,7 @@
 """``llama-jax corpus``: the result and its manifest, continuation, explanations, bad input."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -183,6 +184,16 @@ def test_prepare_reads_the_documents_only(done):
     (done / "manifest.json").unlink()
     with pytest.raises(ValueError, match="a corpus that is not complete; run its command again"):
         texts(done)
+
+
+def test_names_of_files_that_are_not_utf_8_can_be_written(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in (b"caf\xe9.txt", "café.txt".encode()):
+        (folder / os.fsdecode(name)).write_bytes(b"text")
+    files, names = find_inputs([folder])
+    assert names == ["in/caf\\xe9.txt", "in/café.txt"]
+    assert [os.fsencode(path.name) for path in files] == [b"caf\xe9.txt", "café.txt".encode()]
 
 
 def test_a_corpus_as_input_is_its_manifest_and_documents(done):
