@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 _GRACE = 1.0
@@ -87,7 +88,20 @@ def _interruptible() -> Iterator[threading.Event]:
                     os.write(2, b"\nstopped\n")
                     os._exit(130)
 
+    def stop(number: int, frame: FrameType | None) -> None:
+        """Within an import, an exception can end a library with a crash."""
+        interrupted_in = frame
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                os.write(2, b"\nstopped\n")
+                os._exit(130)
+            frame = frame.f_back
+        signal.default_int_handler(number, interrupted_in)
+
     ended = threading.Event()
+    replaced = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if replaced:
+        signal.signal(signal.SIGINT, stop)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -96,6 +110,8 @@ def _interruptible() -> Iterator[threading.Event]:
     finally:
         ended.set()
         signal.set_wakeup_fd(before)
+        if replaced:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         os.close(writing)
         watcher.join()
         os.close(reading)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -642,6 +643,23 @@ def test_ctrl_c_while_libraries_are_imported():
     assert process.returncode == 130
     assert "stopped" in rest
     assert "Traceback" not in rest
+
+
+def test_ctrl_c_within_an_import_raises_nothing_there(tmp_path, monkeypatch):
+    """Some libraries crash if their import is interrupted by an exception."""
+    (tmp_path / "imported_late.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)")
+    monkeypatch.syspath_prepend(tmp_path)
+    late = lambda *_, **__: importlib.import_module("imported_late")
+    monkeypatch.setattr("llama_jax.generate.__main__.load", late)
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["x", "a"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended[:1] == [130]
 
 
 def test_bad_lines_and_a_closed_pipe(llm, monkeypatch, capsys):
