@@ -21,7 +21,7 @@ import stat
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,7 +53,7 @@ class Member:
     stream: Stream
 
 
-def members(source: Path | Member) -> Iterator[Member | Unreadable]:
+def members(source: Path | Member) -> Generator[Member | Unreadable, None, None]:
     """The files of a tar, zip or 7z archive, also a compressed one; any other file is one member.
 
     Folders are left out. Refused are links, devices, names that are absolute or contain ``..``,
