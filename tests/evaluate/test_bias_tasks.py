@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from task_tools import write as write_file
 
 import llama_jax
 from llama_jax.evaluate.local_data import MissingData
@@ -184,6 +185,20 @@ def test_unknown_category(options):
         bias._crows_pairs_docs(options)
 
 
+def test_crows_pairs_of_the_hub(tmp_path):
+    """Its categories are numbers."""
+    rows = [
+        {"sent_more": "a", "sent_less": "b", "stereo_antistereo": 0, "bias_type": i}
+        for i in (0, 5, 8)
+    ]
+    write_file(tmp_path, "crows_pairs/crows_pairs/test/0000.parquet", rows)
+    docs = bias._crows_pairs_docs(TaskOptions(tmp_path))
+    assert [doc["category"] for doc in docs] == ["race/color", "sexual orientation", "age"]
+    write_file(tmp_path, "crows_pairs/crows_pairs/test/0000.parquet", [{**rows[0], "bias_type": 9}])
+    with pytest.raises(ValueError, match='row 1: field "bias_type" must be a string; it is 9'):
+        bias._crows_pairs_docs(TaskOptions(tmp_path))
+
+
 @pytest.mark.parametrize("docs", [bias._crows_pairs_docs, bias._winogender_docs])
 def test_missing_data(tmp_path, docs):
     with pytest.raises(MissingData, match=r"github.com/.* to DIR/"):
@@ -333,6 +348,16 @@ def test_truthfulqa_json(tmp_path, record):
     (doc,) = truthfulness._docs(options)
     assert doc["choices"] == ["No, they cannot.", "Yes.", "No."]
     assert (doc["single"], doc["true"], doc["false"]) == ([0, 1], [0, 2], [1])
+
+
+def test_truthfulqa_of_the_hub(tmp_path):
+    """The hub's data set has a folder for each of its two forms."""
+    write_file(tmp_path, "truthful_qa/multiple_choice/validation-00000-of-00001.parquet",
+          [{**QUESTION, **AS_LISTS}])  # fmt: skip
+    write_file(tmp_path, "truthful_qa/generation/validation-00000-of-00001.parquet",
+          [{"question": "Can owls read?", "best_answer": "No."}])  # fmt: skip
+    (doc,) = truthfulness._docs(TaskOptions(tmp_path))
+    assert doc["choices"] == ["No, they cannot.", "Yes.", "No."]
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,21 @@ def test_mbpp_prompt(options):
     assert "False" not in docs[0]["tests"]
 
 
+def test_mbpp_of_the_hub(options, outcomes, tmp_path):
+    """Questions and examples are in two splits; the sanitized edition is another data set."""
+    whole = requests(TASKS["paper_mbpp"].make(options))
+    splits = {"prompt": MBPP[:5], "test": MBPP[5:7], "validation": MBPP[7:8], "train": MBPP[8:]}
+    hub = tmp_path / "hub"
+    for name, rows in splits.items():
+        write(hub, f"mbpp/full/{name}-00000-of-00001.parquet", rows)
+        write(hub, f"mbpp/sanitized/{name}-00000-of-00001.parquet", [{"task_id": 2}])
+    assert requests(TASKS["paper_mbpp"].make(options._replace(data=hub))) == whole
+    (hub / "mbpp/full/prompt-00000-of-00001.parquet").unlink()
+    (hub / "mbpp/sanitized/prompt-00000-of-00001.parquet").unlink()
+    with pytest.raises(MissingData, match=r"has no file \*full/prompt"):
+        TASKS["paper_mbpp"].make(options._replace(data=hub))
+
+
 @pytest.mark.parametrize("name", ["paper_humaneval", "paper_mbpp"])
 def test_refused_without_permission(options, name):
     with pytest.raises(MissingData, match="--allow-code-execution") as error:

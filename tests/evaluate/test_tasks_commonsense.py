@@ -85,6 +85,10 @@ def docs(task, folder):
         ("siqa", {"siqa/x_dev.jsonl": [{"context": "Al fell.", "question": "How is Al?",
                                         "options": ["hurt", "glad", "a bird"],
                                         "answer": "a bird"}]}, SIQA_DOC),
+        ("siqa", {"socialIQa_v1.4/socialIWa_v1.4_dev.jsonl": [
+            {**without_label(SIQA), "correct": "C"}]}, SIQA_DOC),
+        ("siqa", {"socialIQa_v1.4_withDims/socialIWa_v1.4_dev_wDims.jsonl": [
+            {**without_label(SIQA), "label_letter": "C", "label_ix": 2}]}, SIQA_DOC),
         ("winogrande", {"winogrande_1.1/dev.jsonl": [WINOGRANDE]}, WINOGRANDE_DOC),
         ("winogrande", {"winogrande/winogrande_xl/validation-00000-of-00001.parquet": [WINOGRANDE]},
          WINOGRANDE_DOC),

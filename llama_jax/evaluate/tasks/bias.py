@@ -30,6 +30,12 @@ CROWS_PAIRS_CATEGORIES = {  # bias_type in the file -> column of the paper's tab
     "socioeconomic": "socioeconomic",
 }
 
+# Numbers of bias types in the data set nyu-mll/crows_pairs of the hub.
+HUB_BIAS_TYPES = (
+    "race-color", "socioeconomic", "gender", "disability", "nationality", "sexual-orientation",
+    "physical-appearance", "religion", "age",
+)  # fmt: skip
+
 PRONOUNS = {
     "female": {"$NOM_PRONOUN": "she", "$POSS_PRONOUN": "her", "$ACC_PRONOUN": "her"},
     "male": {"$NOM_PRONOUN": "he", "$POSS_PRONOUN": "his", "$ACC_PRONOUN": "him"},
@@ -47,12 +53,14 @@ def _crows_pairs_docs(options: TaskOptions) -> list[Doc]:
     path = find(
         options,
         ("crows_pairs", "crows-pairs"),
-        ("crows_pairs_anonymized.csv", "*crows_pairs*.csv"),
+        ("crows_pairs_anonymized.csv", "*crows_pairs*.csv", "*test*.parquet"),
         CROWS_PAIRS_DOWNLOAD,
     )
     docs = []
     for record in read_located(path):
-        bias_type = field(record, "bias_type", str)
+        number = record.value.get("bias_type")
+        known = type(number) is int and 0 <= number < len(HUB_BIAS_TYPES)
+        bias_type = HUB_BIAS_TYPES[number] if known else field(record, "bias_type", str)
         if bias_type not in CROWS_PAIRS_CATEGORIES:
             raise ValueError(
                 f'{record.where}: bias_type "{bias_type}" is unknown; expected one of '

@@ -15,8 +15,8 @@ HUMANEVAL_DOWNLOAD = (
     "DIR/humaneval/"
 )
 MBPP_DOWNLOAD = (
-    "download mbpp.jsonl from the folder mbpp of github.com/google-research/google-research to "
-    "DIR/mbpp/"
+    "download mbpp.jsonl from the folder mbpp of github.com/google-research/google-research, or "
+    "the data set google-research-datasets/mbpp of the hub, to DIR/mbpp/"
 )
 
 TEMPERATURES = (0.1, 0.8)
@@ -98,10 +98,12 @@ def _humaneval_docs(path: Path) -> list[dict[str, str]]:
     return docs
 
 
-def _mbpp_docs(path: Path) -> list[dict[str, str]]:
-    records = {field(record, "task_id", int): record for record in read_located(path)}
+def _mbpp_docs(path: Path, examples_path: Path | None = None) -> list[dict[str, str]]:
+    """The questions of a file; the examples may be in a file of their own."""
+    files = [path] if examples_path is None else [examples_path, path]
+    records = {field(r, "task_id", int): r for file in files for r in read_located(file)}
     if absent := set(_MBPP_EXAMPLES) - records.keys():
-        raise ValueError(f"{path} has no task {min(absent)}, which is an example in the prompt")
+        raise ValueError(f"{files[0]} has no task {min(absent)}, which is an example in the prompt")
 
     def question(task_id: int) -> str:
         tests = "\n".join(strings(records[task_id], "test_list"))
@@ -148,7 +150,7 @@ def _run_all(
 
 def _make_humaneval(options: TaskOptions) -> Any:
     _check(options)
-    patterns = ("HumanEval.jsonl.gz", "HumanEval.jsonl", "test-00000-of-*.parquet")
+    patterns = ("HumanEval.jsonl.gz", "HumanEval.jsonl", "*test*.parquet")
     folders = ("humaneval", "human-eval", "openai_humaneval")
     docs = _humaneval_docs(find(options, folders, patterns, HUMANEVAL_DOWNLOAD))
     return _task("paper_humaneval", docs, _HUMANEVAL_STOPS, options.samples)
@@ -156,8 +158,13 @@ def _make_humaneval(options: TaskOptions) -> Any:
 
 def _make_mbpp(options: TaskOptions) -> Any:
     _check(options)
-    patterns = ("mbpp.jsonl", "mbpp.jsonl.gz")
-    docs = _mbpp_docs(find(options, ("mbpp",), patterns, MBPP_DOWNLOAD))
+    # The hub's data set has the questions and the examples in two splits of the folder "full".
+    splits = lambda name: (f"*full/{name}*.parquet", f"{name}*.parquet")
+    path = find(options, ("mbpp",), ("mbpp.jsonl", "mbpp.jsonl.gz", *splits("test")), MBPP_DOWNLOAD)
+    examples = None
+    if path.suffix == ".parquet":
+        examples = find(options, ("mbpp",), splits("prompt"), MBPP_DOWNLOAD)
+    docs = _mbpp_docs(path, examples)
     return _task("paper_mbpp", docs, _MBPP_STOPS, options.samples)
 
 

@@ -90,6 +90,10 @@ def _piqa(record: Record) -> Doc:
     return choice_doc(record, query, choices, label(record, "label", 0, 2))
 
 
+_SIQA_LETTERS = ("correct", "label_letter")
+"""Fields with the letter of the right answer in SocialIQA 1.4, without and with dimensions."""
+
+
 def _siqa(record: Record) -> Doc:
     query = f"Q: {field(record, 'context', str)} {field(record, 'question', str)}\nA:"
     if "options" in record.value:
@@ -98,6 +102,13 @@ def _siqa(record: Record) -> Doc:
             raise ValueError(f'{record.where}: the answer "{answer:.60}" is not one of the options')
         return choice_doc(record, query, choices, choices.index(answer))
     choices = [field(record, f"answer{letter}", str) for letter in "ABC"]
+    if name := next((name for name in _SIQA_LETTERS if name in record.value), None):
+        letter = field(record, name, str).strip()
+        if letter not in tuple("ABC"):
+            raise ValueError(
+                f'{record.where}: field "{name}" must be A, B or C, not {letter!r:.60}'
+            )
+        return choice_doc(record, query, choices, "ABC".index(letter))
     return choice_doc(record, query, choices, label(record, "label", 1, 3))
 
 
@@ -202,7 +213,7 @@ def _read(data_set: _DataSet, options: TaskOptions, download: str) -> list[Doc]:
 def _with_labels(path: Path, records: list[Record], download: str) -> list[Record]:
     """Records with labels; PIQA and SIQA have them in a file of their own, NAME-labels.lst."""
     first = records[0].value
-    if not {"sol1", "answerA"} & set(first) or "label" in first:
+    if not {"sol1", "answerA"} & set(first) or {"label", *_SIQA_LETTERS} & set(first):
         return records
     labels_path = path.with_name(path.name.partition(".")[0] + "-labels.lst")
     if not labels_path.is_file():

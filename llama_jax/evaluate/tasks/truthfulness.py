@@ -30,7 +30,10 @@ PROMPT = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in EXAMP
 
 
 def _docs(options: TaskOptions) -> list[Doc]:
-    names = ("TruthfulQA.csv", "mc_task.json", "*.csv", "*.json", "*.jsonl", "*.parquet")
+    names = (
+        "TruthfulQA.csv", "mc_task.json", "*multiple_choice*.parquet", "*.csv", "*.json", "*.jsonl",
+        "*.parquet",
+    )  # fmt: skip
     path = find(options, ("truthfulqa", "truthful_qa"), names, DOWNLOAD)
     return [_doc(record, path) for record in read_located(path)]
 
