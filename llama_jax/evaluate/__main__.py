@@ -40,7 +40,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     # Output, names and data are checked before the weights are read, which may take minutes.
     check_output(output)
     with quiet():
-        selection = select_tasks([n for n in args.tasks.split(",") if n], options)
+        selection = select_tasks([n.strip() for n in args.tasks.split(",") if n.strip()], options)
     for task, reason in selection.missing.items():
         print(f"not evaluated: {task}: {reason}", file=sys.stderr)
     llm = load_model(

@@ -127,8 +127,8 @@ class _Harness:
                     config = super()._load_full_config(entry, overrides)
                 splits = local_splits(data, entry.name)
                 if splits and isinstance(config.get("task"), str):
-                    files.extend(splits.values())
                     config = with_local_data(config, splits)
+                files.extend(_data_files(config))
                 return config
 
             def _build_task(self, entry: Any, overrides: Any) -> Any:
@@ -177,13 +177,21 @@ def _task_errors(name: str, config: dict[str, Any], data: Path | None) -> Iterat
 
 def _check_files(name: str, config: dict[str, Any]) -> None:
     """Raise an error with the place of what is wrong in the files of a task, if it is found."""
-    files = (config.get("dataset_kwargs") or {}).get("data_files")
-    for path in files.values() if isinstance(files, dict) else ():
-        if isinstance(path, str) and Path(path).is_file():
-            try:
-                read_records(Path(path))
-            except ValueError as e:
-                raise ValueError(f"{name} cannot be loaded: {e}") from None
+    for path in _data_files(config):
+        try:
+            read_records(path)
+        except ValueError as e:
+            raise ValueError(f"{name} cannot be loaded: {e}") from None
+
+
+def _data_files(config: dict[str, Any]) -> list[Path]:
+    """The local files that the configuration of a task names."""
+    named = (config.get("dataset_kwargs") or {}).get("data_files") or ()
+    values = named.values() if isinstance(named, dict) else [named]
+    paths = [path for value in values for path in (value if isinstance(value, list) else [value])]
+    return [
+        Path(path).resolve() for path in paths if isinstance(path, str) and Path(path).is_file()
+    ]
 
 
 def local_splits(data: Path | None, task: str) -> dict[str, Path]:
@@ -205,17 +213,32 @@ def with_local_data(config: dict[str, Any], splits: dict[str, Path]) -> dict[str
     if len(formats) > 1:
         raise ValueError(f"{folder} has files of several formats: {', '.join(sorted(formats))}")
     questions = config.get("test_split") or config.get("validation_split")
-    needed = [questions]
-    if config.get("num_fewshot"):
-        needed.append(config.get("fewshot_split"))
+    needed = [questions, _split_of_shots(config)]
     if absent := [split for split in needed if split and split not in splits]:
         raise MissingData(
             f"{config['task']} needs the split {absent[0]!r}: {folder} has {', '.join(splits)}; "
             f"save it as {folder / absent[0]}.jsonl (or .json, .csv, .parquet)"
         )
     gone = {s: None for s in _SPLITS if config.get(s) and config[s] not in splits}
+    # Other splits may have other columns, such as test questions without answers.
+    used = {*needed, *(config.get(s) for s in _SPLITS)}
+    (kind,) = formats
+    files = {s: str(path) for s, path in splits.items() if s in used or not questions}
+    settings: dict[str, Any] = {"data_files": files}
+    if kind == "csv":  # texts such as "None" or "N/A" are texts
+        settings |= {"keep_default_na": False, "na_values": [""]}
     local = dict(
-        dataset_path=formats.pop(), dataset_name=None, custom_dataset=None,
-        dataset_kwargs={"data_files": {split: str(path) for split, path in splits.items()}},
+        dataset_path=kind, dataset_name=None, custom_dataset=None, dataset_kwargs=settings
     )  # fmt: skip
     return {**config, **gone, **local}
+
+
+def _split_of_shots(config: dict[str, Any]) -> str | None:
+    """The split with the examples of a task; None if there are none, or if its file has them."""
+    if not config.get("num_fewshot"):
+        return None
+    settings = config.get("fewshot_config") or {}
+    if split := config.get("fewshot_split") or settings.get("split"):
+        return split
+    # Without the training split, the harness would take examples from the questions themselves.
+    return None if settings.get("samples") else config.get("training_split")

@@ -93,14 +93,15 @@ def ask(llm, monkeypatch, capsys, tmp_path):
 
 
 def test_the_command_writes_a_report(ask, files, tmp_path):
-    status, out, err = ask("--tasks", f"{files}/my_choice.yaml,{files}/my_text.yaml", "--limit", 5)
+    tasks = f"{files}/my_choice.yaml, {files}/my_text.yaml"
+    status, out, err = ask("--tasks", tasks, "--limit", 5)
     assert status == 0, err
     assert "my_choice" in out
     report = json.loads((tmp_path / "evaluations/tiny/report.json").read_text())
     text = (tmp_path / "evaluations/tiny/report.md").read_text()
     assert "--limit 5" in text
     assert "llama-jax evaluate checkpoints/tiny" in text
-    assert report
+    assert list(report["data"]) == [str(files / "docs.jsonl")]
     answers = (tmp_path / "evaluations/tiny" / ANSWERS).read_text().splitlines()
     assert len(answers) == 5 * 3 + 5
     assert [line for line in err.splitlines() if "written to" not in line] == [""]
@@ -145,6 +146,11 @@ def test_tasks_of_the_harness_read_local_files(llm, tmp_path):
     samples = results["samples"]["piqa"]
     assert [s["doc"]["goal"] for s in samples] == ["the cat 0", "the cat 1", "the cat 2"]
     assert str(tmp_path / "piqa/validation.csv") in (tmp_path / "out/report.md").read_text()
+    # A split that the task does not use may have other columns.
+    (tmp_path / "piqa/test.csv").write_text("goal,sol1,sol2\na,b,c\n")
+    selection = select_tasks(["piqa"], options)
+    assert selection.files == [tmp_path / "piqa/validation.csv"]
+    (tmp_path / "piqa/test.csv").unlink()
     damaged = tmp_path / "damaged/piqa/validation.jsonl"
     damaged.parent.mkdir(parents=True)
     damaged.write_text('{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n{"goal": "a')
@@ -153,6 +159,35 @@ def test_tasks_of_the_harness_read_local_files(llm, tmp_path):
     (tmp_path / "piqa/validation.csv").rename(tmp_path / "piqa/test.csv")
     with pytest.raises(ValueError, match="needs the split 'validation'"):
         select_tasks(["piqa"], options)
+
+
+def test_words_for_nothing_in_a_local_table_are_text(tmp_path):
+    """ "None" is a possible answer; pandas takes it for a missing value."""
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa/validation.csv").write_text("goal,sol1,sol2,label\nNA,None,null,1\n")
+    task = select_tasks(["piqa"], TaskOptions(tmp_path)).loaded["tasks"]["piqa"]
+    task.build_all_requests()
+    assert [request.args for request in task.instances] == [
+        ("Question: NA\nAnswer:", " None"), ("Question: NA\nAnswer:", " null"),
+    ]  # fmt: skip
+
+
+def test_examples_are_not_taken_from_the_questions(tmp_path):
+    """Without its training split, the harness would take them from the validation split."""
+    docs = "".join(f'{{"goal": "a{i}", "sol1": "b", "sol2": "c", "label": 0}}\n' for i in range(9))
+    (tmp_path / "data/my_piqa").mkdir(parents=True)
+    (tmp_path / "data/my_piqa/validation.jsonl").write_text(docs)
+    stock = Path(pytest.importorskip("lm_eval.tasks").__file__).parent / "piqa/piqa.yaml"
+    text = f"include: {stock}\ntask: my_piqa\nnum_fewshot: 2\n"
+    (tmp_path / "my_piqa.yaml").write_text(text)
+    task = [str(tmp_path / "my_piqa.yaml")]
+    with pytest.raises(ValueError, match="needs the split 'train'"):
+        select_tasks(task, TaskOptions(tmp_path / "data"))
+    (tmp_path / "data/my_piqa/train.jsonl").write_text(docs.replace('"a', '"shot'))
+    (loaded,) = select_tasks(task, TaskOptions(tmp_path / "data")).loaded["tasks"].values()
+    loaded.set_fewshot_seed(0)
+    loaded.build_all_requests()
+    assert all(request.args[0].count("Question: shot") == 2 for request in loaded.instances)
 
 
 def test_a_set_without_some_of_its_data(tmp_path):
