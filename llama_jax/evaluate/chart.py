@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from llama_jax.io import save_figure
 
+MAX_INCHES = 300
+"""Largest height; the library that draws the chart refuses more than 65,535 pixels."""
+
 
 class Bar(NamedTuple):
     """One measured value, and published ones beside it, in percent."""
@@ -37,7 +40,8 @@ def save_chart(path: Path, bars: Sequence[Bar], model: str) -> bool:
     import matplotlib.pyplot as plt
 
     published = list(dict.fromkeys(name for bar in bars for name in bar.published))
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(bars)), layout="constrained")
+    inches = min(1.2 + 0.4 * len(bars), MAX_INCHES)
+    figure, axes = plt.subplots(figsize=(8, inches), layout="constrained")
     height = 0.8 / (1 + len(published))
     axes.barh(
         range(len(bars)), [bar.value for bar in bars], height, label=_plain(model),

@@ -32,6 +32,8 @@ class RunInfo(NamedTuple):
     """SHA-256 of each local file that was read, by its path"""
     limit: int | None = None
     """questions per task; None: all"""
+    chat_template: bool = False
+    """whether the prompts were in the model's chat template"""
     truncated_prompts: int = 0
     """prompts that were longer than the context"""
     sandbox: str = ""
@@ -69,7 +71,8 @@ def write_report(output: Path, results: dict[str, Any], run: RunInfo) -> str:
     scores = all_scores(results)
     run = run._replace(notes=task_notes(results))
     tables = [t for t in published_tables() if any(measured(t, scores))]
-    charted = save_chart(output / "chart.png", _bars(tables, scores), run.model)
+    bars = _bars(tables, scores, _fractions(scores, results))
+    charted = save_chart(output / "chart.png", bars, run.model)
     report = to_json(scores, tables, run)
     atomic_write(output / "report.json", report.encode())
     atomic_write(output / "report.md", _markdown(scores, tables, run, charted).encode())
@@ -82,8 +85,8 @@ def write_report(output: Path, results: dict[str, Any], run: RunInfo) -> str:
 def task_notes(results: dict[str, Any]) -> list[str]:
     """The notes that tasks have in the metadata of their configuration."""
     configs = sorted(results.get("configs", {}).items())
-    notes = {task: (config.get("metadata") or {}).get("note") for task, config in configs}
-    return [f"{task}: {note}." for task, note in notes.items() if note]
+    known = [(task, x) for task, config in configs if isinstance(x := config.get("metadata"), dict)]
+    return [f"{task}: {metadata['note']}." for task, metadata in known if metadata.get("note")]
 
 
 def all_scores(results: dict[str, Any]) -> dict[str, dict[str, Score]]:
@@ -167,6 +170,8 @@ def _notes(run: RunInfo) -> list[str]:
         notes.append(
             f"First {run.limit:,} questions of each task: not comparable with published results."
         )
+    if run.chat_template:
+        notes.append("Prompts were put in the model's chat template, which the paper did not do.")
     if run.truncated_prompts:
         notes.append(
             f"{run.truncated_prompts:,} prompts were longer than the context and were truncated "
@@ -323,8 +328,25 @@ def versions() -> dict[str, str]:
 # Chart -------------------------------------------------------------------------------------------
 
 
-def _bars(tables: Sequence[PublishedTable], scores: Scores) -> list[Bar]:
-    """One bar per item of a table, and one per other task of the harness."""
+def _fractions(scores: Scores, results: dict[str, Any]) -> Scores:
+    """Those scores whose values are from 0 to 1 for each document, unlike bits per byte."""
+
+    def is_fraction(task: str, name: str, value: float) -> bool:
+        metric, _, filter_name = name.partition(",")
+        samples = results["samples"].get(task, ())
+        values = [
+            s[metric] for s in samples if s["filter"] == (filter_name or "none") and metric in s
+        ]
+        return all(_is_number(x) and 0 <= float(x) <= 1 for x in (value, *values))
+
+    return {
+        task: {name: s for name, s in of_task.items() if is_fraction(task, name, s.value)}
+        for task, of_task in scores.items()
+    }
+
+
+def _bars(tables: Sequence[PublishedTable], scores: Scores, fractions: Scores) -> list[Bar]:
+    """One bar per item of a table, and one per other task of the harness with a fraction."""
     bars = []
     for table in tables:
         if table.number == 16:  # its averages are the bars of table 9
@@ -339,7 +361,7 @@ def _bars(tables: Sequence[PublishedTable], scores: Scores) -> list[Bar]:
                 }
                 bars.append(_bar(f"{table.short} {item}".strip(), score, published))
     for task in scores:
-        name = main_metric(task, {k: s for k, s in scores[task].items() if 0 <= s.value <= 1})
+        name = main_metric(task, fractions[task])
         if task not in TASKS and name:
             bars.append(_bar(f"{task} {name}", scores[task][name], {}))
     return bars

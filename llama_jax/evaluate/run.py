@@ -81,6 +81,7 @@ def evaluate(
                 command=command,
                 data=hashes(selection.files),
                 limit=limit,
+                chat_template=chat_template,
                 truncated_prompts=sum(map(len, model.truncated.values())),
                 sandbox=_sandbox(selection, options),
                 missing=selection.missing,

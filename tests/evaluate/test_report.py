@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from llama_jax.evaluate import report
+from llama_jax.evaluate import chart, report
 from llama_jax.evaluate.chart import Bar, save_chart
 from llama_jax.evaluate.paper_task import PaperTask
 from llama_jax.evaluate.published import published_tables
@@ -116,6 +116,7 @@ def test_notes_of_tasks(results, tmp_path):
         "wikitext": {"metadata": {"version": 1.0}},
         "paper_piqa": {"metadata": {"note": "half of the data is missing"}},
         "gsm8k": {},
+        "mmlu": {"metadata": [{"version": 0.0}]},  # of older task files
     }
     for text in (write_report(tmp_path, results, RUN), (tmp_path / "report.md").read_text()):
         assert "paper_piqa: half of the data is missing.\n" in text
@@ -143,6 +144,43 @@ def test_json_is_stable(results, tmp_path):
 def test_names_in_the_chart_are_plain_text(tmp_path):
     bar = Bar("task $\\x$", 5.0, 1.0, {"LLaMA 7B": 3.0})
     assert save_chart(tmp_path / "chart.png", [bar], "_model $\\frac{$")
+
+
+def test_bits_per_byte_are_not_percent(results, tmp_path, monkeypatch):
+    """A bar is a mean of values from 0 to 1; bits per byte may be below 1 as well."""
+    bars = []
+    monkeypatch.setattr(report, "save_chart", lambda path, made, model: bars.extend(made))
+    results["results"]["wikitext"]["bits_per_byte,none"] = 0.93
+    for text in results["samples"]["wikitext"]:
+        text["bits_per_byte"] = text["word_perplexity"]
+        text["metrics"].append("bits_per_byte")
+    write_report(tmp_path, results, RUN)
+    labels = [bar.label for bar in bars]
+    assert "gsm8k exact_match,strict" in labels
+    assert "mmlu acc" in labels
+    assert not [label for label in labels if "wikitext" in label]
+
+
+def test_a_chat_template_is_stated(results, tmp_path):
+    note = "the model's chat template"
+    assert note not in write_report(tmp_path, results, RUN)
+    assert note in write_report(tmp_path, results, RUN._replace(chat_template=True))
+    assert note in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["chat_template"] is True
+
+
+def test_a_chart_of_very_many_tasks(tmp_path, monkeypatch):
+    """Its height is limited: matplotlib would raise an error, and there would be no report."""
+    import matplotlib.figure
+
+    heights = []
+    keep = lambda figure, *args, **more: heights.append(figure.get_figheight() * figure.dpi)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    monkeypatch.setattr(chart, "save_figure", lambda figure, path: figure.savefig(path))
+    for count in (2, 1700):
+        save_chart(tmp_path / "chart.png", [Bar("a", 50.0, 1.0, {})] * count, "m")
+    assert heights[0] < 500
+    assert heights[1] < 2**16
 
 
 def test_no_chart_without_a_value_to_chart(results, tmp_path):
