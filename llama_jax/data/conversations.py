@@ -4,6 +4,7 @@ A message is a dict with "role" and "content" as in OpenAI's format. What a reco
 checked here, so a template gets only conversations that a model can learn from.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,8 +26,10 @@ _ROLES = {
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant", "model": "assistant",
     "system": "system", "developer": "developer",
-    "tool": "tool", "observation": "tool",
+    "tool": "tool", "observation": "tool", "function_call": "assistant",
 }  # fmt: skip
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Fields of records whose messages refer to them, as "<image>"."""
 # Which roles may follow a role; None stands for the start of the conversation.
 _AFTER = {
     None: ("system", "developer", "user"),
@@ -92,6 +95,8 @@ def read_example(record: Any, format: str) -> Example:
         )
     for text in strings_of(record):
         check_text("a text of the record", text)
+    if media := next((key for key in _MEDIA if record.get(key)), None):
+        raise ValueError(f"the record has {media!r}, and only text is read")
     example = _READERS[format](record)
     system = {"role": "system", "content": _text(record, "system")}
     if not system["content"] or example.messages[0]["role"] != "user":
@@ -102,17 +107,21 @@ def read_example(record: Any, format: str) -> Example:
 
 def _alpaca(record: dict[str, Any]) -> Example:
     _need(record, "alpaca", "instruction", "output")
-    history = record.get("history") or []  # pairs of earlier turns
+    answer = _answer(record["output"], "'output'")
+    return Example(_checked([*_history(record), _instruction(record), answer]))
+
+
+def _history(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Earlier turns of an Alpaca record, given as pairs of texts."""
+    history = record.get("history") or []
     if not isinstance(history, list) or not all(map(_is_pair, history)):
         raise ValueError(f"'history' must be a list of pairs of texts, not {_start(history)}")
     roles = ("user", "assistant")
-    messages = [
+    return [
         {"role": role, "content": text}
         for pair in history
         for role, text in zip(roles, pair, strict=True)
     ]
-    messages += [_instruction(record), _answer(record["output"], "'output'")]
-    return Example(_checked(messages))
 
 
 def _is_pair(value: Any) -> bool:
@@ -167,7 +176,19 @@ def _preference(record: dict[str, Any]) -> Example:
     count = 1 + [m["role"] for m in chosen].index("assistant")
     if chosen[: count - 1] != rejected[: count - 1]:
         raise ValueError("'chosen' and 'rejected' must answer the same prompt; theirs differ")
+    chosen, rejected = _without_shared(chosen, rejected), _without_shared(rejected, chosen)
     return Example(chosen, _tools(record), rejected)
+
+
+def _without_shared(
+    messages: list[dict[str, Any]], others: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The messages, where answers that both sides of a pair begin with do not count: they are part
+    of the prompt. The last answer always counts."""
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    pairs = zip(messages[: answers[-1]], others, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return [m | {"weight": 0} if i in answers and i < shared else m for i, m in enumerate(messages)]
 
 
 def _prompt_of(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -177,7 +198,7 @@ def _prompt_of(record: dict[str, Any]) -> list[dict[str, Any]]:
             return _messages_of(record, key)
         if isinstance(record.get(key), str):
             return [{"role": "user", "content": record[key]}]
-    return [_instruction(record)] if "instruction" in record else []
+    return [*_history(record), _instruction(record)] if "instruction" in record else []
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], Example]] = {
@@ -214,10 +235,12 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     role = message[role_key]
     if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"{where} has the unknown role {role!r:.60}; known: {', '.join(_ROLES)}")
-    more = {k: v for k, v in message.items() if k not in names and v is not None}
-    if calls:
+    more = {k: v for k, v in message.items() if k not in (*names, "tool_calls") and v is not None}
+    if calls:  # not an empty list: templates ask whether the key is there
         more["tool_calls"] = [_call(c, where) for c in _list(calls, f"'tool_calls' of {where}")]
     content = message.get(content_key) if content_key else None
+    if role == "function_call":  # before an "observation": calls as JSON text
+        return {"role": "assistant", "content": "", "tool_calls": _calls_of(content, where), **more}
     if content is None and calls and _ROLES[role] == "assistant":
         return {"role": "assistant", "content": "", **more}
     return {"role": _ROLES[role], "content": _content(content, where), **more}
@@ -248,6 +271,18 @@ def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
             ) from None
     outer = call if "function" in call else {}
     return {"type": "function", **outer, "function": {**function, "arguments": arguments}}
+
+
+def _calls_of(text: Any, where: str) -> list[dict[str, Any]]:
+    """The calls of a message that consists of one call, or a list of them, as JSON."""
+    try:
+        calls = json.loads(_content(text, where))
+    except ValueError:
+        raise ValueError(
+            f"{where} must be calls of functions as JSON, not {_start(text)}"
+        ) from None
+    calls = calls if isinstance(calls, list) else [calls]
+    return [_call(call, where) for call in _list(calls, f"the JSON of {where}")]
 
 
 def _tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:

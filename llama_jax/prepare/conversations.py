@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from llama_jax.data.conversations import Example, detect_format, read_example
 from llama_jax.prepare.python_library import Instruction
@@ -26,7 +27,27 @@ _TRIED_RECORDS = 100
 
 def read_records(file: Path) -> Iterator[Record | BadLine]:
     """The records of a .json, .jsonl or .parquet file."""
-    return read_parquet(file) if file.suffix.lower() == ".parquet" else read_json(file)
+    if file.suffix.lower() != ".parquet":
+        return read_json(file)
+    return (Record(where, _json_fields(row)) for where, row in read_parquet(file))
+
+
+def _json_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a parquet file as JSON values.
+
+    All structs of a column have the same fields, and those that a message, call or tool does not
+    have are null: they are left out. A template would write them. Dates and numbers that JSON does
+    not have become text.
+    """
+    return {key: _json_value(value) for key, value in row.items()}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _json_value(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_json_value(v) for v in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def format_of(file: Path, skip_bad_lines: bool) -> str:
@@ -91,6 +112,8 @@ def read_conversations(file: Path, format: str) -> Iterator[Document | BadLine]:
             continue
         try:
             yield _document(read_example(record.value, format), record.where)
+        except RecursionError:
+            yield BadLine("bad record", f"{record.where}: nested too deeply")
         except ValueError as e:
             yield BadLine("bad record", f"{record.where}: {e}")
 

@@ -1,5 +1,7 @@
 """Records of instruction, conversation and preference data as messages; bad records by name."""
 
+import json
+
 import pytest
 
 from llama_jax.data.conversations import FORMATS, Example, detect_format, read_example
@@ -93,6 +95,46 @@ def test_tools():
     ]
 
 
+def test_calls_as_json_text():
+    """LLaMA-Factory's ShareGPT files have one call, or a list of them, in a message of its own."""
+    call = {"name": "add", "arguments": {"a": 1}}
+    want = {"type": "function", "function": call}
+    for value, count in ((call, 1), ([call, call], 2), (call | {"arguments": '{"a": 1}'}, 1)):
+        talk = [
+            {"from": "human", "value": "Hi"},
+            {"from": "function_call", "value": json.dumps(value)},
+            {"from": "observation", "value": "3"},
+            {"from": "gpt", "value": "Hello"},
+        ]
+        called = {"role": "assistant", "content": "", "tool_calls": [want] * count}
+        result = {"role": "tool", "content": "3"}
+        assert read({"conversations": talk, "tools": "[]"}).messages == [USER, called, result, BOT]
+
+
+def test_an_empty_list_of_calls_is_left_out():
+    """Templates ask whether the key is there: Llama 3.1's then wants one call."""
+    for empty in ([], None):
+        answer = BOT | {"tool_calls": empty}
+        assert read({"messages": [USER, answer]}).messages == [USER, BOT]
+
+
+def test_answers_before_the_pair_do_not_count():
+    """Answers that both sides begin with are part of the prompt, as in TRL."""
+    first, no = BOT | {"weight": 0}, BOT | {"content": "No"}
+    want = Example([USER, first, USER, BOT], None, [USER, first, USER, no])
+    for record in (
+        {"chosen": [USER, BOT, USER, BOT], "rejected": [USER, BOT, USER, no]},
+        {"prompt": [USER, BOT, USER], "chosen": [BOT], "rejected": [no]},
+        {"instruction": "Hi", "history": [["Hi", "Hello"]], "chosen": "Hello", "rejected": "No"},
+    ):
+        assert read(record) == want
+    same = read({"chosen": [USER, BOT], "rejected": [USER, BOT]})
+    assert same == Example([USER, BOT], None, [USER, BOT])
+    # Answers that follow different ones count.
+    other = read({"chosen": [USER, BOT, USER, BOT], "rejected": [USER, no, USER, BOT]})
+    assert other == Example([USER, BOT, USER, BOT], None, [USER, no, USER, BOT])
+
+
 def test_preference_pairs():
     no = BOT | {"content": "No"}
     value = lambda m: {"from": "gpt", "value": m["content"]}
@@ -130,6 +172,9 @@ BAD = [
     ({"messages": [USER | {"content": [{"type": "image_url"}]}, BOT]}, "a part that is not text"),
     ({"messages": [USER, BOT | {"tool_calls": [{"id": 1}]}]}, "without a function's name"),
     ({"messages": [USER, BOT | {"tool_calls": [{"name": "f", "arguments": "{"}]}]}, "not JSON"),
+    ({"messages": [USER, {"role": "function_call", "content": "add"}]}, "calls of .* as JSON"),
+    ({"messages": [USER, {"role": "function_call", "content": "[]"}]}, "message 2 is empty"),
+    ({"messages": [USER, BOT], "images": ["a.jpg"]}, "the record has 'images', and only text"),
     ({"messages": [USER, BOT], "tools": "["}, "'tools' is not JSON"),
     ({"messages": [USER, BOT], "tools": {"a": 1}}, "'tools' must be a list of objects"),
     ({"instruction": "Hi", "output": " "}, "the answer in message 2 is empty"),

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from test_prepare import Killed, contents, documents, manifest, texts
 
 from llama_jax.config import DataConfig, SourceConfig
 from llama_jax.data.chat_template import ChatTemplate
+from llama_jax.data.conversations import read_example
 from llama_jax.data.manifest import verify
 from llama_jax.data.mixture import open_mixture, val_stats
 from llama_jax.data.tokenizer import Tokenizer
@@ -273,6 +275,28 @@ def test_interrupted_and_continued(tmp_path, model, monkeypatch):
     assert contents(out) == whole
 
 
+def test_fields_that_a_row_of_parquet_does_not_have(tmp_path):
+    """All structs of a column have the same fields, null where JSON has none; dates are text."""
+    call = lambda name, **arguments: {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}],
+    }
+    tool = lambda name, **properties: {"name": name, "parameters": {"properties": properties}}
+    found = [
+        {"messages": [{"role": "user", "content": "a"}, call("f", x=1)],
+         "tools": [tool("f", x={"type": "int"})]},
+        {"messages": [{"role": "user", "content": "b"}, call("g", y="z", on=date(2020, 1, 2))],
+         "tools": [tool("g", y={"type": "string"}, on={"format": "date"})]},
+        {"messages": user_and_answer("c", "d"), "tools": None},
+    ]  # fmt: skip
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(found), path)
+    source = find_files("a", str(path))
+    read = [d.example for d in read_documents(source, source.files)]
+    as_json = json.loads(json.dumps(found, default=str))
+    assert read == [read_example(record, "messages") for record in as_json]
+
+
 GOOD = alpaca(30)
 
 
@@ -297,6 +321,7 @@ GOOD = alpaca(30)
         ("a.json", b"[]", "{path} is an empty array; give one with records"),
         ("a.json", b"not JSON", "{path} line 1 is not JSON.*; a .json file must be an array"),
         ("a.json", b'[{"a": ' + b"[" * 10**5, "{path} record 1 .*nested too deeply"),
+        ("a.jsonl", [{"messages": user_and_answer("x", "y"), "tools": "[" * 10**5}] * 2, "{path} line 1: nested too deeply"),
         ("a.jsonl", json.dumps(GOOD[0]).encode() + b"\n{", "{path} line 2 is not JSON"),
         ("a.parquet", [{"q": "x"}], 'row 1 has no "text" column, only q: unknown format'),
         ("a.parquet", [*GOOD, {"instruction": "x"}], "{path} row 31: .*'output' is missing"),
