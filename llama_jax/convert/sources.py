@@ -255,14 +255,22 @@ def copy_small_files(source: ModelFolder, folder: Path) -> None:
 
 
 def check_tokenizers(source: ModelFolder) -> None:
-    """Compare the sizes of tokenizers with the embedding, and take missing token ids from them."""
+    """Compare the sizes of tokenizers with the embedding, and take missing token ids from them.
+
+    A tokenizer.json with too many tokens is left out if tokenizer.model fits: a padding token was
+    added to it, and no row to the embedding.
+    """
     rows = source.cfg.vocab_size
-    for tokenizer in source.tokenizers:
+    model_fits = any(t.kind == "sentencepiece" and t.size <= rows for t in source.tokenizers)
+    for tokenizer in list(source.tokenizers):
+        problem = f"{tokenizer.path} has {tokenizer.size} tokens, the embedding only {rows} rows"
+        if tokenizer.size > rows and model_fits:
+            source.warnings.append(f"{problem}: not used")
+            source.tokenizers = [t for t in source.tokenizers if t is not tokenizer]
+            continue
         source.token_ids = tokenizer.ids | source.token_ids
         if tokenizer.size > rows:
-            raise ConvertError(
-                f"{tokenizer.path} has {tokenizer.size} tokens, the embedding only {rows} rows"
-            )
+            raise ConvertError(problem)
         if tokenizer.size < rows:
             source.warnings.append(
                 f"the embedding has {rows} rows, {tokenizer.path.name} {tokenizer.size} tokens"

@@ -19,7 +19,7 @@ from llama_jax.convert import huggingface, meta
 from llama_jax.convert.formats import ConvertError
 from llama_jax.convert.job import convert, open_folder
 from llama_jax.convert.tensors import layer_tensors
-from llama_jax.data import tiktoken_text, tokenizer_files
+from llama_jax.data import sentencepiece_json, tiktoken_text, tokenizer_files, tokenizer_json
 from llama_jax.model.rope import rope_of
 from llama_jax.prepare.tokenizer import train_tokenizer
 
@@ -453,6 +453,25 @@ def test_more_tokens_than_rows_are_refused_and_fewer_named(tmp_path):
     assert "24 rows, tokenizer.json 6 tokens" in open_folder(folder).warnings[-1]
     (folder / "tokenizer.model").write_bytes(tiktoken_file(50))
     with pytest.raises(ValueError, match="has 306 tokens, the embedding only 24 rows"):
+        open_folder(folder)
+
+
+def test_a_tokenizer_json_with_a_padding_token_that_has_no_row(tmp_path):
+    """As in a widely used copy of Llama 2: transformers reads it, and never needs the token."""
+    model = train_tokenizer(["the cat sat on a mat"] * 20, 280, tmp_path / "t.model")
+    cfg = small(vocab_size=280)
+    folder = tools.make_hf(tmp_path / "hf", tools.meta_state(cfg, DTYPES["float16"]), cfg)
+    content = model.path.read_bytes()
+    (folder / "tokenizer.model").write_bytes(content)
+    tree = sentencepiece_json.to_json(content)
+    tree["added_tokens"].append(tokenizer_json.added_token(280, "<pad>"))
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    source = open_folder(folder)
+    assert [t.kind for t in source.tokenizers] == ["sentencepiece"]
+    assert "has 281 tokens, the embedding only 280 rows: not used" in source.warnings[-1]
+    assert source.token_ids == {"bos": 1, "eos": 2}
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="has 281 tokens, the embedding only 280 rows"):
         open_folder(folder)
 
 
