@@ -13,9 +13,16 @@ import numpy as np
 from llama_jax.convert import sources
 from llama_jax.convert.formats import ConvertError, short
 from llama_jax.convert.gguf_file import Metadata
+from llama_jax.convert.gguf_pre_tokenizer import (
+    ADDS_BOS,
+    ALIASES,
+    IGNORES_MERGES,
+    name_of,
+    pre_tokenizer,
+)
 from llama_jax.convert.sources import Report, SourceCheckpoint
 from llama_jax.data import sentencepiece_json, tiktoken_text, tokenizer_json
-from llama_jax.data.chat_template import default_template
+from llama_jax.data.chat_template import default_template, either_template
 from llama_jax.data.tokenizer_files import JSON_FILE, TokenizerFile
 
 _KEY = "tokenizer.ggml."
@@ -26,36 +33,6 @@ _STOP_NAMES = (
 )  # fmt: skip
 """control tokens at which llama.cpp stops, whether or not the metadata names them"""
 _TEMPLATE = "tokenizer.chat_template"
-
-# Pre-tokenizers by the name of the first of their aliases.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_QWEN2 = tiktoken_text.SPLIT.replace("{1,3}", "")
-_ALIASES = {
-    "llama-bpe": ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"),
-    "gpt-2": ("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "roberta-bpe"),
-    "smollm": ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-    "qwen2": ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"),
-    "default": ("default",),
-}
-_SPLITS = {
-    "llama-bpe": [tiktoken_text.SPLIT],
-    "gpt-2": [_GPT2],
-    "smollm": [r"\p{N}", _GPT2],
-    "qwen2": [_QWEN2],
-    "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
-}
-"""regular expressions applied one after the other: each match is a piece, and so is each gap"""
-_IGNORES_MERGES = _ADDS_BOS = ("llama-bpe",)
-
-
-def _pre_tokenizer(name: str) -> dict[str, Any]:
-    """A pre-tokenizer as in a ``tokenizer.json``."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    splits = [
-        {"type": "Split", "pattern": {"Regex": r}, "behavior": "Isolated", "invert": False}
-        for r in _SPLITS[name]
-    ]
-    return {"type": "Sequence", "pretokenizers": [*splits, byte_level | {"use_regex": False}]}
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -84,6 +61,9 @@ def read(
             "'gpt2' (byte-level BPE)"
         )
     tokens, types = _tokens(metadata, rows, path)
+    for name, i in (("bos", 1), ("eos", 2)):
+        if kind == "llama" and types[i : i + 1] == [_CONTROL]:  # as llama.cpp, if it is not given
+            metadata = {f"{_KEY}{name}_token_id": i} | metadata
     report = Report(str(path))
     ids = _token_ids(metadata, tokens, types, report)
     read_files = _sentencepiece if kind == "llama" else _byte_level
@@ -100,11 +80,13 @@ def read(
     if any(file.kind == JSON_FILE for file in files):
         more = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         generated["tokenizer_config.json"] = json.dumps(more | settings, indent=1).encode()
-    template = metadata.get(_TEMPLATE)
-    if isinstance(template, str):
-        generated["chat_template.jinja"] = template.encode()
-    elif template is not None:
-        raise ConvertError(f"{path}: {_TEMPLATE}={short(template)} is not text")
+    template, tool_use = metadata.get(_TEMPLATE), metadata.get(f"{_TEMPLATE}.tool_use")
+    for key, value in ((_TEMPLATE, template), (f"{_TEMPLATE}.tool_use", tool_use)):
+        if not isinstance(value, str | None):
+            raise ConvertError(f"{path}: {key}={short(value)} is not text")
+    if template is not None:
+        text = template if tool_use is None else either_template(template, tool_use)
+        generated["chat_template.jinja"] = text.encode()
     return ids, files, generated, report.warnings
 
 
@@ -126,11 +108,19 @@ def _tokens(metadata: Metadata, rows: int, path: Path) -> tuple[list[str], list[
     whole = isinstance(kinds, np.ndarray) and kinds.dtype.kind in "iu"
     if not whole or len(kinds) != len(tokens):
         raise ConvertError(f"{path}: {_KEY}token_type is not one number for each token")
-    types = kinds.tolist()
+    types = [_corrected(*each) for each in zip(tokens, kinds.tolist(), strict=True)]
     size = len(tokens)
     while size and types[size - 1] == _UNUSED and tokens[size - 1] == _padding(size - 1):
         size -= 1
     return tokens[:size], types[:size]
+
+
+def _corrected(token: str, kind: int) -> int:
+    """The type of a token: older converters call control tokens of chat models user-defined."""
+    is_control = token in _STOP_NAMES or (
+        kind == _USER_DEFINED and tokenizer_json.CONTROL_NAME.fullmatch(token)
+    )
+    return _CONTROL if is_control and kind in (_NORMAL, _USER_DEFINED) else kind
 
 
 def _padding(token: int) -> str:
@@ -168,7 +158,6 @@ def _sentencepiece(
     scores = metadata.get(f"{_KEY}scores")
     if not isinstance(scores, np.ndarray) or scores.dtype.kind != "f" or len(scores) < len(tokens):
         raise ConvertError(f"{path}: {_KEY}scores is missing or not one number for each token")
-    whole = _model_proto(metadata, tokens, scores, types, ids)
     added = [i for i, t in enumerate(types) if t in (_CONTROL, _USER_DEFINED)]
     special = {ids.get("bos"), ids.get("pad"), metadata.get(f"{_KEY}eos_token_id")}
     size = len(tokens)
@@ -176,13 +165,18 @@ def _sentencepiece(
         size -= 1
     controls = [i for i in added if types[i] == _CONTROL and i not in special]
     if not controls:
+        whole = _model_proto(metadata, tokens, scores, types, ids)
         return [_checked(path, "sentencepiece", whole)]
+    # As in llama.cpp, text is split at user-defined tokens; SentencePiece itself does not do that.
+    split = [_CONTROL if t == _USER_DEFINED else t for t in types]
     try:
-        tree = sentencepiece_json.to_json(whole)
+        tree = sentencepiece_json.to_json(_model_proto(metadata, tokens, scores, split, ids))
     except ValueError as e:
         raise ConvertError(
             f"{path}: no tokenizer.json gives the ids of its tokenizer: {e}"
         ) from None
+    for token in tree["added_tokens"]:
+        token["special"] = types[token["id"]] != _USER_DEFINED
     files = [_checked(path, JSON_FILE, json.dumps(tree, ensure_ascii=False).encode())]
     if controls[0] >= size:  # all were added at the end
         base = _model_proto(metadata, tokens[:size], scores, types, ids)
@@ -233,10 +227,10 @@ def _byte_level(
 ) -> list[TokenizerFile]:
     """``tokenizer.json`` of a byte-level BPE."""
     given = metadata.get(f"{_KEY}pre", "default")
-    names = _ALIASES.items() if isinstance(given, str) else ()
+    names = ALIASES.items() if isinstance(given, str) else ()
     name = next((n for n, aliases in names if given in aliases), None)
     if name is None:
-        known = ", ".join(alias for aliases in _ALIASES.values() for alias in aliases)
+        known = ", ".join(alias for aliases in ALIASES.values() for alias in aliases)
         raise ConvertError(
             f"{path}: {_KEY}pre={short(given)}, the rule that splits text, is not supported; known "
             f"are {known}. Convert the original weights instead"
@@ -259,9 +253,9 @@ def _byte_level(
     ]
     model = {
         "unk_token": None, "fuse_unk": False, "byte_fallback": False,
-        "ignore_merges": name in _IGNORES_MERGES, "vocab": vocab, "merges": pairs,
+        "ignore_merges": name in IGNORES_MERGES, "vocab": vocab, "merges": pairs,
     }  # fmt: skip
-    bos, adds = ids.get("bos"), metadata.get(f"{_KEY}add_bos_token", name in _ADDS_BOS)
+    bos, adds = ids.get("bos"), metadata.get(f"{_KEY}add_bos_token", name in ADDS_BOS)
     if type(adds) is not bool:
         raise ConvertError(f"{path}: {_KEY}add_bos_token={short(adds)} is not true or false")
     if not adds:
@@ -269,7 +263,7 @@ def _byte_level(
     decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     tree = tokenizer_json.make(
         model, added, None if bos is None else tokenizer_json.bos_template(bos, tokens[bos]),
-        normalizer=None, pre_tokenizer=_pre_tokenizer(name), decoder=decoder | {"use_regex": True},
+        normalizer=None, pre_tokenizer=pre_tokenizer(name), decoder=decoder | {"use_regex": True},
     )  # fmt: skip
     return [_checked(path, JSON_FILE, json.dumps(tree, ensure_ascii=False).encode())]
 
@@ -302,7 +296,7 @@ def make(source: SourceCheckpoint) -> Metadata:
     if "sentencepiece" in files:
         out = _make_sentencepiece(files["sentencepiece"], files.get(JSON_FILE))
     elif JSON_FILE in files:
-        out = _make_byte_level(json.loads(files[JSON_FILE].content), files[JSON_FILE].path)
+        out = _make_byte_level(_json_tree(files[JSON_FILE]), files[JSON_FILE].path)
     else:
         ranks = tiktoken_text.ranks_of(files["tiktoken"].content)
         tree = tiktoken_text.to_json(ranks, source.cfg.rope.type == "llama3")
@@ -320,6 +314,10 @@ def make(source: SourceCheckpoint) -> Metadata:
     if (template := _template(source)) is not None:
         out[_TEMPLATE] = template
     return out
+
+
+def _json_tree(file: TokenizerFile) -> dict[str, Any]:
+    return json.loads(tokenizer_json.with_controls(file.content.decode(errors="replace")))
 
 
 def _make_ids(source: SourceCheckpoint, tokens: list[str]) -> Metadata:
@@ -367,7 +365,7 @@ def _make_sentencepiece(file: TokenizerFile, other: TokenizerFile | None) -> Met
         raise ConvertError(f"{file.path} has no counterpart in GGUF: {problem}")
     tokens = [p.piece for p in proto.pieces]
     types, scores = [p.type for p in proto.pieces], [p.score for p in proto.pieces]
-    added = json.loads(other.content).get("added_tokens") or [] if other else []
+    added = _json_tree(other).get("added_tokens") or [] if other else []
     for token in sorted(added, key=lambda t: t["id"]):
         if token["id"] >= len(tokens):
             spare = [_padding(i) for i in range(len(tokens), token["id"])]
@@ -378,7 +376,7 @@ def _make_sentencepiece(file: TokenizerFile, other: TokenizerFile | None) -> Met
     return {
         f"{_KEY}model": "llama", f"{_KEY}pre": "default", f"{_KEY}tokens": tokens,
         f"{_KEY}scores": np.array(scores, np.float32), f"{_KEY}token_type": np.array(types),
-        f"{_KEY}add_bos_token": True, f"{_KEY}add_eos_token": False,
+        f"{_KEY}add_bos_token": trainer.bos_id >= 0, f"{_KEY}add_eos_token": False,
         f"{_KEY}add_space_prefix": bool(normalizer.add_dummy_prefix),
         f"{_KEY}remove_extra_whitespaces": bool(normalizer.remove_extra_whitespaces),
     } | ({f"{_KEY}unknown_token_id": trainer.unk_id} if trainer.unk_id >= 0 else {})  # fmt: skip
@@ -387,7 +385,7 @@ def _make_sentencepiece(file: TokenizerFile, other: TokenizerFile | None) -> Met
 def _make_byte_level(tree: dict[str, Any], path: Path) -> Metadata:
     """Metadata of a ``tokenizer.json`` with a byte-level BPE."""
     model = tree["model"]
-    name = _name_of(tree.get("pre_tokenizer"))
+    name = name_of(tree.get("pre_tokenizer"))
     problem = None
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         problem = "it is not a byte-level BPE; add its tokenizer.model, which has scores"
@@ -395,7 +393,7 @@ def _make_byte_level(tree: dict[str, Any], path: Path) -> Metadata:
         problem = "it changes text before splitting it"
     elif name is None:
         problem = f"its pre-tokenizer {short(tree.get('pre_tokenizer'))} has no name there"
-    elif model.get("ignore_merges") and name not in _IGNORES_MERGES:
+    elif model.get("ignore_merges") and name not in IGNORES_MERGES:
         problem = f"ignore_merges=true does not go with the pre-tokenizer {name}"
     if problem is not None:
         raise ConvertError(f"{path} has no counterpart in GGUF: {problem}")
@@ -423,24 +421,3 @@ def _adds_bos(tree: dict[str, Any]) -> bool:
     import tokenizers
 
     return bool(tokenizers.Tokenizer.from_str(json.dumps(tree)).encode("").ids)
-
-
-def _name_of(given: dict[str, Any] | None) -> str | None:
-    """The name of a pre-tokenizer of a ``tokenizer.json``; None if it has none."""
-    if given is None:
-        return None
-    *steps, last = given.get("pretokenizers", [given])
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
-        return None
-    rules = []
-    for step in steps:
-        isolated = step.get("behavior") == "Isolated" and not step.get("invert")
-        if step["type"] == "Digits" and step.get("individual_digits"):
-            rules.append(r"\p{N}")
-        elif step["type"] == "Split" and isolated:
-            rules.append(step["pattern"].get("Regex"))
-        else:
-            return None
-    if last.get("use_regex", True):
-        rules.append(_GPT2)
-    return next((name for name, splits in _SPLITS.items() if splits == rules), None)

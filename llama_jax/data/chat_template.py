@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from llama_jax.config.loading import strings_of
 from llama_jax.data import template_process
 from llama_jax.data.tokenizer import BREAK, Tokenizer, check_text
+from llama_jax.data.tokenizer_json import CONTROL_NAME
 from llama_jax.io import read_json, read_limited
 from llama_jax.storage.copies import local_files
 from llama_jax.storage.paths import as_path
@@ -22,8 +23,6 @@ BUILT_IN = ("alpaca", "vicuna", "gpt4all", "chatml", "llama2", "llama3")
 """Names of the templates in the folder ``templates``."""
 MAX_TEMPLATE_BYTES = 1 << 20
 """The largest chat template read; published ones have up to 20 kB."""
-_CONTROL = re.compile(r"<[|｜][^\s|｜<>'\"]+[|｜]>|</?s>|<(?:start|end)_of_turn>")
-"""Names in the text of a template that stand for control tokens."""
 _END_OF_MESSAGE = "END_OF_MESSAGE_TO_CONTINUE"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
@@ -57,7 +56,16 @@ def load_template(name: str, folder: Path | None) -> "ChatTemplate":
     if found is None:
         why = why or f"{folder} has no chat template"
         raise ValueError(f"{why}; set data.template (--template) to {known}")
-    return ChatTemplate(found, f"the chat template of {folder}")
+    return ChatTemplate(found, f"the chat template of {folder}", _named_tokens(folder))
+
+
+def _named_tokens(folder: Path) -> set[str]:
+    """Texts in the files beside a tokenizer, which name its tokens."""
+    folder, found = local_files(folder), set[str]()
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        settings = read_json(folder / name) if (folder / name).is_file() else {}
+        found.update(strings_of({k: v for k, v in settings.items() if k != "chat_template"}))
+    return found
 
 
 def folder_template(folder: Path) -> tuple[str | None, str | None]:
@@ -86,14 +94,26 @@ def folder_template(folder: Path) -> tuple[str | None, str | None]:
 
 def default_template(settings: dict[str, Any]) -> tuple[Any, list[Any]]:
     """The chat template in the content of tokenizer_config.json; if it has several templates and
-    none is named "default", None and their names."""
+    none is named "default", None and their names. Of several, transformers takes "default", or
+    "tool_use" for a conversation with tools."""
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = [t for t in template if isinstance(t, dict)]
         template = {t.get("name"): t.get("template") for t in named}
     if not isinstance(template, dict):
         return template, []
-    return template.get("default"), [] if "default" in template else list(template)
+    default, tool_use = template.get("default"), template.get("tool_use")
+    if isinstance(default, str) and isinstance(tool_use, str):
+        return either_template(default, tool_use), []
+    return default, [] if "default" in template else list(template)
+
+
+def either_template(default: str, tool_use: str) -> str:
+    """One template for conversations with tools, by ``tool_use``, and without, by ``default``."""
+    # Jinja drops a line break after a statement and at the end of a template, and, without "+",
+    # blanks before a statement at the start of a line.
+    one, other = tool_use.removesuffix("\n"), default.removesuffix("\n")
+    return f"{{% if tools is not none %}}\n{one}{{%+ else %}}\n{other}{{%+ endif %}}"
 
 
 def _with_token_names(template: str, settings: dict[str, Any], path: Path) -> str:
@@ -109,8 +129,9 @@ def _with_token_names(template: str, settings: dict[str, Any], path: Path) -> st
         if not isinstance(token, str):
             raise ValueError(f"{path}: {name} must be text, not {token!r:.60}")
         values += f"{{% set {name} = {json.dumps(token, ensure_ascii=False)} %}}"
-    # Jinja drops a line break directly after a statement, which may be the template's own.
-    return values + ("{{ '' }}" if values and template.startswith("\n") else "") + template
+    # Jinja drops a line break directly after a statement, which may be the template's own, and
+    # blanks before a statement only at the start of a line.
+    return values + ("\n" if values and template[:1].isspace() else "") + template
 
 
 def _read(path: Path) -> str:
@@ -139,6 +160,9 @@ class ChatTemplate:
     Args:
       source: Jinja text, as Hugging Face stores it.
       name: name of the template in error messages.
+      tokens: of the template of a checkpoint, the names of tokens in its files. Other names in its
+        text, such as TinyLlama's "<|user|>", are text, as when the model was trained. Default: each
+        name must be a token.
 
     Raises:
       ValueError: the text is not a template.
@@ -148,9 +172,13 @@ class ChatTemplate:
       >>> ids = template.encode([{"role": "user", "content": "Hello"}], tokenizer)
     """
 
-    def __init__(self, source: str, name: str = "the chat template"):
+    def __init__(
+        self, source: str, name: str = "the chat template", tokens: set[str] | None = None
+    ):
         self.source, self.name = source, name
-        self._names = set(_CONTROL.findall(source))
+        self._names = set(CONTROL_NAME.findall(source))
+        if tokens is not None:
+            self._names &= tokens
         self._has_blocks = _GENERATION.search(source) is not None
         self._ask(None, [])
 
@@ -237,11 +265,14 @@ class ChatTemplate:
 
         Raises:
           ValueError: as for :meth:`encode`; the answers are not found in the text of the template;
-            the template writes control tokens that the tokenizer does not have.
+            the template leaves out calls of functions, or writes control tokens that the tokenizer
+            does not have.
         """
         rendering = self._render(messages, tokenizer, tools, prompt=False)
         self._check_tokens(rendering.text, tokenizer)
         answers, problem = self._answers(rendering, tokenizer)
+        if not problem and (lost := _lost_call(messages, rendering.text, answers)):
+            raise ValueError(f"{self.name} {lost}; choose a template that writes such calls")
         problem = problem or _changed(messages, rendering.text, answers)
         weights = [m.get("weight", 1) for m in messages if m.get("role") == "assistant"]
         if problem and (not self._has_blocks or 0 in weights):
@@ -375,6 +406,19 @@ def _changed(messages: Sequence[dict[str, Any]], text: str, answers: list[tuple[
     for number, (content, (start, end)) in enumerate(zip(contents, answers, strict=True), 1):
         if isinstance(content, str) and squeezed(content) not in squeezed(text[start:end]):
             return f"answer {number} is: the template changes or leaves out a part of it"
+    return ""
+
+
+def _lost_call(
+    messages: Sequence[dict[str, Any]], text: str, answers: list[tuple[int, int]]
+) -> str:
+    """The first call of a function that is not in its answer, which would be trained as empty."""
+    said = [m for m in messages if m.get("role") == "assistant"]
+    for number, (message, (start, end)) in enumerate(zip(said, answers, strict=True), 1):
+        for call in message.get("tool_calls") or ():
+            name = call.get("function", call)["name"]
+            if name not in text[start:end].replace(BREAK, ""):
+                return f"leaves out the call of {name:.60} in answer {number}"
     return ""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from llama_jax.data import tokenizer_json
 
 # Types of pieces, and of models, in SentencePiece's files.
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 BPE = 2
 _MAX_PIECE_CHARS = 64
 """Limit on characters per piece, as every split into two is tried; trained models have under 20."""
@@ -86,9 +86,9 @@ def _tree(proto: Any) -> dict[str, Any]:
     if prefix:
         after.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     added = [
-        tokenizer_json.added_token(i, p.piece, special=p.type != _USER_DEFINED)
+        tokenizer_json.added_token(i, p.piece, special=p.type != USER_DEFINED)
         for i, p in enumerate(pieces)
-        if p.type in (_CONTROL, _USER_DEFINED) or i == trainer.unk_id
+        if p.type in (CONTROL, USER_DEFINED) or i == trainer.unk_id
     ]
     bos = trainer.bos_id
     model = {
@@ -105,7 +105,7 @@ def _tree(proto: Any) -> dict[str, Any]:
 
 def _merges(pieces: Any) -> list[list[str]]:
     """Every pair of pieces whose concatenation is a piece, highest score first."""
-    ids = {p.piece: i for i, p in enumerate(pieces) if p.type == _NORMAL}
+    ids = {p.piece: i for i, p in enumerate(pieces) if p.type == NORMAL}
     merges = []
     for piece in ids:
         score = -pieces[ids[piece]].score

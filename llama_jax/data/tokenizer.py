@@ -261,8 +261,9 @@ class SentencePiece(Tokenizer):
 
     @functools.cached_property
     def controls(self) -> Mapping[str, int]:
-        ids = [i for i in (self.bos_id, self.eos_id) if i is not None]
-        return {self._processor.id_to_piece(i): i for i in ids}
+        ids = {i for i in (self.bos_id, self.eos_id) if i is not None}
+        ids |= {i for i, p in enumerate(self._proto.pieces) if p.type == sentencepiece_json.CONTROL}
+        return {self._processor.id_to_piece(i): i for i in sorted(ids)}
 
     def _encode(self, text: str, start: bool = True) -> np.ndarray:
         return (self._processor if start else self._inside).encode_as_numpy(text)
@@ -321,7 +322,7 @@ class JsonTokenizer(Tokenizer):
 
         self.path = path
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+            self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.with_controls(content))
             self._tokenizer.encode("a b\n")  # some errors occur only here
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise

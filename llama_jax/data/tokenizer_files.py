@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.data import sentencepiece_json, tiktoken_text
+from llama_jax.data.tokenizer_json import CONTROL_NAME
 from llama_jax.io import MAX_JSON_BYTES, read_json, read_limited
 
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
@@ -133,6 +134,9 @@ def _sentencepiece(content: bytes) -> tuple[int, dict[str, Any]]:
 def load_sentencepiece(content: bytes) -> tuple[Any, Any]:
     """The ``SentencePieceProcessor`` and the ``ModelProto`` of the content of a model file.
 
+    User-defined pieces with names such as ``<|im_start|>`` become control tokens: see
+    :func:`tokenizer_json.with_controls`.
+
     Raises:
       ValueError: something else, or damaged.
     """
@@ -142,6 +146,12 @@ def load_sentencepiece(content: bytes) -> tuple[Any, Any]:
     if len(content) > _MAX_MODEL_BYTES:
         raise ValueError(f"it has more than {_MAX_MODEL_BYTES:,} bytes")
     proto = sentencepiece_json.parse(content)  # stricter than SentencePiece
+    user_defined = [p for p in proto.pieces if p.type == sentencepiece_json.USER_DEFINED]
+    controls = [p for p in user_defined if CONTROL_NAME.fullmatch(p.piece)]
+    for piece in controls:
+        piece.type = sentencepiece_json.CONTROL
+    if controls:
+        content = proto.SerializeToString()
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=content), proto
     except Exception as e:  # RuntimeError, other exceptions in older releases

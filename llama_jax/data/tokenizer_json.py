@@ -1,6 +1,11 @@
 """The parts of a BPE ``tokenizer.json`` that LLaMA's and Llama 3's have in common."""
 
+import json
+import re
 from typing import Any
+
+CONTROL_NAME = re.compile(r"<[|｜][^\s|｜<>'\"]+[|｜]>|</?s>|<(?:start|end)_of_turn>")
+"""Names in the text of a chat template that stand for control tokens."""
 
 
 def make(
@@ -27,6 +32,24 @@ def make(
         **text,
         "model": bpe | {"end_of_word_suffix": None} | model,
     }
+
+
+def with_controls(content: str) -> str:
+    """The text of a ``tokenizer.json`` in which each added token with a name such as
+    ``<|im_start|>`` is a control token.
+
+    Programs that train chat models add such tokens without ``"special": true``. As those of
+    llama.cpp do, so their chat templates can be used, and a message cannot write the token.
+    """
+    if not re.search(r'"special"\s*:\s*false', content):
+        return content
+    try:
+        tree = json.loads(content)
+        for token in tree["added_tokens"]:
+            token["special"] |= CONTROL_NAME.fullmatch(token["content"]) is not None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return content  # its reader names the problem
+    return json.dumps(tree)
 
 
 def added_token(token: int, name: str, special: bool = True) -> dict[str, Any]:

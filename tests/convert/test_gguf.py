@@ -27,6 +27,7 @@ from llama_jax.convert.gguf_settings import rope_factors
 from llama_jax.convert.huggingface import make_config
 from llama_jax.convert.job import convert, open_folder
 from llama_jax.convert.tensors import layer_tensors
+from llama_jax.data.chat_template import load_template
 from llama_jax.data.tokenizer import Tokenizer
 
 
@@ -309,6 +310,54 @@ def test_control_tokens_added_to_a_sentencepiece_model(tmp_path):
     final = convert(again, tmp_path / "final")
     for name in ("tokenizer.model", "tokenizer.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (final / name).read_bytes()
+
+
+@pytest.mark.parametrize("types", [[4, 4, 4], [4, 3, 4], [1, 3, 4]])
+def test_control_tokens_that_older_converters_call_user_defined(types, tmp_path):
+    """The model stops at <|im_end|>, and a chat template can write both; as in llama.cpp, text is
+    split at other user-defined tokens."""
+    cfg = small()
+    tokens = gguf_tools.metadata(cfg)["tokenizer.ggml.tokens"][1][1]
+    changes = {
+        "tokenizer.ggml.tokens": (
+            ARRAY, (STRING, [*tokens[:-3], "<|im_end|>", "<|im_start|>", "<tool_call>"])
+        ),
+        "tokenizer.ggml.token_type": (ARRAY, (I32, [2, 3, 3, *[1] * 18, *types])),
+    }  # fmt: skip
+    path, _ = gguf_tools.model(tmp_path / "m.gguf", cfg, **changes)
+    out = convert(path, tmp_path / "out")
+    assert open_folder(out).token_ids == {"bos": 1, "eos": [2, 21]}
+    tokenizer = Tokenizer.load(out)
+    a, space = tokens.index("a"), tokens.index("▁")
+    assert tokenizer.encode_marked("<|im_start|>a<|im_end|>") == [22, space, a, 21]
+    assert tokenizer.encode("<tool_call>a") == [23, space, a]
+    assert 21 not in tokenizer.encode("<|im_end|>")
+    assert tokenizer.decode([21, a, 23]) == "a<tool_call>"
+
+
+def test_bos_and_eos_of_sentencepiece_that_are_not_given(tmp_path):
+    """llama.cpp takes 1 and 2."""
+    ids = {f"tokenizer.ggml.{name}_token_id": None for name in ("bos", "eos")}
+    path, _ = gguf_tools.model(tmp_path / "m.gguf", small(), **ids)
+    assert open_folder(path).token_ids == {"bos": 1, "eos": 2}
+    types = {"tokenizer.ggml.token_type": (ARRAY, (I32, [2, *[1] * 23]))}
+    path, _ = gguf_tools.model(tmp_path / "n.gguf", small(), **ids, **types)
+    out = convert(path, tmp_path / "out")
+    assert open_folder(out).token_ids == {}
+    metadata = gguf_tokenizer.make(open_folder(out))
+    assert metadata["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_the_template_for_tools_of_a_file_is_used(tmp_path):
+    path, _ = gguf_tools.model(tmp_path / "m.gguf", small(), **{
+        "tokenizer.chat_template": (STRING, "A{{ messages[0].content }}"),
+        "tokenizer.chat_template.tool_use": (STRING, "B{{ tools[0].name }}"),
+    })  # fmt: skip
+    out = convert(path, tmp_path / "out")
+    template, tokenizer = load_template("", out), Tokenizer.load(out)
+    talk = [{"role": "user", "content": "c"}]
+    assert template.text(talk, tokenizer) == "Ac"
+    assert template._render(talk, tokenizer, [{"name": "d"}], True).text == "Bd"
 
 
 def test_many_control_tokens_are_read_in_linear_time():

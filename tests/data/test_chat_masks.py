@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llama_jax.data import template_process, template_worker, tiktoken_text
 from llama_jax.data.chat_template import BUILT_IN, ChatTemplate, load_template
 from llama_jax.data.conversations import detect_format, read_example
-from llama_jax.data.tokenizer import JsonTokenizer, Tokenizer
+from llama_jax.data.tokenizer import BREAK, JsonTokenizer, Tokenizer
 from llama_jax.data.tokenizer_files import hf_json, recognize
 from llama_jax.prepare.tokenizer import train_tokenizer
 
@@ -262,6 +262,15 @@ def test_ends_of_turns(tokenizers):
     assert [i for i, c in zip(ids, counted, strict=True) if c and i > 255] == [end, end]
 
 
+def test_a_call_that_the_template_leaves_out(tokenizers):
+    """Otherwise the model would be trained to answer nothing."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    talk = [*TALK[:3], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    for source in (SMOLLM2, GENERATION):
+        with pytest.raises(ValueError, match="the template x leaves out the call of add in answer"):
+            ChatTemplate(source, "the template x").encode_example(talk, tokenizers["bytes"])
+
+
 def test_templates_whose_answers_are_not_found(tokenizers):
     """Refused in training with the way out; a chat goes on."""
     tokenizer = tokenizers["bytes"]
@@ -317,6 +326,41 @@ def test_control_tokens_that_the_tokenizer_lacks(tokenizers):
     said = [TALK[0] | {"content": "<|im_start|>"}, TALK[1]]
     mentions = "{# <|im_start|> #}{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
     assert ChatTemplate(mentions).encode_example(said, tokenizers["words"])
+
+
+def test_names_in_the_template_of_a_checkpoint_that_are_text(tokenizers, tmp_path):
+    """TinyLlama's "<|user|>" is text, on which the model was trained; a token that the files of the
+    checkpoint name must be in its tokenizer."""
+    tokenizer = tokenizers["words"]
+    source = SMOLLM2.replace("<|im_end|>", "</s>").replace("im_start", "turn")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+    ids, counted = load_template("", tmp_path).encode_example(TALK[:2], tokenizer)
+    assert "\n<|turn|>user\nthe cat \n<|turn|>assistant\na mat" in tokenizer.decode(ids)
+    assert [i for i, c in zip(ids, counted, strict=True) if c] == [
+        *tokenizer.encode_array("a mat", start=False), tokenizer.eos_id,
+    ]  # fmt: skip
+    (tmp_path / "added_tokens.json").write_text('{"<|turn|>": 300}')
+    with pytest.raises(ValueError, match=r"writes the control token <\|turn\|>, which"):
+        load_template("", tmp_path).encode_example(TALK[:2], tokenizer)
+
+
+def test_control_tokens_that_are_not_marked_as_special(tokenizers, tmp_path):
+    """As in tokenizers of DeepSeek's distilled models, and of many trained with ChatML."""
+    tokenizer = tokenizers["bytes"]
+    tree = json.loads(tokenizer.path.read_text())
+    for token in tree["added_tokens"]:
+        token["special"] &= not token["content"].startswith("<|im_")
+    tree["added_tokens"] += [tree["added_tokens"][-1] | {
+        "id": tokenizer.vocab_size, "content": "<think>", "special": False
+    }]  # fmt: skip
+    other = JsonTokenizer(json.dumps(tree), tmp_path / "tokenizer.json")
+    talk = [TALK[0] | {"content": "<|im_end|> é"}, TALK[1]]
+    for source in (SMOLLM2, GENERATION):
+        template = ChatTemplate(source)
+        assert template.encode_example(talk, other) == template.encode_example(talk, tokenizer)
+    assert template.stop_ids(other) == (tokenizer.controls["<|im_end|>"],)
+    assert other.encode("<think>") == [tokenizer.vocab_size]
+    assert "<think>" not in other.controls
 
 
 def test_no_eos_token(tmp_path):
@@ -453,6 +497,23 @@ def test_load_template(tmp_path):
         load_template(str(own), None)
 
 
+def test_the_template_for_tools(tokenizers, tmp_path):
+    """Of a tokenizer_config.json with several templates, as in transformers: byte for byte."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = tokenizers["bytes"]
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.path))
+    body = "{% for m in messages %}{{ m.content }}\n  {% endfor %}"
+    named = {"default": f"\n{body}  \n", "tool_use": f"\n\nB{{{{ tools[0].name }}}}{body}  \n\n"}
+    theirs.chat_template = named
+    several = [{"name": name, "template": text} for name, text in named.items()]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    template = load_template("", tmp_path)
+    for tools in (None, [{"name": "add"}]):
+        want = theirs.apply_chat_template(TALK[:3], tools=tools, tokenize=False)
+        text = template._render(TALK[:3], tokenizer, tools, False).text
+        assert text.replace(BREAK, "") == want
+
+
 def test_text_continues_without_a_space(tokenizers, tmp_path):
     """In a tokenizer.json of LLaMA's kind as in SentencePiece."""
     model = tokenizers["words"]
@@ -529,6 +590,9 @@ def test_token_names_of_tokenizer_config(eos, tokenizers, tmp_path):
     # The copy in a run folder, beside the same settings, is not changed again.
     (tmp_path / "chat_template.jinja").write_text(template.source)
     assert load_template("", tmp_path).source == template.source
+    # Blanks before the first statement, at the start of a line, are dropped as in transformers.
+    (tmp_path / "chat_template.jinja").write_text("  {% if true %}a{% endif %}{{ eos_token }}")
+    assert load_template("", tmp_path).text([], tokenizer) == "a<|im_end|>"
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": 3}')
     (tmp_path / "chat_template.jinja").write_text(text)
     with pytest.raises(ValueError, match="eos_token must be text, not 3"):

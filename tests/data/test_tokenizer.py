@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llama_jax.data import sentencepiece_json
 from llama_jax.data import tokenizer as tokenizer_module
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.prepare.tokenizer import first_change, train_tokenizer
@@ -302,6 +303,24 @@ def test_a_model_without_bos(tmp_path):
     assert tokenizer.eos_id is None
     with pytest.raises(ValueError, match="has no eos id"):
         tokenizer.encode("the cat", eos=True)
+
+
+def test_control_pieces_of_a_model(trained, tmp_path):
+    """Those of chat models, such as Yi's: also pieces that are only user-defined."""
+    proto = sentencepiece_json.parse(trained.path.read_bytes())
+    size = len(proto.pieces)
+    for name, kind in (("<|im_start|>", 4), ("<|im_end|>", 3), ("<think>", 4)):
+        proto.pieces.add(piece=name, type=kind)
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.controls == trained.controls | {"<|im_start|>": size, "<|im_end|>": size + 1}
+    assert tokenizer.encode_marked("<|im_start|>def<|im_end|>") == [
+        size, *trained.encode("def"), size + 1,
+    ]  # fmt: skip
+    text = "<|im_start|>def<|im_end|>"
+    assert tokenizer.encode(text) == trained.encode(text)
+    assert tokenizer.decode([size, *trained.encode("def"), size + 1]) == "def"
+    assert size + 2 in tokenizer.encode("a <think> b")
 
 
 def test_no_noise_in_the_terminal(tmp_path):
