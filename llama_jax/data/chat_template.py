@@ -391,7 +391,7 @@ class ChatTemplate:
             line = json.dumps(request)
         except (TypeError, RecursionError) as e:
             raise ValueError(f"messages must be JSON values: {e}") from None
-        answer = template_process.process.ask(line.encode())
+        answer = template_process.of_thread().ask(line.encode())
         if "refused" in answer:
             raise ValueError(f"{self.name} refuses these messages: {answer['refused']}")
         if "error" in answer:

@@ -91,4 +91,20 @@ def _read_line(popen: subprocess.Popen) -> bytes:
 
 
 process = Process()
+"""Renders the templates of all threads without a process of their own, one after the other."""
+_of_thread = threading.local()
+
+
+def start_own_process() -> None:
+    """Let this thread render in a process of its own: it does not wait for other threads, and they
+    do not wait for it."""
+    _of_thread.process = Process()
+    atexit.register(_of_thread.process.close)
+
+
+def of_thread() -> Process:
+    """The process that renders for this thread."""
+    return getattr(_of_thread, "process", process)
+
+
 atexit.register(process.close)

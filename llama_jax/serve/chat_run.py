@@ -142,7 +142,7 @@ async def prepare(state: State, body: ChatBody) -> ChatRun:
     model = state.model(body.model)
     sampling = sampling_of(body, model)
     calls = calls_of(model, body)
-    ids = await chat_ids(state, model, body.messages, calls.tools)
+    ids = await chat_ids(state, model, body.messages, calls.tools, body.size)
     wanted = [x for x in (body.max_completion_tokens, body.max_tokens) if x is not None]
     limit = check_length(ids, wanted[0] if wanted else None, state.engine.context, "messages")
     request = GenerationRequest(

@@ -124,7 +124,7 @@ async def _echoes(
     given = body.prompt if len(body.prompt) == len(prompts) else [body.prompt]
     decode = model.tokenizer.decode
     return [
-        text if isinstance(text, str) else await state.workers.run(decode, ids)
+        text if isinstance(text, str) else await state.workers_for(len(ids)).run(decode, ids)
         for text, ids in zip(given, prompts, strict=False)
     ]
 

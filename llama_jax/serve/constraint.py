@@ -62,7 +62,7 @@ async def compiled(
         first = make()
         return [first, *(first.copy() for _ in range(count - 1))]
 
-    return await state.workers.run(field, name, make_all)
+    return await state.compilers.run(field, name, make_all)
 
 
 def grammar_field(body: GenerationBody) -> tuple[str, str, Any] | None:

@@ -58,7 +58,7 @@ class Endpoint:
             work.result()  # raises
 
     async def _body(self, raw: bytes) -> Any:
-        parse = lambda: validate(self._schema, parse_json(raw))
+        parse = lambda: validate(self._schema, parse_json(raw), len(raw))
         return parse() if len(raw) <= _SMALL else await self._state.workers.run(parse)
 
     async def _answer(self, body: Any, answers: Answers, send: Send) -> None:

@@ -17,6 +17,7 @@ async def chat_ids(
     model: ServedModel,
     messages: Sequence[Message],
     tools: Sequence[Tool],
+    size: int,
 ) -> tuple[int, ...]:
     """Ids of a conversation up to the start of the answer; only the template writes BOS.
 
@@ -25,6 +26,7 @@ async def chat_ids(
       model: its template.
       messages: of the request.
       tools: of the request; empty for none.
+      size: bytes of the request.
 
     Raises:
       APIError: the model has no template, or it refuses the messages.
@@ -42,7 +44,8 @@ async def chat_ids(
         model.tokenizer,
         tools=[t.model_dump(exclude_unset=True) for t in tools] or None,
     )
-    return tuple(await state.renderers.run(field, "messages", encode))
+    workers = state.renderers_for(size, len(messages))
+    return tuple(await workers.run(field, "messages", encode))
 
 
 async def text_ids(state: State, model: ServedModel, text: str, where: str) -> tuple[int, ...]:
@@ -59,7 +62,8 @@ async def text_ids(state: State, model: ServedModel, text: str, where: str) -> t
     """
     encode = lambda: check_ids(text, where, model.tokenizer, model.vocab_size)
     bos = model.tokenizer.bos_id
-    return (*([] if bos is None else [bos]), *await state.workers.run(field, where, encode))
+    ids = await state.workers_for(len(text)).run(field, where, encode)
+    return (*([] if bos is None else [bos]), *ids)
 
 
 async def prompt_ids(state: State, model: ServedModel, prompt: Any) -> list[tuple[int, ...]]:
@@ -95,7 +99,7 @@ async def prompt_ids(state: State, model: ServedModel, prompt: Any) -> list[tupl
         check = lambda item=item, where=where: check_ids(
             item, where, model.tokenizer, model.vocab_size
         )
-        made.append(tuple(await state.workers.run(field, where, check)))
+        made.append(tuple(await state.workers_for(len(item)).run(field, where, check)))
     return made
 
 

@@ -96,7 +96,7 @@ def chat_body(body: ResponsesBody) -> ChatBody:
         if wanted.type == "json_schema":
             data["response_format"]["json_schema"] = {"name": wanted.name, "schema": wanted.schema_}
     with own_names():
-        return validate(ChatBody, data)
+        return validate(ChatBody, data, body.size)
 
 
 @contextlib.contextmanager

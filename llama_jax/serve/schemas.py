@@ -9,6 +9,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -39,6 +40,12 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     ignored: ClassVar[frozenset[str]] = IGNORED
+    _size: int = PrivateAttr(0)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the request."""
+        return self._size
 
     @model_validator(mode="before")
     @classmethod
@@ -293,8 +300,13 @@ class DetokenizeBody(Body):
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
-def validate(schema: type[AnyBody], data: Any) -> AnyBody:
+def validate(schema: type[AnyBody], data: Any, size: int) -> AnyBody:
     """The checked body of a request.
+
+    Args:
+      schema: its fields.
+      data: JSON value.
+      size: bytes of the request.
 
     Raises:
       APIError: it is not valid; names the field.
@@ -302,9 +314,11 @@ def validate(schema: type[AnyBody], data: Any) -> AnyBody:
     if not isinstance(data, dict):
         raise APIError(f"the body must be a JSON object, not {type(data).__name__}")
     try:
-        return schema.model_validate(data)
+        body = schema.model_validate(data)
     except ValidationError as e:
         raise of_validation(e, schema.model_fields) from None
+    body._size = size
+    return body
 
 
 def field(name: str, function: Callable[..., Any], *args: Any, **more: Any) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 
+from llama_jax.data.template_process import start_own_process
 from llama_jax.serve.answers import Answers, Mailbox
 from llama_jax.serve.errors import APIError
 from llama_jax.serve.metrics import Metrics
@@ -12,6 +13,9 @@ from llama_jax.serve.workers import Workers
 
 STALLED = 60.0
 """Seconds without a step, while work waits, after which the server is not healthy."""
+LONG_TEXT = 1 << 16
+LONG_TALK = 64
+"""Texts with more characters and conversations with more messages take longer to read."""
 MAX_READ = 256
 """Requests that may be read at the same time, as many as may wait for a slot: clients that start
 together are not refused while the queue has space."""
@@ -31,9 +35,17 @@ class State:
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     workers: Workers = dataclasses.field(default_factory=lambda: Workers(2, MAX_READ))
-    """tokenize, read large bodies, compile grammars"""
+    """tokenize, read large bodies"""
+    long_workers: Workers = dataclasses.field(default_factory=lambda: Workers(2, MAX_READ))
+    """tokenize long texts: seconds in which short ones must not wait"""
+    compilers: Workers = dataclasses.field(default_factory=lambda: Workers(2, MAX_READ))
+    """compile grammars"""
     renderers: Workers = dataclasses.field(default_factory=lambda: Workers(1, MAX_READ))
     """render chat templates, which one process does"""
+    long_renderers: Workers = dataclasses.field(
+        default_factory=lambda: Workers(1, MAX_READ, start_own_process)
+    )
+    """render long conversations, which another process does"""
 
     def model(self, name: str) -> ServedModel:
         """The model of a request; "" is the base.
@@ -49,6 +61,15 @@ class State:
                 status=404, param="model", code="model_not_found",
             )  # fmt: skip
         return self.models[name]
+
+    def workers_for(self, size: int) -> Workers:
+        """Threads for a text with this number of characters or tokens."""
+        return self.workers if size <= LONG_TEXT else self.long_workers
+
+    def renderers_for(self, size: int, messages: int) -> Workers:
+        """Threads for a request with this number of bytes and messages."""
+        is_short = size <= LONG_TEXT and messages <= LONG_TALK
+        return self.renderers if is_short else self.long_renderers
 
     def answers(self) -> Answers:
         """For the answers to one request."""

@@ -20,17 +20,18 @@ async def tokenize(state: State, answers: Answers, body: TokenizeBody) -> dict[s
     """
     model = state.model(body.model)
     if body.messages is not None:
-        ids = list(await chat_ids(state, model, body.messages, body.tools))
+        ids = list(await chat_ids(state, model, body.messages, body.tools, body.size))
     else:
         encode = model.tokenizer.encode
         bos = body.add_special_tokens and model.tokenizer.bos_id is not None
-        ids = await state.workers.run(field, "prompt", encode, body.prompt, bos=bos)
+        workers = state.workers_for(len(body.prompt or ""))
+        ids = await workers.run(field, "prompt", encode, body.prompt, bos=bos)
     made: dict[str, Any] = {
         "count": len(ids), "max_model_len": state.engine.context, "tokens": ids
     }  # fmt: skip
     if body.return_token_strs:
         strings = lambda: [token_string(token_bytes(model.tokenizer, i)) for i in ids]
-        made["token_strs"] = await state.workers.run(strings)
+        made["token_strs"] = await state.workers_for(len(ids)).run(strings)
     return made
 
 
@@ -48,7 +49,8 @@ async def detokenize(state: State, answers: Answers, body: DetokenizeBody) -> di
             f"tokens: there is no id {wrong[0]}; those of the model are 0 to "
             f"{model.vocab_size - 1}", param="tokens", code="invalid_value",
         )  # fmt: skip
-    return {"prompt": await state.workers.run(model.tokenizer.decode, body.tokens)}
+    workers = state.workers_for(len(body.tokens))
+    return {"prompt": await workers.run(model.tokenizer.decode, body.tokens)}
 
 
 def models(state: State) -> dict[str, Any]:

@@ -18,10 +18,11 @@ class Workers:
     Args:
       threads: number of threads.
       max_waiting: calls that run or wait; more are refused.
+      start: called by each thread when it starts.
     """
 
-    def __init__(self, threads: int, max_waiting: int):
-        self._pool = ThreadPoolExecutor(threads)
+    def __init__(self, threads: int, max_waiting: int, start: Callable[[], None] | None = None):
+        self._pool = ThreadPoolExecutor(threads, initializer=start)
         self._max_waiting, self._waiting = max_waiting, 0
 
     async def run(self, function: Callable[P, R], *args: P.args, **more: P.kwargs) -> R:

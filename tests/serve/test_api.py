@@ -30,8 +30,11 @@ from api_tools import (
 )
 
 from llama_jax.data.chat_template import ChatTemplate
+from llama_jax.data.template_process import Process
+from llama_jax.data.tokenizer import JsonTokenizer
 from llama_jax.serve import endpoint, http_protocol
 from llama_jax.serve.app import PAGE_FILES
+from llama_jax.serve.grammar import GrammarFactory
 from llama_jax.serve.request import QueueFull, Stopping, Update
 
 
@@ -888,6 +891,42 @@ def test_many_requests_at_once_are_read(server, monkeypatch, path):
         finally:
             held.set()
         assert {f.result()[0] for f in found} == {200}
+
+
+LONG_TALK = [*TALK, {"role": "assistant", "content": "sat " * 200}] * 40
+SLOW = [
+    # path, fields of a request that is slow to read, and the function that takes long
+    (CHAT, {"messages": LONG_TALK}, (Process, "ask")),
+    (CHAT, {"messages": [TALK[0] | {"content": "a" * 70_000}]}, (Process, "ask")),
+    ("/tokenize", {"messages": LONG_TALK}, (Process, "ask")),
+    (COMPLETE, {"prompt": "a" * 70_000}, (JsonTokenizer, "encode_array")),
+    ("/tokenize", {"prompt": "a" * 70_000}, (JsonTokenizer, "encode_array")),
+    (CHAT, {"messages": TALK, "guided_regex": "a"}, (GrammarFactory, "lark")),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "function"), SLOW)
+def test_short_requests_do_not_wait_for_long_ones(server, monkeypatch, path, fields, function):
+    held, started, call = threading.Event(), threading.Semaphore(0), getattr(*function)
+    is_long = lambda args: function[1] == "lark" or len(args[1]) > 30_000
+
+    def waits(*args, **more):
+        if is_long(args):
+            started.release()
+            held.wait(20)
+        return call(*args, **more)
+
+    monkeypatch.setattr(*function, waits)
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(server.request, path, fields) for _ in range(4)]
+        try:
+            assert started.acquire(timeout=10)
+            for short, body in ((CHAT, {"messages": TALK}), (COMPLETE, {"prompt": "a"})):
+                assert server.request(short, body)[0] == 200
+            assert not any(f.done() for f in found)
+        finally:
+            held.set()
+        assert all(f.result()[0] in (200, 400) for f in found)
 
 
 def test_a_defect_is_an_error_without_a_traceback(server, monkeypatch, caplog):
