@@ -15,8 +15,9 @@ from llama_jax.corpus.tex import remove_comments, split_verbatim
 
 MAX_DEPTH = 20
 """Nesting of ``\\input``; TeX itself allows 15."""
-MAX_CHARACTERS = 50_000_000
-"""Text of one paper with its files in place; the largest papers have some 5 MB."""
+MAX_CHARACTERS = 20_000_000
+"""Text of one paper with its files in place; the largest papers have some 5 MB. The tokens of it
+take up to 60 bytes of memory a character."""
 
 _CLASS = re.compile(r"\\document(?:class|style)\s*[\[{]")
 _BEGIN = re.compile(r"\\begin\s*\{document\}")

@@ -2,13 +2,14 @@ r"""Comments are removed and macros expanded as TeX does it; everything else sta
 
 import re
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.corpus import tex_macros
-from llama_jax.corpus.arxiv_paper import join_files, keep_body
+from llama_jax.corpus.arxiv_paper import MAX_CHARACTERS, join_files, keep_body
 from llama_jax.corpus.tex import remove_comments, tokens
 from llama_jax.corpus.tex_macros import ExpansionError, expand_macros
 
@@ -146,6 +147,15 @@ def test_expansion_bombs(text, monkeypatch):
     monkeypatch.setattr(tex_macros, "MAX_EXPANSIONS", 20_000)
     with pytest.raises(ExpansionError, match="macros expand"):
         expand_macros(text)
+
+
+def test_the_tokens_of_the_longest_paper_fit_in_memory():
+    text = "".join(chr(0x4E00 + i % 20_000) + "{" for i in range(100_000))
+    tracemalloc.start()
+    expand_macros(text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / len(text) * MAX_CHARACTERS < 1.4e9
 
 
 MACROS = ["\\newcommand{\\A}{x_1}", "\\newcommand{\\B}[1]{\\A^{#1}}", "\\def\\C#1#2{\\B{#2}#1}"]
