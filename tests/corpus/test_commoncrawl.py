@@ -198,6 +198,11 @@ def test_the_text_of_html_keeps_its_title():
     assert empty.metadata["dropped"]["reason"] == "no text in the page"
 
 
+def test_a_page_of_too_many_elements_is_not_parsed():
+    page = Document(text="<p>a" * (commoncrawl.MAX_ELEMENTS + 1), id="a", metadata={"html": True})
+    assert commoncrawl.ExtractHtml().process(page) == "more than 200,000 elements of HTML"
+
+
 def test_titles_without_an_end_take_linear_time():
     start = time.process_time()
     for html in ("<title>" * 40_000, "<title " * 40_000):
