@@ -399,7 +399,8 @@ class HarnessModel(TemplateLM):
         """
         known = normalize_gen_kwargs(settings, self.max_gen_toks)
         eos = None if self._tokens.eos is None else self.tokenizer.mark(self._tokens.eos)
-        until = handle_stop_sequences(known.pop("until"), eos or None)
+        stops = [text for text in known.pop("until") if text is not None]  # "until: null"
+        until = handle_stop_sequences(stops, eos or None)
         max_new_tokens, sampled = known.pop("max_gen_toks"), known.pop("do_sample")
         given = {name: known.pop(name) for name in _SAMPLER if name in known}
         if known.pop("num_beams", 1) != 1 or known:

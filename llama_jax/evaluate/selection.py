@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from llama_jax.evaluate.local_data import FILES_READ, MissingData, check_data_folder, read_records
 from llama_jax.evaluate.paper_task import TaskOptions
@@ -133,10 +134,24 @@ class _Harness:
 
             def _build_task(self, entry: Any, overrides: Any) -> Any:
                 config = self._load_full_config(entry, overrides)
-                with _task_errors(entry.name, config, data):
+                with _task_errors(entry.name, config, data), _local_class(config):
                     return super()._build_task(entry, overrides)
 
         self.manager._factory = Factory()
+
+
+@contextlib.contextmanager
+def _local_class(config: dict[str, Any]) -> Iterator[None]:
+    """Let a task that is a class, and names its data set itself, read the local files."""
+    if "class" not in config or config.get("dataset_path") not in FORMATS.values():
+        yield
+        return
+    import datasets
+
+    load, kind = datasets.load_dataset, config["dataset_path"]
+    local = lambda *_, **__: load(kind, **config["dataset_kwargs"])
+    with mock.patch.object(datasets, "load_dataset", local):
+        yield
 
 
 def _unsafe(name: str) -> ValueError:

@@ -161,6 +161,17 @@ def test_tasks_of_the_harness_read_local_files(llm, tmp_path):
         select_tasks(["piqa"], options)
 
 
+def test_a_task_that_is_a_class_reads_local_files(tmp_path):
+    (tmp_path / "squad_completion").mkdir()
+    path = tmp_path / "squad_completion/validation.jsonl"
+    path.write_text('{"text": "The cat sat on the", "value": "mat"}\n')
+    selection = select_tasks(["squad_completion"], TaskOptions(tmp_path))
+    (task,) = selection.loaded["tasks"].values()
+    task.build_all_requests()
+    assert [request.args[0] for request in task.instances] == ["The cat sat on the"]
+    assert selection.files == [path]
+
+
 def test_words_for_nothing_in_a_local_table_are_text(tmp_path):
     """ "None" is a possible answer; pandas takes it for a missing value."""
     (tmp_path / "piqa").mkdir()

@@ -144,6 +144,7 @@ def test_names_of_control_tokens_end_texts(llms):
     stops = model._options({"until": ["<|endoftext|>", "\n"]})
     assert stops[0] == ["<|endoftext|>", "\n", "<|im_end|>"]
     assert stops[1].stops == ["\n"]
+    assert model._options({"until": None})[0] == ["<|im_end|>"]
 
 
 @pytest.mark.parametrize(
