@@ -164,9 +164,13 @@ def _sentencepiece(
     while size and types[size - 1] in (_CONTROL, _USER_DEFINED) and size - 1 not in special:
         size -= 1
     controls = [i for i in added if types[i] == _CONTROL and i not in special]
-    if not controls:
-        whole = _model_proto(metadata, tokens, scores, types, ids)
-        return [_checked(path, "sentencepiece", whole)]
+    if not controls and size == len(tokens):
+        # GGUF has spaces in user-defined pieces; SentencePiece has "▁" in all.
+        pieces = [
+            t.replace(" ", "▁") if k == _USER_DEFINED else t
+            for t, k in zip(tokens, types, strict=True)
+        ]
+        return [_checked(path, "sentencepiece", _model_proto(metadata, pieces, scores, types, ids))]
     # As in llama.cpp, text is split at user-defined tokens; SentencePiece itself does not do that.
     split = [_CONTROL if t == _USER_DEFINED else t for t in types]
     try:
@@ -178,7 +182,7 @@ def _sentencepiece(
     for token in tree["added_tokens"]:
         token["special"] = types[token["id"]] != _USER_DEFINED
     files = [_checked(path, JSON_FILE, json.dumps(tree, ensure_ascii=False).encode())]
-    if controls[0] >= size:  # all were added at the end
+    if min(controls, default=size) >= size:  # all were added at the end
         base = _model_proto(metadata, tokens[:size], scores, types, ids)
         files.insert(0, _checked(path, "sentencepiece", base))
     return files
@@ -363,7 +367,8 @@ def _make_sentencepiece(file: TokenizerFile, other: TokenizerFile | None) -> Met
         problem = "it does not write a space as the start of a piece"
     if problem is not None:
         raise ConvertError(f"{file.path} has no counterpart in GGUF: {problem}")
-    tokens = [p.piece for p in proto.pieces]
+    spaces = lambda p: p.piece.replace("▁", " ") if p.type == _USER_DEFINED else p.piece
+    tokens = [spaces(p) for p in proto.pieces]
     types, scores = [p.type for p in proto.pieces], [p.score for p in proto.pieces]
     added = _json_tree(other).get("added_tokens") or [] if other else []
     for token in sorted(added, key=lambda t: t["id"]):

@@ -335,6 +335,32 @@ def test_control_tokens_that_older_converters_call_user_defined(types, tmp_path)
     assert tokenizer.decode([21, a, 23]) == "a<tool_call>"
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_user_defined_tokens_of_sentencepiece(last, tmp_path):
+    """A file has their spaces, tokenizer.model has "▁". Text is split at those that were added at
+    the end, as in llama.cpp and transformers."""
+    cfg = small()
+    tokens = gguf_tools.metadata(cfg)["tokenizer.ggml.tokens"][1][1]
+    at = 22 if last else 20
+    changes = {
+        "tokenizer.ggml.tokens": (
+            ARRAY, (STRING, [*tokens[:at], "<tool_call>", "  ", *tokens[at:-2]])
+        ),
+        "tokenizer.ggml.token_type": (
+            ARRAY, (I32, [2, 3, 3, *[1] * (at - 3), 4, 4, *[1] * (22 - at)])
+        ),
+    }  # fmt: skip
+    path, _ = gguf_tools.model(tmp_path / "m.gguf", cfg, **changes)
+    out = convert(path, tmp_path / "out")
+    tokenizer, a, space = Tokenizer.load(out), tokens.index("a"), tokens.index("▁")
+    assert tokenizer.encode("a  a")[:3] == [space, a, at + 1]
+    assert tokenizer.encode("<tool_call>a") == ([at, space, a] if last else [space, at, a])
+    assert tokenizer.decode([at, a, at + 1, a]) == "<tool_call>a  a"
+    made = gguf_tokenizer.make(open_folder(out))
+    assert made["tokenizer.ggml.tokens"] == changes["tokenizer.ggml.tokens"][1][1]
+    assert made["tokenizer.ggml.token_type"].tolist() == changes["tokenizer.ggml.token_type"][1][1]
+
+
 def test_bos_and_eos_of_sentencepiece_that_are_not_given(tmp_path):
     """llama.cpp takes 1 and 2."""
     ids = {f"tokenizer.ggml.{name}_token_id": None for name in ("bos", "eos")}
