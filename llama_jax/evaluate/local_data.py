@@ -28,7 +28,9 @@ from llama_jax.prepare.records import (
 )
 
 _TABLES = {".csv": ",", ".tsv": "\t"}
-_SHARD = re.compile(r"-00000-of-(\d{5})(?=\.)")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")
+_CONVERTED = re.compile(r"\d{4}\.parquet")
+"""Names of the parts of a split that the hub has converted."""
 FILES_READ: set[Path] = set()
 """All data files that this process has read, for the hashes in the report."""
 _TYPES = {
@@ -92,8 +94,8 @@ def find_all(
             if any(fnmatch.fnmatch(_plain(name), pattern) for name in (path.name, in_folder))
             and ("train" in pattern or "train" not in path.name.lower())
         ]
-        if found:
-            return list(dict.fromkeys(found))
+        if found:  # once for all parts, which are read together
+            return list({tuple(_siblings(path)): path for path in reversed(found)}.values())[::-1]
     name = patterns[0] + " or similar" * (len(patterns) > 1)
     raise MissingData(f"{options.data / folders[0]} has no file {name}: {download}")
 
@@ -146,8 +148,8 @@ def read_records(path: Path, columns: tuple[str, ...] | None = None) -> list[dic
 
     Args:
       path: .jsonl, .json (an array, one object, or one object a line), .txt (as .json), .csv or
-        .tsv, each also with .gz; or .parquet. If the name has "-00000-of-NNNNN", all parts are
-        read.
+        .tsv, each also with .gz; or .parquet. If the name has "-00000-of-NNNNN", or is
+        0000.parquet as the hub converts data sets, all parts are read.
       columns: names of the columns of a .csv or .tsv file without a header line.
 
     Raises:
@@ -224,16 +226,21 @@ def _names(record: Record) -> str:
 
 def _parts(path: Path) -> list[Path]:
     """The file, or all parts of a data set that is stored in several files."""
-    if not (match := _SHARD.search(path.name)):
-        return [path]
-    parts = [
-        path.with_name(_SHARD.sub(f"-{i:05d}-of-{match[1]}", path.name))
-        for i in range(int(match[1]))
-    ]
+    parts = _siblings(path)
     for part in parts:
         if not part.is_file():
-            raise ValueError(f"{part} is missing; {path.name} is the first of {len(parts)} files")
+            raise ValueError(f"{part} is missing; {path.name} is one of {len(parts)} files")
     return parts
+
+
+def _siblings(path: Path) -> list[Path]:
+    """The parts of the data set that a file belongs to."""
+    if match := _SHARD.search(path.name):
+        name = lambda i: _SHARD.sub(f"-{i:05d}-of-{match[1]}", path.name)
+        return [path.with_name(name(i)) for i in range(int(match[1]))]
+    if _CONVERTED.fullmatch(path.name):
+        return sorted(p for p in path.parent.iterdir() if _CONVERTED.fullmatch(p.name))
+    return [path]
 
 
 def _read(path: Path, columns: tuple[str, ...] | None) -> Iterator[Record | BadLine]:

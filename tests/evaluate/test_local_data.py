@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -111,6 +112,23 @@ def test_fields_are_checked(tmp_path):
     for read in (lambda: field(record, "q", str), lambda: strings(record, "options")):
         with pytest.raises(ValueError, match=r'line 1: field ".*" is not valid Unicode'):
             read()
+
+
+def test_parts_as_the_hub_converts_them_are_read_together(tmp_path):
+    """validation/0000.parquet, 0001.parquet, ...; and a first part that is missing is an error."""
+    folder = tmp_path / "piqa/plain_text/validation"
+    folder.mkdir(parents=True)
+    options = TaskOptions(data=tmp_path)
+    for i, row in enumerate(ROWS):
+        parquet.write_table(pyarrow.Table.from_pylist([row]), folder / f"000{i}.parquet")
+    (path,) = find_all(options, ("piqa",), ("*validation*.parquet",), "")
+    assert read_records(path) == ROWS
+    other = tmp_path / "siqa/validation-00001-of-00002.parquet"
+    other.parent.mkdir()
+    shutil.copy(path, other)
+    (path,) = find_all(options, ("siqa",), ("*validation*.parquet",), "")
+    with pytest.raises(ValueError, match=r"validation-00000-of-00002\.parquet is missing"):
+        read_records(path)
 
 
 def touch(*paths: Path) -> None:

@@ -127,8 +127,6 @@ def _read(
     """The first ``count`` questions, or all; each question once."""
     docs: dict[str, Doc] = {}
     for path in find_all(options, data_set.folders, files, data_set.download):
-        if "-of-" in path.name and "-00000-of-" not in path.name:
-            continue  # read with the first part
         for record in read_located(path, count=count):
             for doc in data_set.to_docs(record):
                 docs.setdefault(doc["question"], doc)
