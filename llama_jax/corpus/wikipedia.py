@@ -69,14 +69,18 @@ def _head(path: Path, run: Run) -> DumpHead:
     Raises:
         ValueError: Another file, another wiki, or no language.
     """
-    try:
-        with contextlib.closing(members(path)) as found:  # open until its first file is read
-            member = next(found, Unreadable(path.name, "an archive without files"))
-            if isinstance(member, Unreadable):
-                raise member
-            head = read_head(member.stream)
-    except ValueError as e:
-        raise ValueError(f"{path} is not a dump of Wikipedia: {e}") from None
+    head = None
+    problem: ValueError = Unreadable(path.name, "an archive without files")
+    with contextlib.closing(members(path)) as found:  # open until a head is read
+        while head is None and (member := next(found, None)):
+            try:
+                if isinstance(member, Unreadable):
+                    raise member
+                head = read_head(member.stream)
+            except ValueError as e:
+                problem = e
+    if head is None:
+        raise ValueError(f"{path} is not a dump of Wikipedia: {problem}")
     if head.host and head.language is None:
         raise ValueError(f"{path} is a dump of {head.host}, not of Wikipedia")
     if head.language is None:

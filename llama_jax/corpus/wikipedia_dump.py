@@ -93,7 +93,13 @@ def _parse_head(head: bytes | Unreadable) -> DumpHead:
 def read_pages(stream: Stream) -> Iterator[tuple[str, Page | str]]:
     """Yields for each page its place, and the page or why it cannot be read."""
     records = split_records(stream, "page")
-    namespaces = _parse_head(next(records)[1]).namespaces
+    namespaces: Mapping[int, str] = {}
+    try:
+        namespaces = _parse_head(next(records)[1]).namespaces
+    except Unreadable as e:
+        yield e.place, e.reason
+    except ValueError:
+        yield stream.place, "not a dump of MediaWiki, or its head is damaged"
     for offset, content in records:
         place = f"{stream.place}: byte {offset} of the XML"
         if isinstance(content, Unreadable):

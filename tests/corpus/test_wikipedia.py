@@ -210,6 +210,19 @@ def test_dumps_in_archives(tmp_path, kind):
     assert [d["text"] for d in documents] == ["a", "b"]
 
 
+def test_other_files_in_an_archive_do_not_end_it(tmp_path):
+    with zipfile.ZipFile(tmp_path / "dumps.zip", "w") as archive:
+        archive.writestr("readme", "text")
+        archive.writestr("a.xml", dump(pages=[page(1, "a")]))
+        archive.writestr("b.txt", "text")
+        archive.writestr("c.xml", dump(pages=[page(2, "b")]).replace("</siteinfo>", ""))
+    documents, dropped, _ = inline.run("wikipedia", [tmp_path / "dumps.zip"], tmp_path / "out")
+    assert [d["text"] for d in documents] == ["a", "b"]
+    places = {f"dumps.zip: {name}" for name in ("readme", "b.txt", "c.xml")}
+    assert {d["place"] for d in dropped} == places
+    assert {d["reason"] for d in dropped} == {"not a dump of MediaWiki, or its head is damaged"}
+
+
 def test_revisions_in_an_archive_of_several_files(tmp_path):
     with zipfile.ZipFile(tmp_path / "dumps.zip", "w") as archive:
         archive.writestr("a.xml", dump(pages=[page(1, "old"), page(2, "a"), page(3, "b")]))
