@@ -77,7 +77,10 @@ def of_validation(error: ValidationError, fields: Collection[str] = ()) -> APIEr
       fields: of the body; an error about several of them is about the first that it names.
     """
     first = error.errors(include_url=False, include_context=False)[0]
-    param = ".".join(map(str, first["loc"]))[:200] or None
+    name, *inner = first["loc"] or [""]
+    if first["type"] != "extra_forbidden":  # of a value with several types, the type is no field
+        inner = [x for x in inner if not re.fullmatch(r"str|bool|(dict|list)\[.*\]", str(x))]
+    param = ".".join(map(str, (name, *inner)))[:200] or None
     if first["type"] == "extra_forbidden":
         return APIError(
             f"unknown field {param!r}: this server does not support it; leave it out",

@@ -110,7 +110,10 @@ def own_names() -> Iterator[None]:
             param = re.sub(r"^messages\b.*", "input", given)
             param = re.sub(r"^response_format\b.*", "text.format", param)
             e.param = re.sub(r"^(tools\.\d+)\.function\b", r"\1", param)
-            if e.message.startswith(given):
+            if e.code == "missing_parameter" and e.param == "input":
+                field = given.rpartition(".")[2]
+                e.message = f"input: the field {field!r} of an item is missing"
+            elif e.message.startswith(given):
                 e.message = e.param + e.message.removeprefix(given)
         raise
 

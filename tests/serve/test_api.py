@@ -400,6 +400,9 @@ BAD = [
     (CHAT, {"response_format": {"type": "json_schema"}}, 400, "response_format", "json_schema"),
     (CHAT, {"response_format": {"type": "json_schema", "json_schema": {
         "name": "a", "schema": {"type": "nonsense"}}}}, 400, "response_format", "nonsense"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {
+        "name": "a", "schema": "object"}}}, 400, "response_format.json_schema.schema", "'object'"),
+    (CHAT, {"guided_json": 5}, 400, "guided_json", "5"),
     (CHAT, {"guided_regex": "("}, 400, "guided_regex", ""),
     (CHAT, {"structured_outputs": {"grammar": "start: ]"}}, 400, "structured_outputs.grammar", ""),
     (CHAT, {"structured_outputs": {"json": "{"}}, 400, "structured_outputs.json", ""),
@@ -436,6 +439,8 @@ BAD = [
     ("/v1/responses", {"input": [{"type": "item_reference"}]}, 400, "input.0.type", ""),
     ("/v1/responses", {"input": [{"role": "king", "content": "a"}]}, 400, "input", "king"),
     ("/v1/responses", {"input": "a " * 600}, 400, "input", "input has"),
+    ("/v1/responses", {"input": 5}, 400, "input", "input: "),
+    ("/v1/responses", {"input": [{"content": "a"}]}, 400, "input", "the field 'role' of an item"),
     ("/v1/responses", {"input": "a", "model": "base"}, 400, "input", "base model"),
     ("/v1/responses", {"input": "a", "text": {"format": {
         "type": "json_schema", "name": "a", "schema": {"type": "nonsense"}}}}, 400, "text.format",
@@ -509,7 +514,7 @@ def test_bodies_that_are_not_json(server, raw):
     (CHAT, {"messages": TALK, **{f"a{i}": 1 for i in range(200_000)}}, None),
     (CHAT, {"messages": [{f"a{i}": 1 for i in range(200_000)}]}, "messages.0"),
     (COMPLETE, {"prompt": "a", "guided_choice": [1] * 900_000}, "guided_choice.0"),
-    ("/v1/responses", {"input": [1] * 900_000}, "input.str"),
+    ("/v1/responses", {"input": [1] * 900_000}, "input"),
     (CHAT, {"messages": TALK, "logit_bias": {f"{i}": "a" for i in range(100_000)}}, "logit_bias"),
     (CHAT, {"messages": TALK * 20_000}, "messages"),
     ("/detokenize", {"tokens": [None] * 500_000}, "tokens.0"),
