@@ -8,6 +8,7 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _QWEN2 = tiktoken_text.SPLIT.replace("{1,3}", "")
 ALIASES = {
     "llama-bpe": ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"),
+    "smaug-bpe": ("smaug-bpe", "dbrx"),
     "gpt-2": ("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "roberta-bpe"),
     "smollm": ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
     "qwen2": ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"),
@@ -16,6 +17,7 @@ ALIASES = {
 """names in metadata, by the first of those that mean the same"""
 _SPLITS = {
     "llama-bpe": [tiktoken_text.SPLIT],
+    "smaug-bpe": [tiktoken_text.SPLIT],
     "gpt-2": [_GPT2],
     "smollm": [r"\p{N}", _GPT2],
     "qwen2": [_QWEN2],
@@ -35,8 +37,12 @@ def pre_tokenizer(name: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [*splits, byte_level | {"use_regex": False}]}
 
 
-def name_of(given: dict[str, Any] | None) -> str | None:
-    """The name of a pre-tokenizer of a ``tokenizer.json``; None if it has none."""
+def name_of(given: dict[str, Any] | None, ignore_merges: bool) -> str | None:
+    """The name of a pre-tokenizer of a ``tokenizer.json``; None if it has none.
+
+    Of two that split text in the same way, one also says whether a piece that is a token is used
+    without merges.
+    """
     if given is None:
         return None
     *steps, last = given.get("pretokenizers", [given])
@@ -53,4 +59,6 @@ def name_of(given: dict[str, Any] | None) -> str | None:
             return None
     if last.get("use_regex", True):
         rules.append(_GPT2)
-    return next((name for name, splits in _SPLITS.items() if splits == rules), None)
+    names = [name for name, splits in _SPLITS.items() if splits == rules]
+    exact = [name for name in names if (name in IGNORES_MERGES) == ignore_merges]
+    return next(iter(exact + names), None)

@@ -390,7 +390,7 @@ def _make_sentencepiece(file: TokenizerFile, other: TokenizerFile | None) -> Met
 def _make_byte_level(tree: dict[str, Any], path: Path) -> Metadata:
     """Metadata of a ``tokenizer.json`` with a byte-level BPE."""
     model = tree["model"]
-    name = name_of(tree.get("pre_tokenizer"))
+    name = name_of(tree.get("pre_tokenizer"), bool(model.get("ignore_merges")))
     problem = None
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         problem = "it is not a byte-level BPE; add its tokenizer.model, which has scores"

@@ -14,6 +14,7 @@ import convert_tools as tools
 import gguf_tools
 import numpy as np
 import pytest
+import tiktoken_tools
 from convert_tools import ANY, DTYPES, same, small
 from gguf_tools import ARRAY, I32, STRING, U32
 from test_convert import restore
@@ -27,6 +28,7 @@ from llama_jax.convert.gguf_settings import rope_factors
 from llama_jax.convert.huggingface import make_config
 from llama_jax.convert.job import convert, open_folder
 from llama_jax.convert.tensors import layer_tensors
+from llama_jax.data import tiktoken_text
 from llama_jax.data.chat_template import load_template
 from llama_jax.data.tokenizer import Tokenizer
 
@@ -359,6 +361,19 @@ def test_user_defined_tokens_of_sentencepiece(last, tmp_path):
     made = gguf_tokenizer.make(open_folder(out))
     assert made["tokenizer.ggml.tokens"] == changes["tokenizer.ggml.tokens"][1][1]
     assert made["tokenizer.ggml.token_type"].tolist() == changes["tokenizer.ggml.token_type"][1][1]
+
+
+@pytest.mark.parametrize("ignore", [True, False])
+def test_whether_merges_are_ignored_is_kept(ignore):
+    """The names llama-bpe and smaug-bpe split text in the same way, and differ in this."""
+    tree = tiktoken_text.to_json(tiktoken_tools.ranks(), newer=True)
+    tree["model"]["ignore_merges"] = ignore
+    made = gguf_tokenizer._make_byte_level(tree, Path("tokenizer.json"))
+    assert made["tokenizer.ggml.pre"] == ("llama-bpe" if ignore else "smaug-bpe")
+    (file,) = gguf_tokenizer.read(made, len(made["tokenizer.ggml.tokens"]), Path("m.gguf"))[1]
+    model = json.loads(file.content)["model"]
+    assert model["ignore_merges"] is ignore
+    assert model["vocab"].items() >= tree["model"]["vocab"].items()
 
 
 def test_bos_and_eos_of_sentencepiece_that_are_not_given(tmp_path):
