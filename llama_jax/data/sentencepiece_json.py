@@ -73,6 +73,19 @@ def parse(content: bytes) -> Any:
     return proto
 
 
+def adjacent(proto: Any) -> tuple[set[str] | None, set[str]]:
+    """Pairs of characters adjacent in some token, None if splitting a text may change ids; and, if
+    unknown characters side by side become one id (no byte fallback), the known characters."""
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    changes_text = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
+    other_spaces = trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces
+    if trainer.model_type != BPE or changes_text or other_spaces:
+        return None, set()
+    pieces = [p.piece for p in proto.pieces]
+    pairs = {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
+    return pairs, set() if trainer.byte_fallback else {p for p in pieces if len(p) == 1}
+
+
 def _tree(proto: Any) -> dict[str, Any]:
     pieces = proto.pieces
     trainer, prefix = proto.trainer_spec, proto.normalizer_spec.add_dummy_prefix

@@ -5,21 +5,18 @@ Tokenizer.load("tokenizer.model").encode("Hello", bos=True)
 """
 
 import functools
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_jax.data import sentencepiece_json, tiktoken_text, token_bytes, tokenizer_json
-from llama_jax.data.tokenizer_files import (
-    JSON_FILE,
-    MODEL_FILE,
-    load_sentencepiece,
-    recognize,
-)  # fmt: skip
+from llama_jax.data.tokenizer_files import JSON_FILE, MODEL_FILE, load_sentencepiece, recognize
+from llama_jax.io import read_json
 from llama_jax.storage.copies import local_files
 from llama_jax.storage.paths import as_path
 
@@ -61,6 +58,12 @@ class Tokenizer:
     """
 
     path: Path
+    prefix_after_controls = True
+    """Whether text after a control token gets the space that is added before a text."""
+    strips_before: Collection[str] = ()
+    """Names of control tokens that take the white space before them."""
+    strips_after: Collection[str] = ()
+    """Names of control tokens that take the white space after them."""
 
     @staticmethod
     def load(path: str | Path) -> "Tokenizer":
@@ -194,18 +197,24 @@ class Tokenizer:
     def encode_consecutive(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each of several consecutive texts, as :meth:`encode_marked` encodes them.
 
-        A text gets no space before it unless it is the first or follows a control token.
+        A text gets no space before it unless it is the first, or follows a control token after
+        which the tokenizer adds one. A control token may take the white space beside it.
         """
-        all_ids, start = [], True
+        all_ids, start, last = [], True, ""
         for text in texts:
             ids: list[int] = []
-            for words in self.control_names.split(text):
+            parts = [*self.control_names.split(text), ""]
+            for words, following in itertools.pairwise(parts):
                 if words in self.controls:
                     ids.append(self.controls[words])
-                    start = True
-                elif words := words.replace(BREAK, ""):
+                    start, last = self.prefix_after_controls, words
+                    continue
+                words = words.replace(BREAK, "")
+                words = words.lstrip() if last in self.strips_after else words
+                words = words.rstrip() if following in self.strips_before else words
+                if words:
                     ids += self.encode_array(words, start=start).tolist()
-                    start = False
+                    start, last = False, ""
             all_ids.append(ids)
         return all_ids
 
@@ -288,16 +297,7 @@ class SentencePiece(Tokenizer):
 
     @functools.cached_property
     def _adjacent(self) -> tuple[set[str] | None, set[str]]:
-        """Pairs of characters adjacent in some token, None if a split may change ids; and, if
-        unknown characters side by side become one id (no byte fallback), the known characters."""
-        trainer, normalizer = self._proto.trainer_spec, self._proto.normalizer_spec
-        changes_text = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
-        other_spaces = trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces
-        if trainer.model_type != sentencepiece_json.BPE or changes_text or other_spaces:
-            return None, set()
-        pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
-        pairs = {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
-        return pairs, set() if trainer.byte_fallback else {p for p in pieces if len(p) == 1}
+        return sentencepiece_json.adjacent(self._proto)
 
     def piece(self, token: int) -> str | None:
         return self._processor.id_to_piece(token) if 0 <= token < self.vocab_size else None
@@ -333,6 +333,10 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
         self._controls = {t.content: i for i, t in added.items() if t.special}
+        self.strips_before = {t.content for t in added.values() if t.lstrip}
+        self.strips_after = {t.content for t in added.values() if t.rstrip}
+        prefix = tokenizer_json.prefix_after_controls(self._tokenizer.pre_tokenizer)
+        self.prefix_after_controls = prefix
         # Byte-level vocabularies (GPT-2 and later) spell each byte as a character, a space as "Ġ".
         self._is_byte_level = self._tokenizer.token_to_id("Ġ") is not None
 
@@ -386,19 +390,7 @@ class JsonTokenizer(Tokenizer):
     @functools.cached_property
     def _splits_words(self) -> bool:
         """Whether the text is split between each letter and white space before any merge."""
-        tree = json.loads(self._tokenizer.to_str())
-        if not all(t["special"] for t in tree["added_tokens"]):  # others may contain spaces
-            return False
-        if tree["normalizer"] not in (None, {"type": "NFC"}):
-            return False
-        pre_tokenizer = tree["pre_tokenizer"] or {}
-        *steps, byte_level = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-        if byte_level.get("type") != "ByteLevel" or byte_level["add_prefix_space"]:
-            return False
-        splits = [s for s in steps if s["type"] != "Digits"]
-        known = [s["type"] == "Split" and s["pattern"].get("Regex") in _PATTERNS for s in splits]
-        isolated = all(s.get("behavior") == "Isolated" and not s.get("invert") for s in splits)
-        return all(known) and isolated and (bool(known) or byte_level["use_regex"])
+        return tokenizer_json.splits_words(json.loads(self._tokenizer.to_str()), _PATTERNS)
 
     def piece(self, token: int) -> str | None:
         return self._tokenizer.id_to_token(token) if token >= 0 else None
@@ -426,12 +418,19 @@ def _open(path: Path) -> Tokenizer:
 
 def _load_folder(folder: Path) -> Tokenizer:
     model, other = folder / MODEL_FILE, folder / JSON_FILE
-    if not (model.exists() and other.exists()):
-        return _open(other if other.exists() else model)
-    of_model, of_json = _open(model), _open(other)
+    if other.exists() and not model.exists():
+        return _open(other)
+    of_model = _open(model)
+    if not other.exists():
+        settings = folder / "tokenizer_config.json"
+        if settings.is_file() and read_json(settings).get("legacy") is False:
+            of_model.prefix_after_controls = False
+        return of_model
+    of_json = _open(other)
     if isinstance(of_model, JsonTokenizer):  # Llama 3: tokenizer.json has its control tokens
         return of_json
     if of_json.vocab_size <= of_model.vocab_size:
+        of_model.prefix_after_controls = of_json.prefix_after_controls
         return of_model
     for i in range(of_model.vocab_size):
         if of_json.piece(i) != of_model.piece(i):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
 CONTROL_NAME = re.compile(r"<[|｜][^\s|｜<>'\"]+[|｜]>|</?s>|<(?:start|end)_of_turn>")
@@ -84,3 +85,35 @@ def without_prefix(tree: dict[str, Any]) -> dict[str, Any]:
         ]
         changed[part] = {"type": "Sequence", plural: steps} if steps else None
     return changed
+
+
+def prefix_after_controls(pre_tokenizer: Any) -> bool:
+    """Whether text after a control token gets the space that is added before a text.
+
+    Args:
+      pre_tokenizer: of the package ``tokenizers``, or None.
+    """
+    first = json.loads(pre_tokenizer.__getstate__()) if pre_tokenizer else {}
+    steps = first.get("pretokenizers", [first])
+    return not any(step.get("prepend_scheme") == "first" for step in steps)
+
+
+def splits_words(tree: dict[str, Any], patterns: Collection[str]) -> bool:
+    """Whether a text is split between each letter and white space before any merge.
+
+    Args:
+      tree: a ``tokenizer.json``.
+      patterns: regular expressions that end a word there.
+    """
+    if not all(t["special"] for t in tree["added_tokens"]):  # others may contain spaces
+        return False
+    if tree["normalizer"] not in (None, {"type": "NFC"}):
+        return False
+    pre_tokenizer = tree["pre_tokenizer"] or {}
+    *steps, byte_level = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if byte_level.get("type") != "ByteLevel" or byte_level["add_prefix_space"]:
+        return False
+    splits = [s for s in steps if s["type"] != "Digits"]
+    known = [s["type"] == "Split" and s["pattern"].get("Regex") in patterns for s in splits]
+    isolated = all(s.get("behavior") == "Isolated" and not s.get("invert") for s in splits)
+    return all(known) and isolated and (bool(known) or byte_level["use_regex"])
