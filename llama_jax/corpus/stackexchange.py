@@ -70,8 +70,9 @@ def stages(run: Run) -> Iterator[Stage]:
     yield Stage("rows", [Rows(groups, list(sites), parts)], len(groups), split="part")
 
     left_out = _left_out(run, list(sites))
-    groups = [[path] for path in run.documents("rows")] or [[]]
-    reasons = {path: left_out[task] for [path] in groups if (task := _task(path)) in left_out}
+    paths = run.documents("rows")
+    groups = [[path] for path in paths] or [[]]
+    reasons = {path: left_out[task] for path in paths if (task := _task(path)) in left_out}
     form = Form(run.settings.question, run.settings.answer, run.settings.separator)
     steps = [Threads(groups, reasons), PlainText(form, run.settings.max_characters)]
     yield Stage("threads", steps, len(groups), final=True)

@@ -215,6 +215,12 @@ def test_files_that_are_compressed_or_cut_off(tmp_path):
     assert "a truncated gzip member" in reasons
 
 
+def test_an_archive_without_a_readable_post(tmp_path):
+    documents, dropped, _ = run(tmp_path, {"e.com.7z": b"7z\xbc\xaf\x27\x1c" + bytes(40)})
+    assert documents == []
+    assert "no Posts.xml in the archive" in {d["reason"] for d in dropped}
+
+
 def test_texts_beside_the_posts_are_no_sites(tmp_path):
     for site in ("a.com", "b.com"):
         (tmp_path / "in" / site).mkdir(parents=True)
