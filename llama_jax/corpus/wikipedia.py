@@ -38,13 +38,14 @@ def looks_like(first_bytes: bytes, name: str) -> bool:
 
 def stages(run: Run) -> Iterator[Stage]:
     """Splits the dumps into parts, then converts the newest revision of each article."""
-    heads = [_head(path, run) for path in run.inputs]
+    heads = _heads(run)
     languages = [str(head.language) for head in heads]
     wanted = run.languages or run.settings.languages
     if not set(languages) & set(wanted):
+        path, found = next(pair for pair in zip(run.inputs, languages, strict=True) if pair[1])
         raise ValueError(
-            f"{run.inputs[0]} is Wikipedia in the language {languages[0]}, which is not one of "
-            f"{' '.join(wanted)}; add --language {languages[0]} to keep it"
+            f"{path} is Wikipedia in the language {found}, which is not one of "
+            f"{' '.join(wanted)}; add --language {found} to keep it"
         )
     groups = [[path] for path in run.inputs]
     parts = [number_of_parts(path, run.settings.part_bytes) for path in run.inputs]
@@ -63,11 +64,30 @@ def stages(run: Run) -> Iterator[Stage]:
     yield Stage("text", steps, len(groups), final=True)
 
 
+def _heads(run: Run) -> list[DumpHead]:
+    """The heads of the dumps. One that cannot be read has no language; its file is skipped.
+
+    Raises:
+        ValueError: No head can be read, or see `_head`.
+    """
+    heads, problems = [], []
+    for path in run.inputs:
+        try:
+            heads.append(_head(path, run))
+        except Unreadable as e:
+            heads.append(DumpHead("", ""))
+            problems.append(e)
+    if len(problems) == len(heads):
+        raise problems[0]
+    return heads
+
+
 def _head(path: Path, run: Run) -> DumpHead:
     """The head of a dump; its language is known.
 
     Raises:
-        ValueError: Another file, another wiki, or no language.
+        Unreadable: A damaged or another file.
+        ValueError: Another wiki, or no language.
     """
     head = None
     problem: ValueError = Unreadable(path.name, "an archive without files")
@@ -80,7 +100,7 @@ def _head(path: Path, run: Run) -> DumpHead:
             except ValueError as e:
                 problem = e
     if head is None:
-        raise ValueError(f"{path} is not a dump of Wikipedia: {problem}")
+        raise Unreadable(str(path), f"it is not a dump of Wikipedia: {problem}")
     if head.host and head.language is None:
         raise ValueError(f"{path} is a dump of {head.host}, not of Wikipedia")
     if head.language is None:
@@ -113,6 +133,9 @@ class Pages(Reader):
     def read(self, path: Path) -> Iterator[Document]:
         task = next(i for i, group in enumerate(self.groups) if path in group)
         language, parts = self.languages[task], self.parts[task]
+        if not language:
+            yield self.skipped(path.name, "not a dump of Wikipedia, or its head is damaged")
+            return
         if language not in self.wanted:
             yield self.skipped(path.name, f"dump in the language {language}")
             return

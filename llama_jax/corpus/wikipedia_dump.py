@@ -54,8 +54,15 @@ def read_head(stream: Stream) -> DumpHead:
     Raises:
         ValueError: The file is not a dump of MediaWiki.
     """
-    _, head = next(split_records(stream, "page"))
-    return _parse_head(head)
+    records = split_records(stream, "page")
+    _, head = next(records)
+    try:
+        return _parse_head(head)
+    except ValueError:
+        _, following = next(records, (0, b""))
+        if isinstance(following, Unreadable):
+            raise following from None
+        raise
 
 
 def _parse_head(head: bytes | Unreadable) -> DumpHead:

@@ -142,6 +142,11 @@ def test_a_prefix_of_elements_and_dumps_without_namespace_numbers(tmp_path):
         (dump("").replace("https://.wikipedia.org/wiki/X", ""), [], "does not say its language"),
         ("<posts>\n</posts>", [], "is not a dump of Wikipedia: it has no <mediawiki>"),
         (b"\x1f\x8b\x08\x00abc", [], "is not a dump of Wikipedia"),
+        (
+            bz2.compress(dump().encode())[:-60],
+            [],
+            "is not a dump .* byte 0: a truncated bzip2 member",
+        ),
         (b"PK\x05\x06" + bytes(18), [], "is not a dump of Wikipedia: .* an archive without files"),
     ],
 )
@@ -161,6 +166,19 @@ def test_of_several_dumps_those_in_wanted_languages_are_read(tmp_path):
     documents, dropped, _ = inline.run("wikipedia", paths, tmp_path / "out")
     assert {d["language"] for d in documents} == {"sl", "uk"}
     assert ("ltgwiki.xml", "dump in the language ltg") in {(d["id"], d["reason"]) for d in dropped}
+
+
+def test_a_dump_with_a_damaged_head_does_not_end_the_run(tmp_path):
+    contents = {
+        "a.xml.bz2": bz2.compress(dump().encode())[:-60],
+        "b.xml": dump(pages=[page(1, "b")]),
+    }
+    paths = [write(tmp_path, content, name) for name, content in contents.items()]
+    documents, dropped, _ = inline.run("wikipedia", paths, tmp_path / "out")
+    assert [d["text"] for d in documents] == ["b"]
+    assert [(d["id"], d["reason"]) for d in dropped] == [
+        ("a.xml.bz2", "not a dump of Wikipedia, or its head is damaged")
+    ]
 
 
 def test_of_several_revisions_of_an_article_the_newest_is_kept(tmp_path):
