@@ -365,8 +365,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         _dates.clear()
         text, blocks = rendered(len(messages), variables["add_generation_prompt"])
         if variables["add_generation_prompt"]:
-            keys = list(_keys(request))
-            turns = [_remembered.get(keys[k], rendered, k) for k in answers]
+            keys, turns = list(_keys(request)), []
+            for k in answers:
+                # Before the system ends this process, and with it the memory.
+                if _cpu_time() > end - PROMPT_SECONDS / 5:
+                    raise ValueError(
+                        f"it takes too long ({PROMPT_SECONDS} s for all answers of a prompt); try "
+                        "again to continue from there"
+                    )
+                turns.append(_remembered.get(keys[k], rendered, k))
         else:  # the examples of training differ
             turns = [_turn(rendered, k) for k in answers]
         places, has_prompt = _places(turns, text), _has_prompt(rendered, answers)

@@ -478,6 +478,19 @@ def test_turns_of_a_long_conversation_are_rendered_once(worker, monkeypatch):
     assert len(worker._remembered._turns) <= 6
 
 
+def test_another_try_continues_where_the_time_was_over(worker, monkeypatch):
+    count = [0]  # renderings; each takes a second
+    render = worker._render
+    monkeypatch.setattr(worker, "_render", lambda *args: (count.append(1), render(*args))[1])
+    monkeypatch.setattr(worker, "_cpu_time", lambda: float(len(count)))
+    request = render_request(SMOLLM2, [m | {"content": f"{i}"} for i, m in enumerate(TALK * 8)])
+    found = [worker.answer(copy.deepcopy(request)) for _ in range(6)]
+    assert "too long (10 s for all" in found[0]["error"]
+    assert "error" not in found[-1]
+    assert len(found[-1]["turns"]) == 16
+    assert len(count) < 80
+
+
 def test_load_template(tmp_path):
     with pytest.raises(
         ValueError, match=r"set data\.template .*to alpaca, vicuna, .* or the path of"
