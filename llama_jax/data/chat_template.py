@@ -23,6 +23,8 @@ BUILT_IN = ("alpaca", "vicuna", "gpt4all", "chatml", "llama2", "llama3")
 """Names of the templates in the folder ``templates``."""
 MAX_TEMPLATE_BYTES = 1 << 20
 """The largest chat template read; published ones have up to 20 kB."""
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of the reasoning of an answer; templates read one of the first two."""
 _END_OF_MESSAGE = "END_OF_MESSAGE_TO_CONTINUE"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
@@ -368,8 +370,12 @@ class ChatTemplate:
         tools: Sequence[dict[str, Any]] | None,
         prompt: bool,
     ) -> _Rendering:
-        # As in transformers, a key whose value is None is left out.
+        # As in transformers, a key whose value is None is left out, and reasoning has both names.
         messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        for message in messages:
+            if reasoning := [message[name] for name in _REASONING if name in message]:
+                message.setdefault("thinking", reasoning[0])
+                message["reasoning_content"] = reasoning[0]
         for name, tree in (("messages", messages), ("tools", tools)):
             for text in strings_of(tree):
                 check_text(name, text)

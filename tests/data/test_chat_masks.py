@@ -510,6 +510,20 @@ def test_load_template(tmp_path):
         load_template(str(own), None)
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_under_any_name_is_that_of_transformers(name, tokenizers):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers.utils.chat_template_utils, "_alias_reasoning_fields"):
+        pytest.skip("a release of transformers that passes the fields on as they are")
+    tokenizer = tokenizers["bytes"]
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.path))
+    talk = [TALK[0], TALK[1] | {name: "so"}, TALK[2], TALK[3] | {name: None}]
+    for read in ("reasoning_content", "thinking"):
+        source = SMOLLM2.replace("message['content']", f"(message.{read} or '') + message.content")
+        want = theirs.apply_chat_template(talk, chat_template=source, return_dict=False)
+        assert ChatTemplate(source).encode_example(talk, tokenizer)[0] == want
+
+
 def test_the_template_for_tools(tokenizers, tmp_path):
     """Of a tokenizer_config.json with several templates, as in transformers: byte for byte."""
     transformers = pytest.importorskip("transformers")
