@@ -105,7 +105,7 @@ def _run(tool: str, program: str, tests: str, *, seconds: float, memory_bytes: i
         stdin.seek(0)
         with subprocess.Popen(
             _COMMANDS[tool](folder), stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            cwd="/", env=_ENVIRONMENT,
+            cwd="/", env=_ENVIRONMENT, start_new_session=True,  # kill(0, ...) reaches its group
         ) as process:  # fmt: skip
             late = threading.Timer(elapsed_seconds, process.kill)
             late.start()

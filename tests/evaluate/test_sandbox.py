@@ -222,6 +222,20 @@ def test_killed_from_outside(run):
     assert none_left(mark)
 
 
+def test_signals_to_the_group_of_processes(run):
+    """A signal to process 0 is for all processes of the group, also those outside namespaces."""
+    tool = next(iter(sandbox._COMMANDS))
+    program = "import os, signal\nfor s in (signal.SIGSTOP, signal.SIGKILL): os.kill(0, s)"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(sandbox.__file__).parent)!r})\n"
+        f"import sandbox; sandbox._run({tool!r}, {program!r}, '', seconds=1, memory_bytes=1 << 29)"
+        "; print('alive')"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=30, start_new_session=True)
+    assert done.stdout == b"alive\n"
+
+
 def test_refused_without_a_sandbox(monkeypatch):
     sandbox._tool.cache_clear()
     failing = {"sh": lambda folder: ["sh", "-c", "echo no namespaces"], "no-such-tool": None}
