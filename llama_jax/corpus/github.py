@@ -58,7 +58,11 @@ def looks_like(first_bytes: bytes, name: str) -> bool:
     return _is_rows(first_bytes) or is_license_file(name) or extension(name) in _COMMON_EXTENSIONS
 
 
-_COMMON_EXTENSIONS = {".py", ".c", ".h", ".cpp", ".cc", ".js", ".ts", ".go", ".java", ".rs", ".rb"}
+_COMMON_EXTENSIONS = {
+    ".py", ".c", ".h", ".cpp", ".hpp", ".cc", ".cs", ".css", ".go", ".hs", ".java", ".jl", ".js",
+    ".lua", ".php", ".pl", ".pm", ".ps1", ".rb", ".rs", ".scala", ".sh", ".sql", ".ts", ".tsx",
+    ".vb", ".f90", ".m",
+}  # fmt: skip
 
 
 def stages(run: Run) -> Iterator[Stage]:

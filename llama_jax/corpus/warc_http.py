@@ -128,18 +128,18 @@ def decode_html(body: bytes, content_type: bytes = b"") -> str | None:
 
     A few damaged characters become U+FFFD, as in browsers; a page is often cut inside one.
     """
-    declared = _CHARSET.search(content_type) or _CHARSET.search(body[:4096])
-    name = _encoding(declared[1].decode("ascii")) if declared else None
-    if name and name.startswith("iso2022") and b"\x1b" in body:  # has bytes of ASCII only
-        return body.decode(name, "replace")
+    labels = _CHARSET.findall(content_type) + _CHARSET.findall(body[:4096])  # also those of scripts
+    names = list(filter(None, (_encoding(label.decode("ascii")) for label in labels)))
+    if names and names[0].startswith("iso2022") and b"\x1b" in body:  # has bytes of ASCII only
+        return body.decode(names[0], "replace")
     if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return body.decode("utf-16", "replace")
     try:
         return codecs.getincrementaldecoder("utf-8-sig")().decode(body)  # may end in a character
     except UnicodeDecodeError:
         pass
-    for declared_or_usual in filter(None, (name, "utf-8")):
-        if (text := try_decode(body, declared_or_usual)) is not None:
+    for name in dict.fromkeys([*names, "utf-8"]):
+        if (text := try_decode(body, name)) is not None:
             return text
     guess = _encoding(cchardet.detect(body)["encoding"] or "utf-8")
     text = body.decode(guess, "replace") if guess else None

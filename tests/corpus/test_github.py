@@ -265,6 +265,7 @@ def test_counts_of_letters(text):
 def test_looks_like():
     assert github.looks_like(json.dumps(rows()[0]).encode(), "x.json")
     assert github.looks_like(b"import x", "a.py")
+    assert github.looks_like(b"<?php", "a.php")
     assert not github.looks_like(b'{"text": "x", "url": "y"}', "c4.json")
 
 

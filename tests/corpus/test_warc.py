@@ -302,6 +302,11 @@ def test_character_encodings(charset, encoding, text):
     assert warc_http.decode_html(text.encode(encoding), header) == text
 
 
+def test_a_script_in_another_encoding_than_the_page():
+    page = '<script charset="utf-8" src="a"></script><meta charset="windows-1251"><p>привет'
+    assert warc_http.decode_html(page.encode("cp1251")) == page
+
+
 @pytest.mark.parametrize("header", [b"text/html; charset=utf-8", b"text/html"])
 def test_a_damaged_character_does_not_change_the_others(header):
     damaged = PAGE.encode() + b"\xff<p>" + PAGE.encode()
