@@ -357,7 +357,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
         end = _cpu_time() + PROMPT_SECONDS if variables["add_generation_prompt"] else math.inf
 
-        @functools.cache
+        @functools.lru_cache(maxsize=4)  # not all: their length is quadratic in the answers
         def rendered(count: int, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
             some = {"messages": messages[:count], "add_generation_prompt": prompt}
             return _without_blocks(_render(template, variables | some, end))

@@ -491,6 +491,28 @@ def test_another_try_continues_where_the_time_was_over(worker, monkeypatch):
     assert len(count) < 80
 
 
+def test_the_memory_for_all_answers_of_an_example_is_that_of_a_few(
+    tokenizers, tmp_path, monkeypatch
+):
+    """The two renderings for each answer were all kept: 400 MB here, and over 1 GiB for an agent's
+    1,000 answers, which were refused."""
+    folder = Path(template_process.__file__).parent
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"import sys\nsys.path.insert(0, {str(folder)!r})\nimport template_worker as worker\n"
+        "worker.BYTES = 256 << 20\nworker.main()\n"
+    )
+    monkeypatch.setattr(template_process, "_WORKER", worker)
+    process = template_process.Process()
+    monkeypatch.setattr(template_process, "process", process)
+    talk = [m | {"content": f"{i}" + "x" * 2500} for i in range(200) for m in TALK[:2]]
+    try:
+        _, counted = ChatTemplate(SMOLLM2).encode_example(talk, tokenizers["bytes"])
+    finally:
+        process.close()
+    assert sum(counted) == sum(len(m["content"]) + 1 for m in talk[1::2])
+
+
 def test_load_template(tmp_path):
     with pytest.raises(
         ValueError, match=r"set data\.template .*to alpaca, vicuna, .* or the path of"
