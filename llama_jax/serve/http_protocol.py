@@ -58,11 +58,20 @@ class LimitedProtocol(H11Protocol):
     def handle_events(self) -> None:
         super().handle_events()
         state = self.conn.their_state
+        is_idle = state is h11.IDLE and not self.conn.trailing_data[0]
+        is_between_requests = is_idle and self.cycle is not None
         if state not in (h11.IDLE, h11.SEND_BODY):
             self._cancel_request_timer()
         elif state is h11.SEND_BODY and self._request is None:
             # Its head came together with the request before, which has been answered now.
             self._request = self.loop.call_later(TIMEOUT, self._too_slow)
+        elif is_between_requests and self._request is not None:
+            # The rest of a body came after the answer, for example a refusal.
+            self._cancel_request_timer()
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -831,6 +831,26 @@ def test_slow_requests_and_slow_readers(tokenizer, monkeypatch):
         connection.close()
 
 
+def test_a_connection_is_used_again_after_an_early_answer(tokenizer, monkeypatch):
+    """The rest of the body comes after it. The time limit of that request is over then."""
+    monkeypatch.setattr(http_protocol, "TIMEOUT", 0.3)
+    with Running(FakeEngine(tokenizer), [model(tokenizer)]) as server:
+        server.server.config.timeout_keep_alive = 1
+        connection = server.connect()
+        connection.request("POST", "/nothing", b"x" * 2_000_000)
+        assert connection.getresponse().read()
+        time.sleep(0.5)
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (200, b'{"status":"ok"}')
+        connection.close()
+        with socket.create_connection(("127.0.0.1", server.port), 10) as s:
+            head = "POST /nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2000000\r\n\r\n"
+            s.sendall(head.encode() + b"x" * 2_000_000)
+            while part := s.recv(1 << 16):  # until it is closed, because nothing more comes
+                assert b"408" not in part
+
+
 def test_connections_are_limited(tokenizer, monkeypatch):
     monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 3)
     with Running(FakeEngine(tokenizer), [model(tokenizer)]) as server:
