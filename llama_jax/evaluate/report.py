@@ -69,7 +69,7 @@ def write_report(output: Path, results: dict[str, Any], run: RunInfo) -> str:
       The tables as text for the terminal.
     """
     scores = all_scores(results)
-    run = run._replace(notes=task_notes(results))
+    run = run._replace(notes=[*task_notes(results), *_infinite(results)])
     tables = [t for t in published_tables() if any(measured(t, scores))]
     bars = _bars(tables, scores, _fractions(scores, results))
     charted = save_chart(output / "chart.png", bars, run.model)
@@ -87,6 +87,16 @@ def task_notes(results: dict[str, Any]) -> list[str]:
     configs = sorted(results.get("configs", {}).items())
     known = [(task, x) for task, config in configs if isinstance(x := config.get("metadata"), dict)]
     return [f"{task}: {metadata['note']}." for task, metadata in known if metadata.get("note")]
+
+
+def _infinite(results: dict[str, Any]) -> list[str]:
+    """Notes about values that are no numbers, which no table has."""
+    return [
+        f"{task}: {name.removesuffix(',none')} is {value}, and has no row."
+        for task, values in sorted(results["results"].items())
+        for name, value in values.items()
+        if isinstance(value, float) and not math.isfinite(value) and "_stderr," not in name
+    ]
 
 
 def all_scores(results: dict[str, Any]) -> dict[str, dict[str, Score]]:

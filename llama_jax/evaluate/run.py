@@ -5,8 +5,10 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import time
+import types
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -124,6 +126,7 @@ def run_tasks(
     Raises:
       ValueError: as for :func:`evaluate`.
     """
+    import lm_eval.api.metrics
     import lm_eval.evaluator_utils
     from lm_eval.api.metrics import mean, mean_stderr
     from lm_eval.tasks import TaskManager
@@ -137,12 +140,25 @@ def run_tasks(
     # The harness's bootstrap would fork this process with its threads: only means have standard
     # errors, from which the harness computes those of groups.
     only_of_means = lambda metric, bootstrap_iters: {mean: mean_stderr}.get(metric)
-    with mock.patch.object(lm_eval.evaluator_utils, "stderr_for_metric", only_of_means):
+    functions = types.SimpleNamespace(**{**vars(math), "exp": _exp})
+    with (
+        mock.patch.object(lm_eval.evaluator_utils, "stderr_for_metric", only_of_means),
+        mock.patch.object(lm_eval.api.metrics, "math", functions),
+    ):
         return lm_eval.simple_evaluate(
             model=model, tasks=list(selection.loaded["tasks"]), limit=limit, bootstrap_iters=1,
             task_manager=Loaded(include_defaults=False), apply_chat_template=chat_template,
             torch_random_seed=None,  # would import torch, if that is installed
         )  # fmt: skip
+
+
+def _exp(x: float) -> float:
+    """Infinity for a perplexity beyond the range of numbers, such as that of a word in a language
+    without blanks: the harness would end with an error after all answers."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 def identity(llm: "LLM") -> str:

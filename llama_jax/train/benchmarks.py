@@ -284,6 +284,9 @@ def benchmark_lines(record: dict[str, Any]) -> list[str]:
     """The log lines of a record: the main metric of each task, and the seconds of all."""
     lines = []
     for task, metrics in record["tasks"].items():
+        if not metrics:
+            lines.append(f"benchmark/{task} has no value that is finite")
+            continue
         name, score = next(iter(metrics.items()))
         error = score["standard_error"]
         error = "" if error is None else f" ± {error:.3f}"
@@ -303,6 +306,8 @@ def plot_benchmarks(records: Sequence[dict[str, Any]], path: Path, title: str) -
     for record in records:
         if record["kind"] == "benchmark":
             for task, metrics in record["tasks"].items():
+                if not metrics:  # none is finite
+                    continue
                 name, score = next(iter(metrics.items()))
                 point = record["tokens"] / 1e6, score["value"], score["standard_error"] or 0
                 curves.setdefault(f"{task} {name}", []).append(point)

@@ -201,6 +201,26 @@ def test_examples_are_not_taken_from_the_questions(tmp_path):
     assert all(request.args[0].count("Question: shot") == 2 for request in loaded.instances)
 
 
+def test_a_perplexity_beyond_the_range_of_numbers(llm, tmp_path):
+    """The harness takes exp of the log-likelihood per word; a text may have a single long word."""
+    task = """
+task: my_texts
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+"""
+    (tmp_path / "docs.jsonl").write_text(json.dumps({"text": "thecatsat" * 60}))
+    (tmp_path / "my_texts.yaml").write_text(task % (tmp_path / "docs.jsonl"))
+    evaluate(llm, [str(tmp_path / "my_texts.yaml")], TaskOptions(), tmp_path / "out")
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert list(report["tasks"]["my_texts"]["metrics"]) == ["bits_per_byte"]
+    assert report["notes"] == ["my_texts: word_perplexity is inf, and has no row."]
+
+
 def test_a_set_without_some_of_its_data(tmp_path):
     """The tasks that have their data are evaluated; a task named itself is an error."""
     record = dict(goal="a", sol1="b", sol2="c", label=0)

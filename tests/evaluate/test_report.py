@@ -1,6 +1,7 @@
 """The report: the paper's tables, standard errors from the samples, and stable JSON."""
 
 import json
+import math
 import re
 import statistics
 
@@ -159,6 +160,13 @@ def test_bits_per_byte_are_not_percent(results, tmp_path, monkeypatch):
     assert "gsm8k exact_match,strict" in labels
     assert "mmlu acc" in labels
     assert not [label for label in labels if "wikitext" in label]
+
+
+def test_infinite_values_are_named(results, tmp_path):
+    results["results"]["wikitext"]["word_perplexity,none"] = math.inf
+    text = write_report(tmp_path, results, RUN)
+    assert "wikitext: word_perplexity is inf, and has no row." in text
+    assert "wikitext" in json.loads((tmp_path / "report.json").read_text())["tasks"]
 
 
 def test_a_chat_template_is_stated(results, tmp_path):

@@ -20,7 +20,7 @@ from llama_jax.data.batch import ShardBatch
 from llama_jax.model.params import merge, structure
 from llama_jax.model.sharding import make_mesh
 from llama_jax.train.__main__ import main
-from llama_jax.train.benchmarks import Benchmarks, PackedScorer, plot_benchmarks
+from llama_jax.train.benchmarks import Benchmarks, PackedScorer, benchmark_lines, plot_benchmarks
 from llama_jax.train.metrics import read_records
 from llama_jax.train.step import abstract_state, compute_config, init_state
 
@@ -289,5 +289,9 @@ def test_plot(tmp_path):
     ]
     plot_benchmarks([{"kind": "train"}], tmp_path / "none.png", "m")
     assert not (tmp_path / "none.png").exists()
+    points[0]["tasks"]["e"] = {}  # its perplexity was infinite
+    assert benchmark_lines(points[0] | {"seconds": 1.0})[-2:] == [
+        "benchmark/e has no value that is finite", "benchmarks took 1.0 s",
+    ]  # fmt: skip
     plot_benchmarks(points, tmp_path / "some.png", "m")
     assert matplotlib.image.imread(tmp_path / "some.png").shape[0] > 700  # two rows of panels
