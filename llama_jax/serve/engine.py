@@ -45,7 +45,8 @@ class Engine:
       prefix_cache_bytes: memory for the starts of prompts of earlier requests.
       adapters: models with the same base, by name.
       max_waiting: requests that may wait for a slot.
-      max_waiting_tokens: tokens that their prompts may have together.
+      max_waiting_tokens: tokens that their prompts may have together; default: 1,048,576, or more
+        if 128 prompts of full length, as one HTTP request may have, need more.
       timeout: most seconds of a request without a deadline of its own, waiting included.
       page: positions per page of the cache, and prompt tokens per call; default: by platform.
       metrics: told about all requests.
@@ -64,7 +65,7 @@ class Engine:
         prefix_cache_bytes: int = 0,
         adapters: Mapping[str, LLM] | None = None,
         max_waiting: int = 256,
-        max_waiting_tokens: int = 1 << 20,
+        max_waiting_tokens: int | None = None,
         timeout: float | None = None,
         page: int | None = None,
         metrics: Metrics | None = None,
@@ -84,7 +85,8 @@ class Engine:
         count = num_pages(self.llms.values(), slots * row_pages + kept, row_pages, page_bytes)
         self._sizes = Sizes(slots, page, row_pages, count, llm.cfg.vocab_size)
         self._pages = Pages(count, kept)
-        self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
+        self._max_waiting = max_waiting
+        self._max_waiting_tokens = max_waiting_tokens or max(1 << 20, 128 * self.context)
         self._timeout = timeout
 
         self._numbers = itertools.count(1)

@@ -2,6 +2,7 @@
 the engine's thread. Nothing stays held, and other requests are not disturbed."""
 
 import copy
+import dataclasses
 import random
 import threading
 import time
@@ -13,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_tools import SIZES, EveryThird, ask, prompt, start_engine, submit, tiny_llm
-from model_tools import small
+from model_tools import F32, small
 
 from llama_jax import Sample
+from llama_jax.generate.llm import LLM
 from llama_jax.serve import sizes
 from llama_jax.serve.engine import Engine
 from llama_jax.serve.pages import Pages
 from llama_jax.serve.programs import BoundPrograms, _drawn
 from llama_jax.serve.request import GenerationRequest, Metrics, QueueFull, Sampling, Stopping
 from llama_jax.serve.running import Running
+from llama_jax.serve.schemas import MAX_CHOICES
 from llama_jax.serve.sizes import Sizes
 
 
@@ -172,6 +175,18 @@ def test_a_full_queue(llm, monkeypatch):
     with pytest.raises(Stopping):
         submit(engine, [5], 2)
     assert not engine.status().alive
+
+
+def test_an_empty_queue_takes_all_answers_to_one_request(llm, monkeypatch):
+    """Otherwise the request would be refused for ever, and the client told to try again."""
+    cfg = dataclasses.replace(llm.cfg, context=20_000)
+    long = LLM(cfg, llm.params, llm.tokenizer, F32, eos_ids=())
+    engine = Engine(long, slots=1, context=20_000)
+    monkeypatch.setattr(engine, "_thread", threading.current_thread())  # answers nothing
+    ids = tuple(prompt(19_990))
+    for _ in range(MAX_CHOICES):
+        engine.submit(GenerationRequest(ids, 10, send=print))
+    assert engine.status().waiting == MAX_CHOICES
 
 
 def test_the_first_of_the_queue_is_not_overtaken(llm, monkeypatch):
