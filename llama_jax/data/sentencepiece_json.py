@@ -43,6 +43,38 @@ def to_json(content: bytes) -> dict[str, Any]:
     return tree
 
 
+def with_added(
+    tree: dict[str, Any], tokens: list[dict[str, Any]], prefix_after_controls: bool
+) -> dict[str, Any]:
+    """A tree of :func:`to_json` with further tokens.
+
+    Args:
+      tree: of a model.
+      tokens: from :func:`tokenizer_json.added_token`.
+      prefix_after_controls: whether text after them gets a space before it, as text at the start.
+
+    Raises:
+      ValueError: a token is a piece of the model.
+    """
+    vocab = dict(tree["model"]["vocab"])
+    for token in tokens:
+        if vocab.setdefault(token["content"], token["id"]) != token["id"]:
+            raise ValueError(f"{token['content']!r:.60} has two ids")
+    changed = {
+        "added_tokens": tree["added_tokens"] + tokens,
+        "model": tree["model"] | {"vocab": vocab},
+    }
+    if not prefix_after_controls and len(tree["normalizer"]["normalizers"]) > 1:
+        spaces = {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "first",
+            "split": False,
+        }
+        changed |= {"normalizer": None, "pre_tokenizer": spaces}
+    return tree | changed
+
+
 def special_names(content: bytes) -> dict[str, str]:
     """Special tokens of a SentencePiece model, as ``tokenizer_config.json`` names them."""
     proto = parse(content)

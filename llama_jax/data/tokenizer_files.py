@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llama_jax.data import sentencepiece_json, tiktoken_text
+from llama_jax.config.loading import strings_of
+from llama_jax.data import sentencepiece_json, tiktoken_text, tokenizer_json
 from llama_jax.data.tokenizer_json import CONTROL_NAME
 from llama_jax.io import MAX_JSON_BYTES, read_json, read_limited
 
@@ -28,6 +29,8 @@ EXTRAS = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """Files that Hugging Face keeps beside a tokenizer."""
+_TOKEN_SETTINGS = ("pad_token", "additional_special_tokens", "extra_special_tokens")
+"""Keys of ``tokenizer_config.json`` that name control tokens."""
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
@@ -164,6 +167,9 @@ def load_sentencepiece(content: bytes) -> tuple[Any, Any]:
 def find(folder: Path) -> list[TokenizerFile]:
     """The ``tokenizer.model`` and ``tokenizer.json`` of a folder, those that exist.
 
+    Tokens that were added to a ``tokenizer.model`` in other files, as transformers wrote them
+    before ``tokenizer.json``, give a ``tokenizer.json`` with all of them.
+
     Raises:
       ValueError: one of them is damaged.
     """
@@ -171,7 +177,42 @@ def find(folder: Path) -> list[TokenizerFile]:
     found = [recognize(p) for p in paths if os.path.lexists(p)]
     for file in found:
         _ = file.size  # raises for a damaged file
+    if [file.kind for file in found] == ["sentencepiece"]:
+        found += _with_added_tokens(folder, found[0])
     return found
+
+
+def _with_added_tokens(folder: Path, model: TokenizerFile) -> list[TokenizerFile]:
+    """A ``tokenizer.json`` with the tokens that other files add to a model; none if there are none.
+
+    ``added_tokens.json`` has their ids, and ``added_tokens_decoder`` in ``tokenizer_config.json``
+    (from 2023 on) their settings as well.
+    """
+    paths = [folder / name for name in ("added_tokens.json", "tokenizer_config.json")]
+    ids, settings = (read_json(p, _MAX_EXTRA_BYTES) if p.is_file() else {} for p in paths)
+    special = folder / "special_tokens_map.json"
+    named = read_json(special, _MAX_EXTRA_BYTES) if special.is_file() else {}
+    names = {*strings_of(named), *strings_of({k: settings.get(k) for k in _TOKEN_SETTINGS})}
+    tokens = {}
+    try:
+        for name, i in ids.items():
+            tokens[i] = tokenizer_json.added_token(i, name, special=name in names)
+        for i, given in (settings.get("added_tokens_decoder") or {}).items():
+            flags = {key: bool(given.get(key)) for key in ("special", "lstrip", "rstrip")}
+            tokens[int(i)] = tokenizer_json.added_token(int(i), given["content"]) | flags
+        added = [tokens[i] for i in sorted(tokens) if i >= model.size]
+        if not added:
+            return []
+        path = paths[0] if added[0]["content"] in ids else paths[1]
+        tree = sentencepiece_json.with_added(
+            sentencepiece_json.to_json(model.content), added, settings.get("legacy") is not False
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise ValueError(
+            f"the tokens that {folder} adds to {model.path.name} cannot be used: {e!s:.300}; write "
+            "a tokenizer.json with transformers (save_pretrained)"
+        ) from None
+    return [TokenizerFile(path, JSON_FILE, json.dumps(tree, ensure_ascii=False).encode())]
 
 
 def find_in_parent(folder: Path, size: int) -> tuple[list[TokenizerFile], list[str]]:
