@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_jax.corpus.decontaminate import ngram_hashes, split_words
+from llama_jax.corpus.decontaminate import ngram_hashes, word_hashes
 
 _MAX_SAMPLES = 1 << 22
 """N-grams sampled from all texts together; comparing them takes 1.3 GB for 200,000 texts."""
@@ -21,11 +21,11 @@ _MAX_HOLDERS = 16
 
 def distinct_hashes(text: str, ngram: int) -> np.ndarray:
     """Hashes of the distinct n-grams of a text, uint64, ascending; a short text is one n-gram."""
-    words = split_words(text)
-    if not words:
-        return np.zeros(0, np.uint64)
-    length = min(ngram, len(words))
-    return np.unique(dict(ngram_hashes(words, [length]))[length])
+    of_word = word_hashes(text)
+    if not len(of_word):
+        return of_word
+    length = min(ngram, len(of_word))
+    return np.unique(dict(ngram_hashes(of_word, [length]))[length])
 
 
 def sampling_rate(total_bytes: int) -> int:

@@ -24,6 +24,7 @@ from llama_jax.corpus.steps import Documents, Stage, Step
 from llama_jax.io import atomic_write, read_json
 
 _WORD = re.compile(r"[^\W_]+")
+_BLOCK = 1 << 20  # characters
 _BASE = 0x9E3779B97F4A7C15  # odd: the base of the polynomial over the hashes of words
 
 
@@ -138,7 +139,7 @@ class Index:
             if len(words) < (min_words if is_first else ngram):
                 continue
             length = min(ngram, len(words))
-            hashes = dict(ngram_hashes(words, [length]))[length]
+            hashes = dict(ngram_hashes(word_hashes(text), [length]))[length]
             lengths.add(length)
             parts.append(hashes)
             numbers.append(np.full(len(hashes), len(places), np.uint32))
@@ -166,41 +167,60 @@ class Index:
 
     def find(self, text: str) -> tuple[str, str] | None:
         """The place of a text of the index that occurs in ``text``, and the words in common."""
-        words = split_words(text)
-        for length, hashes in ngram_hashes(words, self.lengths):
+        for length, hashes in ngram_hashes(word_hashes(text), self.lengths):
             at = np.searchsorted(self.hashes, hashes)
             at[at == len(self.hashes)] = 0
             if len(found := np.flatnonzero(self.hashes[at] == hashes)):
                 start = int(found[0])
                 place = self.places[int(self.text[at[start]])]
-                return place, " ".join(words[start : start + length])
+                return place, " ".join(split_words(text)[start : start + length])
         return None
 
 
 def split_words(text: str) -> list[str]:
     """Runs of letters and digits, in lower case."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    return _WORD.findall(_normalize(text))
 
 
-def ngram_hashes(words: Sequence[str], lengths: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+def _normalize(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).lower()
+
+
+def word_hashes(text: str) -> np.ndarray:
+    """Hashes of the words of a text, uint64 (words).
+
+    In blocks, because a list of all words takes up to 30 times the memory of the text.
+    """
+    text = _normalize(text)
+    word_hash = create_hash_func(HashConfig(precision=64, hash_fc="xxhash"))
+    blocks, start = [np.zeros(0, np.uint64)], 0
+    while start < len(text):
+        end = start + _BLOCK
+        while end < len(text) and text[end].isalnum():
+            end += 1
+        words = _WORD.findall(text, start, end)
+        blocks.append(np.fromiter(map(word_hash, words), np.uint64, len(words)))
+        start = end
+    return np.concatenate(blocks)
+
+
+def ngram_hashes(of_word: np.ndarray, lengths: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
     """Hashes of all n-grams of some lengths.
 
     Args:
-        words: Of the text.
+        of_word: See `word_hashes`.
         lengths: Numbers of words of the n-grams, ascending.
 
     Yields:
-        Each length that is not more than the number of words, and uint64 (len(words) - length + 1).
+        Each length that is not more than the number of words, and uint64 (words - length + 1).
     """
-    word_hash = create_hash_func(HashConfig(precision=64, hash_fc="xxhash"))
-    of_word = np.fromiter(map(word_hash, words), np.uint64, len(words))
     # n-grams of different lengths differ: the length is the first coefficient of the polynomial.
-    total, power, summed = np.zeros(len(words), np.uint64), 1, 0
+    total, power, summed = np.zeros(len(of_word), np.uint64), 1, 0
     for length in lengths:
-        if length > len(words):
+        if length > len(of_word):
             return
         for k in range(summed, length):
             power = power * _BASE % 2**64
-            total[: len(words) - k] += of_word[k:] * np.uint64(power)
+            total[: len(of_word) - k] += of_word[k:] * np.uint64(power)
         summed = length
-        yield length, total[: len(words) - length + 1] + np.uint64(length)
+        yield length, total[: len(of_word) - length + 1] + np.uint64(length)

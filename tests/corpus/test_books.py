@@ -5,6 +5,7 @@ import json
 import random
 import tarfile
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ pytest.importorskip("datatrove", reason="needs the extra corpus")
 from corpus import inline
 from datatrove.data import Document
 
-from llama_jax.corpus import books, containment
+from llama_jax.corpus import books, containment, decontaminate
 from llama_jax.corpus.books_gutenberg import remove_gutenberg
 
 RAW = Path(__file__).parents[3] / "shared/data/raw/gutenberg"
@@ -310,6 +311,21 @@ def test_many_copies_of_one_text():
     )
     assert sorted(found) == list(range(1, 50))
     assert {kept for kept, _ in found.values()} == {0}
+
+
+def test_blocks_do_not_change_the_words_and_bound_the_memory(monkeypatch):
+    text = "Ä first, a se_cond! ﬁ 12a\n" * 9 + "x" * 50
+    whole = decontaminate.word_hashes(text)
+    assert len(whole) == len(decontaminate.split_words(text))
+    monkeypatch.setattr(decontaminate, "_BLOCK", 7)
+    np.testing.assert_array_equal(decontaminate.word_hashes(text), whole)
+    monkeypatch.setattr(decontaminate, "_BLOCK", 1 << 15)
+    text = "ab cd ef " * 60_000
+    tracemalloc.start()
+    containment.distinct_hashes(text, 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * len(text)  # a list of the words alone takes 30
 
 
 def test_texts_shorter_than_an_ngram():
