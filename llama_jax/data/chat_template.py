@@ -163,8 +163,8 @@ class ChatTemplate:
       source: Jinja text, as Hugging Face stores it.
       name: name of the template in error messages.
       tokens: of the template of a checkpoint, the names of tokens in its files. Other names in its
-        text, such as TinyLlama's "<|user|>", are text, as when the model was trained. Default: each
-        name must be a token.
+        text, such as TinyLlama's ``<|user|>``, are text, as when the model was trained. Default:
+        each name must be a token.
 
     Raises:
       ValueError: the text is not a template.
