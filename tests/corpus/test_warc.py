@@ -258,6 +258,7 @@ PAGE = "<p>naïve “quotes” café</p>" * 30
         ("br", PAGE.encode()),  # headers that are wrong
         ("unknown", PAGE.encode()),
     ],
+    ids=["gzip", "br", "zstd", "zlib", "deflate", "not br", "unknown"],
 )
 def test_compressed_pages(tmp_path, encoding, body):
     head = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: {encoding}\r\n"
