@@ -158,13 +158,11 @@ def _sentencepiece(
     scores = metadata.get(f"{_KEY}scores")
     if not isinstance(scores, np.ndarray) or scores.dtype.kind != "f" or len(scores) < len(tokens):
         raise ConvertError(f"{path}: {_KEY}scores is missing or not one number for each token")
-    added = [i for i, t in enumerate(types) if t in (_CONTROL, _USER_DEFINED)]
     special = {ids.get("bos"), ids.get("pad"), metadata.get(f"{_KEY}eos_token_id")}
     size = len(tokens)
     while size and types[size - 1] in (_CONTROL, _USER_DEFINED) and size - 1 not in special:
         size -= 1
-    controls = [i for i in added if types[i] == _CONTROL and i not in special]
-    if not controls and size == len(tokens):
+    if size == len(tokens):
         # GGUF has spaces in user-defined pieces; SentencePiece has "▁" in all.
         pieces = [
             t.replace(" ", "▁") if k == _USER_DEFINED else t
@@ -181,11 +179,11 @@ def _sentencepiece(
         ) from None
     for token in tree["added_tokens"]:
         token["special"] = types[token["id"]] != _USER_DEFINED
-    files = [_checked(path, JSON_FILE, json.dumps(tree, ensure_ascii=False).encode())]
-    if min(controls, default=size) >= size:  # all were added at the end
-        base = _model_proto(metadata, tokens[:size], scores, types, ids)
-        files.insert(0, _checked(path, "sentencepiece", base))
-    return files
+    base = _model_proto(metadata, tokens[:size], scores, types, ids)
+    return [
+        _checked(path, "sentencepiece", base),
+        _checked(path, JSON_FILE, json.dumps(tree, ensure_ascii=False).encode()),
+    ]
 
 
 def _model_proto(

@@ -363,6 +363,37 @@ def test_user_defined_tokens_of_sentencepiece(last, tmp_path):
     assert made["tokenizer.ggml.token_type"].tolist() == changes["tokenizer.ggml.token_type"][1][1]
 
 
+def test_control_tokens_inside_a_sentencepiece_model(tmp_path):
+    """As in Mistral's, and where EOS is an added token: the model can be written again."""
+    cfg = small()
+    tokens = gguf_tools.metadata(cfg)["tokenizer.ggml.tokens"][1][1]
+    tokens = [*tokens[:3], "[INST]", *tokens[3:-3], "<|im_end|>", "<|im_start|>"]
+    types = [2, 3, 3, 3, *[1] * 18, 3, 3]
+    changes = {
+        "tokenizer.ggml.tokens": (ARRAY, (STRING, tokens)),
+        "tokenizer.ggml.token_type": (ARRAY, (I32, types)),
+        "tokenizer.ggml.eos_token_id": (U32, 22),
+    }
+    path, _ = gguf_tools.model(tmp_path / "m.gguf", cfg, **changes)
+    out = convert(path, tmp_path / "out")
+    tokenizer, a, space = Tokenizer.load(out), tokens.index("a"), tokens.index("▁")
+    assert tokenizer.encode_marked("[INST]a<|im_start|>a<|im_end|>") == [
+        3,
+        space,
+        a,
+        23,
+        space,
+        a,
+        22,
+    ]
+    assert 3 not in tokenizer.encode("[INST]")
+    again = convert(out, tmp_path / "again.gguf", to="gguf", type="f32")
+    made = gguf_tokenizer.make(open_folder(again))
+    assert made["tokenizer.ggml.tokens"] == tokens
+    assert made["tokenizer.ggml.token_type"].tolist() == types
+    assert made["tokenizer.ggml.eos_token_id"] == 22
+
+
 @pytest.mark.parametrize("ignore", [True, False])
 def test_whether_merges_are_ignored_is_kept(ignore):
     """The names llama-bpe and smaug-bpe split text in the same way, and differ in this."""
