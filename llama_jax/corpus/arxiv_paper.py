@@ -161,6 +161,11 @@ def _up_to_end(text: str) -> str:
     return text
 
 
+def _check_length(characters: int) -> None:
+    if characters > MAX_CHARACTERS:
+        raise PaperError(f"more than {MAX_CHARACTERS:,} characters with its \\input files")
+
+
 class _Joiner:
     def __init__(self, texts: Mapping[str, str], missing: list[str]):
         self.texts, self.missing = texts, missing
@@ -168,14 +173,14 @@ class _Joiner:
 
     def read(self, name: str, folder: str, path: tuple[str, ...]) -> str:
         """A file with what it includes. ``path``: the files that include it, to find cycles."""
+        _check_length(len(self.texts[name]))  # comments take memory too until they are removed
         text = remove_comments(self.texts[name])
         if path and (begin := _BEGIN.search(text)):  # a document of its own, as subfiles are
             text = text[begin.end() :]
         text = _up_to_end(text)
         text = text.rstrip("\n") if path else text
         self.characters += len(text)
-        if self.characters > MAX_CHARACTERS:
-            raise PaperError(f"more than {MAX_CHARACTERS:,} characters with its \\input files")
+        _check_length(self.characters)
         replace = lambda found: self._replacement(found, folder, (*path, name))
         pieces = split_verbatim(text)
         return "".join(x if is_verbatim else _INPUT.sub(replace, x) for x, is_verbatim in pieces)

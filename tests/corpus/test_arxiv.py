@@ -202,6 +202,8 @@ def test_limits_of_included_files(monkeypatch):
     }
     with pytest.raises(PaperError, match="more than 10,000 characters"):
         join_files(bomb)
+    with pytest.raises(PaperError, match="more than 10,000 characters"):
+        join_files({"m.tex": b"\\documentclass{a}" + b"%\n" * 10_000})
     with pytest.raises(PaperError, match="no TeX file"):
         join_files({"readme": b"text"})
 
