@@ -28,6 +28,7 @@ def html_to_text(html: str) -> str:
     html = _COMMENT.sub("", html[:comments_end]) + html[comments_end:]
     converter.feed(_NO_TAG.sub("&lt;", html))
     converter.close()
+    converter.end_code()  # without an end tag
     converter.end_line()
     return "\n".join(converter.lines)
 

@@ -58,6 +58,7 @@ RAW = Path(__file__).parents[3] / "shared/data/raw/stackexchange"
         ),
         ("<pre>a\n <code>b</pre>c", "a\n b\n\nc"),
         ("<p>a <b", "a <b"),
+        ("<p>a</p><pre><code>b\n  c\n", "a\n\nb\n  c"),
         ("", ""),
     ],
 )
