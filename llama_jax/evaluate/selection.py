@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import functools
+import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,13 +201,12 @@ def _check_files(name: str, config: dict[str, Any]) -> None:
 
 
 def _data_files(config: dict[str, Any]) -> list[Path]:
-    """The local files that the configuration of a task names."""
+    """The local files that the configuration of a task names, also by patterns."""
     named = (config.get("dataset_kwargs") or {}).get("data_files") or ()
     values = named.values() if isinstance(named, dict) else [named]
-    paths = [path for value in values for path in (value if isinstance(value, list) else [value])]
-    return [
-        Path(path).resolve() for path in paths if isinstance(path, str) and Path(path).is_file()
-    ]
+    patterns = [x for value in values for x in (value if isinstance(value, list) else [value])]
+    found = [path for x in patterns if isinstance(x, str) for path in sorted(glob.glob(x))]
+    return [Path(path).resolve() for path in found if Path(path).is_file()]
 
 
 def local_splits(data: Path | None, task: str) -> dict[str, Path]:
@@ -238,7 +238,9 @@ def with_local_data(config: dict[str, Any], splits: dict[str, Path]) -> dict[str
     # Other splits may have other columns, such as test questions without answers.
     used = {*needed, *(config.get(s) for s in _SPLITS)}
     (kind,) = formats
-    files = {s: str(path) for s, path in splits.items() if s in used or not questions}
+    # The reader takes the paths for patterns.
+    escaped = {s: glob.escape(str(path)) for s, path in splits.items()}
+    files = {s: path for s, path in escaped.items() if s in used or not questions}
     settings: dict[str, Any] = {"data_files": files}
     if kind == "csv":  # texts such as "None" or "N/A" are texts
         settings |= {"keep_default_na": False, "na_values": [""]}

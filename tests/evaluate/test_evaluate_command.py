@@ -174,9 +174,12 @@ def test_a_task_that_is_a_class_reads_local_files(tmp_path):
 
 def test_words_for_nothing_in_a_local_table_are_text(tmp_path):
     """ "None" is a possible answer; pandas takes it for a missing value."""
-    (tmp_path / "piqa").mkdir()
-    (tmp_path / "piqa/validation.csv").write_text("goal,sol1,sol2,label\nNA,None,null,1\n")
-    task = select_tasks(["piqa"], TaskOptions(tmp_path)).loaded["tasks"]["piqa"]
+    folder = tmp_path / "data [1]*"  # its name is not a pattern
+    (folder / "piqa").mkdir(parents=True)
+    (folder / "piqa/validation.csv").write_text("goal,sol1,sol2,label\nNA,None,null,1\n")
+    selection = select_tasks(["piqa"], TaskOptions(folder))
+    assert selection.files == [folder / "piqa/validation.csv"]
+    task = selection.loaded["tasks"]["piqa"]
     task.build_all_requests()
     assert [request.args for request in task.instances] == [
         ("Question: NA\nAnswer:", " None"), ("Question: NA\nAnswer:", " null"),
