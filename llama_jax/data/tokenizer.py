@@ -1,6 +1,5 @@
 """Text to token ids and back.
 
-from llama_jax.data.tokenizer import Tokenizer
 Tokenizer.load("tokenizer.model").encode("Hello", bos=True)
 """
 
@@ -60,6 +59,8 @@ class Tokenizer:
     path: Path
     prefix_after_controls = True
     """Whether text after a control token gets the space that is added before a text."""
+    added: Collection[str] = ()
+    """Names of tokens that are not pieces of a trained vocabulary."""
     strips_before: Collection[str] = ()
     """Names of control tokens that take the white space before them."""
     strips_after: Collection[str] = ()
@@ -71,7 +72,7 @@ class Tokenizer:
 
         The content decides what a file is: a SentencePiece model (LLaMA, Llama 2), tiktoken text
         (Llama 3) or a ``tokenizer.json``. Of a folder, ``tokenizer.model`` is read, unless
-        ``tokenizer.json`` has more ids (tokens were added to the model's).
+        ``tokenizer.json`` has more ids or other names of control tokens.
 
         Raises:
           ValueError: missing or damaged, something else, or two files of a folder that contradict
@@ -332,6 +333,7 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
+        self.added = {t.content for t in added.values()}
         self._controls = {t.content: i for i, t in added.items() if t.special}
         self.strips_before = {t.content for t in added.values() if t.lstrip}
         self.strips_after = {t.content for t in added.values() if t.rstrip}
@@ -429,17 +431,19 @@ def _load_folder(folder: Path) -> Tokenizer:
     of_json = _open(other)
     if isinstance(of_model, JsonTokenizer):  # Llama 3: tokenizer.json has its control tokens
         return of_json
-    if of_json.vocab_size <= of_model.vocab_size:
-        of_model.prefix_after_controls = of_json.prefix_after_controls
-        return of_model
-    for i in range(of_model.vocab_size):
-        if of_json.piece(i) != of_model.piece(i):
-            raise ValueError(
-                f"{model} and {other} are different tokenizers: id {i} is {of_model.piece(i)!r} "
-                f"in one, {of_json.piece(i)!r} in the other; remove the one that does not belong "
-                "to the weights"
-            )
-    return of_json
+    has_more = of_json.vocab_size > of_model.vocab_size
+    for i in range(min(of_json.vocab_size, of_model.vocab_size)):
+        if (ours := of_json.piece(i)) != (theirs := of_model.piece(i)):
+            has_more = True  # a piece was renamed to an added token
+            if ours not in of_json.added:
+                raise ValueError(
+                    f"{model} and {other} are different tokenizers: id {i} is {theirs!r} in one, "
+                    f"{ours!r} in the other; remove the one that does not belong to the weights"
+                )
+    if has_more:
+        return of_json
+    of_model.prefix_after_controls = of_json.prefix_after_controls
+    return of_model
 
 
 def _id_or_none(token: int) -> int | None:

@@ -8,6 +8,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
+from llama_jax.data import sentencepiece_json
 from llama_jax.data.chat_template import ChatTemplate, load_template
 from llama_jax.data.tokenizer import Tokenizer
 
@@ -100,7 +101,10 @@ def test_files_beside_a_sentencepiece_model_say_where_spaces_are_added(tmp_path,
     if source == "legacy":
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": False}))
     else:
-        make("first").save(str(tmp_path / "tokenizer.json"))
+        tree = sentencepiece_json.to_json(path.read_bytes())
+        spaces = {"replacement": "▁", "prepend_scheme": "first", "split": False}
+        tree |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace"} | spaces}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
     after = ids()
     assert after != before
     assert theirs.id_to_piece(after[1]).startswith("H")

@@ -177,13 +177,24 @@ def test_the_larger_tokenizer_of_a_folder_is_read(tmp_path):
     assert (fuller.vocab_size, fuller.path) == (282, path)
     assert fuller.encode_marked("<|im_start|>")[0] == 280
     # Without more ids: tokenizer.model is read. With another vocabulary: an error.
-    path.write_text(json.dumps(tree | {"added_tokens": tree["added_tokens"][:3]}))
+    few = {"added_tokens": tree["added_tokens"][:3]}
+    path.write_text(json.dumps(tree | few))
     assert Tokenizer.load(tmp_path).path.name == "tokenizer.model"
+    # A piece that was renamed to a control token.
+    start = tree["added_tokens"][3] | {"id": 279}
+    names = {k: v for k, v in vocab.items() if v != 279} | {start["content"]: 279}
+    renamed = {
+        "added_tokens": [*few["added_tokens"], start],
+        "model": tree["model"] | {"vocab": names},
+    }
+    path.write_text(json.dumps(tree | renamed))
+    assert Tokenizer.load(tmp_path).controls["<|im_start|>"] == 279
     swapped = vocab | {model.piece(270): 271, model.piece(271): 270}
     tree["model"]["vocab"] = swapped
-    path.write_text(json.dumps(tree))
-    with pytest.raises(ValueError, match=r"are different tokenizers: id 270 is '.+' in one"):
-        Tokenizer.load(tmp_path)
+    for more in ({}, few):
+        path.write_text(json.dumps(tree | more))
+        with pytest.raises(ValueError, match=r"are different tokenizers: id 270 is '.+' in one"):
+            Tokenizer.load(tmp_path)
     path.write_text("{}")
     with pytest.raises(
         ValueError, match=r"tokenizer.json is JSON, but not a usable tokenizer.json"
