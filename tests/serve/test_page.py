@@ -99,6 +99,29 @@ def test_stop(page, server):
     assert len(server.requests) == 1
 
 
+def test_a_message_that_is_sent_before_the_models_are_known(page, server):
+    """It is sent once they are, and only once."""
+    waiting, is_open = [], []
+    answer = lambda route: route.continue_() if is_open else waiting.append(route)
+    page.route("**/v1/models", answer)
+    page.reload()
+    page.fill("#input", "hello")
+    for _ in range(3):
+        page.keyboard.press("Enter")
+    assert page.input_value("#input") == "hello"
+    for _ in range(100):
+        if waiting:
+            break
+        page.wait_for_timeout(20)
+    is_open.append(True)
+    for route in waiting:
+        route.continue_()
+    expect(page.locator(".answer .text")).to_have_text("base with seed 1 says hello")
+    page.wait_for_timeout(200)
+    assert [contents(r) for r in server.requests] == [[("user", "hello")]]
+    assert page.input_value("#input") == ""
+
+
 def test_retry_edit_and_delete_keep_what_was_there(page, server):
     say(page, "first")
     say(page, "second")

@@ -55,13 +55,11 @@ function ask(parent, text, keep = {}, seeds = {}) {
   for (const model of models) run(conversation, turn, model);
 }
 
-function send() {
+async function send() {
   const text = $("input").value;
   if (!text.trim() || isBusy()) return;
-  if (!available.length) {
-    loadModels();
-    return;
-  }
+  if (!available.length) await loadModels(); // the page has just been opened
+  if (!available.length || isBusy() || $("input").value !== text) return;
   ask(lastNode(), text);
   $("input").value = "";
   keepDraft(conversation.id, "");
@@ -294,12 +292,10 @@ function editor(parent, turn) {
   const value = store.get(`draft.${turn.id}`, turn.user);
   const field = h("textarea", { value, dir: "auto", "aria-label": "Edit the message" });
   const close = () => { editing = null; keepDraft(turn.id, ""); show(); focusInput(); };
-  const submit = () => {
+  const submit = async () => {
     if (!field.value.trim()) return;
-    if (!available.length) {
-      loadModels();
-      return;
-    }
+    if (!available.length) await loadModels();
+    if (!available.length || !field.isConnected) return;
     close();
     ask(parent, field.value);
   };
