@@ -20,6 +20,8 @@ READERS = [
     (commonsense._siqa, {"context": "a", "question": "b", "options": ["c", "d"], "answer": "d"}),
     (commonsense._siqa, {"context": "a", "question": "b", "answerA": "c", "answerB": "d",
                          "answerC": "e", "label": "3"}),
+    (commonsense._siqa, {"context": "a", "question": "b", "answerA": "c", "answerB": "d",
+                         "answerC": "e", "correct": "C"}),
     (commonsense._hellaswag, {"activity_label": "a", "ctx_a": "b", "ctx_b": "c",
                               "endings": ["d", "e"], "label": 1}),
     (commonsense._winogrande, {"sentence": "a _ b", "option1": "c", "option2": "d", "answer": "2"}),
