@@ -80,6 +80,10 @@ def read(
     if any(file.kind == JSON_FILE for file in files):
         more = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         generated["tokenizer_config.json"] = json.dumps(more | settings, indent=1).encode()
+    elif "bos" in ids and metadata.get(f"{_KEY}add_bos_token") is False:
+        # tokenizer.model has no BOS then, which a template may write all the same.
+        more = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": True}
+        generated["tokenizer_config.json"] = json.dumps(more | settings, indent=1).encode()
     template, tool_use = metadata.get(_TEMPLATE), metadata.get(f"{_TEMPLATE}.tool_use")
     for key, value in ((_TEMPLATE, template), (f"{_TEMPLATE}.tool_use", tool_use)):
         if not isinstance(value, str | None):
@@ -203,6 +207,9 @@ def _model_proto(
     trainer.model_type, trainer.vocab_size = sentencepiece_json.BPE, len(tokens)
     trainer.byte_fallback = _BYTE in types
     places = ids | {"eos": metadata.get(f"{_KEY}eos_token_id")}
+    if metadata.get(f"{_KEY}add_bos_token") is False:
+        # No text begins with it. SentencePiece finds it by its name, not by its id.
+        places["bos"], trainer.bos_piece = None, "<no BOS>"
     places["unk"] = types.index(_UNKNOWN) if _UNKNOWN in types else None
     for name in ("unk", "bos", "eos", "pad"):
         place = places.get(name)

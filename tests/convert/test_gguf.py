@@ -407,6 +407,22 @@ def test_whether_merges_are_ignored_is_kept(ignore):
     assert model["vocab"].items() >= tree["model"]["vocab"].items()
 
 
+def test_a_sentencepiece_model_that_adds_no_bos(tmp_path):
+    """As Yi's. A chat template may write BOS all the same."""
+    template = "{{ bos_token }}{{ messages[0].content }}"
+    path, _ = gguf_tools.model(tmp_path / "m.gguf", small(), **{
+        "tokenizer.ggml.add_bos_token": (7, False), "tokenizer.chat_template": (STRING, template),
+    })  # fmt: skip
+    out = convert(path, tmp_path / "out")
+    tokenizer = Tokenizer.load(out)
+    assert tokenizer.bos_id is None
+    assert load_template("", out).encode([{"role": "user", "content": "a"}], tokenizer)[0] == 1
+    assert open_folder(out).token_ids == {"bos": 1, "eos": 2}
+    made = gguf_tokenizer.make(open_folder(out))
+    assert made["tokenizer.ggml.add_bos_token"] is False
+    assert made["tokenizer.ggml.bos_token_id"] == 1
+
+
 def test_bos_and_eos_of_sentencepiece_that_are_not_given(tmp_path):
     """llama.cpp takes 1 and 2."""
     ids = {f"tokenizer.ggml.{name}_token_id": None for name in ("bos", "eos")}
