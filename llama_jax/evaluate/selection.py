@@ -172,7 +172,7 @@ def _task_errors(name: str, config: dict[str, Any], data: Path | None) -> Iterat
         raise
     except Exception as e:
         reason = (str(e).strip().splitlines() or [""])[0]
-        path = config.get("dataset_path")
+        path = config.get("dataset_path") or getattr(config.get("class"), "DATASET_PATH", None)
         if "code_eval" in reason:  # the hub's metric that runs programs, loaded with the task
             raise _unsafe(name) from None
         if path in FORMATS.values():
@@ -182,7 +182,7 @@ def _task_errors(name: str, config: dict[str, Any], data: Path | None) -> Iterat
         if not isinstance(e, OSError) or not path or path in FORMATS.values():
             raise ValueError(f"{name} cannot be loaded: {type(e).__name__}: {reason}") from None
         folder = (data or Path("DIR")) / name
-        splits = dict.fromkeys(config[key] for key in _SPLITS if config.get(key))
+        splits = dict.fromkeys(config[key] for key in _SPLITS if config.get(key)) or ["SPLIT"]
         wanted = " and ".join(f"{folder / split}.jsonl" for split in splits)
         raise MissingData(
             f"{name} has no data: {path} is not reachable ({reason}); download "

@@ -162,6 +162,8 @@ def test_tasks_of_the_harness_read_local_files(llm, tmp_path):
 
 
 def test_a_task_that_is_a_class_reads_local_files(tmp_path):
+    with pytest.raises(ValueError, match=r"hazyresearch/based-squad, .*squad_completion/SPLIT\.j"):
+        select_tasks(["squad_completion"], TaskOptions(tmp_path))
     (tmp_path / "squad_completion").mkdir()
     path = tmp_path / "squad_completion/validation.jsonl"
     path.write_text('{"text": "The cat sat on the", "value": "mat"}\n')
