@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data import sentencepiece_json, tiktoken_text, token_bytes, tokenizer_json
+from llama_jax.data import tokenizer_files as files
 from llama_jax.data.tokenizer_files import JSON_FILE, MODEL_FILE, load_sentencepiece, recognize
-from llama_jax.io import read_json
 from llama_jax.storage.copies import local_files
 from llama_jax.storage.paths import as_path
 
@@ -424,9 +424,8 @@ def _load_folder(folder: Path) -> Tokenizer:
         return _open(other)
     of_model = _open(model)
     if not other.exists():
-        settings = folder / "tokenizer_config.json"
-        if settings.is_file() and read_json(settings).get("legacy") is False:
-            of_model.prefix_after_controls = False
+        if isinstance(of_model, SentencePiece):
+            of_model.prefix_after_controls = files.prefix_after_controls(folder)
         return of_model
     of_json = _open(other)
     if isinstance(of_model, JsonTokenizer):  # Llama 3: tokenizer.json has its control tokens

@@ -205,7 +205,7 @@ def _with_added_tokens(folder: Path, model: TokenizerFile) -> list[TokenizerFile
             return []
         path = paths[0] if added[0]["content"] in ids else paths[1]
         tree = sentencepiece_json.with_added(
-            sentencepiece_json.to_json(model.content), added, settings.get("legacy") is not False
+            sentencepiece_json.to_json(model.content), added, prefix_after_controls(folder)
         )
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise ValueError(
@@ -213,6 +213,14 @@ def _with_added_tokens(folder: Path, model: TokenizerFile) -> list[TokenizerFile
             "a tokenizer.json with transformers (save_pretrained)"
         ) from None
     return [TokenizerFile(path, JSON_FILE, json.dumps(tree, ensure_ascii=False).encode())]
+
+
+def prefix_after_controls(folder: Path) -> bool:
+    """Whether text after a control token gets the space that is added before a text, as the files
+    beside a ``tokenizer.model`` say."""
+    settings = folder / "tokenizer_config.json"
+    given = read_json(settings, _MAX_EXTRA_BYTES) if settings.is_file() else {}
+    return given.get("legacy") is not False
 
 
 def find_in_parent(folder: Path, size: int) -> tuple[list[TokenizerFile], list[str]]:
@@ -274,7 +282,9 @@ def hf_json(file: TokenizerFile, newer: bool) -> dict[str, Any]:
       ValueError: no ``tokenizer.json`` gives the same ids; says why.
     """
     if file.kind == "sentencepiece":
-        return sentencepiece_json.to_json(file.content)
+        tree = sentencepiece_json.to_json(file.content)
+        is_legacy = prefix_after_controls(file.path.parent)
+        return tree if is_legacy else sentencepiece_json.with_added(tree, [], False)
     return tiktoken_text.to_json(tiktoken_text.ranks_of(file.content), newer)
 
 

@@ -86,3 +86,16 @@ def test_added_tokens_without_a_row_or_without_an_equivalent(tmp_path):
         (folder / "added_tokens.json").write_text(wrong)
         with pytest.raises(ValueError, match=r"adds to tokenizer\.model cannot be used"):
             open_folder(folder)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_spaces_after_control_tokens_survive_a_round_trip(tmp_path, legacy):
+    folder, _ = make(tmp_path, "added_tokens.json", legacy, model())
+    (folder / "added_tokens.json").unlink()
+    ids = Tokenizer.load(folder).encode_marked("<s>the cat</s>is")
+    out = convert(convert(folder, tmp_path / "ours"), tmp_path / "out", to="hf")
+    assert Tokenizer.load(out).encode_marked("<s>the cat</s>is") == ids
+    transformers = pytest.importorskip("transformers")
+    for path in (folder, out):
+        theirs = transformers.AutoTokenizer.from_pretrained(path)
+        assert theirs("<s>the cat</s>is", add_special_tokens=False).input_ids == ids

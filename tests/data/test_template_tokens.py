@@ -8,7 +8,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from llama_jax.data import sentencepiece_json
+from llama_jax.data import sentencepiece_json, tokenizer_files, tokenizer_json
 from llama_jax.data.chat_template import ChatTemplate, load_template
 from llama_jax.data.tokenizer import Tokenizer
 
@@ -105,6 +105,11 @@ def test_files_beside_a_sentencepiece_model_say_where_spaces_are_added(tmp_path,
         spaces = {"replacement": "▁", "prepend_scheme": "first", "split": False}
         tree |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace"} | spaces}
         (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    if source == "legacy":  # and in the tokenizer.json that is made of both
+        made = tokenizer_files.hf_json(tokenizer_files.recognize(path), newer=True)
+        assert not tokenizer_json.prefix_after_controls(
+            tokenizers.Tokenizer.from_str(json.dumps(made)).pre_tokenizer
+        )
     after = ids()
     assert after != before
     assert theirs.id_to_piece(after[1]).startswith("H")
