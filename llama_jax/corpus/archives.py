@@ -119,9 +119,12 @@ def _tar_members(stream: Stream) -> Iterator[Member | Unreadable]:
                 raise tarfile.InvalidHeaderError("name too long")  # type: ignore[attr-defined]
             return header
 
-    with tarfile.open(
-        fileobj=stream, mode="r|", bufsize=CHUNK, tarinfo=Header, ignore_zeros=True
-    ) as tar:
+    with (
+        contextlib.closing(stream),  # tarfile's objects, which refer to each other, keep it
+        tarfile.open(
+            fileobj=stream, mode="r|", bufsize=CHUNK, tarinfo=Header, ignore_zeros=True
+        ) as tar,
+    ):
         reported = 0
         while (info := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # every header it has seen

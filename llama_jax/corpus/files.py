@@ -16,6 +16,7 @@ import lzma
 import re
 import struct
 import tarfile
+import types
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -93,6 +94,12 @@ class Stream(io.RawIOBase):
 
     def tell(self) -> int:
         return self.position
+
+    def close(self) -> None:
+        """Closes the file too, if all of it is read by this stream alone."""
+        if isinstance(self.chunks, types.GeneratorType):
+            self.chunks.close()
+        super().close()
 
     def read(self, size: int | None = -1) -> bytes:
         """Without the buffer of ``size`` bytes that the base class clears for each call."""

@@ -76,7 +76,7 @@ def _heads(run: Run) -> list[DumpHead]:
             heads.append(_head(path, run))
         except Unreadable as e:
             heads.append(DumpHead("", ""))
-            problems.append(e)
+            problems.append(e.with_traceback(None))
     if len(problems) == len(heads):
         raise problems[0]
     return heads
@@ -98,7 +98,7 @@ def _head(path: Path, run: Run) -> DumpHead:
                     raise member
                 head = read_head(member.stream)
             except ValueError as e:
-                problem = e
+                problem = e.with_traceback(None)  # which would keep the file open
     if head is None:
         raise Unreadable(str(path), f"it is not a dump of Wikipedia: {problem}")
     if head.host and head.language is None:
