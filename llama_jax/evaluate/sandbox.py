@@ -44,7 +44,8 @@ def run_python(program: str, tests: str = "", *, seconds: float, memory_bytes: i
     """Run a program, then its tests in the same namespace, isolated from the machine.
 
     A program passes if both end without an exception and if it fails in a second run with a test
-    that always fails. A program that ends early, or reports success itself, does not pass.
+    that always fails, so one that ends early or reports success itself does not. This catches
+    accidents, not intent: the tests run in the program's process, where it could read them.
 
     Args:
       program: Python source that nobody has checked.

@@ -290,11 +290,11 @@ def test_text_that_may_begin_a_stop_string_is_held_back():
                 assert not any(s in text for s in stops)
                 assert row.stable_text() == text[: len(text) - max(map(len, begun), default=0)]
     row = OutputSequence(Letters(), [], ["a" * 10**6, "ab" * 10**6 + "c"])
-    start = time.monotonic()
+    start = time.process_time()
     for n in range(300):
         row.append([n % 2], [0.0], (), 10**6)
         assert row.stable_text() == ""
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_text_continues_in_the_middle_of_a_run_of_bytes(tmp_path):

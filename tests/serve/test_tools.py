@@ -246,10 +246,10 @@ def test_long_arguments_take_linear_time():
 
 
 def test_many_beginnings_of_calls_take_linear_time():
-    start = time.monotonic()
+    start = time.process_time()
     for answer in ("<tool_call>{" * 3000, "<tool_call>{" * 3000 + "}" * 3000):
         assert parse(FORMATS["hermes"][1], [answer]) == (answer, [])
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 CALLED = [
