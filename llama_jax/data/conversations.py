@@ -139,8 +139,15 @@ def _instruction(record: dict[str, Any]) -> dict[str, Any]:
 def _prompt_response(record: dict[str, Any]) -> Example:
     key = "response" if "response" in record else "completion"
     _need(record, "prompt_response", "prompt", key)
-    prompt = {"role": "user", "content": _text(record, "prompt")}
-    return Example(_checked([prompt, _answer(record[key], f"'{key}'")]))
+    if record.get("label") is False:
+        raise ValueError("'label' is false, which marks a bad answer: leave such records out")
+    if not isinstance(record["prompt"], list):
+        prompt = {"role": "user", "content": _text(record, "prompt")}
+        return Example(_checked([prompt, _answer(record[key], f"'{key}'")]))
+    # TRL's form: lists of messages, of which those of the answer count.
+    before = _messages_of(record, "prompt")
+    before = [m | {"weight": 0} if m["role"] == "assistant" else m for m in before]
+    return Example(_checked([*before, *_messages_of(record, key)]), _tools(record))
 
 
 def _sharegpt(record: dict[str, Any]) -> Example:

@@ -59,7 +59,10 @@ def test_variants_of_conversations():
         assert read({key: mixed}).messages == talk
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
     assert read({"messages": [{"role": "user", "content": parts}, BOT]}).messages == [USER, BOT]
-    assert read({"prompt": "Hi", "completion": "Hello"}).messages == [USER, BOT]
+    assert read({"prompt": "Hi", "completion": "Hello", "label": True}).messages == [USER, BOT]
+    asked = [USER, BOT, USER]
+    in_lists = read({"prompt": asked, "completion": [BOT], "tools": [{"name": "f"}]})
+    assert in_lists == Example([USER, BOT | {"weight": 0}, USER, BOT], [{"name": "f"}])
 
 
 def test_the_rest_of_a_record():
@@ -154,6 +157,8 @@ BAD = [
     ({"question": "Hi", "solution": "x" * 300}, r'unknown format.*"question": "Hi".*\.\.\.; known.*'
      "alpaca.*sharegpt.*prompt_response.*messages.*preference"),
     ([1], r"unknown format: the record is \[1\]"),
+    ({"prompt": "Hi", "completion": "No", "label": False}, "'label' is false, which marks a bad"),
+    ({"prompt": [USER], "completion": "No"}, "'completion' must be a list of messages, not"),
     ({"messages": [USER]}, "the conversation has no answer"),
     ({"messages": []}, "'messages' must be a list of messages, not"),
     ({"messages": "Hi"}, "'messages' must be a list of messages, not"),
