@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llama_jax.corpus.files import try_decode
+from llama_jax.corpus.decode import try_decode
 from llama_jax.corpus.tex import remove_comments, split_verbatim
 
 MAX_DEPTH = 20

@@ -23,7 +23,8 @@ from llama_jax.corpus.containment import (
     sample,
     sampling_rate,
 )
-from llama_jax.corpus.files import Unreadable, lines, try_decode
+from llama_jax.corpus.decode import try_decode
+from llama_jax.corpus.files import Unreadable, lines
 from llama_jax.corpus.run import Run
 from llama_jax.corpus.steps import Documents, Reader, Stage, Step, is_dropped
 from llama_jax.io import atomic_write

@@ -32,8 +32,6 @@ MAX_RATIO = 250
 """Decompressed over compressed size; text reaches 5 to 20, edit histories in 7z near 150."""
 FREE_BYTES = 2 << 30
 """Content of this size is read whatever its ratio."""
-MAX_DAMAGED = 0.3
-"""Of the characters outside ASCII of a text, with which it is still in an encoding."""
 _MAGIC = {
     "gzip": re.compile(rb"\x1f\x8b\x08[\x00-\x1f]"),
     "bzip2": re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"),
@@ -222,19 +220,6 @@ def lines(stream: Stream, max_bytes: int) -> Iterator[bytes | Unreadable]:
                 line += part
         if not chunk:
             return
-
-
-def try_decode(data: bytes, encoding: str) -> str | None:
-    """Text in an encoding, or None if too many of its characters are damaged.
-
-    A few damaged ones become U+FFFD: in another encoding, all others would be wrong.
-    """
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError:
-        text = data.decode(encoding, "replace")
-    outside_ascii = len(text) - len(text.encode("ascii", "ignore"))
-    return text if text.count("\ufffd") <= MAX_DAMAGED * outside_ascii else None
 
 
 def _content(file: io.RawIOBase) -> Iterator[bytes]:

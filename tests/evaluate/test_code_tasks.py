@@ -171,6 +171,7 @@ def test_mbpp_prompt(options):
 
 def test_mbpp_of_the_hub(options, outcomes, tmp_path):
     """Questions and examples are in two splits; the sanitized edition is another data set."""
+    pytest.importorskip("datasets")
     whole = requests(TASKS["paper_mbpp"].make(options))
     splits = {"prompt": MBPP[:5], "test": MBPP[5:7], "validation": MBPP[7:8], "train": MBPP[8:]}
     hub = tmp_path / "hub"
