@@ -29,7 +29,7 @@ class Clock:
       with clock.measure("data"):
           batch = next(data)
       tokens_per_second, data_wait = clock.lap(step=1, tokens=2048)
-      clock.line()  # "92.3% of 3 h 12 min in training steps; ..."
+      goodput_line(clock.totals())  # "92.3% of 3 h 12 min in training steps; ..."
     """
 
     def __init__(self, started: float | None = None):
@@ -100,18 +100,20 @@ class Clock:
         mine["steps"] = max(now - begun - (measured - startup), 0.0)
         return {k: self._before[k] + mine[k] for k in (*PHASES, "starts")}
 
-    def line(self) -> str:
-        """One line: the fraction of time in training steps, and what else took time."""
-        totals = self.totals()
-        starts = int(totals.pop("starts"))
-        whole = sum(totals.values()) or 1.0
-        share = lambda phase: f"{totals[phase] / whole:.1%}"
-        others = [f"{p} {share(p)}" for p in PHASES if p != "steps" and totals[p] >= 0.0005 * whole]
-        again = f" in {starts} starts" if starts > 1 else ""
-        return (
-            f"goodput: {share('steps')} of {duration(whole)}{again} in training steps; "
-            + ", ".join(others)
-        )
+
+def goodput_line(totals: Seconds) -> str:
+    """One line: the fraction of time in training steps, and what else took time.
+
+    Args:
+      totals: of :meth:`Clock.totals`.
+    """
+    whole = sum(totals[p] for p in PHASES) or 1.0
+    share = lambda phase: f"{totals[phase] / whole:.1%}"
+    others = [f"{p} {share(p)}" for p in PHASES if p != "steps" and totals[p] >= 0.0005 * whole]
+    again = f" in {totals['starts']:.0f} starts" if totals["starts"] > 1 else ""
+    return f"goodput: {share('steps')} of {duration(whole)}{again} in training steps; " + ", ".join(
+        others
+    )
 
 
 class SaveTimer:

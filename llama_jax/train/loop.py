@@ -23,7 +23,7 @@ from llama_jax.model.sharding import changed_settings, mesh_for
 from llama_jax.storage.paths import as_path
 from llama_jax.train import agreement, metrics, run_folder, stragglers
 from llama_jax.train.benchmarks import benchmark_lines
-from llama_jax.train.clock import SaveTimer
+from llama_jax.train.clock import SaveTimer, goodput_line
 from llama_jax.train.distributed import SAVE, STOP, exchange
 from llama_jax.train.evaluation import Evaluation, early_stop, update_best
 from llama_jax.train.interrupt import PreemptionHandler
@@ -123,8 +123,9 @@ class Trainer(OpenRun):
                 self._loop(train_step, bar, watchdog)
             with self.clock.measure("checkpoint"):
                 self.checkpoints.wait()
-            self._record({"kind": "goodput", "step": self.step, "goodput": self.clock.totals()})
-            log(self.clock.line())
+            totals = self.clock.totals()
+            self._record({"kind": "goodput", "step": self.step, "goodput": totals})
+            log(goodput_line(totals))
         self.preemption.phase(f"finishing {self.folder}, which is saved")
         checkpoint = f"{self.folder}/steps/{self.step}"
         if self.evaluated_step == self.step and (self.step == steps or self._stops_early()):
