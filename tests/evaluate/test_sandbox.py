@@ -16,7 +16,7 @@ import pytest
 
 from llama_jax.evaluate import sandbox
 
-LIMITS = {"seconds": 1, "memory_bytes": 512 << 20}
+LIMITS = {"seconds": 3, "memory_bytes": 512 << 20}
 COMMANDS = dict(sandbox._COMMANDS)
 
 
@@ -113,7 +113,7 @@ def test_harm_is_contained(run, tmp_path, monkeypatch):
         assert [name for name, outcome in failed.items() if outcome.passed] == []
         with pytest.raises(TimeoutError):
             server.accept()
-    assert "reached a limit (1 s of CPU time" in failed["infinite loop"].detail
+    assert "reached a limit (3 s of CPU time" in failed["infinite loop"].detail
     assert failed["fork bomb"].detail.startswith("PermissionError")
     assert failed["allocation of 10 GB"].detail == "MemoryError:"
     assert failed["secret file"].detail.startswith("FileNotFoundError")
